@@ -1,0 +1,50 @@
+"""How much of the gradient lies in the few sharpest directions of the loss, live, as a Lightning callback.
+
+Public names are loaded when they are first used (PEP 562), so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_subspace.linalg import EigshResult as EigshResult
+    from lightning_subspace.linalg import Outcome as Outcome
+    from lightning_subspace.linalg import eigsh as eigsh
+    from lightning_subspace.measurements.measurement import Measurement as Measurement
+    from lightning_subspace.measurements.measurement import Needs as Needs
+    from lightning_subspace.measurements.measurement import Probe as Probe
+    from lightning_subspace.monitor import SubspaceMonitor as SubspaceMonitor
+    from lightning_subspace.probe import measure_subspace as measure_subspace
+    from lightning_subspace.record import Record as Record
+    from lightning_subspace.record import to_rows as to_rows
+    from lightning_subspace.subspace import Subspace as Subspace
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "EigshResult": "linalg",
+    "Measurement": "measurements.measurement",
+    "Needs": "measurements.measurement",
+    "Outcome": "linalg",
+    "Probe": "measurements.measurement",
+    "Record": "record",
+    "Subspace": "subspace",
+    "SubspaceMonitor": "monitor",
+    "eigsh": "linalg",
+    "measure_subspace": "probe",
+    "to_rows": "record",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605 - the names are the keys above
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,138 @@
+"""The arguments of a monitor, checked as soon as they can be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from lightning_subspace._lightning import EarlyStopping, MisconfigurationException, ModelCheckpoint, rank_zero_warn
+from lightning_subspace.measurements import Measurement
+from lightning_subspace.training_loss import LossFunction, check_loss_function
+
+
+def check_number(name: str, value: Any, *, least: int, optional: bool = False) -> None:
+    """An integer of at least `least`, or None where that is allowed."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise _wrong(name, f"an integer of at least {least}{' or None' if optional else ''}", value)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """One of a few words."""
+    if value not in choices:
+        raise _wrong(name, "one of " + ", ".join(repr(choice) for choice in choices), value)
+
+
+def check_share(name: str, value: Any, *, optional: bool = False) -> None:
+    """A number strictly between 0 and 1, or None where that is allowed."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < 1.0:
+        raise _wrong(name, f"a number between 0 and 1{' or None' if optional else ''}", value)
+
+
+def check_steps(name: str, value: Any) -> None:
+    """A positive interval, or a list of steps."""
+    if isinstance(value, int):
+        return check_number(name, value, least=1)
+    if (
+        not isinstance(value, Sequence)
+        or isinstance(value, str)
+        or not value
+        or any(isinstance(step, bool) or not isinstance(step, int) or step < 0 for step in value)
+    ):
+        raise _wrong(name, "a positive integer or a list of steps, each 0 or more", value)
+    return None
+
+
+def check_sample(sample: Any, gradient_sample: Any) -> None:
+    """A number of examples, a word, or something to iterate over; and a gradient sample that contains it."""
+    if isinstance(sample, str):
+        check_choice("sample", sample, ("all", "current"))
+    elif isinstance(sample, int):
+        check_number("sample", sample, least=1)
+    elif not hasattr(sample, "__iter__"):
+        raise _wrong("sample", "a number of examples, 'all', 'current', a loader or a list of batches", sample)
+    if isinstance(gradient_sample, str):
+        return check_choice("gradient_sample", gradient_sample, ("all",))
+    check_number("gradient_sample", gradient_sample, least=1)
+    if isinstance(sample, int) and gradient_sample < sample:
+        raise _wrong("gradient_sample", f"at least the {sample} examples of `sample`, which it contains", gradient_sample)
+    return None
+
+
+def check_patterns(name: str, value: Any) -> None:
+    """A list of shell-style patterns; a lone string would be read letter by letter."""
+    if value is None:
+        return
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(p, str) for p in value):
+        raise _wrong(name, "a list of patterns such as ['head.*'], or None", value)
+
+
+def check_name(name: str, value: Any) -> None:
+    """ASCII without blanks or slashes: loggers make paths and groups of it."""
+    if not isinstance(value, str) or not value.isascii() or not value.replace("-", "_").replace(".", "_").isidentifier():
+        raise _wrong(name, "an ASCII word of letters, digits, '_', '-' and '.'", value)
+
+
+def check_tolerance(name: str, value: Any) -> None:
+    """A positive number of at most 0.1: beyond that, an eigenvector has hardly begun to show."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 0.1 or not math.isfinite(value):
+        raise _wrong(name, "a number in (0, 0.1], relative to the largest eigenvalue", value)
+
+
+def check_callable(name: str, value: Any) -> None:
+    """A function, or None."""
+    if value is not None and not callable(value):
+        raise _wrong(name, "a function or None", value)
+
+
+def check_measurements(name: str, value: Any) -> None:
+    """Instances of `Measurement`."""
+    for item in value or ():
+        if not isinstance(item, Measurement):
+            raise _wrong(name, "instances of lightning_subspace.Measurement", item)
+
+
+def check_project(trainer: Any, module: nn.Module, loss_fn: LossFunction | None) -> None:
+    """What a trainer and a module must have for a probe to be possible."""
+    if trainer.world_size > 1:
+        raise MisconfigurationException(
+            f"SubspaceMonitor: measures in a single process so far, and this Trainer runs {trainer.world_size}; use "
+            "devices=1, or measure_subspace() on a checkpoint."
+        )
+    if loss_fn is None and not getattr(module, "automatic_optimization", True):
+        raise MisconfigurationException(
+            f"SubspaceMonitor: {type(module).__name__} optimizes manually, so its training_step takes optimizer steps "
+            "and cannot be evaluated on its own; pass loss_fn=, a function (pl_module, batch, batch_idx) -> scalar."
+        )
+    try:
+        check_loss_function(module, loss_fn)
+    except TypeError as error:
+        raise MisconfigurationException(f"SubspaceMonitor: {error}") from error
+
+
+def warn_of_missing_keys(trainer: Any, name: str) -> None:
+    """A probe that cannot stand behind a value withholds it; say what callbacks that wait for one will then do."""
+    for callback in trainer.callbacks:
+        key = str(getattr(callback, "monitor", None))
+        if not key.startswith((f"{name}/", f"{name}_")):
+            continue
+        if isinstance(callback, EarlyStopping) and callback.strict:
+            rank_zero_warn(
+                f"EarlyStopping(monitor={key!r}, strict=True) will end the run with an error if it asks before a probe "
+                "has logged that value, which a probe that does not converge withholds; use strict=False."
+            )
+        elif isinstance(callback, ModelCheckpoint):
+            rank_zero_warn(
+                f"ModelCheckpoint(monitor={key!r}) will raise if it is to save before a probe has logged that value, "
+                "which a probe that does not converge withholds; every later save sees the last value logged."
+            )
+
+
+def _wrong(name: str, expected: str, value: Any) -> MisconfigurationException:
+    return MisconfigurationException(f"SubspaceMonitor: `{name}` must be {expected}; got {value!r}.")

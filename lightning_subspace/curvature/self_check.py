@@ -1,0 +1,161 @@
+"""Is the Hessian product of this model right? Compared once with differences of its own gradients.
+
+Double backward is silently wrong for custom autograd functions that keep tensors on `ctx`, for `once_differentiable`
+and for reentrant checkpoints: the product is then often even symmetric, so only an independent derivative notices. The
+check compares H v for one random v with central differences of first-order gradients,
+
+    (g(theta + eps v) - g(theta - eps v)) / (2 eps),
+
+in float64, for the best of several eps, one parameter tensor at a time. It is taken at a slightly jittered theta, since
+networks with zero biases start exactly on the kinks of their ReLUs, where no derivative exists.
+"""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_subspace.curvature.hessian import Hessian
+from lightning_subspace.training_loss import MicroBatch, TrainingLoss
+
+THRESHOLD = 1e-4
+JITTER = 1e-3
+STEPS = (1e-5, 1e-6, 1e-7)
+# A parameter tensor whose part of H v is smaller than this share of the whole is compared on the scale of the whole.
+SMALLEST_PART = 1e-3
+
+
+class CheckOutcome(enum.Enum):
+    """What the comparison showed."""
+
+    PASSED = "Products and differences of gradients agree."
+    FAILED = (
+        "The exact second derivatives of this model are wrong: a custom autograd.Function that is differentiable once, "
+        "or a reentrant activation checkpoint (use_reentrant=False is right), makes the backward pass lie about its "
+        "own derivative. A straight-through estimator also ends here: its gradient is not the derivative of its loss."
+    )
+    INCONCLUSIVE = "The check needs float64 throughout and could not have it here; nothing is known."
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """Result of `self_check`.
+
+    Attributes:
+        outcome: what it showed.
+        error: largest relative difference over the parameter tensors, for the best eps; nan when inconclusive.
+        parameter: the name of the tensor where it is largest.
+        reason: one sentence with the numbers, or why it is inconclusive.
+    """
+
+    outcome: CheckOutcome
+    error: float
+    parameter: str
+    reason: str
+
+
+def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfCheck:
+    """Compare the Hessian product on one micro-batch with float64 differences of first-order gradients.
+
+    Costs about eight gradients of a batch in float64; eight examples are enough.
+
+    Args:
+        loss: a `TrainingLoss` with dtype float64, not open yet.
+        batch: a few examples.
+        seed: of the direction v and of the jitter.
+
+    Raises:
+        ValueError: when `loss` is not a float64 one.
+
+    Example:
+        >>> from lightning_subspace.parameters import ParameterSpace
+        >>> net = torch.nn.Linear(2, 1)
+        >>> fn = lambda m, x, i: m(x).square().mean()
+        >>> loss = TrainingLoss(net, ParameterSpace.of(net), fn, dtype=torch.float64)
+        >>> self_check(loss, MicroBatch(torch.ones(4, 2), 4.0, 0)).outcome.name
+        'PASSED'
+    """
+    if loss.dtype != torch.float64:
+        raise ValueError(f"loss: expected a TrainingLoss with dtype=torch.float64, got {loss.dtype}.")
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.randn(2, loss.space.n, generator=generator, dtype=torch.float64).to(loss.device)
+    jitter, direction = JITTER * draw[0], draw[1] / draw[1].norm()
+    narrowing = _NarrowingObserver()
+    try:
+        with warnings.catch_warnings(), loss:
+            # What the model has to say, it says in training; here autograd's own remarks on backward() would repeat.
+            warnings.simplefilter("ignore")
+            loss.displace(jitter)
+            product = Hessian(loss, [batch]).matvec(direction)
+            with narrowing:
+                differences = [_difference(loss, batch, jitter, direction, eps) for eps in STEPS]
+    except Exception as error:  # float64 can fail in any way inside the user's code; that decides nothing
+        return _inconclusive(f"{type(error).__name__} in float64: {error}")
+    finally:
+        loss.displace(None)
+    errors = [_worst_part(loss, product, difference) for difference in differences]
+    error, name = min(errors)
+    if error <= THRESHOLD:
+        return SelfCheck(CheckOutcome.PASSED, error, name, f"relative difference {error:.1e} (largest in {name})")
+    if narrowing.operation is not None:
+        return _inconclusive(f"{narrowing.operation} returns a type narrower than float64")
+    reason = f"H v differs from differences of gradients by {error:.1%} in {name} (at most {THRESHOLD:.0e} is rounding)"
+    return SelfCheck(CheckOutcome.FAILED, error, name, reason)
+
+
+def _difference(loss: TrainingLoss, batch: MicroBatch, jitter: Tensor, direction: Tensor, eps: float) -> Tensor:
+    plus, minus = (_backward_gradient(loss, batch, jitter + sign * eps * direction) for sign in (1, -1))
+    return (plus - minus) / (2 * eps)
+
+
+def _backward_gradient(loss: TrainingLoss, batch: MicroBatch, offset: Tensor) -> Tensor:
+    """The gradient by `backward()`, as training takes it: `autograd.grad` prunes nodes that refuse to be derived."""
+    loss.displace(offset)
+    evaluation = loss(batch)
+    for leaf in evaluation.leaves:
+        leaf.grad = None
+    evaluation.value.backward()
+    return loss.space.flatten([leaf.grad for leaf in evaluation.leaves], like=offset)
+
+
+def _worst_part(loss: TrainingLoss, product: Tensor, difference: Tensor) -> tuple[float, str]:
+    """Largest relative error over the parameter tensors, and where; non-finite counts as infinite."""
+    floor = SMALLEST_PART * max(float(product.norm()), float(difference.norm()))
+    worst = (0.0, loss.space.names[0])
+    for name, hv, fd in zip(
+        loss.space.names, loss.space.unflatten(product), loss.space.unflatten(difference), strict=True
+    ):
+        scale = max(float(hv.norm()), float(fd.norm()), floor)
+        error = float((hv - fd).norm()) / scale if scale > 0.0 else 0.0
+        worst = max(worst, (error if error == error else float("inf"), name))
+    return worst
+
+
+def _inconclusive(reason: str) -> SelfCheck:
+    return SelfCheck(CheckOutcome.INCONCLUSIVE, float("nan"), "", reason)
+
+
+class _NarrowingObserver(TorchDispatchMode):
+    """Remember the first operation that turned float64 into a narrower floating-point type."""
+
+    operation: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.operation is None and any(_is_float64(a) for a in args) and _is_narrow(result):
+            self.operation = str(func)
+        return result
+
+
+def _is_float64(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.float64
+
+
+def _is_narrow(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64

@@ -1,0 +1,93 @@
+"""What a run of the eigensolver ends with."""
+
+import enum
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+class Outcome(enum.Enum):
+    """Why the eigensolver stopped: what happened, likely causes, what to do."""
+
+    CONVERGED = "All wanted eigenpairs reached the tolerance."
+    EXACT = "The basis spans the whole space, so the eigenpairs are exact up to rounding."
+    MAX_MATVECS = (
+        "`max_matvecs` products were spent before the wanted eigenpairs reached the tolerance. The eigenvalues behind "
+        "the k-th are probably close to it. Raise `max_matvecs` or `ncv`, lower `k`, or loosen `tol` or `subspace_tol`."
+    )
+    STAGNATED = (
+        "The residuals stopped falling before they reached the tolerance. Likely causes: a tolerance near the rounding "
+        "error of the operator, or a basis too small for a dense cluster behind the k-th eigenvalue. Loosen `tol` or "
+        "`subspace_tol`, raise `ncv`, or use float64."
+    )
+    ASYMMETRIC = (
+        "The operator is not symmetric or not deterministic: two measurements of the same entry of its projection "
+        "differ by more than 1e-4 of the largest eigenvalue. Likely causes: (a) a new minibatch on every call, "
+        "(b) dropout or data augmentation that is drawn anew, (c) batch statistics that move, (d) half precision in "
+        "the operator. Make it return the same result for the same vector; the eigenpairs returned are not an answer."
+    )
+    NONFINITE = (
+        "The operator returned NaN or infinity. The loss may have diverged, a derivative may be singular here, or "
+        "another rank failed. The eigenpairs returned are those found before."
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class EigshResult:
+    """Eigenpairs, best first, with what they cost and how far they can be trusted.
+
+    The order is by ``which``: "LA" descending, "SA" ascending, "LM" by magnitude descending, "BE" the high end
+    descending, then the low end ascending. Outcomes that are not `converged` come with the best pairs at hand, which
+    may be fewer than k; their residuals tell what they are worth.
+
+    Attributes:
+        eigenvalues: Shape ``(k,)``, float64 on the CPU.
+        eigenvectors: Orthonormal rows, this rank's slice, shape ``(k, n)``, in the dtype and on the device of the run.
+        residuals: |A x - theta x|, shape ``(k,)``, float64 on the CPU, in units of A: the larger of the estimate and
+            the asymmetry of the operator, below which no estimate means anything.
+        outcome: Why the run stopped.
+        verified: Whether missed copies of the eigenvalues found are excluded (but for the risk ``delta``).
+        num_matvecs: Products spent.
+        num_restarts: How often the basis was full and compressed.
+        orthogonality: max |V V^T - I| of the rows returned.
+        asymmetry: Largest discrepancy between the two sides of the projected matrix, relative to ``scale``. About 1e-7
+            for a deterministic operator in float32.
+        scale: Largest absolute Ritz value, to which all tolerances are relative.
+        next_eigenvalue: Best Ritz value behind the wanted ones, with "BE" at the end where it is closer; NaN if none
+            was seen.
+        next_residual: Its residual estimate; it need not have converged.
+        gap: Its distance from the last wanted eigenvalue, with "LM" in magnitude; infinity if k is the whole dimension,
+            0 if nothing behind the wanted ones was seen.
+    """
+
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+    residuals: Tensor
+    outcome: Outcome
+    verified: bool
+    num_matvecs: int
+    num_restarts: int
+    orthogonality: float
+    asymmetry: float
+    scale: float
+    next_eigenvalue: float
+    next_residual: float
+    gap: float
+
+    @property
+    def converged(self) -> bool:
+        """Whether the eigenpairs are an answer."""
+        return self.outcome in (Outcome.CONVERGED, Outcome.EXACT)
+
+    @property
+    def subspace_error(self) -> float:
+        """Largest residual / gap: estimates the sine of the largest angle to the true eigenspace, in [0, infinity].
+
+        The value behind the gap is a Ritz value that may still be on its way towards the wanted ones, by as much as its
+        residual: this is taken off the gap. Infinity, then, if the wanted eigenvalues may split a cluster.
+        """
+        if math.isinf(self.gap):
+            return 0.0
+        gap = self.gap - self.next_residual
+        return float(self.residuals.max()) / gap if gap > 0 else math.inf

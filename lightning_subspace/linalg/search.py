@@ -1,0 +1,295 @@
+"""The decisions of the eigensolver: after every matvec, whether to stop, to restart or to look once more.
+
+1. *Search.* Expand until the wanted pairs pass the test, or the basis is invariant. When it is full, compress it to
+   the best Ritz vectors (thick restart).
+2. *Verify.* Keep the wanted Ritz vectors, start again from a random direction, and expand until a `Certificate`
+   excludes that a copy of a multiple eigenvalue was missed. If something better turns up, go on searching with it.
+
+All decisions are taken on numbers that are equal on all ranks.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_subspace.linalg.certificate import Certificate
+from lightning_subspace.linalg.lanczos import Lanczos
+from lightning_subspace.linalg.result import EigshResult, Outcome
+from lightning_subspace.linalg.rules import Rules
+from lightning_subspace.linalg.which import (
+    best_first,
+    decisive_values,
+    last_places,
+    merit,
+    outward,
+    report_order,
+)
+
+Progress = Callable[[int, float], None]
+
+# In units of scale. Deterministic float32 operators stay below 2e-6; minibatches that are drawn anew exceed 5e-3.
+_MAX_ASYMMETRY = 1e-4
+_SETTLED = 1.1  # if scale grew by less than this factor in a matvec, it can be trusted to judge the asymmetry
+
+
+class Neighbour(NamedTuple):
+    """The unwanted value closest to the wanted ones at one end."""
+
+    gap: float
+    value: float
+    residual: float
+
+
+_UNSEEN = Neighbour(gap=math.nan, value=math.nan, residual=math.nan)
+
+
+@dataclass(frozen=True)
+class Ritz:
+    """Ritz pairs, the k wanted ones first and best first."""
+
+    values: Tensor  # (m,)
+    rotation: Tensor  # (m, m) columns
+    reducible: Tensor  # (m,) the part of the residual estimates that further matvecs reduce
+    residuals: Tensor  # (m,) the residual estimates
+
+
+class Search:
+    """One run: a factorisation, and what has to be remembered between matvecs.
+
+    Args:
+        lanczos: With its first vector pending.
+        rules: What is wanted.
+        draw: ``draw(i)`` gives this rank's slice of the i-th random vector; the 0-th is left for the start.
+        on_matvec: See `eigsh`.
+    """
+
+    def __init__(
+        self, lanczos: Lanczos, rules: Rules, draw: Callable[[int], Tensor], on_matvec: Progress | None = None
+    ) -> None:
+        self.lanczos = lanczos
+        self.rules = rules
+        self.draw = draw
+        self.on_matvec = on_matvec
+        self.num_matvecs = 0
+        self.num_restarts = 0
+        self.num_draws = 0
+        self.num_passes = 0  # consecutive ones
+        self.best_residual, self.best_matvec = math.inf, 0  # the smallest so far, relative to scale, and when
+        # While there is a certificate, the first k rows of the basis are the pairs it is about, also through restarts.
+        self.certificate: Certificate | None = None
+        self.excluded = False  # whether the last one held
+        self.found = torch.zeros(0)  # merits of the pairs it is about
+        # A fresh start throws away what was seen behind the wanted values: this is kept of it, one for each end.
+        self.remembered: list[Neighbour] = []
+
+    def step(self) -> EigshResult | None:
+        """One matvec and what follows from it: the result, or None to go on."""
+        lanczos, rules = self.lanczos, self.rules
+        scale_before = lanczos.scale
+        expansion = lanczos.expand()
+        self.num_matvecs += 1
+        ritz = self._ritz()
+        if expansion is None:
+            return self._result(Outcome.NONFINITE, self._answer(ritz, converged=False))
+        if self.certificate is not None:
+            if not lanczos.invariant:
+                self.certificate.follow(*expansion)
+            self.excluded = self.certificate.holds
+            if self._missed(ritz):
+                self._resume_search()
+        converged = self._test(ritz)
+        self._report(ritz)
+        outcome, verified = self._judge(ritz, converged, settled=lanczos.scale <= _SETTLED * scale_before)
+        if outcome is not None:
+            return self._result(outcome, self._answer(ritz, converged), verified)
+        if self.certificate is None and (converged or lanczos.invariant):
+            self._start_again(ritz)
+        elif lanczos.size == rules.ncv:
+            self._restart(ritz)
+        return None
+
+    # What is known
+
+    def _ritz(self) -> Ritz:
+        """Ritz pairs of the whole basis."""
+        values, rotation = self.lanczos.ritz()
+        order = best_first(values, self.rules.which)
+        return self._estimated(values[order], rotation[:, order])
+
+    def _locked_ritz(self) -> Ritz:
+        """The pairs found, as they were when the verification began, and behind them the Ritz pairs of its chain."""
+        k, projected = self.rules.k, self.lanczos.projected
+        values, rotation = torch.linalg.eigh(projected[k:, k:])
+        order = best_first(values, self.rules.which)
+        return self._estimated(
+            torch.cat([projected.diagonal()[:k], values[order]]),
+            _beside_identity(k, rotation[:, order]),
+        )
+
+    def _answer(self, ritz: Ritz, converged: bool) -> Ritz:
+        """What to return: a verification that found nothing better confirms the pairs it began with."""
+        return ritz if converged or self.certificate is None else self._locked_ritz()
+
+    def _estimated(self, values: Tensor, rotation: Tensor) -> Ritz:
+        return Ritz(values, rotation, *self.lanczos.residuals(rotation))
+
+    def _neighbours(self, ritz: Ritz) -> list[Neighbour]:
+        """The closest unwanted value at each end, seen now or remembered; none while there is none."""
+        k, which = self.rules.k, self.rules.which
+        closest = []
+        for end, place in enumerate(last_places(k, which)):
+            merits = outward(ritz.values, place, which)
+            candidates = []
+            if merits.numel() > k:
+                i = k + int(merits[k:].argmax())
+                gap = float(merits[place] - merits[i])
+                candidates.append(Neighbour(gap, float(ritz.values[i]), float(ritz.residuals[i])))
+            for before in self.remembered[end : end + 1]:
+                merit_then = outward(ritz.values.new_tensor(before.value), place, which)
+                candidates.append(before._replace(gap=float(merits[place] - merit_then)))
+            closest += [min(candidates)] if candidates else []
+        return closest
+
+    def _decisive(self, ritz: Ritz) -> list[float]:
+        """The found values whose missed copies would matter."""
+        margin = self.rules.copy_margin(self.lanczos.scale)
+        return decisive_values(ritz.values[: self.rules.k], self.rules.which, margin)
+
+    # Decisions
+
+    def _test(self, ritz: Ritz) -> bool:
+        """Whether the wanted pairs have converged; keeps the records of passes and of progress."""
+        lanczos, k = self.lanczos, self.rules.k
+        if lanczos.size < k:
+            return False
+        gap = min(self._neighbours(ritz), default=_UNSEEN).gap
+        # Only what further matvecs can reduce is tested: what was dropped has passed this test before.
+        reducible = ritz.reducible[:k]
+        passed = bool((reducible <= self.rules.thresholds(ritz.values[:k], gap, lanczos.scale)).all())
+        self.num_passes = self.num_passes + 1 if passed else 0
+        worst = float(reducible.max()) / lanczos.scale if lanczos.scale else 0.0
+        # The progress of a verification is that of its certificate.
+        if worst < self.best_residual or self.certificate is not None:
+            self.best_residual, self.best_matvec = worst, self.num_matvecs
+        return passed and (lanczos.invariant or self.num_passes >= self.rules.passes_needed)
+
+    def _missed(self, ritz: Ritz) -> bool:
+        """Whether the chain of a verification has met something that the search before it missed."""
+        rules, scale = self.rules, self.lanczos.scale
+        # What improves less than a copy that is looked for is not waited for, but neither is it passed over once seen.
+        return self._gain(ritz) > (rules.tol * scale if self.excluded else rules.copy_margin(scale))
+
+    def _gain(self, ritz: Ritz) -> float:
+        """How much better the wanted values are than those found before the last fresh start."""
+        # All places count: a missed copy of the first eigenvalue moves the k-th only up to the one before it.
+        return float((merit(ritz.values[: self.rules.k], self.rules.which) - self.found).max())
+
+    def _needs_no_verification(self, ritz: Ritz) -> bool:
+        """Whether no missed copy could matter, or they are excluded already."""
+        if self.excluded and self._gain(ritz) <= self.rules.copy_margin(self.lanczos.scale):
+            return True
+        return not self._decisive(ritz)
+
+    def _judge(self, ritz: Ritz, converged: bool, settled: bool) -> tuple[Outcome | None, bool]:
+        """Why to stop, or None to go on; and whether the answer is verified."""
+        lanczos, rules = self.lanczos, self.rules
+        verifying = self.certificate is not None
+        outcome: Outcome | None = None
+        verified = False
+        if lanczos.size == rules.dimension:
+            outcome, verified = Outcome.EXACT, True
+        elif verifying and (self.excluded or lanczos.invariant):
+            outcome, verified = Outcome.CONVERGED, True
+        elif converged and not verifying and (not rules.verify or self._needs_no_verification(ritz)):
+            outcome, verified = Outcome.CONVERGED, rules.verify
+        elif self.num_matvecs >= rules.max_matvecs:
+            outcome = Outcome.CONVERGED if converged or verifying else Outcome.MAX_MATVECS
+        elif lanczos.size >= rules.k and self.num_matvecs - self.best_matvec >= rules.patience:
+            outcome = Outcome.STAGNATED
+        # In the first matvecs scale may be far below the norm of the operator, and rounding would look like asymmetry.
+        if lanczos.asymmetry > _MAX_ASYMMETRY * lanczos.scale and (settled or outcome is not None):
+            outcome, verified = Outcome.ASYMMETRIC, False
+        return outcome, verified
+
+    # Actions
+
+    def _start_again(self, ritz: Ritz) -> None:
+        """Keep the wanted Ritz vectors and start again from a random direction, to verify them or to find the rest."""
+        lanczos, rules = self.lanczos, self.rules
+        kept = min(lanczos.size, rules.k)
+        if kept == rules.k:
+            self.remembered = self._neighbours(ritz)
+            self.found = merit(ritz.values[:kept], rules.which)
+            self.certificate = Certificate(self._decisive(ritz), kept, rules.dimension, rules.delta)
+            self.excluded = False
+        lanczos.contract(ritz.rotation[:, :kept])
+        self.num_draws += 1
+        if not lanczos.inject(self.draw(self.num_draws)):
+            raise ValueError(
+                f"Expected `random(seed, {self.num_draws})` to be finite and independent of the vectors before, but it "
+                f"has no part outside the {kept} vectors found. Check `random`, and `dimension` if slices are padded."
+            )
+        self.num_passes = 0
+        self.best_residual, self.best_matvec = math.inf, self.num_matvecs
+
+    def _resume_search(self) -> None:
+        """Go on from the basis as it is, until what was found has converged too."""
+        self.certificate = None
+        self.num_passes = 0
+        self.best_residual, self.best_matvec = math.inf, self.num_matvecs
+
+    def _restart(self, ritz: Ritz) -> None:
+        """Compress a full basis; while verifying, leave the pairs found as they are and compress the chain."""
+        kept = self.rules.k + (self.rules.ncv - self.rules.k) // 3
+        rotation = (ritz if self.certificate is None else self._locked_ritz()).rotation[:, :kept]
+        self.lanczos.contract(rotation)
+        if self.certificate is not None:
+            self.certificate.contract(rotation)
+        self.num_restarts += 1
+
+    def _report(self, ritz: Ritz) -> None:
+        if self.on_matvec is None:
+            return
+        k, scale = self.rules.k, self.lanczos.scale
+        worst = float(ritz.residuals[:k].max()) if self.lanczos.size >= k else math.inf
+        self.on_matvec(self.num_matvecs, worst / scale if scale else worst)
+
+    def _result(self, outcome: Outcome, ritz: Ritz, verified: bool = False) -> EigshResult:
+        """The record of the run. Its last act: the basis is rotated in place."""
+        lanczos, rules = self.lanczos, self.rules
+        num_pairs = min(lanczos.size, rules.k)
+        exact = lanczos.size == rules.dimension
+        closest = self._neighbours(ritz) if num_pairs == rules.k else []
+        behind = min(closest, default=_UNSEEN._replace(gap=math.inf if rules.k == rules.dimension else 0.0))
+        order = report_order(num_pairs, rules.which)
+        # Whatever was dropped on the way, nothing of it lies outside a basis of the whole space.
+        estimates = torch.zeros_like(ritz.residuals) if exact else ritz.residuals
+        lanczos.contract(ritz.rotation[:, order])
+        deviation = (lanczos.gram() - torch.eye(num_pairs, dtype=torch.float64, device="cpu")).abs()
+        return EigshResult(
+            eigenvalues=ritz.values[order],
+            eigenvectors=lanczos.vectors.clone(),
+            residuals=estimates[order].clamp(min=lanczos.asymmetry),
+            outcome=outcome,
+            verified=verified,
+            num_matvecs=self.num_matvecs,
+            num_restarts=self.num_restarts,
+            orthogonality=float(deviation.max()) if num_pairs else 0.0,
+            asymmetry=lanczos.asymmetry / lanczos.scale if lanczos.scale else 0.0,
+            scale=lanczos.scale,
+            next_eigenvalue=behind.value,
+            next_residual=behind.residual,
+            gap=behind.gap,
+        )
+
+
+def _beside_identity(k: int, rotation: Tensor) -> Tensor:
+    """The block diagonal matrix of a (k, k) identity and ``rotation``."""
+    size = k + rotation.shape[0]
+    block_diagonal = torch.eye(size, k + rotation.shape[1], dtype=torch.float64, device="cpu")
+    block_diagonal[k:, k:] = rotation
+    return block_diagonal

@@ -1,0 +1,37 @@
+"""What is computed at a probe and logged. Each is a small class; a user's own goes beside them."""
+
+from lightning_subspace.measurements.gradient import GapIndex, GradientCurvature, GradientFraction
+from lightning_subspace.measurements.measurement import Measurement, Probe
+from lightning_subspace.measurements.overlap import SubspaceOverlap
+from lightning_subspace.measurements.reliability import Reliability
+from lightning_subspace.measurements.stability import SharpnessOverThreshold
+from lightning_subspace.measurements.update import UpdateFraction
+
+
+def default_measurements(k: int) -> list[Measurement]:
+    """The measurements every monitor takes; the cheap tier k = 0 has only what needs no eigenvectors."""
+    if k == 0:
+        return [GradientCurvature()]
+    return [
+        GradientFraction(),
+        GradientCurvature(),
+        GapIndex(),
+        SubspaceOverlap(),
+        UpdateFraction(),
+        SharpnessOverThreshold(),
+        Reliability(),
+    ]
+
+
+__all__ = [
+    "GapIndex",
+    "GradientCurvature",
+    "GradientFraction",
+    "Measurement",
+    "Probe",
+    "Reliability",
+    "SharpnessOverThreshold",
+    "SubspaceOverlap",
+    "UpdateFraction",
+    "default_measurements",
+]

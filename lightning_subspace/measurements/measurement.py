@@ -1,0 +1,107 @@
+"""What a measurement gets to see, and what it has to give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_subspace.curvature import Hessian
+from lightning_subspace.parameters import ParameterSpace
+from lightning_subspace.record import Record
+from lightning_subspace.subspace import Subspace
+
+
+class Needs(Enum):
+    """How good the eigenpairs must be for a measurement to be taken."""
+
+    NOTHING = "no eigenpairs"
+    EIGENVALUES = "converged eigenvalues"
+    SUBSPACE = "a converged subspace whose subspace_error is at most 0.1"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One look at theta_t.
+
+    Attributes:
+        step: t, the number of optimizer steps taken.
+        number: how many probes this run has had before.
+        space: names and shapes behind the n coordinates.
+        gradient: (n,), of the mean loss over the gradient sample.
+        operator: the Hessian of the mean loss over the Hessian sample: `matvec`, `gradient`, `part`. It can be used
+            only while the probe lasts, not in `after_step`.
+        subspace: the top eigenspace; None for k = 0.
+        previous: (k, n), the eigenvectors of the last probe that had a trusted subspace; None at the first.
+        reference: (k, n), those of `reference_step`; None before it.
+        history: the records so far, oldest first.
+        optimizer: the optimizer in use; None without a Trainer or with several.
+        which: the end of the spectrum that `subspace` belongs to, "LA" for the algebraically largest.
+        solve: run the probe's eigensolver on another `matvec`.
+    """
+
+    step: int
+    number: int
+    space: ParameterSpace
+    gradient: Tensor
+    operator: Hessian
+    subspace: Subspace | None
+    previous: Tensor | None
+    reference: Tensor | None
+    history: Sequence[Record]
+    optimizer: Optimizer | None
+    which: str
+    solve: Callable[[Callable[[Tensor], Tensor]], Subspace]
+
+    @property
+    def top(self) -> Subspace:
+        """The subspace, for measurements that need one.
+
+        Raises:
+            ValueError: for k = 0.
+        """
+        if self.subspace is None:
+            raise ValueError("this probe has no subspace (k = 0); set `needs = Needs.SUBSPACE` on the measurement.")
+        return self.subspace
+
+
+class Measurement:
+    """Base of all measurements; override `measure`, and `after_step` for what the next step decides.
+
+    Keys are logged behind the monitor's name. A nan means "not defined here" and is left out.
+
+    Attributes:
+        needs: the measurement is skipped at probes whose eigenpairs are worse than this.
+
+    Example:
+        >>> class GradientNorm(Measurement):
+        ...     needs = Needs.NOTHING
+        ...     def measure(self, probe):
+        ...         return {"gradient_norm": float(probe.gradient.norm())}
+    """
+
+    needs: ClassVar[Needs] = Needs.SUBSPACE
+
+    def measure(self, probe: Probe) -> Mapping[str, float]:
+        """Numbers known at theta_t."""
+        return {}
+
+    def after_step(
+        self,
+        probe: Probe,
+        gradient: Tensor | None,  # (n,)
+        update: Tensor,  # (n,)
+    ) -> Mapping[str, float]:
+        """Numbers that need the optimizer step taken from theta_t.
+
+        Args:
+            probe: the probe; its operator can no longer be used.
+            gradient: the mini-batch gradient of the step, accumulated and before clipping (times the loss scale under
+                a GradScaler); None where the optimizer hook did not see it.
+            update: theta_{t+1} - theta_t.
+        """
+        return {}

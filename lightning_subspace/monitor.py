@@ -1,0 +1,354 @@
+"""The callback: decides when to probe, and hands what a probe found to the trainer and its loggers.
+
+No mathematics here. A probe of theta_t is taken when t optimizer steps are done. Its record stays open until the next
+step ends, since some numbers belong to the step taken *from* theta_t; then it is closed and logged at x = t.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_subspace import configuration as check
+from lightning_subspace._lightning import Callback, MisconfigurationException, rank_zero_info, rank_zero_warn
+from lightning_subspace.curvature import CheckOutcome
+from lightning_subspace.measurements import Measurement, default_measurements
+from lightning_subspace.probe import Solver, Which
+from lightning_subspace.record import Record, to_rows
+from lightning_subspace.report import ProgressLine, Publisher, add_layout
+from lightning_subspace.sample import Sample, Weight, sample_of_batches, sample_of_current, sample_of_dataset
+from lightning_subspace.schedule import Schedule, forecast
+from lightning_subspace.tracker import OpenRecord, Plan, Tracker
+from lightning_subspace.training_loss import LossFunction, Mode
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Hessian products a probe takes for each wanted pair, beside the ten of the certificate: measured 2 to 4.
+EXPECTED_MATVECS = 3
+
+
+class SubspaceMonitor(Callback):
+    """Log how much of the gradient lies in the top eigenspace of the Hessian of the training loss.
+
+    Training is bit for bit what it is without the monitor. What a probe cannot stand behind is left out of its record,
+    with a warning; a probe that fails never stops training. See the README for the keys and how to read them.
+
+    Args:
+        k: number of top eigenpairs, the number of classes being the natural choice; 0 takes one Hessian product a
+            probe and gives only the numbers along the gradient.
+        every_n_steps: optimizer steps between probes, or the list of steps to probe at (then nothing is probed beside
+            them; otherwise the start is, and the end if the budget allows it).
+        max_overhead: largest share of the wall time that probes after the first may take; candidate steps are passed
+            over to keep it. None gives the exact schedule.
+        sample: examples for the Hessian: a number, "all", "current" (the batch just trained on), or a loader or a list
+            of batches or of (batch, weight) pairs.
+        gradient_sample: examples for the gradient, which contain the former: a number or "all". Used where `sample` is
+            a number.
+        batch_size: of the micro-batches; by default that of training.
+        weight: `weight(batch)` is the share of a batch in averages, by default its number of examples; a loss that is a
+            mean over tokens passes the number of tokens.
+        reference_step: also log the overlap with the space of the first probe at or after this step.
+        which: end of the spectrum: "LA" (largest algebraic, the paper's "top"), "SA", "LM", "BE".
+        tol: residual of the eigenpairs relative to the largest |eigenvalue|.
+        max_matvecs: Hessian products a probe may take.
+        ncv: largest number of basis vectors, by default min(n, 2k + 10).
+        params: shell-style patterns of parameter names; by default all trainable ones.
+        loss_fn: `loss_fn(pl_module, batch, batch_idx) -> scalar` in place of `training_step`.
+        mode: "train" (the objective that is being descended) or "eval".
+        measurements: more measurements, beside the default ones.
+        log: "default" for what a person looks at, "all" for everything.
+        layout: add a page of combined charts to TensorBoard's custom scalars.
+        on_failure: "warn" or "raise" when a probe fails.
+        name: prefix of all keys, to be chosen where there are several monitors.
+        seed: of the sample, the dropout masks and the start vectors.
+
+    Raises:
+        MisconfigurationException: from `__init__`, `setup` or the start of training, naming the argument, what was
+            expected, what came, and the way out.
+
+    Example:
+        >>> monitor = SubspaceMonitor(k=10, every_n_steps=200)
+        >>> monitor.history
+        []
+    """
+
+    def __init__(
+        self,
+        k: int = 10,
+        *,
+        every_n_steps: int | Sequence[int] = 100,
+        max_overhead: float | None = 0.2,
+        sample: int | str | Iterable[Any] = 1024,
+        gradient_sample: int | str = 8192,
+        batch_size: int | None = None,
+        weight: Weight | None = None,
+        reference_step: int | None = None,
+        which: Which = "LA",
+        tol: float = 1e-3,
+        max_matvecs: int = 200,
+        ncv: int | None = None,
+        params: Sequence[str] | None = None,
+        loss_fn: LossFunction | None = None,
+        mode: Mode = "train",
+        measurements: Sequence[Measurement] | None = None,
+        log: Literal["default", "all"] = "default",
+        layout: bool = False,
+        on_failure: Literal["warn", "raise"] = "warn",
+        name: str = "subspace",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check.check_number("k", k, least=0)
+        check.check_steps("every_n_steps", every_n_steps)
+        check.check_share("max_overhead", max_overhead, optional=True)
+        check.check_sample(sample, gradient_sample)
+        check.check_number("batch_size", batch_size, least=1, optional=True)
+        check.check_callable("weight", weight)
+        check.check_number("reference_step", reference_step, least=0, optional=True)
+        check.check_choice("which", which, ("LA", "SA", "LM", "BE"))
+        check.check_tolerance("tol", tol)
+        check.check_number("max_matvecs", max_matvecs, least=max(k, 1))
+        check.check_number("ncv", ncv, least=k + 3, optional=True)
+        check.check_patterns("params", params)
+        check.check_callable("loss_fn", loss_fn)
+        check.check_choice("mode", mode, ("train", "eval"))
+        check.check_measurements("measurements", measurements)
+        check.check_choice("log", log, ("default", "all"))
+        check.check_choice("on_failure", on_failure, ("warn", "raise"))
+        check.check_name("name", name)
+        check.check_number("seed", seed, least=0)
+        self.name = name
+        self._plan = Plan(
+            solver=Solver(k, which, tol, ncv, max_matvecs, seed),
+            measurements=(*default_measurements(k), *(measurements or ())),
+            params=params,
+            loss_fn=loss_fn,
+            mode=mode,
+            reference_step=reference_step,
+        )
+        self._max_overhead = max_overhead
+        self._schedule = Schedule(every_n_steps, max_overhead)
+        self._sample_request = sample
+        self._gradient_sample = gradient_sample
+        self._batch_size = batch_size
+        self._weight = weight
+        self._layout = layout
+        self._on_failure = on_failure
+        self._publisher = Publisher(name, log)
+        self._tracker: Tracker | None = None
+        self._sample: Sample | None = None
+        self._open: OpenRecord | None = None
+
+    # -- what a user reads --------------------------------------------------------------------------------------------
+
+    @property
+    def history(self) -> Sequence[Record]:
+        """All records of the run, oldest first, without eigenvectors."""
+        return [] if self._tracker is None else self._tracker.history
+
+    def to_rows(self) -> list[dict[str, float]]:
+        """The history as one flat dict a probe, nan where a value is absent."""
+        return to_rows(self.history)
+
+    def overlap_matrix(self) -> tuple[list[int], np.ndarray]:
+        """Steps, and the matrix of overlaps between the spaces of all their probes (estimated from sketches)."""
+        return ([], np.zeros((0, 0))) if self._tracker is None else self._tracker.overlaps.matrix()
+
+    def plot(self) -> Figure:
+        """A matplotlib Figure: eigenvalues, fractions and overlaps over steps, and the overlap matrix."""
+        from lightning_subspace.report import summary_figure  # matplotlib takes a while to import
+
+        error = None if self._tracker is None else self._tracker.overlaps.error
+        return summary_figure(self.history, *self.overlap_matrix(), error=error)
+
+    @property
+    def overhead(self) -> float:
+        """Share of the wall time since training began that went into probes, in [0, 1]."""
+        return self._schedule.overhead
+
+    @property
+    def later_overhead(self) -> float:
+        """The same without the first probe: what `max_overhead` bounds."""
+        return self._schedule.later_overhead
+
+    def should_measure(self, step: int) -> bool:
+        """Whether to probe after optimizer step `step`; asked once after each. Override it for another schedule."""
+        return self._schedule.is_due(step)
+
+    # -- hooks, in the order of a run ---------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot work, before anything has run."""
+        if stage == "fit":
+            check.check_project(trainer, pl_module, self._plan.loss_fn)
+            check.warn_of_missing_keys(trainer, self.name)
+
+    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Plan, draw the sample, and probe the point where training starts."""
+        step = trainer.global_step
+        self._open = None
+        self._seen_step = step
+        self._set_up_seconds = 0.0
+        self._schedule.begin(step)
+        try:
+            if self._tracker is None or not self.history or step <= self.history[-1].step:
+                self._tracker = Tracker(self._plan, pl_module)
+            if self._sample_request != "current":
+                with self._setting_up():
+                    self._sample = self._draw_sample(trainer)
+        except ValueError as error:
+            raise MisconfigurationException(f"SubspaceMonitor: {error}") from error
+        if self._layout:
+            add_layout(trainer.loggers, self.name, self._plan.solver.k)
+        if self._sample is not None and self._schedule.probes_first_step:
+            self._take_probe(trainer, pl_module, step)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
+        """Keep the batch where it is the sample: training_step may write into it."""
+        if self._sample_request != "current":
+            return
+        is_first = self._sample is None
+        self._sample = sample_of_current(batch, self._weight)
+        if is_first and self._schedule.probes_first_step:
+            self._take_probe(trainer, pl_module, trainer.global_step)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Optimizer) -> None:
+        """Keep the gradient of the first step after a probe, before it is clipped."""
+        if self._open is not None:
+            self._open.see_gradient(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After an optimizer step: close the open record, and probe if it is time."""
+        step = trainer.global_step
+        if step == self._seen_step:  # gradients are still being accumulated
+            return
+        self._seen_step = step
+        self._close_record(trainer, pl_module)
+        if self.should_measure(step):
+            self._take_probe(trainer, pl_module, step)
+
+    def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
+        """A last probe, and the last figures."""
+        self._close_record(trainer)
+        is_new = not self.history or self.history[-1].step != trainer.global_step
+        if is_new and self._sample is not None and not trainer.interrupted and self._schedule.probes_last_step:
+            self._take_probe(trainer, pl_module, trainer.global_step)
+            self._close_record(trainer)
+        with self._schedule.reporting():
+            self._draw(trainer)
+        if self._schedule.passed_over:
+            rank_zero_warn(
+                f"SubspaceMonitor: the steps {self._schedule.passed_over} were passed over to keep max_overhead="
+                f"{self._max_overhead}; pass max_overhead=None to measure at every listed step."
+            )
+
+    def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
+        """Nothing measured is lost when training is interrupted."""
+        self._close_record(trainer)
+
+    # -- a probe ------------------------------------------------------------------------------------------------------
+
+    def _take_probe(self, trainer: Any, pl_module: nn.Module, step: int) -> None:
+        with self._schedule.probing(lambda: self._set_up_seconds):
+            try:
+                with ProgressLine(trainer) as line:
+                    opened = self._measure(trainer, pl_module, step, line)
+            except Exception as error:
+                if self._on_failure == "raise":
+                    raise
+                rank_zero_warn(
+                    f"SubspaceMonitor: the probe at step {step} failed and is left out, training goes on. "
+                    f"{type(error).__name__}: {error} (on_failure='raise' shows where.)"
+                )
+                return
+        costs = {"solver/seconds": self._schedule.last_seconds, "solver/overhead": self._schedule.overhead}
+        opened.record = replace(opened.record, metrics={**opened.record.metrics, **costs})
+        self._open = opened
+        self._publisher.offer(trainer, opened.record)
+        subspace = opened.record.subspace
+        if subspace is not None and not subspace.trusted:
+            rank_zero_warn(f"SubspaceMonitor: step {step}: {subspace.verdict}")
+
+    def _measure(self, trainer: Any, pl_module: nn.Module, step: int, line: ProgressLine) -> OpenRecord:
+        tracker, sample = self._tracker, self._sample
+        assert tracker is not None and sample is not None  # on_train_start has set them
+        if tracker.adapt(pl_module):
+            rank_zero_warn(
+                f"SubspaceMonitor: the set of trainable parameters has changed by step {step}; overlaps start anew."
+            )
+        is_first = tracker.num_probes == 0
+        if is_first:
+            with self._setting_up():
+                check = tracker.check(pl_module, sample)
+            if check.outcome is CheckOutcome.FAILED:
+                rank_zero_warn(f"SubspaceMonitor: {check.outcome.value} Measured: {check.reason}.")
+        times = [time.monotonic()]
+
+        def on_matvec(count: int, residual: float) -> None:
+            if is_first and count <= 2:
+                times.append(time.monotonic())
+            if is_first and count == 2:
+                self._tell_forecast(tracker.space.n, first_product=times[1] - times[0], product=times[2] - times[1])
+            line.update(f"{self.name}: {count} Hessian products, residual {residual:.0e}")
+
+        optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
+        return tracker.measure(pl_module, sample, step, optimizer=optimizer, on_matvec=on_matvec)
+
+    def _close_record(self, trainer: Any, pl_module: nn.Module | None = None) -> None:
+        """Close the open record, with what the step from its point tells if one was taken, and log it."""
+        if self._open is None:
+            return
+        opened, self._open = self._open, None
+        assert self._tracker is not None  # it has opened the record
+        with self._schedule.reporting():
+            record = self._tracker.close(opened, pl_module)
+            self._publisher.offer(trainer, record)
+            self._publisher.send(trainer, record)
+            count = len(self.history)
+            if count & (count - 1) == 0:  # 1, 2, 4, 8, ...: TensorBoard keeps ten images a tag
+                self._draw(trainer)
+
+    # -- helpers ------------------------------------------------------------------------------------------------------
+
+    def _draw(self, trainer: Any) -> None:
+        if self._tracker is not None:
+            self._publisher.draw(trainer, self.history, *self.overlap_matrix(), self._tracker.overlaps.error)
+
+    def _draw_sample(self, trainer: Any) -> Sample:
+        request = self._sample_request
+        if not isinstance(request, int | str):
+            return sample_of_batches(request, self._weight)
+        return sample_of_dataset(
+            trainer.train_dataloader,
+            None if request == "all" else int(request),
+            None if self._gradient_sample == "all" else int(self._gradient_sample),
+            batch_size=self._batch_size,
+            weight=self._weight,
+            seed=self._plan.solver.seed,
+        )
+
+    def _tell_forecast(self, n: int, *, first_product: float, product: float) -> None:
+        """After the second product of the first probe: what a probe will cost."""
+        solver = self._plan.solver
+        seconds = first_product + product * (EXPECTED_MATVECS * solver.k + 10)
+        text = forecast(n=n, k=solver.k, ncv=solver.ncv, seconds=seconds, max_overhead=self._max_overhead)
+        rank_zero_info(f"SubspaceMonitor: {text}")
+
+    @contextmanager
+    def _setting_up(self) -> Iterator[None]:
+        """Time what only the first probe does."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._set_up_seconds += time.monotonic() - started

@@ -1,0 +1,138 @@
+"""Which tensors are differentiated, and how a flat vector maps to them.
+
+A curvature computation needs one order of the coordinates: `ParameterSpace` fixes it once, as the order of
+`module.named_parameters()` restricted to the parameters that require a gradient and match the requested patterns.
+Tied parameters appear once, under their first name; a pattern may use any of their names.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ParameterSpace:
+    """The trainable parameters of a module as the coordinates of R^n.
+
+    Attributes:
+        names: qualified parameter names, in the order of `named_parameters()`.
+        shapes: their shapes.
+
+    Example:
+        >>> space = ParameterSpace.of(nn.Linear(3, 2))
+        >>> space.names, space.n
+        (('weight', 'bias'), 8)
+        >>> [tuple(t.shape) for t in space.unflatten(torch.arange(8.0))]
+        [(2, 3), (2,)]
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module, params: Sequence[str] | None = None) -> ParameterSpace:
+        """Plan the space of `module`.
+
+        Args:
+            module: any module; only parameters with `requires_grad=True` are taken.
+            params: shell-style patterns on the qualified names (`["head.*", "*.bias"]`); None takes all.
+
+        Raises:
+            ValueError: when nothing is left to differentiate, when a pattern matches no trainable parameter, or when
+                a parameter is a lazy one that has not been initialised yet, or a complex one.
+        """
+        names: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad:
+                names.setdefault(parameter, []).append(name)
+        if not names:
+            raise ValueError(
+                f"{type(module).__name__} has no parameter with requires_grad=True, so there is no gradient to measure."
+            )
+        if params is not None:
+            _require_matches(params, [name for aliases in names.values() for name in aliases], type(module).__name__)
+        chosen = {aliases[0]: p for p, aliases in names.items() if params is None or _any_match(aliases, params)}
+        for name, parameter in chosen.items():
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ValueError(
+                    f"the parameter {name!r} is a lazy one without a shape yet; run one forward pass before training."
+                )
+            if parameter.is_complex():
+                raise ValueError(
+                    f"the parameter {name!r} is complex, which is not supported; leave it out with params=[...]."
+                )
+        return cls(tuple(chosen), tuple(p.shape for p in chosen.values()))
+
+    @property
+    def numels(self) -> tuple[int, ...]:
+        """Number of coordinates of each parameter."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def n(self) -> int:
+        """Dimension of the space."""
+        return sum(self.numels)
+
+    def tensors(self, module: nn.Module) -> list[Tensor]:
+        """The module's own tensors at these coordinates, in order.
+
+        Raises:
+            ValueError: when a parameter has gone or changed its shape.
+        """
+        named = dict(module.named_parameters())
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            if name not in named or named[name].shape != shape:
+                raise ValueError(f"the parameter {name!r} of shape {tuple(shape)} is no longer part of the module.")
+        return [named[name] for name in self.names]
+
+    def flatten(self, tensors: Iterable[Tensor | None], like: Tensor | None = None) -> Tensor:  # (n,)
+        """Concatenate one tensor a parameter into a new flat vector.
+
+        Args:
+            tensors: in the order of `names`; None stands for zeros (an unused parameter), sparse ones are made dense.
+            like: gives dtype and device of the result; by default the first tensor that is not None.
+
+        Raises:
+            ValueError: when `like` is needed but missing, or when a tensor has not the shape of its parameter.
+        """
+        tensors = list(tensors)
+        like = next((t for t in tensors if t is not None), None) if like is None else like
+        if like is None:
+            raise ValueError("flatten: every tensor is None; pass `like=` to fix dtype and device of the zeros.")
+        flat = torch.zeros(self.n, dtype=like.dtype, device=like.device)
+        for name, piece, tensor in zip(self.names, self.unflatten(flat), tensors, strict=True):
+            if tensor is None:
+                continue
+            if tensor.shape != piece.shape:  # copy_ would broadcast
+                raise ValueError(
+                    f"flatten: the tensor for {name!r} must have shape {tuple(piece.shape)}, got {tuple(tensor.shape)}."
+                )
+            piece.copy_(tensor.detach().to_dense())
+        return flat
+
+    def unflatten(self, flat: Tensor) -> list[Tensor]:
+        """Views of a flat vector, one a parameter."""
+        return [
+            piece.view(shape) for piece, shape in zip(torch.split(flat, list(self.numels)), self.shapes, strict=True)
+        ]
+
+
+def _any_match(names: Iterable[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _require_matches(patterns: Sequence[str], names: Sequence[str], module: str) -> None:
+    if isinstance(patterns, str) or not patterns:
+        raise ValueError(f"params: expected None or a list of patterns such as ['head.*'], got {patterns!r}.")
+    for pattern in patterns:
+        if not _any_match(names, [pattern]):
+            raise ValueError(
+                f"params: the pattern {pattern!r} matches no trainable parameter of {module}; "
+                f"the names begin with {list(names[:5])}. Patterns are shell-style, as in 'head.*'."
+            )

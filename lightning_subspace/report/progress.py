@@ -1,0 +1,182 @@
+"""One line that says what a long probe is doing, on whatever progress bar the trainer has.
+
+A probe may take as long as hundreds of training steps, and a bar that stands still looks like a hang. Each display
+below borrows a place that is already on the screen and gives it back: nothing stays behind.
+
+Lightning's bars are recognised by the names of their classes, so that both of its namespaces work and neither tqdm nor
+rich is imported.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Protocol, TextIO
+
+# Seconds a probe runs in silence: short ones would only flicker.
+PATIENCE = 1.0
+# Seconds between two refreshes.
+INTERVAL = 0.25
+
+
+class ProgressLine:
+    """A context manager around a probe, whose line appears after a second and is gone at the end.
+
+    Shown on rank 0 only. Never raises: a display that fails is not used again.
+
+    Example:
+        >>> with ProgressLine(trainer) as line:  # doctest: +SKIP
+        ...     line.update("subspace: 12 Hessian products")
+    """
+
+    def __init__(
+        self, trainer: Any = None, *, clock: Callable[[], float] = time.monotonic, stream: TextIO | None = None
+    ) -> None:
+        """Remember where to show the line; nothing is shown yet.
+
+        Args:
+            trainer: anything with a `progress_bar_callback`; None where there is no trainer.
+            clock: seconds from any origin.
+            stream: where the line goes when there is no progress bar; by default what `sys.stderr` is at that time.
+        """
+        self._trainer = trainer
+        self._clock = clock
+        self._stream = stream
+        self._display: _Display | None = None
+        self._due = float("inf")
+
+    def __enter__(self) -> ProgressLine:
+        """Start the second of silence."""
+        self._due = self._clock() + PATIENCE
+        return self
+
+    def update(self, text: str) -> None:
+        """Show a text, if it is time to.
+
+        Args:
+            text: one short line.
+        """
+        now = self._clock()
+        if now < self._due:
+            return
+        self._due = now + INTERVAL
+        try:
+            if self._display is None:
+                self._display = _find_display(self._trainer, self._stream or sys.stderr)
+            self._display.show(" ".join(text.split()))
+        except Exception:
+            self._due = float("inf")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Give the borrowed place back."""
+        self._due = float("inf")
+        display, self._display = self._display, None
+        if display is not None:
+            try:
+                display.erase()
+            except Exception:
+                return
+
+
+class _Display(Protocol):
+    def show(self, text: str) -> None: ...
+
+    def erase(self) -> None: ...
+
+
+class _Nothing:
+    def show(self, text: str) -> None:
+        pass
+
+    def erase(self) -> None:
+        pass
+
+
+class _TerminalLine:
+    """A line of its own, overwritten in place."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._length = 0
+
+    def show(self, text: str) -> None:
+        # A line that wraps cannot be erased by a carriage return.
+        text = text[: shutil.get_terminal_size().columns - 1]
+        self._write("\r" + text.ljust(self._length))
+        self._length = len(text)
+
+    def erase(self) -> None:
+        self._write("\r" + " " * self._length + "\r")
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+class _TqdmPostfix:
+    """The place of the metrics, to the right of a tqdm bar; works in terminals and notebooks alike."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._postfix = bar.postfix
+
+    def show(self, text: str) -> None:
+        self._bar.set_postfix_str(text)
+
+    def erase(self) -> None:
+        self._bar.postfix = self._postfix
+        self._bar.refresh()
+
+
+class _RichDescription:
+    """The description of a rich task, to the left of its bar.
+
+    Not a task of its own: Lightning takes the ids of its tasks for positions in the list of tasks, and a task that
+    comes and goes would shift them. Not a print to the console either: above a live display that is there for good.
+    """
+
+    def __init__(self, progress: Any, task_id: Any) -> None:
+        self._progress = progress
+        self._task_id = task_id
+        self._description = next(task.description for task in progress.tasks if task.id == task_id)
+
+    def show(self, text: str) -> None:
+        # Rich reads square brackets as markup.
+        escaped = text.replace("[", r"\[")
+        self._describe(f"{self._description} · {escaped}")
+
+    def erase(self) -> None:
+        self._describe(self._description)
+
+    def _describe(self, description: str) -> None:
+        self._progress.update(self._task_id, description=description)
+        self._progress.refresh()
+
+
+def _find_display(trainer: Any, stream: TextIO) -> _Display:
+    """The display for the trainer's progress bar as it is now, in the middle of an epoch or before the first."""
+    if not getattr(trainer, "is_global_zero", True):
+        return _Nothing()
+    callback = getattr(trainer, "progress_bar_callback", None)
+    if callback is not None:
+        names = {base.__name__ for base in type(callback).__mro__}
+        if getattr(callback, "is_disabled", False):
+            return _Nothing()
+        if "TQDMProgressBar" in names:
+            bar = getattr(callback, "_train_progress_bar", None)
+            if bar is not None and not bar.disable:
+                return _TqdmPostfix(bar)
+        elif "RichProgressBar" in names:
+            progress, task_id = callback.progress, callback.train_progress_bar_id
+            if progress is not None:
+                # Rich redirects the streams while its display lives: a line without a task would never be erased.
+                return _Nothing() if task_id is None else _RichDescription(progress, task_id)
+        else:
+            # Someone's own bar may be on the terminal's current line.
+            return _Nothing()
+    return _TerminalLine(stream) if stream.isatty() else _Nothing()

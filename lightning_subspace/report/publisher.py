@@ -1,0 +1,60 @@
+"""What a monitor sends out for each record: scalars, callback metrics, a histogram, and now and then figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_subspace._lightning import rank_zero_warn
+from lightning_subspace.record import Record
+from lightning_subspace.report.loggers import LogLevel, Reporter, logged_name, select
+
+
+class Publisher:
+    """Sends the records of one monitor to a trainer and its loggers.
+
+    Args:
+        name: prefix of all keys.
+        log: "default" or "all"; see `select`.
+    """
+
+    def __init__(self, name: str, log: LogLevel) -> None:
+        self._name = name
+        self._log = log
+        self._reporter = Reporter()
+        self._drawn_step: int | None = None
+
+    def offer(self, trainer: Any, record: Record) -> None:
+        """Let ModelCheckpoint and EarlyStopping see the values; a withheld one leaves the last good one there."""
+        trainer.callback_metrics.update(
+            {logged_name(self._name, key): torch.tensor(value) for key, value in record.metrics.items()}
+        )
+
+    def send(self, trainer: Any, record: Record) -> None:
+        """Scalars and the histogram of the eigenvalues, at x = the step of the record."""
+        named = {logged_name(self._name, key): value for key, value in select(record.metrics, self._log).items()}
+        self._reporter.scalars(trainer.loggers, named, record.step)
+        if record.subspace is not None and record.subspace.converged:
+            values = record.subspace.eigenvalues
+            self._reporter.histogram(trainer.loggers, f"{self._name}/eigenvalues", values, record.step)
+
+    def draw(
+        self, trainer: Any, history: Sequence[Record], steps: Sequence[int], matrix: np.ndarray, error: float | None
+    ) -> None:
+        """The spectrum of the last record and the overlaps between all; once for each last record. Never raises."""
+        spaces = [record for record in history if record.subspace is not None]
+        if not spaces or not trainer.loggers or spaces[-1].step == self._drawn_step:
+            return
+        self._drawn_step = step = spaces[-1].step
+        try:
+            from lightning_subspace.report.figures import overlap_figure, spectrum_figure  # matplotlib takes a while
+
+            self._reporter.figure(trainer.loggers, f"{self._name}/spectrum", spectrum_figure(spaces), step)
+            if len(steps) > 1:
+                figure = overlap_figure(steps, matrix, error)
+                self._reporter.figure(trainer.loggers, f"{self._name}/overlaps", figure, step)
+        except Exception as problem:
+            rank_zero_warn(f"SubspaceMonitor: the figures of step {step} could not be drawn: {problem!r}")

@@ -1,0 +1,143 @@
+"""When to probe: at which steps, and how often the time allows.
+
+Steps are counted by crossings (`step // every` changes), not by remainders, since a step may count for several. A
+budget makes the interval a minimum distance: a candidate step is passed over while the probes so far, together with
+the one to come, would take more than `max_overhead` of the wall time. The first probe is taken in any case and kept
+out of this account: it bears the set-up, and it is what the forecast is made from.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+
+class Schedule:
+    """Decides when a probe is due, and keeps the account of its time.
+
+    Args:
+        every_n_steps: distance between probes in optimizer steps, or the list of steps to probe at.
+        max_overhead: largest share of the wall time in (0, 1) that probes after the first may take; None: no limit.
+        clock: seconds, monotonic.
+
+    Example:
+        >>> now = [0.0]
+        >>> schedule = Schedule(10, None, clock=lambda: now[0])
+        >>> schedule.begin(0)
+        >>> [step for step in range(1, 35) if schedule.is_due(step)]
+        [10, 20, 30]
+    """
+
+    def __init__(
+        self, every_n_steps: int | Sequence[int], max_overhead: float | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._every = every_n_steps
+        self._max_overhead = max_overhead
+        self._clock = clock
+        self.passed_over: list[int] = []
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        """Training starts, or goes on, at this step."""
+        self.last_seconds = 0.0  # that the last probe took
+        self._began = self._clock()
+        self._last_step = step
+        self._num_probes = 0
+        self._spent = 0.0  # on all probes
+        self._first = 0.0  # of it on the first
+        self._next_cost = 0.0  # what a probe is expected to take
+
+    @property
+    def probes_first_step(self) -> bool:
+        """Whether the point where training starts is to be probed: always for an interval, on request for a list."""
+        return isinstance(self._every, int) or self._last_step in self._every
+
+    @property
+    def probes_last_step(self) -> bool:
+        """Whether the end of training is to be probed: for an interval, if the budget allows it."""
+        return isinstance(self._every, int) and self.is_affordable()
+
+    def is_due(self, step: int) -> bool:
+        """Whether to probe at `step`. To be asked once after each optimizer step."""
+        last, self._last_step = self._last_step, step
+        if isinstance(self._every, int):
+            return step // self._every > last // self._every and self.is_affordable()
+        if not any(last < listed <= step for listed in self._every):
+            return False
+        if not self.is_affordable():
+            self.passed_over.append(step)
+            return False
+        return True
+
+    def is_affordable(self) -> bool:
+        """Whether one more probe keeps the share of the time after the first probe within the budget."""
+        if self._max_overhead is None or self._num_probes == 0:
+            return True
+        elapsed = self._clock() - self._began - self._first
+        later = self._spent - self._first
+        return later + self._next_cost <= self._max_overhead * (elapsed + self._next_cost)
+
+    @contextmanager
+    def probing(self, set_up: Callable[[], float] = lambda: 0.0) -> Iterator[None]:
+        """Count the time inside as that of one probe.
+
+        Args:
+            set_up: asked at the end; seconds of it that will not come again (drawing the sample, the self-check).
+        """
+        start = self._clock()
+        try:
+            yield
+        finally:
+            seconds = self._clock() - start
+            self._spent += seconds
+            if self._num_probes == 0:
+                self._first = seconds
+            self._num_probes += 1
+            self.last_seconds = seconds
+            self._next_cost = max(seconds - set_up(), 0.0)
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Count the time inside (figures, loggers) as overhead, without taking it for the price of a probe."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            seconds = self._clock() - start
+            self._spent += seconds
+            if self._num_probes <= 1:
+                self._first += seconds
+
+    @property
+    def overhead(self) -> float:
+        """Share of the wall time since training began that went into probes, in [0, 1]."""
+        elapsed = self._clock() - self._began
+        return self._spent / elapsed if elapsed > 0.0 else 0.0
+
+    @property
+    def later_overhead(self) -> float:
+        """The same without the first probe: what `max_overhead` bounds."""
+        elapsed = self._clock() - self._began - self._first
+        return (self._spent - self._first) / elapsed if elapsed > 0.0 else 0.0
+
+
+def forecast(*, n: int, k: int, ncv: int | None, seconds: float, max_overhead: float | None) -> str:
+    """One sentence on what a probe will cost.
+
+    Args:
+        n: number of parameters.
+        k: number of eigenpairs.
+        ncv: number of basis vectors held; None for the solver's default.
+        seconds: expected for one probe.
+        max_overhead: the budget.
+
+    Example:
+        >>> forecast(n=1_930, k=10, ncv=None, seconds=0.5, max_overhead=0.2)
+        'n = 1,930, k = 10: about 0.50 s a probe and 0.2 MB of basis; at most one every 2.5 s (max_overhead=0.2)'
+    """
+    vectors = min(n, 2 * k + 10 if ncv is None else ncv) + 1
+    pace = "as scheduled (max_overhead=None)"
+    if max_overhead is not None:
+        pace = f"at most one every {seconds / max_overhead:.1f} s (max_overhead={max_overhead})"
+    return f"n = {n:,}, k = {k}: about {seconds:.2f} s a probe and {vectors * n * 4 / 1e6:.1f} MB of basis; {pace}"

@@ -1,0 +1,239 @@
+"""The user's own training loss as a pure function of (parameters, micro-batch).
+
+Inside the context the module runs on a `Shadow`: copies of its parameters, as leaves, and of every other state. Each
+evaluation starts from the same state and the same random seed, which depends on the micro-batch alone; so the same
+dropout masks come back and two evaluations give the same number to the last bit. On exit everything is as it was.
+
+The context has to stay open through every product with the Hessian as well: hooks and the recomputation of activation
+checkpoints run inside the backward pass and must meet the copies.
+
+For second derivatives the context sets aside what cannot be differentiated twice: compiled code, fused attention,
+autocast, cuDNN's recurrent kernels.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_subspace._lightning import muted, transfer
+from lightning_subspace.containment import Shadow
+from lightning_subspace.parameters import ParameterSpace
+from lightning_subspace.random_state import preserved_random_state, seed_generators
+
+Mode = Literal["train", "eval"]
+LossFunction = Callable[[nn.Module, Any, int], Tensor]
+
+
+class LossError(RuntimeError):
+    """The training loss could not be evaluated as a finite scalar that depends on the parameters."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One batch of a fixed sample.
+
+    Attributes:
+        data: what the collate function returned, on the CPU.
+        weight: its share in averages, before normalisation: the number of examples or tokens.
+        index: its place in the sample; fixes `batch_idx` and the random seed.
+        transferred: whether it has been through the transfer hooks already, as a batch seen in training has.
+    """
+
+    data: Any
+    weight: float
+    index: int
+    transferred: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One value of the loss, with its graph.
+
+    Attributes:
+        value: 0-dimensional, finite.
+        leaves: the copies of the selected parameters that the graph ends in, in the order of the space.
+    """
+
+    value: Tensor
+    leaves: list[Tensor]
+
+
+class TrainingLoss:
+    """A context in which `loss(micro_batch)` evaluates the training loss without touching anything.
+
+    Args:
+        module: a LightningModule, or any module when `loss_fn` is given.
+        space: the parameters to differentiate by.
+        loss_fn: `loss_fn(module, batch, batch_idx) -> scalar`, in place of `module.training_step`.
+        mode: "train" measures the objective that is being descended, with submodules in the modes they are in (a
+            module that is in eval mode as a whole is put into train mode); "eval" puts everything in eval mode.
+        dtype: the narrowest floating-point type used; wider ones stay.
+        seed: of the random numbers inside the loss (dropout masks).
+
+    Example:
+        >>> net, batch = nn.Linear(2, 1), MicroBatch(torch.ones(4, 2), weight=4.0, index=0)
+        >>> with TrainingLoss(net, ParameterSpace.of(net), lambda m, x, i: m(x).square().mean()) as loss:
+        ...     value = loss(batch).value
+        >>> value.shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        space: ParameterSpace,
+        loss_fn: LossFunction | None = None,
+        *,
+        mode: Mode = "train",
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        self.module = module
+        self.space = space
+        self.mode = mode
+        self.seed = seed
+        widest = dtype
+        for parameter in space.tensors(module):
+            widest = torch.promote_types(widest, parameter.dtype)
+        self.dtype = widest
+        self.device = space.tensors(module)[0].device
+        self._step = loss_fn if loss_fn is not None else _training_step(module)
+        self._displacement: dict[int, Tensor] = {}
+        self._stack = ExitStack()
+        self._shadow: Shadow | None = None
+
+    def __enter__(self) -> TrainingLoss:
+        originals = self.space.tensors(self.module)
+        with ExitStack() as stack:  # closed again if anything below raises
+            stack.enter_context(preserved_random_state())
+            stack.enter_context(_twice_differentiable(self.module, self.device, self.dtype))
+            stack.enter_context(_in_mode(self.module, self.mode))
+            stack.enter_context(muted(self.module))
+            self._shadow = Shadow(self.module, self.dtype, lambda parameter: self._displacement.get(id(parameter)))
+            stack.callback(self._shadow.close)
+            self._stack = stack.pop_all()
+        self._original_ids = [id(parameter) for parameter in originals]
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+        self._shadow = None
+        self._displacement = {}
+
+    def displace(self, offset: Tensor | None) -> None:
+        """Evaluate at theta + offset from now on; `offset` is a flat vector (n,), None goes back to theta."""
+        pieces = [] if offset is None else self.space.unflatten(offset)
+        self._displacement = dict(zip(self._original_ids, pieces, strict=False))
+
+    def __call__(self, batch: MicroBatch) -> Evaluation:
+        """Evaluate the loss of one micro-batch.
+
+        Raises:
+            LossError: when `training_step` returns None, something without a loss, a value that is not a scalar, not
+                finite, or independent of the parameters.
+            RuntimeError: when the context is not open.
+        """
+        if self._shadow is None:
+            raise RuntimeError("TrainingLoss is a context manager; evaluate it inside `with TrainingLoss(...) as loss:`.")
+        self._shadow.renew()
+        leaves = self.space.tensors(self.module)
+        # One stream a micro-batch: the stride keeps the seeds of neighbouring monitors and batches apart.
+        seed_generators(self.seed * 1_000_003 + batch.index)
+        data = apply_to_collection(batch.data, Tensor, self._own_copy)
+        if not batch.transferred:
+            data = transfer(data, self.module, self.device)
+        value = _scalar(self._step(self.module, data, batch.index), type(self.module).__name__)
+        return Evaluation(value, leaves)
+
+    def _own_copy(self, tensor: Tensor) -> Tensor:
+        """A copy, since training_step may write into its batch, at least as wide as the parameters."""
+        dtype = torch.promote_types(tensor.dtype, self.dtype) if tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to(dtype, copy=True)
+
+
+def check_loss_function(module: nn.Module, loss_fn: LossFunction | None) -> None:
+    """Whether there is a loss to evaluate.
+
+    Raises:
+        TypeError: without `loss_fn`, when the module has no `training_step` that takes a batch.
+    """
+    if loss_fn is None:
+        _training_step(module)
+
+
+def _training_step(module: nn.Module) -> LossFunction:
+    """`module.training_step` with the arguments that it declares."""
+    step = getattr(module, "training_step", None)
+    if step is None:
+        raise TypeError(
+            f"{type(module).__name__} has no training_step; pass loss_fn=, a function (module, batch, batch_idx) -> "
+            "scalar tensor."
+        )
+    names = list(inspect.signature(step).parameters)
+    if "dataloader_iter" in names:
+        raise TypeError(
+            f"{type(module).__name__}.training_step takes a dataloader_iter, so it cannot be evaluated on a fixed "
+            "batch; pass loss_fn=, a function (module, batch, batch_idx) -> scalar tensor."
+        )
+    if len(names) == 1:
+        return lambda _, batch, batch_idx: step(batch)
+    return lambda _, batch, batch_idx: step(batch, batch_idx)
+
+
+def _scalar(output: Any, owner: str) -> Tensor:
+    """The loss in what training_step returned."""
+    if isinstance(output, Mapping):
+        output = output.get("loss")
+    if output is None:
+        raise LossError(f"the training step of {owner} returned no loss for this batch; return a tensor or {{'loss': ...}}.")
+    if not isinstance(output, Tensor) or output.numel() != 1:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise LossError(f"the loss of {owner} must be a scalar tensor, got {shape}; average it over the batch.")
+    value = output.reshape(())
+    if not value.requires_grad:
+        raise LossError(f"the loss of {owner} does not depend on the parameters (it has no graph); was it detached?")
+    if not bool(torch.isfinite(value)):
+        raise LossError(f"the loss of {owner} is {float(value)} on the fixed sample; nothing can be measured here.")
+    return value
+
+
+@contextmanager
+def _in_mode(module: nn.Module, mode: Mode) -> Iterator[None]:
+    """Set train or eval mode and put back the mode of every submodule."""
+    before = [(m, m.training) for m in module.modules()]
+    try:
+        if mode == "eval" or not module.training:
+            module.train(mode == "train")
+        yield
+    finally:
+        for m, training in before:
+            m.training = training
+
+
+@contextmanager
+def _twice_differentiable(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Set aside what has no second derivative: inference mode, compiled code, fused attention, autocast, cuDNN RNNs."""
+    default = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if "torch._dynamo" in sys.modules:  # without it nothing is compiled, and importing it takes seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        for kind in {device.type, "cpu"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if any(isinstance(m, nn.RNNBase) for m in module.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.callback(torch.set_default_dtype, default)
+        torch.set_default_dtype(dtype)
+        yield

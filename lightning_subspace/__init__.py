@@ -37,7 +37,7 @@ _HOMES = {
     "to_rows": "record",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605 - the names are the keys above
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

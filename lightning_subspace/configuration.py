@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +61,7 @@ def check_sample(sample: Any, gradient_sample: Any) -> None:
         return check_choice("gradient_sample", gradient_sample, ("all",))
     check_number("gradient_sample", gradient_sample, least=1)
     if isinstance(sample, int) and gradient_sample < sample:
-        raise _wrong("gradient_sample", f"at least the {sample} examples of `sample`, which it contains", gradient_sample)
+        raise _wrong("gradient_sample", f"at least the {sample} of `sample`, which it contains", gradient_sample)
     return None
 
 
@@ -75,13 +75,13 @@ def check_patterns(name: str, value: Any) -> None:
 
 def check_name(name: str, value: Any) -> None:
     """ASCII without blanks or slashes: loggers make paths and groups of it."""
-    if not isinstance(value, str) or not value.isascii() or not value.replace("-", "_").replace(".", "_").isidentifier():
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", value):
         raise _wrong(name, "an ASCII word of letters, digits, '_', '-' and '.'", value)
 
 
 def check_tolerance(name: str, value: Any) -> None:
     """A positive number of at most 0.1: beyond that, an eigenvector has hardly begun to show."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 0.1 or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 0.1:
         raise _wrong(name, "a number in (0, 0.1], relative to the largest eigenvalue", value)
 
 
@@ -91,11 +91,18 @@ def check_callable(name: str, value: Any) -> None:
         raise _wrong(name, "a function or None", value)
 
 
+def check_flag(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise _wrong(name, "True or False", value)
+
+
 def check_measurements(name: str, value: Any) -> None:
-    """Instances of `Measurement`."""
-    for item in value or ():
-        if not isinstance(item, Measurement):
-            raise _wrong(name, "instances of lightning_subspace.Measurement", item)
+    """A list of instances of `Measurement`."""
+    if value is None:
+        return
+    if not isinstance(value, Sequence) or not all(isinstance(item, Measurement) for item in value):
+        raise _wrong(name, "a list of instances of lightning_subspace.Measurement, or None", value)
 
 
 def check_project(trainer: Any, module: nn.Module, loss_fn: LossFunction | None) -> None:
@@ -116,6 +123,13 @@ def check_project(trainer: Any, module: nn.Module, loss_fn: LossFunction | None)
         raise MisconfigurationException(f"SubspaceMonitor: {error}") from error
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Several monitors in one trainer would write over each other under one name."""
+    for name in names:
+        if names.count(name) > 1:
+            raise _wrong("name", "different for every monitor of a Trainer", name)
+
+
 def warn_of_missing_keys(trainer: Any, name: str) -> None:
     """A probe that cannot stand behind a value withholds it; say what callbacks that wait for one will then do."""
     for callback in trainer.callbacks:
@@ -129,8 +143,9 @@ def warn_of_missing_keys(trainer: Any, name: str) -> None:
             )
         elif isinstance(callback, ModelCheckpoint):
             rank_zero_warn(
-                f"ModelCheckpoint(monitor={key!r}) will raise if it is to save before a probe has logged that value, "
-                "which a probe that does not converge withholds; every later save sees the last value logged."
+                f"ModelCheckpoint(monitor={key!r}) saves nothing before a probe has logged that value, which a probe "
+                "that does not converge withholds; once validation has run it then ends the run with an error. Every "
+                "later save sees the last value logged."
             )
 
 

@@ -7,8 +7,8 @@ step ends, since some numbers belong to the step taken *from* theta_t; then it i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -122,6 +122,7 @@ class SubspaceMonitor(Callback):
         check.check_choice("mode", mode, ("train", "eval"))
         check.check_measurements("measurements", measurements)
         check.check_choice("log", log, ("default", "all"))
+        check.check_flag("layout", layout)
         check.check_choice("on_failure", on_failure, ("warn", "raise"))
         check.check_name("name", name)
         check.check_number("seed", seed, least=0)
@@ -146,6 +147,10 @@ class SubspaceMonitor(Callback):
         self._tracker: Tracker | None = None
         self._sample: Sample | None = None
         self._open: OpenRecord | None = None
+        self._seen_step = -1
+        self._probed_step = -1
+        self._forecast_told = False
+        self._told: set[str] = set()
 
     # -- what a user reads --------------------------------------------------------------------------------------------
 
@@ -188,46 +193,47 @@ class SubspaceMonitor(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work, before anything has run."""
         if stage == "fit":
+            check.check_names([c.name for c in trainer.callbacks if isinstance(c, SubspaceMonitor)])
             check.check_project(trainer, pl_module, self._plan.loss_fn)
             check.warn_of_missing_keys(trainer, self.name)
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Plan, draw the sample, and probe the point where training starts."""
         step = trainer.global_step
+        last = self.history[-1].step if self.history else None
+        continues = last is not None and step > 0 and last <= step
         self._open = None
         self._seen_step = step
-        self._set_up_seconds = 0.0
+        self._probed_step = step if continues and last == step else -1
+        self._told = set()
         self._schedule.begin(step)
         try:
-            if self._tracker is None or not self.history or step <= self.history[-1].step:
+            if not continues:
+                self._forecast_told = False
                 self._tracker = Tracker(self._plan, pl_module)
-            if self._sample_request != "current":
-                with self._setting_up():
-                    self._sample = self._draw_sample(trainer)
+            with self._schedule.aside():
+                self._sample = self._draw_sample(trainer)
         except ValueError as error:
             raise MisconfigurationException(f"SubspaceMonitor: {error}") from error
         if self._layout:
             add_layout(trainer.loggers, self.name, self._plan.solver.k)
-        if self._sample is not None and self._schedule.probes_first_step:
-            self._take_probe(trainer, pl_module, step)
+        self._take_first_probe(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         """Keep the batch where it is the sample: training_step may write into it."""
-        if self._sample_request != "current":
-            return
-        is_first = self._sample is None
-        self._sample = sample_of_current(batch, self._weight)
-        if is_first and self._schedule.probes_first_step:
-            self._take_probe(trainer, pl_module, trainer.global_step)
+        if self._sample_request == "current":
+            is_first = self._sample is None
+            self._sample = sample_of_current(batch, lambda _: 1.0)  # one batch: any weight is the same mean
+            if is_first:
+                self._take_first_probe(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Optimizer) -> None:
         """Keep the gradient of the first step after a probe, before it is clipped."""
         if self._open is not None:
-            self._open.see_gradient(pl_module)
+            with suppress(ValueError):  # a parameter has gone or changed its shape: told when the record is closed
+                self._open.see_gradient(pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After an optimizer step: close the open record, and probe if it is time."""
         step = trainer.global_step
         if step == self._seen_step:  # gradients are still being accumulated
@@ -239,66 +245,72 @@ class SubspaceMonitor(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
         """A last probe, and the last figures."""
+        step = trainer.global_step
         self._close_record(trainer)
-        is_new = not self.history or self.history[-1].step != trainer.global_step
-        if is_new and self._sample is not None and not trainer.interrupted and self._schedule.probes_last_step:
-            self._take_probe(trainer, pl_module, trainer.global_step)
+        is_new = self._sample is not None and step != self._probed_step
+        if is_new and not trainer.interrupted and self._schedule.probes_last_step:
+            self._take_probe(trainer, pl_module, step)
             self._close_record(trainer)
-        with self._schedule.reporting():
+        with self._schedule.aside():
             self._draw(trainer)
-        if self._schedule.passed_over:
+        self._schedule.end()
+        if passed_over := self._schedule.passed_over:
+            steps = ", ".join(map(str, passed_over[:5])) + (", ..." if len(passed_over) > 5 else "")
             rank_zero_warn(
-                f"SubspaceMonitor: the steps {self._schedule.passed_over} were passed over to keep max_overhead="
-                f"{self._max_overhead}; pass max_overhead=None to measure at every listed step."
+                f"SubspaceMonitor: {len(passed_over)} of the listed steps ({steps}) were passed over to keep "
+                f"max_overhead={self._max_overhead}; pass max_overhead=None to measure at every one."
             )
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
         """Nothing measured is lost when training is interrupted."""
         self._close_record(trainer)
+        self._schedule.end()
 
     # -- a probe ------------------------------------------------------------------------------------------------------
 
+    def _take_first_probe(self, trainer: Any, pl_module: nn.Module) -> None:
+        step = trainer.global_step
+        if self._sample is not None and self._schedule.probes_first_step and step != self._probed_step:
+            self._take_probe(trainer, pl_module, step)
+
     def _take_probe(self, trainer: Any, pl_module: nn.Module, step: int) -> None:
-        with self._schedule.probing(lambda: self._set_up_seconds):
-            try:
-                with ProgressLine(trainer) as line:
-                    opened = self._measure(trainer, pl_module, step, line)
-            except Exception as error:
-                if self._on_failure == "raise":
-                    raise
-                rank_zero_warn(
-                    f"SubspaceMonitor: the probe at step {step} failed and is left out, training goes on. "
-                    f"{type(error).__name__}: {error} (on_failure='raise' shows where.)"
-                )
-                return
+        """Probe and open a record. What goes wrong is told, and raised only on request."""
+        self._probed_step = step
+        try:
+            with self._schedule.probing(), ProgressLine(trainer) as line:
+                opened = self._measure(trainer, pl_module, step, line)
+        except Exception as error:
+            self._tell_failure(f"the probe at step {step} failed and is left out", error)
+            return
         costs = {"solver/seconds": self._schedule.last_seconds, "solver/overhead": self._schedule.overhead}
         opened.record = replace(opened.record, metrics={**opened.record.metrics, **costs})
         self._open = opened
         self._publisher.offer(trainer, opened.record)
         subspace = opened.record.subspace
         if subspace is not None and not subspace.trusted:
-            rank_zero_warn(f"SubspaceMonitor: step {step}: {subspace.verdict}")
+            self._tell_once(subspace.outcome.name, f"at step {step}, {subspace.verdict}")
 
     def _measure(self, trainer: Any, pl_module: nn.Module, step: int, line: ProgressLine) -> OpenRecord:
         tracker, sample = self._tracker, self._sample
-        assert tracker is not None and sample is not None  # on_train_start has set them
+        assert tracker is not None, "set in on_train_start"
+        assert sample is not None, "set in on_train_start or on_train_batch_start"
         if tracker.adapt(pl_module):
             rank_zero_warn(
                 f"SubspaceMonitor: the set of trainable parameters has changed by step {step}; overlaps start anew."
             )
-        is_first = tracker.num_probes == 0
-        if is_first:
-            with self._setting_up():
+        if tracker.num_probes == 0:
+            with self._schedule.aside():
                 check = tracker.check(pl_module, sample)
             if check.outcome is CheckOutcome.FAILED:
-                rank_zero_warn(f"SubspaceMonitor: {check.outcome.value} Measured: {check.reason}.")
+                self._tell_once(check.outcome.name, f"{check.outcome.value} Measured: {check.reason}.")
         times = [time.monotonic()]
 
         def on_matvec(count: int, residual: float) -> None:
-            if is_first and count <= 2:
+            if count <= 2:
                 times.append(time.monotonic())
-            if is_first and count == 2:
-                self._tell_forecast(tracker.space.n, first_product=times[1] - times[0], product=times[2] - times[1])
+            if count == 2 and not self._forecast_told:
+                self._forecast_told = True
+                self._tell_forecast(tracker.space.n, times[1] - times[0], times[2] - times[1])
             line.update(f"{self.name}: {count} Hessian products, residual {residual:.0e}")
 
         optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
@@ -310,8 +322,12 @@ class SubspaceMonitor(Callback):
             return
         opened, self._open = self._open, None
         assert self._tracker is not None  # it has opened the record
-        with self._schedule.reporting():
-            record = self._tracker.close(opened, pl_module)
+        with self._schedule.aside():
+            try:
+                record = self._tracker.close(opened, pl_module)
+            except Exception as error:
+                self._tell_failure(f"what the step from {opened.record.step} tells is left out", error)
+                record = self._tracker.close(opened)
             self._publisher.offer(trainer, record)
             self._publisher.send(trainer, record)
             count = len(self.history)
@@ -320,12 +336,20 @@ class SubspaceMonitor(Callback):
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a run: an open record, and the methods that Lightning attaches for logging."""
+        state = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
+        return {**state, "_open": None}
+
     def _draw(self, trainer: Any) -> None:
         if self._tracker is not None:
             self._publisher.draw(trainer, self.history, *self.overlap_matrix(), self._tracker.overlaps.error)
 
-    def _draw_sample(self, trainer: Any) -> Sample:
+    def _draw_sample(self, trainer: Any) -> Sample | None:
+        """The fixed sample of a run; None where each probe takes the batch just trained on."""
         request = self._sample_request
+        if request == "current":
+            return None
         if not isinstance(request, int | str):
             return sample_of_batches(request, self._weight)
         return sample_of_dataset(
@@ -337,18 +361,23 @@ class SubspaceMonitor(Callback):
             seed=self._plan.solver.seed,
         )
 
-    def _tell_forecast(self, n: int, *, first_product: float, product: float) -> None:
-        """After the second product of the first probe: what a probe will cost."""
+    def _tell_failure(self, what: str, error: Exception) -> None:
+        if self._on_failure == "raise":
+            raise error
+        self._tell_once(
+            f"{type(error).__name__}: {error}",
+            f"{what}, training goes on. {type(error).__name__}: {error} (on_failure='raise' shows where.)",
+        )
+
+    def _tell_once(self, cause: str, text: str) -> None:
+        """One warning a run and cause; the history has the rest."""
+        if cause not in self._told:
+            self._told.add(cause)
+            rank_zero_warn(f"SubspaceMonitor: {text} Later ones like it are not told.")
+
+    def _tell_forecast(self, n: int, first: float, product: float) -> None:
+        """What a probe will cost, from the seconds up to the first product and those of the second."""
         solver = self._plan.solver
-        seconds = first_product + product * (EXPECTED_MATVECS * solver.k + 10)
+        seconds = first + product * (EXPECTED_MATVECS * solver.k + 10)
         text = forecast(n=n, k=solver.k, ncv=solver.ncv, seconds=seconds, max_overhead=self._max_overhead)
         rank_zero_info(f"SubspaceMonitor: {text}")
-
-    @contextmanager
-    def _setting_up(self) -> Iterator[None]:
-        """Time what only the first probe does."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self._set_up_seconds += time.monotonic() - started

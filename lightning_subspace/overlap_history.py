@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from lightning_subspace.sketch import Sketch, sketch_overlap
+from lightning_subspace.sketch import Sketch, sketch_error, sketch_overlap
 
 KEPT_SKETCHES = 64
 
@@ -71,9 +71,3 @@ class OverlapHistory:
         crowded = min(range(1, len(held) - 1), key=lambda i: places[i + 1] - places[i - 1])
         del self._sketches[held[crowded]]
         return held[crowded]
-
-
-def sketch_error(sketch: Sketch) -> float:
-    """Largest standard deviation of an overlap with this sketch; see `sketch.py` for the formula."""
-    k, d = sketch.basis.shape
-    return 0.0 if sketch.exact else math.sqrt(16 / 27 / (k * d) + 2 / d**2)

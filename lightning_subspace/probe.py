@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -195,9 +195,14 @@ def take_probe(
     if solver.k > 0:
         subspace = solver.solve(operator, operator.matvec, start=previous, verify=verify, on_matvec=on_matvec)
 
-    def solve(matvec: Callable[[Tensor], Tensor]) -> Subspace:
+    def solve(matvec: Callable[[Tensor], Tensor], k: int | None = None) -> Subspace:
         start = subspace.eigenvectors if subspace is not None and subspace.converged else None
-        return solver.solve(operator, matvec, start=start, verify=False)
+        asked = solver if k is None else replace(solver, k=k, ncv=None)
+        return asked.solve(operator, matvec, start=start, verify=False)
+
+    def batch_gradients() -> Iterator[tuple[MicroBatch, Tensor]]:
+        yield from operator.batch_gradients()
+        yield from ((batch, mean_gradient(loss, [batch])) for batch in sample.extra)
 
     probe = Probe(
         step=step,
@@ -205,6 +210,8 @@ def take_probe(
         space=loss.space,
         gradient=gradient,
         operator=operator,
+        sample=sample,
+        batch_gradients=batch_gradients,
         subspace=subspace,
         previous=previous,
         reference=reference,

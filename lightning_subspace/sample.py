@@ -11,6 +11,7 @@ with batch-norm in train mode depends on it. They are kept on the CPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,10 +38,22 @@ class Sample:
     Attributes:
         hessian: for the Hessian, and the first part of the gradient.
         extra: the rest of the gradient's sample; empty where both use the same examples.
+        population: number of examples in the training set; infinite where it is not known.
     """
 
     hessian: tuple[MicroBatch, ...]
     extra: tuple[MicroBatch, ...] = ()
+    population: float = math.inf
+
+    @property
+    def hessian_share(self) -> float:
+        """Share of the training set that the Hessian sees, in [0, 1]; 0 where the training set is not known."""
+        return sum(batch.size for batch in self.hessian) / self.population
+
+    @property
+    def gradient_share(self) -> float:
+        """Share of the training set that the gradient sees, in [0, 1]; 0 where the training set is not known."""
+        return sum(batch.size for batch in (*self.hessian, *self.extra)) / self.population
 
     @property
     def nbytes(self) -> int:
@@ -119,11 +132,16 @@ def sample_of_dataset(
         generator=generator,
     )
     batches = [
-        MicroBatch(_copied(data, "cpu"), float(len(chunk)) if weight is None else _checked(weight(data)), index)
+        MicroBatch(
+            _copied(data, "cpu"),
+            float(len(chunk)) if weight is None else _checked(weight(data)),
+            index,
+            size=len(chunk),
+        )
         for index, (chunk, data) in enumerate(zip(chunks, own, strict=True))
     ]
     cut = -(-len(first) // size)
-    return Sample(tuple(batches[:cut]), tuple(batches[cut:]))
+    return Sample(tuple(batches[:cut]), tuple(batches[cut:]), population=float(len(pool)))
 
 
 def few_examples(batch: MicroBatch, count: int) -> MicroBatch:

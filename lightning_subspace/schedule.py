@@ -30,23 +30,31 @@ class Schedule:
     """
 
     def __init__(
-        self, every_n_steps: int | Sequence[int], max_overhead: float | None, clock: Callable[[], float] = time.monotonic
+        self,
+        every_n_steps: int | Sequence[int],
+        max_overhead: float | None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._every = every_n_steps
         self._max_overhead = max_overhead
         self._clock = clock
-        self.passed_over: list[int] = []
         self.begin(0)
 
     def begin(self, step: int) -> None:
         """Training starts, or goes on, at this step."""
         self.last_seconds = 0.0  # that the last probe took
+        self.passed_over: list[int] = []  # listed steps that the budget did not allow
         self._began = self._clock()
+        self._ended: float | None = None
         self._last_step = step
         self._num_probes = 0
-        self._spent = 0.0  # on all probes
-        self._first = 0.0  # of it on the first
-        self._next_cost = 0.0  # what a probe is expected to take
+        self._spent = 0.0  # on probes and all that goes with them
+        self._first = 0.0  # of it on the first probe
+        self._price = 0.0  # what the next probe is expected to take
+
+    def end(self) -> None:
+        """Training has ended: the shares below stay what they are."""
+        self._ended = self._clock()
 
     @property
     def probes_first_step(self) -> bool:
@@ -74,32 +82,30 @@ class Schedule:
         """Whether one more probe keeps the share of the time after the first probe within the budget."""
         if self._max_overhead is None or self._num_probes == 0:
             return True
-        elapsed = self._clock() - self._began - self._first
+        elapsed = self._elapsed - self._first
         later = self._spent - self._first
-        return later + self._next_cost <= self._max_overhead * (elapsed + self._next_cost)
+        return later + self._price <= self._max_overhead * (elapsed + self._price)
 
     @contextmanager
-    def probing(self, set_up: Callable[[], float] = lambda: 0.0) -> Iterator[None]:
-        """Count the time inside as that of one probe.
-
-        Args:
-            set_up: asked at the end; seconds of it that will not come again (drawing the sample, the self-check).
-        """
-        start = self._clock()
+    def probing(self) -> Iterator[None]:
+        """Count the time inside as that of one probe, but for what is counted `aside`."""
+        start, aside = self._clock(), self._spent
         try:
             yield
         finally:
-            seconds = self._clock() - start
-            self._spent += seconds
-            if self._num_probes == 0:
-                self._first = seconds
+            self.last_seconds = self._price = self._clock() - start - (self._spent - aside)
+            self._spent += self.last_seconds
             self._num_probes += 1
-            self.last_seconds = seconds
-            self._next_cost = max(seconds - set_up(), 0.0)
+            if self._num_probes == 1:
+                self._first = self._spent
 
     @contextmanager
-    def reporting(self) -> Iterator[None]:
-        """Count the time inside (figures, loggers) as overhead, without taking it for the price of a probe."""
+    def aside(self) -> Iterator[None]:
+        """Count the time inside as overhead beside a probe: what precedes the first, and the reports that follow each.
+
+        Reports raise the price of the next probe, which will have its own. Those of the first do not, as little as its
+        set-up does: libraries are imported there.
+        """
         start = self._clock()
         try:
             yield
@@ -108,18 +114,23 @@ class Schedule:
             self._spent += seconds
             if self._num_probes <= 1:
                 self._first += seconds
+            else:
+                self._price += seconds
 
     @property
     def overhead(self) -> float:
-        """Share of the wall time since training began that went into probes, in [0, 1]."""
-        elapsed = self._clock() - self._began
-        return self._spent / elapsed if elapsed > 0.0 else 0.0
+        """Share of the wall time of training that went into probes, in [0, 1]."""
+        return self._spent / self._elapsed if self._elapsed > 0.0 else 0.0
 
     @property
     def later_overhead(self) -> float:
         """The same without the first probe: what `max_overhead` bounds."""
-        elapsed = self._clock() - self._began - self._first
+        elapsed = self._elapsed - self._first
         return (self._spent - self._first) / elapsed if elapsed > 0.0 else 0.0
+
+    @property
+    def _elapsed(self) -> float:
+        return (self._clock() if self._ended is None else self._ended) - self._began
 
 
 def forecast(*, n: int, k: int, ncv: int | None, seconds: float, max_overhead: float | None) -> str:

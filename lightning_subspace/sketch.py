@@ -14,7 +14,8 @@ leading order its variance, over hashes, is
 because the inner product of the images of u and v has variance (|u|^2 |v|^2 + <u, v>^2 - 2 sum_p u_p^2 v_p^2) / d, and
 the two Gram matrices, which QR undoes, vary with it. At d = 4096 the standard deviation is thus at most .012 for k = 1,
 .0085 for k = 2, .0038 for k = 10 and .0017 for k = 50, whatever n; .0004 for orthogonal spaces and 0 for equal ones.
-The bias is at most 1 / d; the largest error in hundreds of pairs is 3 to 4 standard deviations.
+The bias is at most 1 / d; the largest error in 200 pairs is 2 to 3 standard deviations, and .002 for orthogonal spaces,
+whose errors are not normal.
 
 One table would do for vectors that are spread out, but two large coordinates that share its only cell would look like
 one. With 4 tables such a pair has an inner product of 1/4, and a space that lives on 30 coordinates obeys the formula,

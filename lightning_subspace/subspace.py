@@ -24,6 +24,8 @@ ORTHONORMALITY = 1e-4
 # between a space and the true one, |v^T (P - P') v| <= sin |v|^2: a fraction or an overlap is off by at most that, and
 # by about sin^2 where it is near 0 or 1.
 TRUSTED_ERROR = 0.1
+# The largest residual, relative to the largest |eigenvalue|, at which the unwanted next eigenvalue is worth showing.
+NEXT_RESIDUAL = 0.01
 # Columns that are held in float64 at a time.
 BLOCK = 1 << 17
 
@@ -40,7 +42,8 @@ class Subspace:
         eigenvalues: (k,) float64, best first.
         eigenvectors: (k, n), orthonormal rows; None where only the numbers were kept (`monitor.history`).
         residuals: (k,) float64, |H v - lambda v| of each pair.
-        next_eigenvalue: estimate of the eigenvalue behind the k-th; nan when k = n.
+        next_eigenvalue: estimate of the eigenvalue behind the k-th; nan when k = n, and when its residual is more than
+            a hundredth of the largest |eigenvalue|.
         error: max residual / gap behind the k-th eigenvalue, an estimate of the sine of the largest angle to the true
             eigenspace (times sqrt(k) and with the true gap, a bound: Davis and Kahan 1970); 0 when k = n.
         outcome: how the solver ended.
@@ -60,7 +63,7 @@ class Subspace:
     verified: bool
     num_matvecs: int
 
-    def __post_init__(self) -> None:  # noqa: D105
+    def __post_init__(self) -> None:
         if self.eigenvectors is not None:
             defect = orthonormality_defect(self.eigenvectors)
             if not defect < ORTHONORMALITY:
@@ -72,11 +75,12 @@ class Subspace:
     @classmethod
     def of(cls, result: EigshResult) -> Subspace:
         """Take over what the eigensolver returned."""
+        known = result.next_residual <= NEXT_RESIDUAL * result.scale
         return cls(
             eigenvalues=result.eigenvalues,
             eigenvectors=result.eigenvectors,
             residuals=result.residuals,
-            next_eigenvalue=result.next_eigenvalue,
+            next_eigenvalue=result.next_eigenvalue if known else float("nan"),
             error=result.subspace_error,
             outcome=result.outcome,
             verified=result.verified,

@@ -1,14 +1,17 @@
 """A sequence of probes along one training run: what each hands to the next, and what it leaves behind.
 
-Between probes only the eigenvectors of the last and of the reference probe are kept, on the CPU; everything else of the
-size of the model goes when a record is closed.
+Between probes only the eigenvectors of the last and of the reference probe are kept, on the CPU. An open record adds
+the parameters, the gradient and the eigenvectors of its probe; the graphs of the Hessian go as soon as it is taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -42,10 +45,10 @@ class OpenRecord:
     """A record that waits for the optimizer step taken from its point.
 
     Attributes:
-        probe: for `Measurement.after_step`.
+        probe: for `Measurement.after_step`; its operator is over.
         record: what is known at theta_t; its subspace holds the eigenvectors.
         theta: (n,), the parameters at the probe.
-        gradient: (n,), the mini-batch gradient of the next step, once it is known.
+        gradient: (n,), the accumulated mini-batch gradient of the next step, before clipping, once it is known.
     """
 
     probe: Probe
@@ -71,7 +74,7 @@ class Tracker:
         history: the closed records, oldest first.
         overlaps: between the subspaces of all probes.
         space: the present parameter space.
-        num_probes: how many probes were begun.
+        num_probes: how many probes were taken, those apart that failed.
 
     Raises:
         ValueError: for a module without trainable parameters, a pattern without a match, or k > n.
@@ -108,8 +111,9 @@ class Tracker:
     ) -> OpenRecord:
         """Take a probe of the module as it is; nothing of it is changed, also by an exception."""
         plan, number = self.plan, self.num_probes
-        self.num_probes += 1
-        theta = self.space.flatten(self.space.tensors(module))
+        parameters = self.space.tensors(module)
+        widest = reduce(torch.promote_types, (p.dtype for p in parameters))
+        theta = self.space.flatten(parameters, like=parameters[0].new_empty(0, dtype=widest))
         with TrainingLoss(module, self.space, plan.loss_fn, mode=plan.mode, seed=plan.solver.seed) as loss:
             probe, record = take_probe(
                 loss,
@@ -125,8 +129,10 @@ class Tracker:
                 optimizer=optimizer,
                 on_matvec=on_matvec,
             )
+        self.num_probes += 1
         self._remember(record)
-        return OpenRecord(probe, record, theta)
+        over: Any = _Over()
+        return OpenRecord(replace(probe, operator=over, solve=over, batch_gradients=over), record, theta)
 
     def close(self, opened: OpenRecord, module: nn.Module | None = None) -> Record:
         """Add a record to the history.
@@ -138,7 +144,7 @@ class Tracker:
         metrics = dict(opened.record.metrics)
         probe = opened.probe
         if module is not None:
-            update = probe.space.flatten(probe.space.tensors(module)).sub_(opened.theta)
+            update = probe.space.flatten(probe.space.tensors(module), like=opened.theta).sub_(opened.theta)
             for measurement in self.plan.measurements:
                 if is_measurable(measurement, probe.subspace):
                     metrics.update(measurement.after_step(probe, opened.gradient, update))
@@ -165,3 +171,13 @@ class Tracker:
         self.overlaps = OverlapHistory()
         self._previous = None
         self._reference = None
+
+
+class _Over:
+    """In the place of what a probe can do only while it lasts, so that its graphs are free before the next step."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"`{name}` was asked for after the probe; the operator can be used in `measure` only.")
+
+    def __call__(self, *args: object) -> NoReturn:
+        raise RuntimeError("the probe is over; the operator can be used in `measure` only.")

@@ -47,12 +47,14 @@ class MicroBatch:
         weight: its share in averages, before normalisation: the number of examples or tokens.
         index: its place in the sample; fixes `batch_idx` and the random seed.
         transferred: whether it has been through the transfer hooks already, as a batch seen in training has.
+        size: number of examples, where it is known; 0 elsewhere.
     """
 
     data: Any
     weight: float
     index: int
     transferred: bool = False
+    size: int = 0
 
 
 @dataclass(frozen=True)

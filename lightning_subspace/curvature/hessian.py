@@ -105,6 +105,11 @@ class Hessian:
         direction = self._loss.space.unflatten(v.to(self.dtype))
         return self._weighted_mean(lambda graph: graph.product(direction))
 
+    def batch_gradients(self) -> Iterator[tuple[MicroBatch, Tensor]]:
+        """Each micro-batch with the gradient of its own mean loss, (n,)."""
+        for batch, graph in zip(self.batches, self._all_graphs(), strict=True):
+            yield batch, self._loss.space.flatten(graph.gradients, like=self._mean)
+
     def part(self, positions: Sequence[int]) -> Hessian:
         """The Hessian over some of the micro-batches, sharing the retained graphs."""
         part = copy.copy(self)
@@ -159,10 +164,12 @@ class _SavedBytes:
 
     def _pack(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._seen:
-                self._seen.add(storage.data_ptr())
-                self.bytes += storage.nbytes()
+            # A sparse gradient (of nn.Embedding) has no storage of its own.
+            for piece in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+                storage = piece.untyped_storage()
+                if storage.data_ptr() not in self._seen:
+                    self._seen.add(storage.data_ptr())
+                    self.bytes += storage.nbytes()
         return tensor.detach()  # autograd attaches the graph again; returning the tensor itself would be a cycle
 
 

@@ -66,7 +66,8 @@ def eigsh(
         k: Number of eigenpairs, 1 <= k <= dimension.
         which: "LA" largest, "SA" smallest, "LM" largest magnitude, "BE" half from each end, an odd one from the high.
         tol: Residual allowed, relative to scale. Raised to 1e-5 in float32 and 1e-12 in float64, with a warning.
-        subspace_tol: Residual allowed, relative to the gap. None asks for eigenvalues only.
+        subspace_tol: Residual allowed, relative to the gap; not insisted on where residuals stop falling. None asks for
+            eigenvalues only.
         ncv: Largest size of the basis, at least k + 3; default ``min(dimension, 2 * k + 10)``.
         max_matvecs: Products that may be spent.
         v0: Starting vector, shape ``(n,)``; default random.

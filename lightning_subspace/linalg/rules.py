@@ -35,6 +35,15 @@ class Rules:
         return max(100, 5 * self.k)
 
     @property
+    def space_patience(self) -> int:
+        """Matvecs without progress after which `subspace_tol` is not insisted on.
+
+        A residual that has passed ``tol`` and falls no more often waits for a pair that was missed, and a small basis
+        may wait long: the fresh direction of a verification finds it sooner.
+        """
+        return self.patience // 4
+
+    @property
     def passes_needed(self) -> int:
         """Consecutive matvecs that have to pass the test."""
         return 1 if self.tol <= _PLAIN_TOL else 2

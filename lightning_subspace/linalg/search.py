@@ -82,7 +82,7 @@ class Search:
         # While there is a certificate, the first k rows of the basis are the pairs it is about, also through restarts.
         self.certificate: Certificate | None = None
         self.excluded = False  # whether the last one held
-        self.found = torch.zeros(0)  # merits of the pairs it is about
+        self.found = torch.zeros(0, device="cpu")  # merits of the pairs it is about
         # A fresh start throws away what was seen behind the wanted values: this is kept of it, one for each end.
         self.remembered: list[Neighbour] = []
 
@@ -166,15 +166,17 @@ class Search:
         lanczos, k = self.lanczos, self.rules.k
         if lanczos.size < k:
             return False
-        gap = min(self._neighbours(ritz), default=_UNSEEN).gap
         # Only what further matvecs can reduce is tested: what was dropped has passed this test before.
         reducible = ritz.reducible[:k]
-        passed = bool((reducible <= self.rules.thresholds(ritz.values[:k], gap, lanczos.scale)).all())
-        self.num_passes = self.num_passes + 1 if passed else 0
         worst = float(reducible.max()) / lanczos.scale if lanczos.scale else 0.0
         # The progress of a verification is that of its certificate.
         if worst < self.best_residual or self.certificate is not None:
             self.best_residual, self.best_matvec = worst, self.num_matvecs
+        gap = min(self._neighbours(ritz), default=_UNSEEN).gap
+        if self.num_matvecs - self.best_matvec >= self.rules.space_patience:
+            gap = math.inf  # the space is as good as it gets, short of a fresh direction
+        passed = bool((reducible <= self.rules.thresholds(ritz.values[:k], gap, lanczos.scale)).all())
+        self.num_passes = self.num_passes + 1 if passed else 0
         return passed and (lanczos.invariant or self.num_passes >= self.rules.passes_needed)
 
     def _missed(self, ritz: Ritz) -> bool:

@@ -53,7 +53,8 @@ class GradientCurvature(Measurement):
 class GapIndex(Measurement):
     """`gap_index`: the i in 1..k with the largest ratio lambda_i / lambda_{i+1}, over positive eigenvalues.
 
-    Cross-entropy with K classes puts it at K - 1, squared loss at K (measured). Left out when fewer than two of the
+    Cross-entropy with K classes puts it at K - 1, squared loss at K (measured). What is smaller than the solver's
+    residual counts as that large: a zero eigenvalue is rounding of either sign. Left out when fewer than two of the
     k + 1 eigenvalues are positive, and for another end of the spectrum than "LA".
     """
 
@@ -64,7 +65,8 @@ class GapIndex(Measurement):
         if probe.which != "LA":
             return {}
         values = [*probe.top.eigenvalues.tolist(), probe.top.next_eigenvalue]
-        ratios = [a / b for a, b in zip(values, values[1:], strict=False) if b > 0.0]
+        smallest = max(float(probe.top.residuals.max()), torch.finfo(probe.gradient.dtype).eps * abs(values[0]))
+        ratios = [a / max(b, smallest) for a, b in zip(values, values[1:], strict=False) if a > smallest and b >= -smallest]
         return {"gap_index": float(ratios.index(max(ratios)) + 1)} if ratios else {}
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 from lightning_subspace.curvature import Hessian
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.record import Record
+from lightning_subspace.sample import Sample
 from lightning_subspace.subspace import Subspace
+from lightning_subspace.training_loss import MicroBatch
 
 
 class Needs(Enum):
@@ -22,6 +24,14 @@ class Needs(Enum):
     NOTHING = "no eigenpairs"
     EIGENVALUES = "converged eigenvalues"
     SUBSPACE = "a converged subspace whose subspace_error is at most 0.1"
+
+
+class Solve(Protocol):
+    """See `Probe.solve`."""
+
+    def __call__(self, matvec: Callable[[Tensor], Tensor], k: int | None = None) -> Subspace:
+        """The eigenspace of `matvec`, of the probe's k by default."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,13 +45,16 @@ class Probe:
         gradient: (n,), of the mean loss over the gradient sample.
         operator: the Hessian of the mean loss over the Hessian sample: `matvec`, `gradient`, `part`. It can be used
             only while the probe lasts, not in `after_step`.
+        sample: the micro-batches, and how much of the training set they are.
+        batch_gradients: goes over the gradient sample once more: each micro-batch with the gradient of its own mean
+            loss, (n,). Only while the probe lasts.
         subspace: the top eigenspace; None for k = 0.
         previous: (k, n), the eigenvectors of the last probe that had a trusted subspace; None at the first.
         reference: (k, n), those of `reference_step`; None before it.
         history: the records so far, oldest first.
         optimizer: the optimizer in use; None without a Trainer or with several.
         which: the end of the spectrum that `subspace` belongs to, "LA" for the algebraically largest.
-        solve: run the probe's eigensolver on another `matvec`.
+        solve: run the probe's eigensolver on another `matvec`, optionally with another `k=`; without the certificate.
     """
 
     step: int
@@ -49,13 +62,15 @@ class Probe:
     space: ParameterSpace
     gradient: Tensor
     operator: Hessian
+    sample: Sample
+    batch_gradients: Callable[[], Iterator[tuple[MicroBatch, Tensor]]]
     subspace: Subspace | None
     previous: Tensor | None
     reference: Tensor | None
     history: Sequence[Record]
     optimizer: Optimizer | None
     which: str
-    solve: Callable[[Callable[[Tensor], Tensor]], Subspace]
+    solve: Solve
 
     @property
     def top(self) -> Subspace:

@@ -1,24 +1,40 @@
-"""An error bar for the gradient fraction, from the two halves of the sample."""
+"""An error bar for the gradient fraction: what the choice of the sample can have done to it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+from torch import Tensor
+
 from lightning_subspace.measurements.measurement import Measurement, Probe
 from lightning_subspace.subspace import fraction
 
+# Standard errors of the gradient's noise that the band is wide, and multiples of what halving the sample changes; more
+# of the latter, since it is known from two halves only.
+STANDARD_ERRORS = 2.0
+SPREADS = 3.0
+
 
 class Reliability(Measurement):
-    """`reliability`, `reliability_upper`: the band in which the gradient fraction of the whole training set is expected.
+    """`reliability`, and the band `gradient_fraction_low` to `gradient_fraction_high`.
 
-    The sample is cut into its even and its odd micro-batches. `reliability` is the share of one half's gradient in the
-    top space of the *other* half: nothing is fitted and judged on the same examples, so what is left is what both
-    halves agree on. With half the examples it is pessimistic. `reliability_upper` extrapolates: noise in the gradient
-    and in the space adds to 1/f a term proportional to 1/(number of examples), so 1/f of the whole training set is
-    about 2/f(sample) - 1/f(half); it is capped at 1 and never below the fraction itself.
+    `reliability` is the share of one half's gradient in the top space of the *other* half of the Hessian's sample: the
+    two have no example in common, so nothing is judged on what it was fitted to.
 
-    Costs one eigensolve on half of the sample; taken at the first probe and every fifth. Left out when the sample is a
-    single micro-batch.
+    The band is where the fraction of the whole training set is expected. Two things move the measured f away from it:
+
+    - Noise in the gradient. The micro-batches b of the gradient sample, with weights w_b, give the standard error of f
+      by the delta method, from d_b = 2 (Pg.g_b - |Pg|^2 - f (g.g_b - |g|^2)) / |g|^2, and the bias: the noise adds
+      sum w_b^2 |P(g_b - g)|^2 to |Pg|^2, and likewise to |g|^2. The band reaches over f and the f without that bias.
+    - Noise in the space. The fraction of the same g in the spaces of the two halves tells how much f changes when the
+      sample is cut in two; errors go with one over the number of examples, so f is about as far from its limit.
+
+    Both are scaled down by the share of the training set that was not sampled (finite population correction). The band
+    is an error bar, not a proof: `tests/test_reliability.py` says how often it covers the truth.
+
+    Costs two eigensolves on half of the sample and one more pass over the gradient sample; taken at the first probe and
+    every fifth. Left out when a sample is the whole training set, or a single micro-batch.
 
     Args:
         every: take it at each probe whose number is a multiple of this.
@@ -30,16 +46,52 @@ class Reliability(Measurement):
         self.every = every
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
-        """One eigensolve and one pass over half of the sample."""
+        """Two eigensolves on halves of the sample, and a pass over the gradient sample."""
         count = len(probe.operator.batches)
-        if probe.number % self.every or count < 2:
+        if probe.number % self.every or count < 2 or probe.sample.hessian_share >= 1.0:
             return {}
-        fitted, judged = probe.operator.part(range(0, count, 2)), probe.operator.part(range(1, count, 2))
-        half = probe.solve(fitted.matvec)
-        if not half.converged:
+        even, odd = (probe.operator.part(range(start, count, 2)) for start in (0, 1))
+        halves = [probe.solve(half.matvec) for half in (even, odd)]
+        if not all(half.converged for half in halves):
             return {}
-        lower = fraction(half.basis, judged.gradient())
-        whole = fraction(probe.top.basis, probe.operator.gradient())
-        reciprocal = 2.0 / whole - 1.0 / lower if whole > 0.0 and lower > 0.0 else 0.0
-        upper = 1.0 / reciprocal if reciprocal > 1.0 else 1.0
-        return {"reliability": lower, "reliability_upper": max(upper, whole, lower)}
+        measured = fraction(probe.top.basis, probe.gradient)
+        spread = max(abs(measured - fraction(half.basis, probe.gradient)) for half in halves)
+        low, high = _range_of_noise(probe, measured)
+        margin = SPREADS * spread * (1.0 - probe.sample.hessian_share)
+        return {
+            "reliability": fraction(halves[0].basis, odd.gradient()),
+            "gradient_fraction_low": max(0.0, low - margin),
+            "gradient_fraction_high": min(1.0, high + margin),
+        }
+
+
+def _range_of_noise(probe: Probe, measured: float) -> tuple[float, float]:
+    """Where the fraction in the measured space lies, for all that the noise of the gradient leaves open."""
+    basis, mean = probe.top.basis, probe.gradient
+    square = _dot(mean, mean)
+    image = (basis @ mean).double()
+    image_square = measured * square
+    total = variance = noise = image_noise = 0.0
+    count = 0
+    for batch, gradient in probe.batch_gradients():
+        deviation = gradient - mean
+        image_deviation = (basis @ deviation).double()
+        influence = 2.0 * (float(image @ image_deviation) - measured * _dot(mean, deviation)) / square
+        weight = batch.weight**2
+        variance += weight * influence**2
+        noise += weight * _dot(deviation, deviation)
+        image_noise += weight * float(image_deviation @ image_deviation)
+        total += batch.weight
+        count += 1
+    # count / (count - 1): the deviations are from the sample's own mean.
+    correction = (1.0 - probe.sample.gradient_share) * count / (count - 1) / total**2
+    signal, image_signal = square - correction * noise, image_square - correction * image_noise
+    if signal <= 0.0:  # nothing but noise: the sample says nothing about the gradient
+        return 0.0, 1.0
+    unbiased = min(max(image_signal / signal, 0.0), 1.0)
+    margin = STANDARD_ERRORS * (correction * variance) ** 0.5
+    return min(measured, unbiased) - margin, max(measured, unbiased) + margin
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float(torch.dot(a.double(), b.double()))

@@ -172,15 +172,13 @@ def _draw_eigenvalues(axes: Axes, records: Sequence[Record]) -> None:
 
 
 def _draw_gradient(axes: Axes, records: Sequence[Record]) -> None:
-    low, high = series(records, "reliability"), series(records, "reliability_upper")
+    low, high = series(records, "gradient_fraction_low"), series(records, "gradient_fraction_high")
     draw_line(axes, records, "gradient_fraction", BLUE, "gradient")
     if np.isfinite(low + high).any():
         # A bar at each probe that measured it; a band between them would show what nobody measured.
         axes.vlines(
-            step_values(records), low, high, color=BLUE, alpha=0.25, linewidth=6, zorder=1, label="its reliability"
+            step_values(records), low, high, color=BLUE, alpha=0.25, linewidth=6, zorder=1, label="its error bar"
         )
-    elif np.isfinite(low).any():
-        axes.plot(step_values(records), low, "_", color=BLUE, markersize=10, label="its reliability")
     draw_line(axes, records, "update_fraction", ORANGE, "update")
     draw_line(axes, records, "gradient_hessian_cosine", VERMILION, "cosine of g and Hg")
     finish(axes, records, "Fraction in the top subspace", "fraction, cosine")

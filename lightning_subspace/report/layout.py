@@ -69,7 +69,8 @@ def charts(prefix: str, k: int) -> dict[str, list[Any]]:
     else:
         keys = {
             "eigenvalues": [f"eigenvalues/{index:02d}" for index in range(1, k + 2)],
-            "gradient fraction": ["gradient_fraction", "reliability", "update_fraction", "gradient_hessian_cosine"],
+            "gradient fraction": ["gradient_fraction", "gradient_fraction_low", "gradient_fraction_high"],
+            "update and cosine": ["update_fraction", "gradient_hessian_cosine"],
             "overlap": ["overlap_previous", "overlap_reference"],
             "stability": ["sharpness_over_threshold"],
         }

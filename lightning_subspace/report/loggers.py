@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 LogLevel: TypeAlias = Literal["default", "all"]
 
 # Logged with log="all" only, like everything under solver/ but the two keys below.
-EXTRA_KEYS = frozenset({"batch_gradient_fraction", "gap_index", "reliability_upper"})
+EXTRA_KEYS = frozenset({"batch_gradient_fraction", "gap_index", "gradient_norm", "gradient_curvature"})
+# All there is to say where no eigenpairs were computed (k = 0).
+GRADIENT_KEYS = frozenset({"gradient_norm", "gradient_curvature"})
 # Whether a number can be believed, and what it cost: nobody should have to ask for these.
 SOLVER_KEYS = frozenset({"solver/subspace_error", "solver/overhead"})
 # All that is left to say about a probe whose solver did not converge.
@@ -62,13 +64,15 @@ def select(metrics: Mapping[str, float], log: LogLevel) -> dict[str, float]:
     """
     if log == "all":
         return dict(metrics)
-    wanted_of_solver = SOLVER_KEYS
-    if metrics.get("solver/converged") == 0.0:
-        wanted_of_solver |= FAILURE_KEYS
+    asked_for = SOLVER_KEYS
+    if "solver/converged" not in metrics:
+        asked_for |= GRADIENT_KEYS
+    elif metrics["solver/converged"] == 0.0:
+        asked_for |= FAILURE_KEYS
     return {
         key: value
         for key, value in metrics.items()
-        if key in wanted_of_solver or not (key in EXTRA_KEYS or key.startswith("solver/"))
+        if key in asked_for or not (key in EXTRA_KEYS or key.startswith("solver/"))
     }
 
 

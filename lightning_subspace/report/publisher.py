@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from lightning_subspace._lightning import rank_zero_warn
 from lightning_subspace.record import Record
 from lightning_subspace.report.loggers import LogLevel, Reporter, logged_name, select
 
@@ -25,7 +25,7 @@ class Publisher:
         self._name = name
         self._log = log
         self._reporter = Reporter()
-        self._drawn_step: int | None = None
+        self._drawn: Record | None = None
 
     def offer(self, trainer: Any, record: Record) -> None:
         """Let ModelCheckpoint and EarlyStopping see the values; a withheld one leaves the last good one there."""
@@ -44,17 +44,17 @@ class Publisher:
     def draw(
         self, trainer: Any, history: Sequence[Record], steps: Sequence[int], matrix: np.ndarray, error: float | None
     ) -> None:
-        """The spectrum of the last record and the overlaps between all; once for each last record. Never raises."""
-        spaces = [record for record in history if record.subspace is not None]
-        if not spaces or not trainer.loggers or spaces[-1].step == self._drawn_step:
+        """The spectrum of the last converged record and the overlaps between all; once for each. Never raises."""
+        last = next((r for r in reversed(history) if r.subspace is not None and r.subspace.converged), None)
+        if last is None or not trainer.loggers or last is self._drawn:
             return
-        self._drawn_step = step = spaces[-1].step
+        self._drawn, step = last, last.step
         try:
             from lightning_subspace.report.figures import overlap_figure, spectrum_figure  # matplotlib takes a while
 
-            self._reporter.figure(trainer.loggers, f"{self._name}/spectrum", spectrum_figure(spaces), step)
+            self._reporter.figure(trainer.loggers, f"{self._name}/spectrum", spectrum_figure([last]), step)
             if len(steps) > 1:
                 figure = overlap_figure(steps, matrix, error)
                 self._reporter.figure(trainer.loggers, f"{self._name}/overlaps", figure, step)
         except Exception as problem:
-            rank_zero_warn(f"SubspaceMonitor: the figures of step {step} could not be drawn: {problem!r}")
+            warnings.warn(f"the figures of step {step} could not be drawn: {problem!r}", stacklevel=2)

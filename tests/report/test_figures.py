@@ -142,17 +142,12 @@ def test_summary_draws_the_metrics_with_gaps_where_they_are_missing() -> None:
     assert "± 0.01" in texts(overlaps)
 
 
-def test_summary_shows_the_reliability_where_it_was_measured() -> None:
-    measured = record(50, gradient_fraction=0.7, reliability=0.6, reliability_upper=0.8)
+def test_summary_shows_the_error_bar_where_it_was_measured() -> None:
+    measured = record(50, gradient_fraction=0.7, gradient_fraction_low=0.6, gradient_fraction_high=0.8)
     gradient = draw(summary_figure([record(0, gradient_fraction=0.5), measured], [], NOTHING)).axes[1]
     (bars,) = gradient.collections
     drawn = [segment for segment in bars.get_segments() if len(segment)]
     np.testing.assert_array_equal(drawn, [[[50, 0.6], [50, 0.8]]])
-
-
-def test_summary_shows_a_reliability_that_has_a_lower_end_only() -> None:
-    gradient = draw(summary_figure([record(0, gradient_fraction=0.5, reliability=0.4)], [], NOTHING)).axes[1]
-    np.testing.assert_array_equal(line(gradient, "its reliability"), [0.4])
 
 
 @pytest.mark.parametrize(("smallest", "scale"), [(1.0, "log"), (-1.0, "symlog")])

@@ -107,7 +107,7 @@ PROBE = {
     "eigenvalues/01": 2.0,
     "reliability": 0.8,
     "overlap_reference": 0.7,
-    "reliability_upper": 0.9,
+    "gradient_norm": 0.9,
     "batch_gradient_fraction": 0.5,
     "gap_index": 3.0,
     "solver/subspace_error": 0.01,

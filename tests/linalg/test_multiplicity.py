@@ -1,0 +1,114 @@
+"""Equal eigenvalues are found as often as they occur, and looking for them costs little where there are none."""
+
+import pytest
+import torch
+
+from lightning_subspace.linalg import EigshResult, Outcome, Which, eigsh
+
+from .spectra import Operator, mirrored, num_missed, spectra
+
+N = 450
+K = 10
+DEGENERATE = [
+    "ten equal",
+    "six and six equal",
+    "softmax model",
+    "clusters",
+    "ninefold",
+    "doubled",
+    "ten equal, all negative",
+    "zero",
+    "identity",
+    "minus identity",
+    "rank five",
+    "four equal",
+]
+ORDINARY = ["power law", "outliers", "indefinite", "heavy tail"]
+SEEDS = range(3)
+
+
+def solve(operator: Operator, seed: int, **arguments: object) -> EigshResult:
+    defaults = {"dtype": torch.float64, "delta": 1e-3, "max_matvecs": 1000, "seed": seed}
+    return eigsh(operator, operator.n, K, **(defaults | arguments))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ncv", [None, K + 5])
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_no_copy_is_missed(name: str, precision: str, ncv: int | None) -> None:
+    for seed in SEEDS:
+        operator = Operator(spectra(N)[name], noise=1e-7 if precision == "float32" else 0.0, seed=seed)
+        result = solve(operator, seed, dtype=getattr(torch, precision), ncv=ncv)
+        assert result.outcome is Outcome.CONVERGED
+        assert result.verified
+        assert num_missed(operator, result, "LA") == 0
+        assert float(operator.residuals(result).max()) <= 2e-3 * operator.norm
+        assert result.orthogonality < (1e-5 if precision == "float32" else 1e-12)
+
+
+@pytest.mark.parametrize("which", ["SA", "LM", "BE"])
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_no_copy_is_missed_at_other_ends(name: str, which: Which) -> None:
+    # Magnitudes with no outlier make a hard problem, not a degenerate one.
+    if name == "ten equal, all negative" and which != "SA":
+        name = "ten equal"
+    for seed in SEEDS:
+        operator = Operator(mirrored(spectra(N)[name], which), seed=seed)
+        result = solve(operator, seed, which=which)
+        assert result.converged
+        assert result.verified
+        assert num_missed(operator, result, which) == 0
+        assert float(operator.residuals(result).max()) <= 2e-3 * operator.norm
+
+
+def test_without_verification_copies_are_missed() -> None:
+    """Or else the tests above would prove nothing."""
+    for name in ["ninefold", "doubled", "softmax model"]:
+        operator = Operator(spectra(N)[name])
+        result = solve(operator, 0, verify="never")
+        assert result.outcome is Outcome.CONVERGED
+        assert not result.verified
+        assert num_missed(operator, result, "LA", margin=0.0) > 0
+
+
+@pytest.mark.parametrize("name", ["zero", "identity", "minus identity"])
+def test_a_multiple_of_the_identity_costs_k_products(name: str) -> None:
+    result = solve(Operator(spectra(N)[name]), 0)
+    assert result.num_matvecs == K
+    assert result.gap == 0.0
+    assert result.subspace_error == float("inf")
+
+
+@pytest.mark.parametrize("ncv", [None, K + 5])
+@pytest.mark.parametrize("name", ORDINARY)
+def test_verifying_an_ordinary_spectrum_is_cheap(name: str, ncv: int | None) -> None:
+    operator = Operator(spectra(2000)[name])
+    for seed in SEEDS:
+        plain = solve(operator, seed, verify="never", ncv=ncv)
+        verified = solve(operator, seed, delta=0.01, ncv=ncv)
+        assert verified.verified
+        assert verified.num_matvecs - plain.num_matvecs <= 13
+        expected, _ = operator.wanted(K, "LA")
+        torch.testing.assert_close(verified.eigenvalues, expected, rtol=0, atol=1e-5 * operator.norm)
+
+
+def test_a_cluster_that_is_split_has_no_trusted_subspace() -> None:
+    """Four of six equal eigenvalues are wanted: any four-dimensional part of their space is as right as any other."""
+    for seed in SEEDS:
+        result = solve(Operator(spectra(N)["six and six equal"], seed=seed), seed)
+        assert result.subspace_error > 1
+
+
+def test_what_was_seen_behind_the_wanted_values_survives_the_verification() -> None:
+    operator = Operator(spectra(N)["power law"])
+    plain, verified = solve(operator, 0, verify="never"), solve(operator, 0)
+    assert verified.next_eigenvalue >= plain.next_eigenvalue
+    assert abs(verified.next_eigenvalue - float(operator.eigenvalues[K])) <= verified.next_residual
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 6])
+def test_two_fold_top_in_a_small_space(k: int) -> None:
+    operator = Operator(torch.tensor([2.0, 2.0, 1.0, 0.5, -1.0, -3.0], dtype=torch.float64))
+    result = eigsh(operator, 6, k, dtype=torch.float64)
+    assert result.converged
+    torch.testing.assert_close(result.eigenvalues, operator.eigenvalues[:k], rtol=0, atol=1e-3)

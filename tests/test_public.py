@@ -1,0 +1,92 @@
+"""The public names, what they cost to import, and that the callback and the function measure the same."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_subspace
+from lightning_subspace import SubspaceMonitor, measure_subspace
+
+PACKAGE = Path(lightning_subspace.__file__).parent
+
+# torch's own pytree raises it, in Lightning's CombinedLoader
+pytestmark = pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated:FutureWarning")
+
+
+def run_python(code):
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment).stdout
+
+
+def test_every_public_name_resolves_and_is_listed():
+    assert lightning_subspace.__all__ == sorted(set(lightning_subspace.__all__))
+    for name in lightning_subspace.__all__:
+        assert getattr(lightning_subspace, name) is not None
+        assert name in dir(lightning_subspace)
+
+
+def test_type_checkers_see_the_names_that_are_loaded_lazily():
+    source = (PACKAGE / "__init__.py").read_text()
+    for name in lightning_subspace.__all__:
+        assert f"import {name} as {name}\n" in source
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'lightning_subspace' has no attribute 'monitor_subspace'"):
+        _ = lightning_subspace.monitor_subspace
+
+
+def test_importing_the_package_imports_neither_torch_nor_lightning():
+    code = "import sys, lightning_subspace; print(sorted({'torch', 'lightning', 'numpy'} & sys.modules.keys()))"
+    assert run_python(code).strip() == "[]"
+
+
+def test_the_package_is_typed():
+    assert (PACKAGE / "py.typed").is_file()
+    assert importlib.util.find_spec("lightning_subspace").origin == str(PACKAGE / "__init__.py")
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.2)
+
+
+def test_the_function_finds_what_the_callback_found_at_the_same_point():
+    torch.manual_seed(0)
+    module = Classifier()
+    data = TensorDataset(torch.randn(64, 6), torch.randint(3, (64,)))
+    monitor = SubspaceMonitor(k=3, every_n_steps=[8], max_overhead=None, sample="all")
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=8,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[monitor],
+    )
+    trainer.fit(module, DataLoader(data, batch_size=16))
+    (record,) = monitor.history
+    alone = measure_subspace(module, DataLoader(data, batch_size=16), k=3, optimizer=trainer.optimizers[0])
+    assert record.step == 8
+    assert alone.subspace.trusted
+    assert record.subspace.eigenvalues == pytest.approx(alone.subspace.eigenvalues, abs=1e-6)
+    measured = {key for key in record.metrics if not key.startswith("solver/")}
+    assert measured >= {"gradient_fraction", "gradient_hessian_cosine", "sharpness_over_threshold", "eigenvalues/04"}
+    for key in measured:
+        assert record.metrics[key] == pytest.approx(alone.metrics[key], abs=1e-6), key

@@ -90,9 +90,7 @@ def main() -> None:
             reference_step=REFERENCE_STEP,
             measurements=[NextEigenvectors()],
         ),
-        "gradient descent": SubspaceMonitor(
-            k=K, every_n_steps=steps, max_overhead=None, sample="all", batch_size=1000
-        ),
+        "gradient descent": SubspaceMonitor(k=K, every_n_steps=steps, max_overhead=None, sample="all", batch_size=1000),
     }
     train(monitors["SGD"], dataset, batch_size=64, steps=arguments.steps)
     train(monitors["gradient descent"], dataset, batch_size=len(dataset), steps=arguments.steps)
@@ -111,7 +109,9 @@ def main() -> None:
         for monitor in monitors.values()
     )
     last = {r.step: r.metrics for r in monitors["SGD"].history}[steps[-1]]
-    assert all(fraction >= 0.9 for step, fraction in sgd.items() if step >= 200), "SGD: the gradient is in the top space"
+    assert all(fraction >= 0.9 for step, fraction in sgd.items() if step >= 200), (
+        "SGD: the gradient is in the top space"
+    )
     assert all(fraction <= 0.3 for step, fraction in descent.items() if step >= 400), "gradient descent: it is not"
     assert last["overlap_reference"] >= 0.7, "the top space is preserved"
     assert last["next_overlap_reference"] <= last["overlap_reference"] - 0.2, "the next directions are not"
@@ -192,9 +192,12 @@ def draw(monitors: Mapping[str, SubspaceMonitor]) -> Figure:
 
     for axes in (fractions, spectrum, overlaps):
         axes.set_xlabel("optimizer step")
-        axes.set_xlim(0, sgd[-1].step)
+        axes.set_xlim(-0.02 * sgd[-1].step, 1.02 * sgd[-1].step)
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=8, loc="center right" if axes is fractions else "best")
+    fractions.legend(fontsize=8, loc="center right")
+    spectrum.legend(fontsize=8, loc="lower right", ncols=3)
+    spectrum.set_ylim(bottom=0.25)
+    overlaps.legend(fontsize=8, loc="lower left")
     return figure
 
 

@@ -8,29 +8,29 @@ back: not equal ones, the same ones, so nothing of the user's was ever written.
 
 `renew` gives fresh copies: called before every evaluation of the loss, it makes each evaluation start from the same
 state, which is what makes the loss a function. Copies of parameters are kept between evaluations as long as nobody
-wrote to them, so that all graphs of a probe share one set of leaves.
+writes to them, so that all graphs of a probe share one set of leaves.
 
-What is found: the attributes of all submodules; lists, dicts, sets, deques and tuples in them at any depth; arrays;
-random generators; and plain objects whose class comes from the same package as one of the module's own classes. Not
-found: state in closures, globals, `__slots__`, and objects of unrelated packages.
+What is found (`containers.py` says how): the attributes of all modules, registered or not; dicts, lists, sets, deques
+and tuples at any depth; arrays; random generators; hooks, with what their closures and partials hold; and plain objects
+whose class comes from the same package as one of the module's own classes. A tensor that is a view of another one, or
+of a parameter, is so among the copies too. An iterator or an open file cannot be put back: using one raises.
+
+Not found: globals and class attributes, objects of unrelated packages, what lives outside of Python (shared memory,
+queues, services), and `.grad`, without which the copies of parameters begin. A set that grew may iterate in another
+order afterwards. A list kept in the module is copied with all its tensors, so a training set does not belong there.
 """
 
 from __future__ import annotations
 
-import argparse
-import collections
-import random
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-# Objects of these packages manage training itself: a probe must neither copy nor follow them.
-FOREIGN = frozenset({"lightning", "pytorch_lightning", "lightning_fabric", "torch", "builtins"})
+from lightning_subspace.containers import Container, Found, explore, own_caches, own_packages
 
 
 class Shadow:
@@ -40,6 +40,11 @@ class Shadow:
         module: the module; its tree is walked once.
         dtype: floating-point copies are at least this wide (a bfloat16 weight becomes a float32 leaf); None keeps all.
         displacement: None, or a function from a parameter to an offset that is added to its copy (None: no offset).
+        bystanders: objects whose attributes are put back as well, but whose tensors are not copied: what a training
+            step can reach and assign to, such as the learning rate of an optimizer.
+
+    Raises:
+        TypeError: for a TorchScript module.
 
     Example:
         >>> norm = nn.BatchNorm1d(2)
@@ -55,14 +60,20 @@ class Shadow:
         module: nn.Module,
         dtype: torch.dtype | None = None,
         displacement: Callable[[nn.Parameter], Tensor | None] | None = None,
+        bystanders: Iterable[Any] = (),
     ) -> None:
         self._dtype = dtype
-        self._displacement = displacement
-        self._containers: list[_Container] = []
-        self._generators: list[tuple[Callable[[Any], Any], Any]] = []
-        self._parameters: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # id of the original: (original, copy)
-        self._packages = {cls.__module__.split(".")[0] for m in module.modules() for cls in type(m).__mro__} - FOREIGN
-        self._walk(module)
+        self._displacement = displacement if displacement is not None else lambda parameter: None
+        self._leaves: dict[int, _Leaf] = {}  # by the id of the original
+        self._written: set[int] = set()  # ids of the originals whose copies were written to
+        self._caches = [(cache, cache.cache_info().misses) for cache in own_caches(module)]
+        packages = own_packages(module)
+        inside = explore([module], Found(packages))
+        around = explore(map(vars, bystanders), Found(packages, inside.seen))
+        self._containers, self._bystanding = inside.containers, around.containers
+        self._generators = inside.generators + around.generators
+        self._seen = inside.seen
+        self._owners = _owners(inside.tensors)
         try:
             self.renew()
         except BaseException:
@@ -71,171 +82,78 @@ class Shadow:
 
     def renew(self) -> None:
         """Start again from the original state: fresh copies, generators rewound; untouched parameter copies stay."""
-        self._parameters = {key: pair for key, pair in self._parameters.items() if self._is_intact(*pair)}
+        self.settle()
         memo: dict[int, Any] = {}
         for container in self._containers:
             container.fill([self._copy(item, memo) for item in container.items])
-        for set_state, state in self._generators:
-            set_state(state)
+        for leaf in list(self._leaves.values()):
+            leaf.copy.grad = None
+            leaf.copy.__dict__.clear()
+            leaf.copy.__dict__.update({key: self._copy(item, memo) for key, item in vars(leaf.original).items()})
+        self._put_back(self._bystanding)
+
+    def settle(self) -> None:
+        """Part with the parameter copies that an evaluation has written to; to be called when its graph is built.
+
+        Raises:
+            RuntimeError: when the graph of an earlier evaluation, which had not written to it, uses the same copy.
+        """
+        for key, leaf in list(self._leaves.items()):
+            # By value: writes through `.data` (a clamp, a momentum teacher) leave no trace in the version counter.
+            untouched = leaf.copy.requires_grad == leaf.original.requires_grad and torch.equal(
+                leaf.copy.detach(), self._value(leaf.original, leaf.offset)
+            )
+            if not untouched:
+                self._written.add(key)
+                if leaf.shared:
+                    raise RuntimeError(
+                        "the training step writes to a parameter at some batches and not at others, so that there is "
+                        "no one function to differentiate; pass loss_fn=, a loss without the write."
+                    )
+            if key in self._written or self._displacement(leaf.original) is not leaf.offset:
+                del self._leaves[key]
+            leaf.shared = True
 
     def close(self) -> None:
         """Put the original contents back. The module is as if nothing had happened, also after an exception."""
-        for container in self._containers:
+        self._put_back(self._containers)
+        self._put_back(self._bystanding)
+        self._leaves.clear()
+        for cache, misses in self._caches:
+            if cache.cache_info().misses != misses:
+                cache.cache_clear()
+
+    def _put_back(self, containers: list[Container]) -> None:
+        for container in containers:
             container.fill(container.items)
         for set_state, state in self._generators:
             set_state(state)
-        self._parameters.clear()
-
-    # -- finding state ------------------------------------------------------------------------------------------------
-
-    def _walk(self, root: nn.Module) -> None:
-        seen: set[int] = set()
-        stack: list[Any] = [root]
-        while stack:
-            value = stack.pop()
-            if id(value) in seen:
-                continue
-            if isinstance(value, tuple):  # not marked as seen: a temporary tuple's id may be used again
-                stack.extend(value)
-                continue
-            seen.add(id(value))
-            generator = _generator_state(value)
-            if generator is not None:
-                self._generators.append(generator)
-            elif (container := self._container(value)) is not None:
-                self._containers.append(container)
-                stack.extend(container.items)
-
-    def _container(self, value: Any) -> _Container | None:
-        if isinstance(value, torch.jit.ScriptModule):
-            raise TypeError(
-                f"{type(value).__name__} is a compiled TorchScript module, whose parameters cannot be exchanged for "
-                "copies; use the eager module, or pass loss_fn= and leave it out."
-            )
-        if isinstance(value, dict):
-            return _DictContainer(value)
-        if isinstance(value, (list, collections.deque)):
-            return _ListContainer(value)
-        if isinstance(value, set):
-            return _SetContainer(value)
-        if isinstance(value, nn.Module) or self._is_own_object(value):
-            return _DictContainer(vars(value))
-        return None
-
-    def _is_own_object(self, value: Any) -> bool:
-        """Whether a plain object's attributes are state of the module."""
-        if isinstance(value, types.SimpleNamespace | argparse.Namespace | torch.distributions.Distribution):
-            return True
-        if isinstance(value, type | types.FunctionType | types.MethodType | types.ModuleType | Tensor | Dataset):
-            return False
-        if not hasattr(value, "__dict__"):
-            return False
-        packages = {cls.__module__.split(".")[0] for cls in type(value).__mro__ if cls is not object}
-        return bool(packages & self._packages) and not packages & FOREIGN
 
     # -- copying ------------------------------------------------------------------------------------------------------
 
     def _copy(self, value: Any, memo: dict[int, Any]) -> Any:
-        """A copy of a tensor, an array, or a tuple holding one; anything else is exchanged in place or constant."""
-        if isinstance(value, tuple) and value:
-            items = [self._copy(item, memo) for item in value]
-            if all(new is old for new, old in zip(items, value, strict=True)):
-                return value
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        if not isinstance(value, Tensor | np.ndarray):
-            return value
+        """What stands in for a value; what is constant, or exchanged in place, stands in for itself."""
+        if isinstance(value, tuple | types.MappingProxyType):
+            return self._copy_immutable(value, memo)
         if id(value) not in memo:
             if isinstance(value, nn.Parameter):
                 memo[id(value)] = self._copy_parameter(value)
             elif isinstance(value, Tensor):
-                memo[id(value)] = self._widened(value.detach(), clone=True).requires_grad_(
-                    value.requires_grad and value.is_leaf
-                )
-            else:
+                memo[id(value)] = self._copy_tensor(value, memo)
+            elif isinstance(value, np.ndarray):
                 memo[id(value)] = value.copy()
+            elif isinstance(value, Iterator) and not self._is_exchanged(value):
+                memo[id(value)] = _Sealed(value)
+            else:
+                return value
         return memo[id(value)]
 
-    def _copy_parameter(self, original: nn.Parameter) -> nn.Parameter:
-        if id(original) not in self._parameters:
-            copy = nn.Parameter(self._value(original, clone=True), requires_grad=original.requires_grad)
-            copy.__dict__.update(original.__dict__)
-            self._parameters[id(original)] = (original, copy)
-        return self._parameters[id(original)][1]
-
-    def _value(self, original: nn.Parameter, *, clone: bool = False) -> Tensor:
-        """What the copy of a parameter holds when nobody has written to it."""
-        offset = self._displacement(original) if self._displacement is not None else None
-        value = self._widened(original.detach(), clone=clone and offset is None)
-        return value if offset is None else value + offset.to(value)
-
-    def _is_intact(self, original: nn.Parameter, copy: nn.Parameter) -> bool:
-        # By value: writes through `.data` (a clamp, a momentum teacher) leave no trace in the version counter.
-        return copy.requires_grad == original.requires_grad and torch.equal(copy.detach(), self._value(original))
-
-    def _widened(self, tensor: Tensor, *, clone: bool) -> Tensor:
-        dtype = tensor.dtype
-        if self._dtype is not None and (tensor.is_floating_point() or tensor.is_complex()):
-            dtype = torch.promote_types(dtype, self._dtype)
-        return tensor.to(dtype, copy=True) if clone else tensor.to(dtype)
-
-
-class _Container:
-    """A mutable container and its original contents; `fill` exchanges the contents, keeping the object."""
-
-    items: list[Any]
-
-    def fill(self, items: list[Any]) -> None:
-        raise NotImplementedError
-
-
-class _DictContainer(_Container):
-    def __init__(self, target: dict[Any, Any]) -> None:
-        self._target = target
-        self._keys = list(target)
-        self.items = list(target.values())
-
-    def fill(self, items: list[Any]) -> None:
-        target = self._target
-        # Entry by entry where the keys are as they were: guards of compiled code and hooks hold on to the dict.
-        if list(target) != self._keys:
-            target.clear()
-        for key, item in zip(self._keys, items, strict=True):
-            if key not in target or target[key] is not item:
-                target[key] = item
-
-
-class _ListContainer(_Container):
-    def __init__(self, target: list[Any] | collections.deque[Any]) -> None:
-        self._target = target
-        self.items = list(target)
-
-    def fill(self, items: list[Any]) -> None:
-        if len(items) != len(self._target) or any(a is not b for a, b in zip(items, self._target, strict=True)):
-            self._target.clear()
-            self._target.extend(items)
-
-
-class _SetContainer(_Container):
-    def __init__(self, target: set[Any]) -> None:
-        self._target = target
-        self.items = list(target)
-
-    def fill(self, items: list[Any]) -> None:
-        if len(items) != len(self._target) or any(item not in self._target for item in items):
-            self._target.clear()
-            self._target.update(items)
-
-
-def _generator_state(value: Any) -> tuple[Callable[[Any], Any], Any] | None:
-    """How to rewind a random generator to its present state; None for anything else."""
-    if isinstance(value, torch.Generator):
-        return value.set_state, value.get_state()
-    if isinstance(value, np.random.Generator):
-        bits = value.bit_generator
-        return lambda state: setattr(bits, "state", state), bits.state
-    if isinstance(value, np.random.RandomState):
-        return value.set_state, value.get_state()
-    if isinstance(value, random.Random):
-        return value.setstate, value.getstate()
-    return None
-
+    def _copy_immutable(self, value: Any, memo: dict[int, Any]) -> Any:
+        """A tuple or a read-only dict, made anew if something in it is."""
+        items = list(value if isinstance(value, tuple) else value.values())
+        new = [self._copy(item, memo) for item in items]
+        if all(a is b for a, b in zip(new, items, strict=True)):
+            return value
+        if not isinstance(value, tuple):
+            return types.MappingProxyType(dict(zip(value, new, strict=True)))
+        return type(value)(*new) if hasattr(value, "_fields") else type(value)(new)

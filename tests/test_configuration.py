@@ -14,8 +14,11 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lightning_subspace import Measurement, SubspaceMonitor
 from lightning_subspace.configuration import check_project, warn_of_missing_keys
 
-# torch's own pytree raises it, in Lightning's CombinedLoader
-pytestmark = pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated:FutureWarning")
+# The first is raised by torch's own pytree, in Lightning's CombinedLoader; the second depends on the machine.
+pytestmark = [
+    pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The '.*' does not have many workers:UserWarning"),
+]
 
 NAN = float("nan")
 
@@ -168,6 +171,7 @@ def trainer(*callbacks, **kwargs):
     return pl.Trainer(**{**settings, **quiet, **kwargs}, callbacks=list(callbacks))
 
 
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor:UserWarning")
 @pytest.mark.parametrize(
     ("module", "loader", "arguments", "words"),
     [
@@ -221,10 +225,10 @@ def test_two_monitors_of_one_name_are_refused():
         trainer(SubspaceMonitor(k=1), SubspaceMonitor(k=2)).fit(Net(), batches())
 
 
-def test_an_empty_dataset_is_left_to_lightning():
+@pytest.mark.filterwarnings("ignore:Total length of .* across ranks is zero:UserWarning")
+def test_an_empty_dataset_is_left_to_lightning_which_skips_training():
     monitor = SubspaceMonitor(k=2)
-    with pytest.warns(UserWarning, match="Total length of `CombinedLoader` across ranks is zero"):
-        trainer(monitor).fit(Net(), DataLoader(TensorDataset(torch.zeros(0, 4)), batch_size=4))
+    trainer(monitor).fit(Net(), DataLoader(TensorDataset(torch.zeros(0, 4)), batch_size=4))
     assert monitor.history == []
     monitor.plot()
 

@@ -17,8 +17,11 @@ from lightning_subspace import SubspaceMonitor, measure_subspace
 
 PACKAGE = Path(lightning_subspace.__file__).parent
 
-# torch's own pytree raises it, in Lightning's CombinedLoader
-pytestmark = pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated:FutureWarning")
+# The first is raised by torch's own pytree, in Lightning's CombinedLoader; the second depends on the machine.
+pytestmark = [
+    pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The '.*' does not have many workers:UserWarning"),
+]
 
 
 def run_python(code):

@@ -43,7 +43,9 @@ def trained(digits: TensorDataset) -> dict[int, nn.Module]:
     while True:
         for batch in loader:
             if step in STEPS:
-                nets[step] = nn.Sequential(nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 10))
+                nets[step] = nn.Sequential(
+                    nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 10)
+                )
                 nets[step].load_state_dict(net.state_dict())
             if step == STEPS[-1]:
                 return nets
@@ -60,7 +62,9 @@ def probe(net: nn.Module, sample: Sample) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def measured(trained: dict[int, nn.Module], digits: TensorDataset) -> dict[tuple[int, int | None, int], dict[str, float]]:
+def measured(
+    trained: dict[int, nn.Module], digits: TensorDataset
+) -> dict[tuple[int, int | None, int], dict[str, float]]:
     """Every case: (step, gradient_sample, seed) -> metrics, with sample=512."""
     loader = DataLoader(digits, batch_size=64)
     return {
@@ -133,7 +137,8 @@ def test_it_is_taken_at_every_fifth_probe(trained: dict[int, nn.Module], digits:
     net = trained[500]
     with TrainingLoss(net, ParameterSpace.of(net), cross_entropy) as loss:
         taken = [
-            "reliability" in take_probe(loss, sample, Solver(k=2), [Reliability()], number=number, verify=False)[1].metrics
+            "reliability"
+            in take_probe(loss, sample, Solver(k=2), [Reliability()], number=number, verify=False)[1].metrics
             for number in range(11)
         ]
     assert [number for number, there in enumerate(taken) if there] == [0, 5, 10]

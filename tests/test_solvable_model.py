@@ -12,7 +12,7 @@ from lightning_subspace.training_loss import TrainingLoss
 from tests.oracles import EPS, Quadratic, SolvableModel, dense_hessian, dense_hessian_by_differences
 
 LEARNING_RATE = 0.7
-STEPS = (0, 1, 100)
+STEPS = (0, 1, 10, 100)
 # Residual / gap of the solver in these tests. Eigenvalues and fractions err by its square, or by itself at worst.
 TOL = 1e-10
 CLOSE = 1e-8
@@ -128,10 +128,9 @@ def test_all_eigenvalues_and_the_numbers_along_the_gradient(num_classes, bias):
 @models
 def test_the_gradient_fraction_at_every_gap(num_classes, bias):
     model = SolvableModel(num_classes, LEARNING_RATE, bias=bias)
-    batches, rank = class_batches(num_classes), num_classes * (num_classes - 1)
-    fractions = {}
+    batches, fractions = class_batches(num_classes), {}
     for _, module, predicted in along_descent(model, batches):
-        for k in sorted({num_classes - 1, num_classes, rank} & set(predicted.gaps())):
+        for k in sorted({num_classes - 1, num_classes} & set(predicted.gaps())):
             record = measure(module, batches, k)
             assert_predicted(record, predicted, k)
             assert record.subspace.trusted

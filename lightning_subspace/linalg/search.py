@@ -23,6 +23,8 @@ from lightning_subspace.linalg.rules import Rules
 from lightning_subspace.linalg.which import (
     best_first,
     decisive_values,
+    edge_values,
+    ends,
     last_places,
     merit,
     outward,
@@ -33,6 +35,7 @@ Progress = Callable[[int, float], None]
 
 # In units of scale. Deterministic float32 operators stay below 2e-6; minibatches that are drawn anew exceed 5e-3.
 _MAX_ASYMMETRY = 1e-4
+_ROUNDING = 10  # in units of eps * scale: no residual estimate means anything below
 _SETTLED = 1.1  # if scale grew by less than this factor in a matvec, it can be trusted to judge the asymmetry
 
 
@@ -99,7 +102,8 @@ class Search:
             if not lanczos.invariant:
                 self.certificate.follow(*expansion)
             self.excluded = self.certificate.holds
-            if self._missed(ritz):
+            # What improves less than a copy that is looked for is not waited for, nor passed over once it was seen.
+            if self._missed(ritz, rules.tol * lanczos.scale if self.excluded else self._copy_margin):
                 self._resume_search()
         converged = self._test(ritz)
         self._report(ritz)
@@ -154,10 +158,17 @@ class Search:
             closest += [min(candidates)] if candidates else []
         return closest
 
-    def _decisive(self, ritz: Ritz) -> list[float]:
-        """The found values whose missed copies would matter."""
-        margin = self.rules.copy_margin(self.lanczos.scale)
-        return decisive_values(ritz.values[: self.rules.k], self.rules.which, margin)
+    @property
+    def _copy_margin(self) -> float:
+        return self.rules.copy_margin(self.lanczos.scale)
+
+    def _to_exclude(self, ritz: Ritz) -> list[float]:
+        """The values of which a certificate has to exclude missed copies."""
+        wanted, which, margin = ritz.values[: self.rules.k], self.rules.which, self._copy_margin
+        closest = min(self._neighbours(ritz), default=_UNSEEN)
+        # Copies of almost equal values change no eigenvalue, but they make the gap an illusion, if there seems to be one.
+        at_stake = self.rules.subspace_tol is not None and closest.gap > closest.residual
+        return edge_values(wanted, which, margin) if at_stake or decisive_values(wanted, which, margin) else []
 
     # Decisions
 
@@ -179,22 +190,18 @@ class Search:
         self.num_passes = self.num_passes + 1 if passed else 0
         return passed and (lanczos.invariant or self.num_passes >= self.rules.passes_needed)
 
-    def _missed(self, ritz: Ritz) -> bool:
-        """Whether the chain of a verification has met something that the search before it missed."""
-        rules, scale = self.rules, self.lanczos.scale
-        # What improves less than a copy that is looked for is not waited for, but neither is it passed over once seen.
-        return self._gain(ritz) > (rules.tol * scale if self.excluded else rules.copy_margin(scale))
-
-    def _gain(self, ritz: Ritz) -> float:
-        """How much better the wanted values are than those found before the last fresh start."""
-        # All places count: a missed copy of the first eigenvalue moves the k-th only up to the one before it.
-        return float((merit(ritz.values[: self.rules.k], self.rules.which) - self.found).max())
+    def _missed(self, ritz: Ritz, margin: float) -> bool:
+        """Whether more values lie beyond the last one found than before the fresh start, by more than ``margin``."""
+        # They are counted: in a dense list a missed copy of the first value moves every other one by very little.
+        found, now = self.found, merit(ritz.values[: self.rules.k], self.rules.which)
+        return any(
+            int((now[end] > found[end].min() + margin).sum()) > int((found[end] > found[end].min() + margin).sum())
+            for end in ends(self.rules.k, self.rules.which)
+        )
 
     def _needs_no_verification(self, ritz: Ritz) -> bool:
-        """Whether no missed copy could matter, or they are excluded already."""
-        if self.excluded and self._gain(ritz) <= self.rules.copy_margin(self.lanczos.scale):
-            return True
-        return not self._decisive(ritz)
+        """Whether missed copies could not matter, or are excluded already."""
+        return (self.excluded and not self._missed(ritz, self._copy_margin)) or not self._to_exclude(ritz)
 
     def _judge(self, ritz: Ritz, converged: bool, settled: bool) -> tuple[Outcome | None, bool]:
         """Why to stop, or None to go on; and whether the answer is verified."""
@@ -226,7 +233,7 @@ class Search:
         if kept == rules.k:
             self.remembered = self._neighbours(ritz)
             self.found = merit(ritz.values[:kept], rules.which)
-            self.certificate = Certificate(self._decisive(ritz), kept, rules.dimension, rules.delta)
+            self.certificate = Certificate(self._to_exclude(ritz), kept, rules.dimension, rules.delta)
             self.excluded = False
         lanczos.contract(ritz.rotation[:, :kept])
         self.num_draws += 1
@@ -270,12 +277,13 @@ class Search:
         order = report_order(num_pairs, rules.which)
         # Whatever was dropped on the way, nothing of it lies outside a basis of the whole space.
         estimates = torch.zeros_like(ritz.residuals) if exact else ritz.residuals
+        rounding = max(lanczos.asymmetry, _ROUNDING * torch.finfo(lanczos.basis.dtype).eps * lanczos.scale)
         lanczos.contract(ritz.rotation[:, order])
         deviation = (lanczos.gram() - torch.eye(num_pairs, dtype=torch.float64, device="cpu")).abs()
         return EigshResult(
             eigenvalues=ritz.values[order],
             eigenvectors=lanczos.vectors.clone(),
-            residuals=estimates[order].clamp(min=lanczos.asymmetry),
+            residuals=estimates[order].clamp(min=rounding),
             outcome=outcome,
             verified=verified,
             num_matvecs=self.num_matvecs,
@@ -284,7 +292,7 @@ class Search:
             asymmetry=lanczos.asymmetry / lanczos.scale if lanczos.scale else 0.0,
             scale=lanczos.scale,
             next_eigenvalue=behind.value,
-            next_residual=behind.residual,
+            next_residual=max(behind.residual, rounding),
             gap=behind.gap,
         )
 

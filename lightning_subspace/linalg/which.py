@@ -49,6 +49,11 @@ def merit(values: Tensor, which: Which) -> Tensor:
     return values.abs() if which == "LM" else _signs(values.numel(), which) * values
 
 
+def ends(k: int, which: Which) -> list[slice]:
+    """The places of each end in a list of ``k`` values."""
+    return [slice(0, None, 2), slice(1, None, 2)][: min(k, 2)] if which == "BE" else [slice(None)]
+
+
 def last_places(k: int, which: Which) -> list[int]:
     """The last wanted place at each end: behind it lies a gap."""
     return [k - 1, k - 2] if which == "BE" and k > 1 else [k - 1]
@@ -84,6 +89,18 @@ def decisive_values(wanted: Tensor, which: Which, margin: float) -> list[float]:
         if beyond.numel() > 0:
             decisive.append(sign * float(beyond.min()))
     return decisive
+
+
+def edge_values(wanted: Tensor, which: Which, margin: float) -> list[float]:
+    """Just beyond the last wanted value of each end that has any, by ``margin``; arguments as in `decisive_values`."""
+    signs = _signs(wanted.numel(), which) if which != "LM" else torch.sign(wanted)
+    last = wanted.abs().min()
+    edges = []
+    for sign in (1.0, -1.0):
+        outward = sign * wanted[signs == sign]
+        if outward.numel() > 0:
+            edges.append(sign * float((last if which == "LM" else outward.min()) + margin))
+    return edges
 
 
 def report_order(k: int, which: Which) -> list[int]:

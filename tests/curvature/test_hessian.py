@@ -346,10 +346,10 @@ def test_retained_and_rebuilt_graphs_give_the_same_bits(name):
     module = built(NETS[name]).float()
     batches = [(images.float(), labels) for images, labels in UNEVEN]
     space = ParameterSpace.of(module)
-    directions = normal(3, space.n).float()
+    directions = normal(2, space.n).float()
     results = {}
     with TrainingLoss(module, space, classify) as loss:
-        for memory in (None, 0.0, *(2.0**i for i in range(8, 20))):
+        for memory in (None, 0.0, *range(1_000, 30_000, 500)):
             hessian = Hessian(loss, sample_of_batches(batches).hessian, memory=memory)
             results[hessian.num_retained] = [hessian.matvec(v) for v in directions] + [hessian.gradient()]
     assert results.keys() == {0, 1, 2, 3}

@@ -1,0 +1,250 @@
+"""Where Python keeps state, and how to exchange it while every object stays the same object.
+
+`explore` walks from some roots through everything that can hold state and returns the containers on the way, the random
+generators and the tensors. A `Container` is one mutable object with its original contents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import random
+import sys
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+# Objects of these packages manage training itself, or the interpreter: a probe must not follow them.
+FOREIGN = sys.stdlib_module_names | {"lightning", "pytorch_lightning", "lightning_fabric", "torch"}
+# Except these, which are nothing but state.
+PLAIN = (
+    types.SimpleNamespace,
+    argparse.Namespace,
+    collections.UserDict,
+    collections.UserList,
+    torch.distributions.Distribution,
+    torch.quasirandom.SobolEngine,
+)
+
+
+@dataclass(frozen=True)
+class Container:
+    """A mutable object.
+
+    Attributes:
+        items: its original contents.
+        fill: exchanges the contents for others, as many and in the same order.
+    """
+
+    items: list[Any]
+    fill: Callable[[list[Any]], None]
+
+
+@dataclass
+class Found:
+    """What an exploration has found.
+
+    Attributes:
+        packages: a plain object is followed if its class comes from one of these.
+        seen: ids of all objects that were visited.
+        containers: mutable objects.
+        generators: how to rewind each random generator to where it was: a function and its argument.
+        tensors: all of them, parameters included.
+    """
+
+    packages: frozenset[str]
+    seen: set[int] = field(default_factory=set)
+    containers: list[Container] = field(default_factory=list)
+    generators: list[tuple[Callable[[Any], Any], Any]] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+
+
+def explore(roots: Iterable[Any], found: Found) -> Found:
+    """Add everything that can be reached from the roots, once.
+
+    Raises:
+        TypeError: for a TorchScript module.
+
+    Example:
+        >>> found = explore([{"a": [1, 2]}], Found(frozenset()))
+        >>> [container.items for container in found.containers]
+        [['a', [1, 2]], [1, 2]]
+    """
+    stack = list(roots)
+    while stack:
+        value = stack.pop()
+        if value is None or isinstance(value, str | int | float | type | types.ModuleType) or id(value) in found.seen:
+            continue
+        if isinstance(value, tuple | types.MappingProxyType):  # often temporary, so that its id may be used again
+            stack.extend(value if isinstance(value, tuple) else value.values())
+            continue
+        found.seen.add(id(value))
+        if isinstance(value, Tensor):
+            found.tensors.append(value)
+            stack.append(vars(value))
+        elif (rewind := _rewind(value)) is not None:
+            found.generators.append(rewind)
+        else:
+            containers = _containers(value, found.packages)
+            found.containers.extend(containers)
+            stack.extend(item for container in containers for item in container.items)
+    return found
+
+
+def own_packages(module: nn.Module) -> frozenset[str]:
+    """The packages that the classes of a module and its submodules come from."""
+    return frozenset(_package(cls) for m in module.modules() for cls in type(m).__mro__) - FOREIGN
+
+
+def own_caches(module: nn.Module) -> list[functools._lru_cache_wrapper[Any]]:
+    """The `functools.cache`s among the methods of a module's classes and in the files these are defined in.
+
+    One that is filled during a probe may hold a table of a wider type than training computes with.
+    """
+    classes = {cls for m in module.modules() for cls in type(m).__mro__ if _package(cls) not in FOREIGN}
+    files = {cls.__module__ for cls in classes} & set(sys.modules)
+    places = [*map(vars, classes), *(vars(sys.modules[name]) for name in files)]
+    return [v for place in places for v in list(place.values()) if isinstance(v, functools._lru_cache_wrapper)]
+
+
+def _package(cls: type) -> str:
+    return cls.__module__.split(".")[0]
+
+
+def _containers(value: Any, packages: frozenset[str]) -> list[Container]:
+    """The value as containers: of items, of attributes, of both, or none for a constant."""
+    if isinstance(value, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{type(value).__name__} is a compiled TorchScript module, whose parameters cannot be exchanged for "
+            "copies; use the eager module, or pass loss_fn= and leave it out."
+        )
+    found: list[Container] = []
+    if isinstance(value, dict):
+        found.append(_of_dict(value))
+    elif isinstance(value, list | collections.deque):
+        found.append(_of_list(value))
+    elif isinstance(value, set):
+        found.append(_of_set(value))
+    elif isinstance(value, functools.partial):
+        found.append(_of_partial(value))
+    elif isinstance(value, types.FunctionType):
+        return [_of_function(value)]
+    elif isinstance(value, types.CellType):
+        return _of_cell(value)
+    elif isinstance(value, types.MethodType | types.BuiltinMethodType):
+        return [Container([value.__self__], lambda items: None)]
+    if found or isinstance(value, nn.Module | PLAIN) or _is_own(value, packages):
+        found.extend([_of_dict(vars(value))] if hasattr(value, "__dict__") else [])
+        found.append(_of_slots(value))
+    return found
+
+
+def _is_own(value: Any, packages: frozenset[str]) -> bool:
+    """Whether a plain object belongs to the project, so that its attributes are state of the module."""
+    if isinstance(value, Dataset):
+        return False
+    own = {_package(cls) for cls in type(value).__mro__}
+    return bool(own & packages) and not own & (FOREIGN - sys.stdlib_module_names)
+
+
+def _of_dict(target: dict[Any, Any]) -> Container:
+    size = len(target)
+
+    def fill(items: list[Any]) -> None:
+        keys, values = items[:size], items[size:]
+        # Entry by entry where the keys are as they were: guards of compiled code and hooks hold on to the dict.
+        if len(target) != size or any(a is not b for a, b in zip(target, keys, strict=True)):
+            target.clear()
+        for key, value in zip(keys, values, strict=True):
+            if key not in target or target[key] is not value:
+                target[key] = value
+
+    return Container([*target, *target.values()], fill)
+
+
+def _of_list(target: list[Any] | collections.deque[Any]) -> Container:
+    def fill(items: list[Any]) -> None:
+        if len(items) != len(target) or any(a is not b for a, b in zip(items, target, strict=True)):
+            target.clear()
+            target.extend(items)
+
+    return Container(list(target), fill)
+
+
+def _of_set(target: set[Any]) -> Container:
+    def fill(items: list[Any]) -> None:
+        # Only what has come or gone, since the order of iteration depends on how a set was built.
+        target.intersection_update(items)
+        target.update(items)
+
+    return Container(list(target), fill)
+
+
+def _of_partial(target: functools.partial[Any]) -> Container:
+    def fill(items: list[Any]) -> None:
+        if target.func is not items[0] or target.args is not items[1]:
+            target.__setstate__((items[0], items[1], target.keywords, vars(target)))  # type: ignore[attr-defined]
+
+    return Container([target.func, target.args, target.keywords], fill)
+
+
+def _of_function(target: types.FunctionType) -> Container:
+    def fill(items: list[Any]) -> None:
+        if target.__defaults__ is not items[0]:
+            target.__defaults__ = items[0]
+
+    return Container([target.__defaults__, target.__kwdefaults__, vars(target), *(target.__closure__ or ())], fill)
+
+
+def _of_cell(target: types.CellType) -> list[Container]:
+    def fill(items: list[Any]) -> None:
+        target.cell_contents = items[0]
+
+    try:
+        return [Container([target.cell_contents], fill)]
+    except ValueError:  # a variable without a value yet
+        return []
+
+
+def _of_slots(target: Any) -> Container:
+    slots = [d for cls in type(target).__mro__ for d in vars(cls).values() if isinstance(d, types.MemberDescriptorType)]
+    held = [slot for slot in slots if _has(slot, target)]
+
+    def fill(items: list[Any]) -> None:
+        for slot in slots:
+            if slot not in held and _has(slot, target):
+                slot.__delete__(target)
+        for slot, item in zip(held, items, strict=True):
+            slot.__set__(target, item)
+
+    return Container([slot.__get__(target) for slot in held], fill)
+
+
+def _has(slot: types.MemberDescriptorType, target: Any) -> bool:
+    try:
+        slot.__get__(target)
+    except AttributeError:
+        return False
+    return True
+
+
+def _rewind(value: Any) -> tuple[Callable[[Any], Any], Any] | None:
+    """How to bring a random generator back to its present state; None for anything else."""
+    if isinstance(value, torch.Generator):
+        return value.set_state, value.get_state()
+    if isinstance(value, np.random.Generator):
+        value = value.bit_generator
+    if isinstance(value, np.random.BitGenerator):
+        return functools.partial(setattr, value, "state"), value.state
+    if isinstance(value, np.random.RandomState):
+        return value.set_state, value.get_state()
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
+        return value.setstate, value.getstate()
+    return None

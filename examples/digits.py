@@ -2,8 +2,8 @@
 
     python examples/digits.py [--steps 1500] [--out runs/digits]
 
-A small network is trained on scikit-learn's digits (inside its wheel, nothing is downloaded) under `L.Trainer`, with one
-line added: the `SubspaceMonitor`. It prints a table, saves a figure and writes everything to TensorBoard.
+A small network is trained on scikit-learn's digits (inside its wheel, nothing is downloaded) under `L.Trainer`, with
+one line added: the `SubspaceMonitor`. It prints a table, saves a figure and writes everything to TensorBoard.
 """
 
 from __future__ import annotations

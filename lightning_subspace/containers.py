@@ -12,7 +12,7 @@ import functools
 import random
 import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,7 @@ class Found:
         containers: mutable objects.
         generators: how to rewind each random generator to where it was: a function and its argument.
         tensors: all of them, parameters included.
+        iterators: what cannot be put back: iterators without a state that can be seen, open files.
     """
 
     packages: frozenset[str]
@@ -64,6 +65,7 @@ class Found:
     containers: list[Container] = field(default_factory=list)
     generators: list[tuple[Callable[[Any], Any], Any]] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
+    iterators: list[Iterator[Any]] = field(default_factory=list)
 
 
 def explore(roots: Iterable[Any], found: Found) -> Found:
@@ -88,12 +90,14 @@ def explore(roots: Iterable[Any], found: Found) -> Found:
         found.seen.add(id(value))
         if isinstance(value, Tensor):
             found.tensors.append(value)
-            stack.append(vars(value))
+            stack.extend(vars(value).values())
         elif (rewind := _rewind(value)) is not None:
             found.generators.append(rewind)
         else:
             containers = _containers(value, found.packages)
             found.containers.extend(containers)
+            if not containers and isinstance(value, Iterator):
+                found.iterators.append(value)
             stack.extend(item for container in containers for item in container.items)
     return found
 
@@ -140,7 +144,7 @@ def _containers(value: Any, packages: frozenset[str]) -> list[Container]:
         return _of_cell(value)
     elif isinstance(value, types.MethodType | types.BuiltinMethodType):
         return [Container([value.__self__], lambda items: None)]
-    if found or isinstance(value, nn.Module | PLAIN) or _is_own(value, packages):
+    if found or isinstance(value, (nn.Module, *PLAIN)) or _is_own(value, packages):
         found.extend([_of_dict(vars(value))] if hasattr(value, "__dict__") else [])
         found.append(_of_slots(value))
     return found
@@ -214,7 +218,8 @@ def _of_cell(target: types.CellType) -> list[Container]:
 
 
 def _of_slots(target: Any) -> Container:
-    slots = [d for cls in type(target).__mro__ for d in vars(cls).values() if isinstance(d, types.MemberDescriptorType)]
+    classes = [cls for cls in type(target).__mro__ if "__slots__" in vars(cls)]
+    slots = [d for cls in classes for d in vars(cls).values() if isinstance(d, types.MemberDescriptorType)]
     held = [slot for slot in slots if _has(slot, target)]
 
     def fill(items: list[Any]) -> None:

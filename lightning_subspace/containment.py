@@ -22,19 +22,23 @@ order afterwards. A list kept in the module is copied with all its tensors, so a
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_subspace.containers import Container, Found, explore, own_caches, own_packages
 
 
 class Shadow:
-    """Exchange the state of `module` for copies until `close` is called.
+    """Exchange the state of `module` for copies, from the first `renew` until `close`.
 
     Args:
         module: the module; its tree is walked once.
@@ -49,6 +53,7 @@ class Shadow:
     Example:
         >>> norm = nn.BatchNorm1d(2)
         >>> shadow = Shadow(norm)
+        >>> shadow.renew()
         >>> _ = norm(torch.ones(3, 2)); norm.num_batches_tracked
         tensor(1)
         >>> shadow.close(); norm.num_batches_tracked
@@ -66,24 +71,23 @@ class Shadow:
         self._displacement = displacement if displacement is not None else lambda parameter: None
         self._leaves: dict[int, _Leaf] = {}  # by the id of the original
         self._written: set[int] = set()  # ids of the originals whose copies were written to
+        self._round = 0
         self._caches = [(cache, cache.cache_info().misses) for cache in own_caches(module)]
         packages = own_packages(module)
         inside = explore([module], Found(packages))
         around = explore(map(vars, bystanders), Found(packages, inside.seen))
         self._containers, self._bystanding = inside.containers, around.containers
         self._generators = inside.generators + around.generators
-        self._seen = inside.seen
         self._owners = _owners(inside.tensors)
-        try:
-            self.renew()
-        except BaseException:
-            self.close()
-            raise
+        self._sealed = {id(iterator): _Sealed(iterator) for iterator in inside.iterators}
 
     def renew(self) -> None:
         """Start again from the original state: fresh copies, generators rewound; untouched parameter copies stay."""
         self.settle()
-        memo: dict[int, Any] = {}
+        self._round += 1
+        offset = self._displacement
+        self._leaves = {key: leaf for key, leaf in self._leaves.items() if offset(leaf.original) is leaf.offset}
+        memo: dict[int, Any] = dict(self._sealed)
         for container in self._containers:
             container.fill([self._copy(item, memo) for item in container.items])
         for leaf in list(self._leaves.values()):
@@ -93,41 +97,36 @@ class Shadow:
         self._put_back(self._bystanding)
 
     def settle(self) -> None:
-        """Part with the parameter copies that an evaluation has written to; to be called when its graph is built.
+        """Part with the parameter copies that were written to; to be called when the graph of an evaluation is built.
 
         Raises:
-            RuntimeError: when the graph of an earlier evaluation, which had not written to it, uses the same copy.
+            RuntimeError: when the graph of an earlier evaluation, which did not write to it, uses the same copy.
         """
         for key, leaf in list(self._leaves.items()):
-            # By value: writes through `.data` (a clamp, a momentum teacher) leave no trace in the version counter.
-            untouched = leaf.copy.requires_grad == leaf.original.requires_grad and torch.equal(
-                leaf.copy.detach(), self._value(leaf.original, leaf.offset)
-            )
-            if not untouched:
-                self._written.add(key)
-                if leaf.shared:
-                    raise RuntimeError(
-                        "the training step writes to a parameter at some batches and not at others, so that there is "
-                        "no one function to differentiate; pass loss_fn=, a loss without the write."
-                    )
-            if key in self._written or self._displacement(leaf.original) is not leaf.offset:
-                del self._leaves[key]
-            leaf.shared = True
+            if key not in self._written and leaf.is_intact(self._value(leaf.original, leaf.offset)):
+                continue
+            del self._leaves[key]
+            self._written.add(key)
+            if leaf.round < self._round:
+                raise RuntimeError(
+                    "the training step writes to a parameter at some batches and not at others, so that there is no "
+                    "one function to differentiate; pass loss_fn=, a loss without that."
+                )
 
     def close(self) -> None:
         """Put the original contents back. The module is as if nothing had happened, also after an exception."""
-        self._put_back(self._containers)
-        self._put_back(self._bystanding)
         self._leaves.clear()
         for cache, misses in self._caches:
-            if cache.cache_info().misses != misses:
+            if cache.cache_info().misses != misses:  # the tables of a probe may be of a wider type
                 cache.cache_clear()
+        self._put_back([*self._containers, *self._bystanding])
 
     def _put_back(self, containers: list[Container]) -> None:
-        for container in containers:
-            container.fill(container.items)
-        for set_state, state in self._generators:
-            set_state(state)
+        with ExitStack() as stack:  # all of them, also when one raises
+            for container in containers:
+                stack.callback(container.fill, container.items)
+            for set_state, state in self._generators:
+                stack.callback(set_state, state)
 
     # -- copying ------------------------------------------------------------------------------------------------------
 
@@ -142,14 +141,12 @@ class Shadow:
                 memo[id(value)] = self._copy_tensor(value, memo)
             elif isinstance(value, np.ndarray):
                 memo[id(value)] = value.copy()
-            elif isinstance(value, Iterator) and not self._is_exchanged(value):
-                memo[id(value)] = _Sealed(value)
             else:
                 return value
         return memo[id(value)]
 
     def _copy_immutable(self, value: Any, memo: dict[int, Any]) -> Any:
-        """A tuple or a read-only dict, made anew if something in it is."""
+        """A tuple or a read-only dict, made anew if anything in it is."""
         items = list(value if isinstance(value, tuple) else value.values())
         new = [self._copy(item, memo) for item in items]
         if all(a is b for a, b in zip(new, items, strict=True)):
@@ -157,3 +154,114 @@ class Shadow:
         if not isinstance(value, tuple):
             return types.MappingProxyType(dict(zip(value, new, strict=True)))
         return type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
+
+    def _copy_parameter(self, original: nn.Parameter) -> nn.Parameter:
+        if id(original) not in self._leaves:
+            offset = self._displacement(original)
+            value = self._value(original, offset, clone=True)
+            cls = type(original) if issubclass(type(original), nn.Parameter) else nn.Parameter
+            leaf = nn.Parameter.__new__(cls, value, requires_grad=original.requires_grad)
+            self._leaves[id(original)] = _Leaf(original, leaf, offset, self._round)
+        return self._leaves[id(original)].copy
+
+    def _copy_tensor(self, original: Tensor, memo: dict[int, Any]) -> Tensor:
+        owner = self._owners.get(id(original))
+        if owner is None:
+            alone = self._widened(original.detach(), clone=True)
+            return alone.requires_grad_(original.requires_grad and original.is_leaf)
+        start = original.storage_offset() - owner.storage_offset()
+        view: Tensor = self._copy(owner, memo).as_strided(original.size(), original.stride(), start)
+        return view if original.requires_grad else view.detach()
+
+    def _value(self, original: nn.Parameter, offset: Tensor | None, *, clone: bool = False) -> Tensor:
+        """What the copy of a parameter holds when nobody has written to it."""
+        value = self._widened(original.detach(), clone=clone and offset is None)
+        return value if offset is None else value + offset.to(value)
+
+    def _widened(self, tensor: Tensor, *, clone: bool) -> Tensor:
+        dtype = tensor.dtype
+        if self._dtype is not None and (tensor.is_floating_point() or tensor.is_complex()):
+            dtype = torch.promote_types(dtype, self._dtype)
+        return tensor.to(dtype, copy=True) if clone else tensor.to(dtype)
+
+
+def copied(data: Any, copy_tensor: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a batch that shares nothing with it: arrays, lists and objects of any class included.
+
+    Args:
+        data: the batch.
+        copy_tensor: used for the tensors in collections; those inside objects of other classes are copied as they are.
+
+    Example:
+        >>> x = torch.ones(2)
+        >>> first, second = copied([x, x], torch.clone)
+        >>> first is second, first is x
+        (True, False)
+    """
+    memo: dict[int, Any] = {}
+
+    def remember(tensor: Tensor) -> Tensor:
+        if id(tensor) not in memo:
+            memo[id(tensor)] = copy_tensor(tensor)
+        return tensor
+
+    apply_to_collection(data, Tensor, remember)
+    return copy.deepcopy(data, memo)
+
+
+@dataclass
+class _Leaf:
+    """A parameter and its copy, made in some round of `renew` with some displacement."""
+
+    original: nn.Parameter
+    copy: nn.Parameter
+    offset: Tensor | None
+    round: int
+
+    def is_intact(self, value: Tensor) -> bool:
+        # By value: writes through `.data` (a clamp, a momentum teacher) leave no trace in the version counter.
+        return self.copy.requires_grad == self.original.requires_grad and torch.equal(self.copy.detach(), value)
+
+
+class _Sealed:
+    """In the place of an iterator or a file."""
+
+    def __init__(self, original: Iterator[Any]) -> None:
+        self._kind = type(original).__name__
+
+    def __iter__(self) -> NoReturn:
+        self._refuse()
+
+    def __next__(self) -> NoReturn:
+        self._refuse()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise TypeError(
+            f"the training step uses an object of type {self._kind} that the module keeps, which cannot be put back "
+            "afterwards; pass loss_fn=, a loss without it."
+        )
+
+
+def _owners(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
+    """For each tensor, by id, that is a view of another one in the list: the other."""
+    by_storage: dict[int, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.layout is torch.strided and type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.numel():
+            by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+    owners: dict[int, Tensor] = {}
+    for group in by_storage.values():
+        owner = max(group, key=lambda tensor: (tensor.numel(), isinstance(tensor, nn.Parameter)))
+        owners.update({id(tensor): owner for tensor in group if tensor is not owner and _is_part(tensor, owner)})
+    return owners
+
+
+def _is_part(tensor: Tensor, whole: Tensor) -> bool:
+    """Whether a tensor lies within another one of the same storage, so that it can be cut from a copy."""
+    if isinstance(tensor, nn.Parameter) or tensor.dtype != whole.dtype or not whole.is_contiguous():
+        return False
+    start = tensor.storage_offset() - whole.storage_offset()
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start >= 0 and start + extent <= whole.numel()

@@ -138,7 +138,8 @@ def measure_subspace(
     Raises:
         LossError: when the loss is not a finite scalar that depends on the parameters.
         SampleError: for an empty or an unweighable sample.
-        ValueError: for a module without trainable parameters, or k outside 0..n.
+        ValueError: for a module without trainable parameters, k outside 0..n, or a `previous` over other parameters or
+            without its eigenvectors.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -164,7 +165,7 @@ def measure_subspace(
             [*default_measurements(k), *measurements],
             verify=verify == "always",
             optimizer=optimizer,
-            previous=None if previous is None or previous.subspace is None else previous.subspace.eigenvectors,
+            previous=_trusted_basis(previous, space),
         )
     return record
 
@@ -231,10 +232,10 @@ def take_probe(
 
 def solver_metrics(subspace: Subspace) -> dict[str, float]:
     """The eigenvalues, where they converged, and what the solver says of itself."""
-    scale = float(subspace.eigenvalues.abs().max()) if subspace.k else 0.0
+    worst = float(subspace.residuals.max()) if subspace.k else math.nan
     metrics = {
         "solver/subspace_error": subspace.error,
-        "solver/residual": float(subspace.residuals.max()) / scale if scale > 0.0 else 0.0,
+        "solver/residual": worst / float(subspace.eigenvalues.abs().max()) if worst else 0.0,
         "solver/matvecs": float(subspace.num_matvecs),
         "solver/converged": float(subspace.converged),
         "solver/verified": float(subspace.verified),
@@ -282,6 +283,16 @@ def checked_k(k: int, space: ParameterSpace) -> int:
     if not 0 <= k <= space.n:
         raise ValueError(f"k: expected 0..{space.n}, the number of parameters, got {k}.")
     return k
+
+
+def _trusted_basis(previous: Record | None, space: ParameterSpace) -> Tensor | None:  # (k, n)
+    """The eigenvectors of an earlier record; None where there are none to trust."""
+    if previous is None or previous.subspace is None or not previous.subspace.trusted:
+        return None
+    basis = previous.subspace.basis
+    if basis.shape[1] != space.n:
+        raise ValueError(f"previous: expected a record over the same {space.n} parameters, got one over {basis.shape[1]}.")
+    return basis
 
 
 def _gradient(loss: TrainingLoss, operator: Hessian, sample: Sample) -> Tensor:

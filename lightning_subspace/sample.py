@@ -21,6 +21,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_subspace.containment import copied
 from lightning_subspace.random_state import preserved_random_state
 from lightning_subspace.training_loss import MicroBatch
 
@@ -185,7 +186,7 @@ def _checked(weight: float) -> float:
 
 def _copied(data: Any, device: str | None = None) -> Any:
     """A copy that nobody else holds, on the given device or where it is."""
-    return apply_to_collection(data, Tensor, lambda t: t.detach().to(device or t.device, copy=True))
+    return copied(data, lambda t: t.detach().to(device or t.device, copy=True))
 
 
 def _tensors(data: Any) -> list[Tensor]:

@@ -21,12 +21,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_subspace._lightning import muted, transfer
-from lightning_subspace.containment import Shadow
+from lightning_subspace._lightning import bystanders, muted, transfer
+from lightning_subspace.containment import Shadow, copied
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.random_state import preserved_random_state, seed_generators
 
@@ -121,7 +120,7 @@ class TrainingLoss:
             stack.enter_context(_twice_differentiable(self.module, self.device, self.dtype))
             stack.enter_context(_in_mode(self.module, self.mode))
             stack.enter_context(muted(self.module))
-            self._shadow = Shadow(self.module, self.dtype, lambda parameter: self._displacement.get(id(parameter)))
+            self._shadow = Shadow(self.module, self.dtype, self._offset, bystanders(self.module))
             stack.callback(self._shadow.close)
             self._stack = stack.pop_all()
         self._original_ids = [id(parameter) for parameter in originals]
@@ -151,11 +150,17 @@ class TrainingLoss:
         leaves = self.space.tensors(self.module)
         # One stream a micro-batch: the stride keeps the seeds of neighbouring monitors and batches apart.
         seed_generators(self.seed * 1_000_003 + batch.index)
-        data = apply_to_collection(batch.data, Tensor, self._own_copy)
+        data = copied(batch.data, self._own_copy)
         if not batch.transferred:
             data = transfer(data, self.module, self.device)
-        value = _scalar(self._step(self.module, data, batch.index), type(self.module).__name__)
-        return Evaluation(value, leaves)
+        output = self._step(self.module, data, batch.index)
+        for leaf in leaves:
+            leaf.requires_grad_(True)  # where the step has frozen it, the graph does not lead to it: no gradient
+        self._shadow.settle()
+        return Evaluation(_scalar(output, type(self.module).__name__), leaves)
+
+    def _offset(self, parameter: nn.Parameter) -> Tensor | None:
+        return self._displacement.get(id(parameter))
 
     def _own_copy(self, tensor: Tensor) -> Tensor:
         """A copy, since training_step may write into its batch, at least as wide as the parameters."""

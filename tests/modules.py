@@ -12,9 +12,11 @@ import contextlib
 import csv
 import functools
 import io
+import logging
 import random
 import types
 import warnings
+import weakref
 from collections import Counter, OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
 from torchmetrics import Accuracy, CatMetric, MeanMetric, MetricCollection
 
 FEATURES, CLASSES, EXAMPLES, BATCH = 5, 3, 32, 8
@@ -566,6 +569,7 @@ def train(
     seed_everything(1, verbose=False)
     _positions.cache_clear()
     module, observer = make(), Observer()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     loggers = [CSVLogger(folder, name="csv", flush_logs_every_n_steps=1), TensorBoardLogger(folder, name="board")]
     trainer = Trainer(
         max_epochs=3,
@@ -649,7 +653,7 @@ def fingerprint(root: Any, name: str) -> dict[str, Any]:
         if isinstance(value, Tensor):
             data = value.detach().contiguous().numpy().tobytes()
             found[path] = (data, value.dtype, value.shape, value.requires_grad, value.is_leaf)
-            if value.grad is not None and value.is_leaf:
+            if value.is_leaf and value.grad is not None:
                 visit(value.grad, f"{path}.grad")
         elif isinstance(value, np.ndarray):
             found[path] = (value.tobytes(), value.dtype, value.shape)
@@ -664,14 +668,13 @@ def fingerprint(root: Any, name: str) -> dict[str, Any]:
         elif isinstance(value, random.Random):
             found[path] = repr(value.getstate())
         elif isinstance(value, dict | types.MappingProxyType):
-            found[path] = [str(key) if isinstance(key, str | int) else type(key).__name__ for key in value]
-            if "hooks" in path:
-                found[path] = len(value)  # the ids of hooks count up over all runs of a process
+            by_id = path.endswith(("hooks", "_metric_attributes"))  # numbers that differ between any two runs
+            found[path] = [type(key).__name__ if by_id or isinstance(key, Tensor) else repr(key) for key in value]
             for i, (key, item) in enumerate(value.items()):
-                if key not in ("_trainer", "writer") and not isinstance(key, Tensor):
-                    visit(item, f"{path}.{i if 'hooks' in path else key}")
-                elif isinstance(key, Tensor):
-                    visit([key, item], f"{path}.item{i}")
+                if isinstance(key, str):
+                    visit(item, f"{path}.{key}")
+                else:
+                    visit((key, item) if isinstance(key, Tensor) else item, f"{path}.{i}")
         elif isinstance(value, list | tuple | deque):
             found[path] = (type(value).__name__, len(value))
             for i, item in enumerate(value):
@@ -683,6 +686,8 @@ def fingerprint(root: Any, name: str) -> dict[str, Any]:
         elif isinstance(value, types.FunctionType):
             for i, cell in enumerate(value.__closure__ or ()):
                 visit(cell.cell_contents, f"{path}<{i}>")
+        elif isinstance(value, Trainer | SummaryWriter | weakref.ref):
+            found[path] = type(value).__name__
         elif isinstance(value, types.MethodType | types.BuiltinFunctionType | type):
             found[path] = value.__qualname__
         else:

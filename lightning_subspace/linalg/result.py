@@ -44,10 +44,11 @@ class EigshResult:
     Attributes:
         eigenvalues: Shape ``(k,)``, float64 on the CPU.
         eigenvectors: Orthonormal rows, this rank's slice, shape ``(k, n)``, in the dtype and on the device of the run.
-        residuals: |A x - theta x|, shape ``(k,)``, float64 on the CPU, in units of A: the larger of the estimate and
-            the asymmetry of the operator, below which no estimate means anything.
+        residuals: |A x - theta x|, shape ``(k,)``, float64 on the CPU, in units of A: the estimate, but not less than
+            the asymmetry of the operator and rounding, below which no estimate means anything.
         outcome: Why the run stopped.
-        verified: Whether missed copies of the eigenvalues found are excluded (but for the risk ``delta``).
+        verified: Whether missed copies of the eigenvalues found are excluded, but for the risk ``delta`` and for copies
+            within 0.03 * scale of the k-th.
         num_matvecs: Products spent.
         num_restarts: How often the basis was full and compressed.
         orthogonality: max |V V^T - I| of the rows returned.
@@ -56,7 +57,7 @@ class EigshResult:
         scale: Largest absolute Ritz value, to which all tolerances are relative.
         next_eigenvalue: Best Ritz value behind the wanted ones, with "BE" at the end where it is closer; NaN if none
             was seen.
-        next_residual: Its residual estimate; it need not have converged.
+        next_residual: Its residual, likewise; it need not have converged.
         gap: Its distance from the last wanted eigenvalue, with "LM" in magnitude; infinity if k is the whole dimension,
             0 if nothing behind the wanted ones was seen.
     """

@@ -129,10 +129,8 @@ class Search:
         k, projected = self.rules.k, self.lanczos.projected
         values, rotation = torch.linalg.eigh(projected[k:, k:])
         order = best_first(values, self.rules.which)
-        return self._estimated(
-            torch.cat([projected.diagonal()[:k], values[order]]),
-            _beside_identity(k, rotation[:, order]),
-        )
+        found = projected.diagonal()[:k]
+        return self._estimated(torch.cat([found, values[order]]), _beside_identity(k, rotation[:, order]))
 
     def _answer(self, ritz: Ritz, converged: bool) -> Ritz:
         """What to return: a verification that found nothing better confirms the pairs it began with."""
@@ -166,9 +164,9 @@ class Search:
         """The values of which a certificate has to exclude missed copies."""
         wanted, which, margin = ritz.values[: self.rules.k], self.rules.which, self._copy_margin
         closest = min(self._neighbours(ritz), default=_UNSEEN)
-        # Copies of almost equal values change no eigenvalue, but they make the gap an illusion, if there seems to be one.
+        # Copies of almost equal values change no eigenvalue, but if there seems to be a gap, they make it an illusion.
         at_stake = self.rules.subspace_tol is not None and closest.gap > closest.residual
-        return edge_values(wanted, which, margin) if at_stake or decisive_values(wanted, which, margin) else []
+        return decisive_values(wanted, which, margin) or (edge_values(wanted, which, margin) if at_stake else [])
 
     # Decisions
 
@@ -242,12 +240,14 @@ class Search:
                 f"Expected `random(seed, {self.num_draws})` to be finite and independent of the vectors before, but it "
                 f"has no part outside the {kept} vectors found. Check `random`, and `dimension` if slices are padded."
             )
-        self.num_passes = 0
-        self.best_residual, self.best_matvec = math.inf, self.num_matvecs
+        self._forget_progress()
 
     def _resume_search(self) -> None:
         """Go on from the basis as it is, until what was found has converged too."""
         self.certificate = None
+        self._forget_progress()
+
+    def _forget_progress(self) -> None:
         self.num_passes = 0
         self.best_residual, self.best_matvec = math.inf, self.num_matvecs
 

@@ -78,14 +78,9 @@ def decisive_values(wanted: Tensor, which: Which, margin: float) -> list[float]:
     Returns:
         None, one or (``"LM"``, ``"BE"``) up to two eigenvalues.
     """
-    signs = _signs(wanted.numel(), which) if which != "LM" else torch.sign(wanted)
     decisive = []
-    for sign in (1.0, -1.0):
-        outward = sign * wanted[signs == sign]
-        if outward.numel() == 0:
-            continue
-        last = wanted.abs().min() if which == "LM" else outward.min()
-        beyond = outward[outward > last + margin]
+    for sign, merits, last in _by_end(wanted, which):
+        beyond = merits[merits > last + margin]
         if beyond.numel() > 0:
             decisive.append(sign * float(beyond.min()))
     return decisive
@@ -93,14 +88,7 @@ def decisive_values(wanted: Tensor, which: Which, margin: float) -> list[float]:
 
 def edge_values(wanted: Tensor, which: Which, margin: float) -> list[float]:
     """Just beyond the last wanted value of each end that has any, by ``margin``; arguments as in `decisive_values`."""
-    signs = _signs(wanted.numel(), which) if which != "LM" else torch.sign(wanted)
-    last = wanted.abs().min()
-    edges = []
-    for sign in (1.0, -1.0):
-        outward = sign * wanted[signs == sign]
-        if outward.numel() > 0:
-            edges.append(sign * float((last if which == "LM" else outward.min()) + margin))
-    return edges
+    return [sign * (last + margin) for sign, _, last in _by_end(wanted, which)]
 
 
 def report_order(k: int, which: Which) -> list[int]:
@@ -115,3 +103,11 @@ def _sign(place: int, which: Which) -> float:
 
 def _signs(size: int, which: Which) -> Tensor:
     return torch.tensor([_sign(place, which) for place in range(size)], dtype=torch.float64, device="cpu")
+
+
+def _by_end(wanted: Tensor, which: Which) -> list[tuple[float, Tensor, float]]:
+    """For each end of the spectrum with wanted values: its sign, their merits, and the merit of the last one."""
+    signs = torch.sign(wanted) if which == "LM" else _signs(wanted.numel(), which)
+    merits = wanted.abs() if which == "LM" else signs * wanted
+    parts = [(sign, merits[signs == sign]) for sign in (1.0, -1.0)]
+    return [(sign, part, float((merits if which == "LM" else part).min())) for sign, part in parts if part.numel() > 0]

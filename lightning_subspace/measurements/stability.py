@@ -34,8 +34,9 @@ class SharpnessOverThreshold(Measurement):
 def sgd_threshold(optimizer: Optimizer | None) -> float | None:
     """Largest stable curvature of gradient descent, heavy ball or Nesterov momentum at the present learning rate.
 
-    2/lr; (2 + 2b)/lr; (2 + 2b)/(lr (1 + 2b)) with momentum b (Cohen et al. 2021, section 2 and appendix B). None for
-    anything but a minimising `torch.optim.SGD` without dampening.
+    2/lr; (2 + 2b)/lr; (2 + 2b)/(lr (1 + 2b)) with momentum b (Cohen et al. 2021, section 2 and appendix B); less the
+    weight decay, which `SGD` adds to the curvature of the loss. None for anything but a minimising `torch.optim.SGD`
+    without dampening, and where the weight decay alone is unstable.
 
     Example:
         >>> import torch
@@ -51,5 +52,7 @@ def sgd_threshold(optimizer: Optimizer | None) -> float | None:
             continue
         if group["maximize"] or (momentum and group["dampening"]):
             return None
-        thresholds.append((2 + 2 * momentum) / (lr * (1 + 2 * momentum if group["nesterov"] else 1)))
-    return min(thresholds, default=None)
+        edge = (2 + 2 * momentum) / (lr * (1 + 2 * momentum if group["nesterov"] else 1))
+        thresholds.append(edge - float(group["weight_decay"]))
+    threshold = min(thresholds, default=0.0)
+    return threshold if threshold > 0.0 else None

@@ -67,4 +67,3 @@ def test_bound_on_the_components_of_a_random_vector() -> None:
     smallest = 1 / (2 / math.pi * n / delta**2)
     rate = float((vectors[:, 0].square() / vectors.square().sum(1) < smallest).double().mean())
     assert rate == pytest.approx(delta, rel=0.05)
-

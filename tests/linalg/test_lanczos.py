@@ -186,9 +186,7 @@ def test_one_reduction_for_each_pass() -> None:
         sizes.append(local.numel())
         return local
 
-    lanczos = Lanczos(
-        operator, N, 10, dimension=N, dtype=torch.float32, device=torch.device("cpu"), all_sum=all_sum
-    )
+    lanczos = Lanczos(operator, N, 10, dimension=N, dtype=torch.float32, device=torch.device("cpu"), all_sum=all_sum)
     lanczos.inject(normal(N, 0).float())
     sizes.clear()
     for m in range(1, 9):

@@ -5,7 +5,7 @@ import torch
 
 from lightning_subspace.linalg import EigshResult, Outcome, Which, eigsh
 
-from .spectra import Operator, mirrored, num_missed, spectra
+from .spectra import Operator, mirrored, num_missed, shortfall, spectra
 
 N = 450
 K = 10
@@ -106,9 +106,34 @@ def test_what_was_seen_behind_the_wanted_values_survives_the_verification() -> N
     assert abs(verified.next_eigenvalue - float(operator.eigenvalues[K])) <= verified.next_residual
 
 
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+@pytest.mark.parametrize("name", ["ten equal", "doubled", "ninefold"])
+def test_one_of_equal_top_eigenvectors_has_no_trusted_direction(name: str, which: Which) -> None:
+    """The eigenvalue is right at once; that its eigenvector is one of many is found by looking further."""
+    for seed in SEEDS:
+        operator = Operator(mirrored(spectra(N)[name], "LA" if which == "LM" else which), seed=seed)
+        result = eigsh(operator, N, 1, which=which, dtype=torch.float64, seed=seed)
+        assert result.subspace_error > 0.5
+        assert float(shortfall(operator, result, which).max()) < 1e-5
+        cheap = eigsh(operator, N, 1, which=which, dtype=torch.float64, seed=seed, subspace_tol=None)
+        assert cheap.verified
+        assert cheap.num_matvecs < result.num_matvecs
+
+
 @pytest.mark.parametrize("k", [1, 2, 5, 6])
 def test_two_fold_top_in_a_small_space(k: int) -> None:
     operator = Operator(torch.tensor([2.0, 2.0, 1.0, 0.5, -1.0, -3.0], dtype=torch.float64))
     result = eigsh(operator, 6, k, dtype=torch.float64)
     assert result.converged
     torch.testing.assert_close(result.eigenvalues, operator.eigenvalues[:k], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_copy_in_a_dense_list_is_not_passed_over(seed: int) -> None:
+    """Nearly all of a small space is wanted: a copy that appears moves every value by less than the margin."""
+    dense = torch.linspace(1, 0.3, 30, dtype=torch.float64)
+    operator = Operator(torch.cat([dense, dense.new_full((6,), 0.62), 0.01 * dense]), seed=seed)
+    result = eigsh(operator, operator.n, 38, dtype=torch.float64, delta=1e-3, seed=seed)
+    assert result.converged
+    assert result.verified
+    assert num_missed(operator, result, "LA") == 0

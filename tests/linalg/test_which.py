@@ -5,7 +5,15 @@ import torch
 from torch import Tensor
 
 from lightning_subspace.linalg import Which
-from lightning_subspace.linalg.which import WHICH, best_first, decisive_values, last_places, merit, outward, report_order
+from lightning_subspace.linalg.which import (
+    WHICH,
+    best_first,
+    decisive_values,
+    last_places,
+    merit,
+    outward,
+    report_order,
+)
 
 VALUES = torch.tensor([0.5, -4.0, 3.0, 1.0, -2.0, 5.0, 0.0], dtype=torch.float64)
 

@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
@@ -53,7 +54,7 @@ def muted(module: nn.Module) -> Iterator[None]:
     The methods are covered on the instances of every LightningModule in the tree, found by their attribute
     `_current_fx_name` since classes of both namespaces may meet. `self.log` must not reach the result collection: it
     would enter the epoch's averages. Silent stand-ins take the place of the loggers, in the trainer and where a module
-    keeps one, or its experiment, as attribute.
+    keeps one, or its experiment, as attribute. What training_step prints by itself appears once more an evaluation.
     """
     trainer = attached_trainer(module)
     loggers = [] if trainer is None else list(trainer.loggers)
@@ -95,8 +96,8 @@ class Silent:
     def __setattr__(self, name: str, value: Any) -> None:
         pass
 
-    def __getitem__(self, key: Any) -> Silent:
-        return self
+    def __getitem__(self, key: Any) -> Any:
+        return DummyLogger().experiment  # of a kind that cannot be known
 
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
@@ -111,9 +112,10 @@ def transfer(batch: Any, module: nn.Module, device: torch.device) -> Any:
     if trainer is not None and trainer.lightning_module is module:
         return trainer.strategy.batch_to_device(batch, device=device, dataloader_idx=0)
     if hasattr(module, "transfer_batch_to_device"):
-        batch = module.on_before_batch_transfer(batch, 0)
-        batch = module.transfer_batch_to_device(batch, device, 0)
-        return module.on_after_batch_transfer(batch, 0)
+        hooks: Any = module
+        batch = hooks.on_before_batch_transfer(batch, 0)
+        batch = hooks.transfer_batch_to_device(batch, device, 0)
+        return hooks.on_after_batch_transfer(batch, 0)
     return move_data_to_device(batch, device)
 
 

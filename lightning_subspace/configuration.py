@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,35 @@ from torch import nn
 from lightning_subspace._lightning import EarlyStopping, MisconfigurationException, ModelCheckpoint, rank_zero_warn
 from lightning_subspace.measurements import Measurement
 from lightning_subspace.training_loss import LossFunction, check_loss_function
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """All arguments of `SubspaceMonitor`, by name.
+
+    Raises:
+        MisconfigurationException: naming the argument, what was expected and what came.
+    """
+    given = arguments.__getitem__
+    check_number("k", given("k"), least=0)
+    check_steps("every_n_steps", given("every_n_steps"))
+    check_share("max_overhead", given("max_overhead"), optional=True)
+    check_sample(given("sample"), given("gradient_sample"))
+    check_number("batch_size", given("batch_size"), least=1, optional=True)
+    check_callable("weight", given("weight"))
+    check_number("reference_step", given("reference_step"), least=0, optional=True)
+    check_choice("which", given("which"), ("LA", "SA", "LM", "BE"))
+    check_tolerance("tol", given("tol"))
+    check_number("max_matvecs", given("max_matvecs"), least=max(given("k"), 1))
+    check_number("ncv", given("ncv"), least=given("k") + 3, optional=True)
+    check_patterns("params", given("params"))
+    check_callable("loss_fn", given("loss_fn"))
+    check_choice("mode", given("mode"), ("train", "eval"))
+    check_measurements("measurements", given("measurements"))
+    check_choice("log", given("log"), ("default", "all"))
+    check_flag("layout", given("layout"))
+    check_choice("on_failure", given("on_failure"), ("warn", "raise"))
+    check_name("name", given("name"))
+    check_number("seed", given("seed"), least=0)
 
 
 def check_number(name: str, value: Any, *, least: int, optional: bool = False) -> None:

@@ -14,6 +14,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-# Objects of these packages manage training itself, or the interpreter: a probe must not follow them.
-FOREIGN = sys.stdlib_module_names | {"lightning", "pytorch_lightning", "lightning_fabric", "torch"}
+# Objects of these packages manage training itself: a probe must not follow them, nor what is derived from them.
+TRAINING = frozenset({"lightning", "pytorch_lightning", "lightning_fabric", "torch"})
+FOREIGN = TRAINING | sys.stdlib_module_names
 # Except these, which are nothing but state.
 PLAIN = (
     types.SimpleNamespace,
@@ -146,7 +148,7 @@ def _containers(value: Any, packages: frozenset[str]) -> list[Container]:
         return [Container([value.__self__], lambda items: None)]
     if found or isinstance(value, (nn.Module, *PLAIN)) or _is_own(value, packages):
         found.extend([_of_dict(vars(value))] if hasattr(value, "__dict__") else [])
-        found.append(_of_slots(value))
+        found.extend(_of_slots(value))
     return found
 
 
@@ -155,7 +157,7 @@ def _is_own(value: Any, packages: frozenset[str]) -> bool:
     if isinstance(value, Dataset):
         return False
     own = {_package(cls) for cls in type(value).__mro__}
-    return bool(own & packages) and not own & (FOREIGN - sys.stdlib_module_names)
+    return bool(own & packages) and not own & TRAINING
 
 
 def _of_dict(target: dict[Any, Any]) -> Container:
@@ -163,19 +165,22 @@ def _of_dict(target: dict[Any, Any]) -> Container:
 
     def fill(items: list[Any]) -> None:
         keys, values = items[:size], items[size:]
-        # Entry by entry where the keys are as they were: guards of compiled code and hooks hold on to the dict.
-        if len(target) != size or any(a is not b for a, b in zip(target, keys, strict=True)):
+        if len(target) != size or not all(map(is_, target, keys)):
             target.clear()
-        for key, value in zip(keys, values, strict=True):
-            if key not in target or target[key] is not value:
+            for key, value in zip(keys, values, strict=True):
                 target[key] = value
+            return
+        # Entry by entry where the keys are as they were: guards of compiled code look at the dict.
+        for key, old, new in zip(keys, list(target.values()), values, strict=True):
+            if old is not new:
+                target[key] = new
 
     return Container([*target, *target.values()], fill)
 
 
 def _of_list(target: list[Any] | collections.deque[Any]) -> Container:
     def fill(items: list[Any]) -> None:
-        if len(items) != len(target) or any(a is not b for a, b in zip(items, target, strict=True)):
+        if len(items) != len(target) or not all(map(is_, items, target)):
             target.clear()
             target.extend(items)
 
@@ -217,9 +222,11 @@ def _of_cell(target: types.CellType) -> list[Container]:
         return []
 
 
-def _of_slots(target: Any) -> Container:
+def _of_slots(target: Any) -> list[Container]:
     classes = [cls for cls in type(target).__mro__ if "__slots__" in vars(cls)]
     slots = [d for cls in classes for d in vars(cls).values() if isinstance(d, types.MemberDescriptorType)]
+    if not slots:
+        return []
     held = [slot for slot in slots if _has(slot, target)]
 
     def fill(items: list[Any]) -> None:
@@ -229,7 +236,7 @@ def _of_slots(target: Any) -> Container:
         for slot, item in zip(held, items, strict=True):
             slot.__set__(target, item)
 
-    return Container([slot.__get__(target) for slot in held], fill)
+    return [Container([slot.__get__(target) for slot in held], fill)]
 
 
 def _has(slot: types.MemberDescriptorType, target: Any) -> bool:

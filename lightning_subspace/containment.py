@@ -25,7 +25,6 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -35,6 +34,9 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_subspace.containers import Container, Found, explore, own_caches, own_packages
+
+# What stands for something else inside a shadow; a tuple or a read-only dict only if it holds any.
+COPIED = (Tensor, np.ndarray, tuple, types.MappingProxyType)
 
 
 class Shadow:
@@ -76,10 +78,14 @@ class Shadow:
         packages = own_packages(module)
         inside = explore([module], Found(packages))
         around = explore(map(vars, bystanders), Found(packages, inside.seen))
-        self._containers, self._bystanding = inside.containers, around.containers
         self._generators = inside.generators + around.generators
         self._owners = _owners(inside.tensors)
         self._sealed = {id(iterator): _Sealed(iterator) for iterator in inside.iterators}
+        self._copied: list[Container] = []  # what holds something that is copied
+        self._others: list[Container] = around.containers
+        for container in inside.containers:
+            needs_copy = any(isinstance(i, COPIED) or id(i) in self._sealed for i in container.items)
+            (self._copied if needs_copy else self._others).append(container)
 
     def renew(self) -> None:
         """Start again from the original state: fresh copies, generators rewound; untouched parameter copies stay."""
@@ -88,13 +94,13 @@ class Shadow:
         offset = self._displacement
         self._leaves = {key: leaf for key, leaf in self._leaves.items() if offset(leaf.original) is leaf.offset}
         memo: dict[int, Any] = dict(self._sealed)
-        for container in self._containers:
+        for container in self._copied:
             container.fill([self._copy(item, memo) for item in container.items])
         for leaf in list(self._leaves.values()):
             leaf.copy.grad = None
             leaf.copy.__dict__.clear()
             leaf.copy.__dict__.update({key: self._copy(item, memo) for key, item in vars(leaf.original).items()})
-        self._put_back(self._bystanding)
+        self._put_back(self._others)
 
     def settle(self) -> None:
         """Part with the parameter copies that were written to; to be called when the graph of an evaluation is built.
@@ -119,14 +125,20 @@ class Shadow:
         for cache, misses in self._caches:
             if cache.cache_info().misses != misses:  # the tables of a probe may be of a wider type
                 cache.cache_clear()
-        self._put_back([*self._containers, *self._bystanding])
+        self._put_back([*self._copied, *self._others])
 
     def _put_back(self, containers: list[Container]) -> None:
-        with ExitStack() as stack:  # all of them, also when one raises
-            for container in containers:
-                stack.callback(container.fill, container.items)
-            for set_state, state in self._generators:
-                stack.callback(set_state, state)
+        """Fill with the original contents and rewind the generators: all of them, also when one raises."""
+        errors: list[BaseException] = []
+        for container in containers:
+            try:
+                container.fill(container.items)
+            except BaseException as error:
+                errors.append(error)
+        for set_state, state in self._generators:
+            set_state(state)
+        if errors:
+            raise errors[0]
 
     # -- copying ------------------------------------------------------------------------------------------------------
 
@@ -205,7 +217,7 @@ def copied(data: Any, copy_tensor: Callable[[Tensor], Tensor]) -> Any:
             memo[id(tensor)] = copy_tensor(tensor)
         return tensor
 
-    apply_to_collection(data, Tensor, remember)
+    apply_to_collection(data, Tensor, remember, allow_frozen=True)
     return copy.deepcopy(data, memo)
 
 
@@ -264,4 +276,4 @@ def _is_part(tensor: Tensor, whole: Tensor) -> bool:
         return False
     start = tensor.storage_offset() - whole.storage_offset()
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return start >= 0 and start + extent <= whole.numel()
+    return bool(start >= 0 and start + extent <= whole.numel())

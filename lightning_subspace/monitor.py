@@ -17,22 +17,20 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_subspace import configuration as check
-from lightning_subspace._lightning import Callback, MisconfigurationException, rank_zero_info, rank_zero_warn
+from lightning_subspace._lightning import Callback, MisconfigurationException, rank_zero_warn
 from lightning_subspace.curvature import CheckOutcome
 from lightning_subspace.measurements import Measurement, default_measurements
+from lightning_subspace.messages import Messages
 from lightning_subspace.probe import Solver, Which
 from lightning_subspace.record import Record, to_rows
 from lightning_subspace.report import ProgressLine, Publisher, add_layout
-from lightning_subspace.sample import Sample, Weight, sample_of_batches, sample_of_current, sample_of_dataset
-from lightning_subspace.schedule import Schedule, forecast
+from lightning_subspace.sample import Sample, SampleRequest, Weight, sample_of_current
+from lightning_subspace.schedule import Schedule
 from lightning_subspace.tracker import OpenRecord, Plan, Tracker
 from lightning_subspace.training_loss import LossFunction, Mode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# Hessian products a probe takes for each wanted pair, beside the ten of the certificate: measured 2 to 4.
-EXPECTED_MATVECS = 3
 
 
 class SubspaceMonitor(Callback):
@@ -106,26 +104,7 @@ class SubspaceMonitor(Callback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check.check_number("k", k, least=0)
-        check.check_steps("every_n_steps", every_n_steps)
-        check.check_share("max_overhead", max_overhead, optional=True)
-        check.check_sample(sample, gradient_sample)
-        check.check_number("batch_size", batch_size, least=1, optional=True)
-        check.check_callable("weight", weight)
-        check.check_number("reference_step", reference_step, least=0, optional=True)
-        check.check_choice("which", which, ("LA", "SA", "LM", "BE"))
-        check.check_tolerance("tol", tol)
-        check.check_number("max_matvecs", max_matvecs, least=max(k, 1))
-        check.check_number("ncv", ncv, least=k + 3, optional=True)
-        check.check_patterns("params", params)
-        check.check_callable("loss_fn", loss_fn)
-        check.check_choice("mode", mode, ("train", "eval"))
-        check.check_measurements("measurements", measurements)
-        check.check_choice("log", log, ("default", "all"))
-        check.check_flag("layout", layout)
-        check.check_choice("on_failure", on_failure, ("warn", "raise"))
-        check.check_name("name", name)
-        check.check_number("seed", seed, least=0)
+        check.check_arguments(locals())
         self.name = name
         self._plan = Plan(
             solver=Solver(k, which, tol, ncv, max_matvecs, seed),
@@ -137,20 +116,15 @@ class SubspaceMonitor(Callback):
         )
         self._max_overhead = max_overhead
         self._schedule = Schedule(every_n_steps, max_overhead)
-        self._sample_request = sample
-        self._gradient_sample = gradient_sample
-        self._batch_size = batch_size
-        self._weight = weight
+        self._request = SampleRequest(sample, gradient_sample, batch_size, weight, seed)
         self._layout = layout
-        self._on_failure = on_failure
         self._publisher = Publisher(name, log)
+        self._messages = Messages(on_failure)
         self._tracker: Tracker | None = None
         self._sample: Sample | None = None
         self._open: OpenRecord | None = None
         self._seen_step = -1
         self._probed_step = -1
-        self._forecast_told = False
-        self._told: set[str] = set()
 
     # -- what a user reads --------------------------------------------------------------------------------------------
 
@@ -205,25 +179,31 @@ class SubspaceMonitor(Callback):
         self._open = None
         self._seen_step = step
         self._probed_step = step if continues and last == step else -1
-        self._told = set()
+        self._messages.begin()
         self._schedule.begin(step)
         try:
             if not continues:
-                self._forecast_told = False
                 self._tracker = Tracker(self._plan, pl_module)
             with self._schedule.aside():
-                self._sample = self._draw_sample(trainer)
+                self._sample = None if self._request.is_current else self._request.draw(trainer.train_dataloader)
         except ValueError as error:
             raise MisconfigurationException(f"SubspaceMonitor: {error}") from error
+        except Exception as error:  # the dataset's own
+            self._sample = None
+            self._messages.failure("the sample could not be drawn, so nothing is measured", error)
         if self._layout:
             add_layout(trainer.loggers, self.name, self._plan.solver.k)
         self._take_first_probe(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         """Keep the batch where it is the sample: training_step may write into it."""
-        if self._sample_request == "current":
+        if self._request.is_current:
             is_first = self._sample is None
-            self._sample = sample_of_current(batch, lambda _: 1.0)  # one batch: any weight is the same mean
+            try:
+                self._sample = sample_of_current(batch, lambda _: 1.0)  # one batch: any weight is the same mean
+            except Exception as error:
+                self._sample = None
+                self._messages.failure("the batch could not be copied, so nothing is measured", error)
             if is_first:
                 self._take_first_probe(trainer, pl_module)
 
@@ -240,7 +220,7 @@ class SubspaceMonitor(Callback):
             return
         self._seen_step = step
         self._close_record(trainer, pl_module)
-        if self.should_measure(step):
+        if self.should_measure(step) and self._sample is not None:
             self._take_probe(trainer, pl_module, step)
 
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
@@ -280,7 +260,7 @@ class SubspaceMonitor(Callback):
             with self._schedule.probing(), ProgressLine(trainer) as line:
                 opened = self._measure(trainer, pl_module, step, line)
         except Exception as error:
-            self._tell_failure(f"the probe at step {step} failed and is left out", error)
+            self._messages.failure(f"the probe at step {step} failed and is left out", error)
             return
         costs = {"solver/seconds": self._schedule.last_seconds, "solver/overhead": self._schedule.overhead}
         opened.record = replace(opened.record, metrics={**opened.record.metrics, **costs})
@@ -288,7 +268,7 @@ class SubspaceMonitor(Callback):
         self._publisher.offer(trainer, opened.record)
         subspace = opened.record.subspace
         if subspace is not None and not subspace.trusted:
-            self._tell_once(subspace.outcome.name, f"at step {step}, {subspace.verdict}")
+            self._messages.once(subspace.outcome.name, f"at step {step}, {subspace.verdict}")
 
     def _measure(self, trainer: Any, pl_module: nn.Module, step: int, line: ProgressLine) -> OpenRecord:
         tracker, sample = self._tracker, self._sample
@@ -302,15 +282,15 @@ class SubspaceMonitor(Callback):
             with self._schedule.aside():
                 check = tracker.check(pl_module, sample)
             if check.outcome is CheckOutcome.FAILED:
-                self._tell_once(check.outcome.name, f"{check.outcome.value} Measured: {check.reason}.")
+                self._messages.once(check.outcome.name, f"{check.outcome.value} Measured: {check.reason}.")
         times = [time.monotonic()]
 
         def on_matvec(count: int, residual: float) -> None:
-            if count <= 2:
-                times.append(time.monotonic())
-            if count == 2 and not self._forecast_told:
-                self._forecast_told = True
-                self._tell_forecast(tracker.space.n, times[1] - times[0], times[2] - times[1])
+            times.append(time.monotonic())
+            if count == 2 and tracker.num_probes == 0:
+                self._messages.forecast(
+                    self._plan.solver, tracker.space.n, times[1] - times[0], times[2] - times[1], self._max_overhead
+                )
             line.update(f"{self.name}: {count} Hessian products, residual {residual:.0e}")
 
         optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
@@ -326,7 +306,7 @@ class SubspaceMonitor(Callback):
             try:
                 record = self._tracker.close(opened, pl_module)
             except Exception as error:
-                self._tell_failure(f"what the step from {opened.record.step} tells is left out", error)
+                self._messages.failure(f"what the step from {opened.record.step} tells is left out", error)
                 record = self._tracker.close(opened)
             self._publisher.offer(trainer, record)
             self._publisher.send(trainer, record)
@@ -344,40 +324,3 @@ class SubspaceMonitor(Callback):
     def _draw(self, trainer: Any) -> None:
         if self._tracker is not None:
             self._publisher.draw(trainer, self.history, *self.overlap_matrix(), self._tracker.overlaps.error)
-
-    def _draw_sample(self, trainer: Any) -> Sample | None:
-        """The fixed sample of a run; None where each probe takes the batch just trained on."""
-        request = self._sample_request
-        if request == "current":
-            return None
-        if not isinstance(request, int | str):
-            return sample_of_batches(request, self._weight)
-        return sample_of_dataset(
-            trainer.train_dataloader,
-            None if request == "all" else int(request),
-            None if self._gradient_sample == "all" else int(self._gradient_sample),
-            batch_size=self._batch_size,
-            weight=self._weight,
-            seed=self._plan.solver.seed,
-        )
-
-    def _tell_failure(self, what: str, error: Exception) -> None:
-        if self._on_failure == "raise":
-            raise error
-        self._tell_once(
-            f"{type(error).__name__}: {error}",
-            f"{what}, training goes on. {type(error).__name__}: {error} (on_failure='raise' shows where.)",
-        )
-
-    def _tell_once(self, cause: str, text: str) -> None:
-        """One warning a run and cause; the history has the rest."""
-        if cause not in self._told:
-            self._told.add(cause)
-            rank_zero_warn(f"SubspaceMonitor: {text} Later ones like it are not told.")
-
-    def _tell_forecast(self, n: int, first: float, product: float) -> None:
-        """What a probe will cost, from the seconds up to the first product and those of the second."""
-        solver = self._plan.solver
-        seconds = first + product * (EXPECTED_MATVECS * solver.k + 10)
-        text = forecast(n=n, k=solver.k, ncv=solver.ncv, seconds=seconds, max_overhead=self._max_overhead)
-        rank_zero_info(f"SubspaceMonitor: {text}")

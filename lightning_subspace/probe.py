@@ -23,6 +23,7 @@ from lightning_subspace.curvature import CheckOutcome, Hessian, SelfCheck, mean_
 from lightning_subspace.linalg import eigsh
 from lightning_subspace.measurements import Measurement, Probe, default_measurements
 from lightning_subspace.measurements.measurement import Needs
+from lightning_subspace.measurements.solver import solver_metrics
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.record import Record
 from lightning_subspace.sample import Sample, Weight, few_examples, sample_of_batches
@@ -87,7 +88,8 @@ class Solver:
         generator = torch.Generator().manual_seed(self.seed + 1)
         noise = torch.randn(operator.n, generator=generator, dtype=operator.dtype).to(operator.device)
         total = vectors.sum(dim=0).to(noise)
-        return total / total.norm() + noise / noise.norm()
+        start: Tensor = total / total.norm() + noise / noise.norm()
+        return start
 
 
 def measure_subspace(
@@ -230,22 +232,6 @@ def take_probe(
     return probe, Record(step, finite(metrics), subspace, image)
 
 
-def solver_metrics(subspace: Subspace) -> dict[str, float]:
-    """The eigenvalues, where they converged, and what the solver says of itself."""
-    worst = float(subspace.residuals.max()) if subspace.k else math.nan
-    metrics = {
-        "solver/subspace_error": subspace.error,
-        "solver/residual": worst / float(subspace.eigenvalues.abs().max()) if worst else 0.0,
-        "solver/matvecs": float(subspace.num_matvecs),
-        "solver/converged": float(subspace.converged),
-        "solver/verified": float(subspace.verified),
-    }
-    if subspace.converged:
-        values = [*subspace.eigenvalues.tolist(), subspace.next_eigenvalue]
-        metrics.update({f"eigenvalues/{i:02d}": value for i, value in enumerate(values, start=1)})
-    return metrics
-
-
 def is_measurable(measurement: Measurement, subspace: Subspace | None) -> bool:
     """Whether the eigenpairs are good enough for this measurement."""
     match measurement.needs:
@@ -291,7 +277,9 @@ def _trusted_basis(previous: Record | None, space: ParameterSpace) -> Tensor | N
         return None
     basis = previous.subspace.basis
     if basis.shape[1] != space.n:
-        raise ValueError(f"previous: expected a record over the same {space.n} parameters, got one over {basis.shape[1]}.")
+        raise ValueError(
+            f"previous: expected a record over the same {space.n} parameters, got one over {basis.shape[1]}."
+        )
     return basis
 
 

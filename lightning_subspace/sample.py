@@ -62,6 +62,33 @@ class Sample:
         return sum(t.nbytes for b in (*self.hessian, *self.extra) for t in _tensors(b.data))
 
 
+@dataclass(frozen=True)
+class SampleRequest:
+    """What a user asks for; see the arguments of `SubspaceMonitor`."""
+
+    sample: int | str | Iterable[Any]
+    gradient_sample: int | str
+    batch_size: int | None
+    weight: Weight | None
+    seed: int
+
+    @property
+    def is_current(self) -> bool:
+        """Whether each probe takes the batch just trained on, so that there is no fixed sample."""
+        return isinstance(self.sample, str) and self.sample == "current"
+
+    def draw(self, loader: Any) -> Sample:
+        """The fixed sample of a run, from the trainer's loader or from what was given instead.
+
+        Raises:
+            SampleError: see `sample_of_batches` and `sample_of_dataset`.
+        """
+        if not isinstance(self.sample, int | str):
+            return sample_of_batches(self.sample, self.weight)
+        sizes = (None if size == "all" else int(size) for size in (self.sample, self.gradient_sample))
+        return sample_of_dataset(loader, *sizes, batch_size=self.batch_size, weight=self.weight, seed=self.seed)
+
+
 def sample_of_batches(batches: Iterable[Any], weight: Weight | None = None) -> Sample:
     """Take given batches as the sample.
 
@@ -150,7 +177,9 @@ def few_examples(batch: MicroBatch, count: int) -> MicroBatch:
     lengths = {len(t) if t.ndim else 0 for t in _tensors(batch.data)}
     if len(lengths) != 1 or next(iter(lengths)) <= count:
         return batch
-    return MicroBatch(apply_to_collection(batch.data, Tensor, lambda t: t[:count]), float(count), batch.index, batch.transferred)
+    return MicroBatch(
+        apply_to_collection(batch.data, Tensor, lambda t: t[:count]), float(count), batch.index, batch.transferred
+    )
 
 
 def number_of_examples(batch: Any) -> int:

@@ -24,8 +24,10 @@ ORTHONORMALITY = 1e-4
 # between a space and the true one, |v^T (P - P') v| <= sin |v|^2: a fraction or an overlap is off by at most that, and
 # by about sin^2 where it is near 0 or 1.
 TRUSTED_ERROR = 0.1
-# The largest residual, relative to the largest |eigenvalue|, at which the unwanted next eigenvalue is worth showing.
-NEXT_RESIDUAL = 0.01
+# The next eigenvalue was not waited for. It is worth showing when its residual, which bounds its error, is at most this
+# share of itself, or of the largest |eigenvalue|.
+NEXT_ERROR = 0.05
+NEXT_RESIDUAL = 1e-3
 # Columns that are held in float64 at a time.
 BLOCK = 1 << 17
 
@@ -42,8 +44,8 @@ class Subspace:
         eigenvalues: (k,) float64, best first.
         eigenvectors: (k, n), orthonormal rows; None where only the numbers were kept (`monitor.history`).
         residuals: (k,) float64, |H v - lambda v| of each pair.
-        next_eigenvalue: estimate of the eigenvalue behind the k-th; nan when k = n, and when its residual is more than
-            a hundredth of the largest |eigenvalue|.
+        next_eigenvalue: estimate of the eigenvalue behind the k-th, right to 5 % or to a thousandth of the largest
+            |eigenvalue|; nan where it is not known that well, and when k = n.
         error: max residual / gap behind the k-th eigenvalue, an estimate of the sine of the largest angle to the true
             eigenspace (times sqrt(k) and with the true gap, a bound: Davis and Kahan 1970); 0 when k = n.
         outcome: how the solver ended.
@@ -75,7 +77,7 @@ class Subspace:
     @classmethod
     def of(cls, result: EigshResult) -> Subspace:
         """Take over what the eigensolver returned."""
-        known = result.next_residual <= NEXT_RESIDUAL * result.scale
+        known = result.next_residual <= max(NEXT_ERROR * abs(result.next_eigenvalue), NEXT_RESIDUAL * result.scale)
         return cls(
             eigenvalues=result.eigenvalues,
             eigenvectors=result.eigenvectors,
@@ -135,6 +137,8 @@ def orthonormality_defect(
     basis: Tensor,  # (k, n)
 ) -> float:
     """Largest entry of |V V^T - I|."""
+    if not len(basis):
+        return 0.0
     gram = inner_products(basis, basis)
     return float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().amax())
 

@@ -127,9 +127,11 @@ class TrainingLoss:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._stack.close()
-        self._shadow = None
-        self._displacement = {}
+        try:
+            self._stack.close()
+        finally:
+            self._shadow = None
+            self._displacement = {}
 
     def displace(self, offset: Tensor | None) -> None:
         """Evaluate at theta + offset from now on; `offset` is a flat vector (n,), None goes back to theta."""
@@ -145,7 +147,9 @@ class TrainingLoss:
             RuntimeError: when the context is not open.
         """
         if self._shadow is None:
-            raise RuntimeError("TrainingLoss is a context manager; evaluate it inside `with TrainingLoss(...) as loss:`.")
+            raise RuntimeError(
+                "TrainingLoss is a context manager; evaluate it inside `with TrainingLoss(...) as loss:`."
+            )
         self._shadow.renew()
         leaves = self.space.tensors(self.module)
         # One stream a micro-batch: the stride keeps the seeds of neighbouring monitors and batches apart.
@@ -186,13 +190,13 @@ def _training_step(module: nn.Module) -> LossFunction:
             f"{type(module).__name__} has no training_step; pass loss_fn=, a function (module, batch, batch_idx) -> "
             "scalar tensor."
         )
-    names = list(inspect.signature(step).parameters)
-    if "dataloader_iter" in names:
+    declared = inspect.signature(step).parameters
+    if "dataloader_iter" in declared:
         raise TypeError(
             f"{type(module).__name__}.training_step takes a dataloader_iter, so it cannot be evaluated on a fixed "
             "batch; pass loss_fn=, a function (module, batch, batch_idx) -> scalar tensor."
         )
-    if len(names) == 1:
+    if len(declared) == 1 and not any(p.kind is p.VAR_POSITIONAL for p in declared.values()):
         return lambda _, batch, batch_idx: step(batch)
     return lambda _, batch, batch_idx: step(batch, batch_idx)
 
@@ -202,7 +206,9 @@ def _scalar(output: Any, owner: str) -> Tensor:
     if isinstance(output, Mapping):
         output = output.get("loss")
     if output is None:
-        raise LossError(f"the training step of {owner} returned no loss for this batch; return a tensor or {{'loss': ...}}.")
+        raise LossError(
+            f"the training step of {owner} returned no loss for this batch; return a tensor or {{'loss': ...}}."
+        )
     if not isinstance(output, Tensor) or output.numel() != 1:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise LossError(f"the loss of {owner} must be a scalar tensor, got {shape}; average it over the batch.")
@@ -210,7 +216,7 @@ def _scalar(output: Any, owner: str) -> Tensor:
     if not value.requires_grad:
         raise LossError(f"the loss of {owner} does not depend on the parameters (it has no graph); was it detached?")
     if not bool(torch.isfinite(value)):
-        raise LossError(f"the loss of {owner} is {float(value)} on the fixed sample; nothing can be measured here.")
+        raise LossError(f"the loss of {owner} is {value.item()} on the fixed sample; nothing can be measured here.")
     return value
 
 

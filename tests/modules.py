@@ -7,10 +7,10 @@ to bytes or plain values. Two runs are the same if and only if their dicts are e
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import csv
 import functools
+import gc
 import io
 import logging
 import random
@@ -244,8 +244,8 @@ class Attributes(Project):
         self.old_slots.later = self.count
         self.old_slots.scale.mul_(1.01)
         self.read_only["tensor"].add_(0.01)
-        for parameter, average in self.keyed.items():
-            average.add_(parameter.detach(), alpha=0.1)
+        for average in self.keyed.values():
+            average.add_(0.1)
         if self.count == 1:
             self.register_buffer("buffer_made_later", torch.zeros(FEATURES))
             self.head_made_later = nn.Linear(FEATURES, 1).requires_grad_(False)
@@ -263,6 +263,20 @@ def _weigh(weights: Tensor, losses: Tensor, *, seen: list[int]) -> Tensor:
     weights.mul_(0.99)
     seen.append(len(losses))
     return losses * weights.mean()
+
+
+class Everything(Metrics):
+    """What is above, in one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics, self.randomness, self.attributes = Statistics(), Randomness(), Attributes()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        loss = loss + self.statistics.training_step(batch, batch_idx)["loss"]
+        loss = loss + self.randomness.training_step(batch, batch_idx)
+        return {"loss": loss + self.attributes.training_step(batch, batch_idx), "seen": self.attributes.count}
 
 
 class Teacher(Project):
@@ -411,7 +425,7 @@ class Cached(Project):
         parametrizations.orthogonal(self.net[2], orthogonal_map="householder")
         self.register_buffer("last", torch.zeros(FEATURES))
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019 - as found in real projects
+    @functools.cache  # noqa: B019 - as found in real projects
     def table(self, length: int) -> Tensor:
         return torch.arange(length) / length
 
@@ -533,6 +547,10 @@ class Conductor(Project):
         return loss * (1 + 0.01 * self.trainer.datamodule.count + 0.01 * self.trainer.seen_by_user)
 
 
+# The gradient these train with is not the gradient of their loss: they write to weights, freeze them, or hold singular
+# vectors fixed that depend on the weights. A monitor rightly warns that their second derivatives are wrong.
+NOT_A_GRADIENT = {"Statistics", "Everything", "Teacher", "Clamped", "ViewOfWeight", "Toggled"}
+
 PROJECTS: dict[str, Callable[[], Project]] = {
     cls.__name__: cls
     for cls in (
@@ -540,6 +558,7 @@ PROJECTS: dict[str, Callable[[], Project]] = {
         Metrics,
         Randomness,
         Attributes,
+        Everything,
         Teacher,
         Clamped,
         ViewOfWeight,
@@ -565,14 +584,14 @@ def train(
     accumulate: int = 1,
     steps: int = -1,
 ) -> dict[str, Any]:
-    """Train a project for three epochs of four batches, and return all that can be seen of it."""
+    """Train a project for two epochs of four batches, and return all that can be seen of it."""
     seed_everything(1, verbose=False)
     _positions.cache_clear()
     module, observer = make(), Observer()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     loggers = [CSVLogger(folder, name="csv", flush_logs_every_n_steps=1), TensorBoardLogger(folder, name="board")]
     trainer = Trainer(
-        max_epochs=3,
+        max_epochs=2,
         max_steps=steps,
         accumulate_grad_batches=accumulate,
         accelerator="cpu",
@@ -630,16 +649,37 @@ class Observer(Callback):
         self.seen.update(fingerprint(metrics, "callback_metrics"))
 
 
+@contextlib.contextmanager
+def counting_tensors() -> Iterator[Callable[[], int]]:
+    """How many tensors that did not exist at the start are alive."""
+    gc.collect()
+    gc.freeze()  # what exists now is not looked at again
+
+    def count() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+    try:
+        yield count
+    finally:
+        gc.unfreeze()
+
+
 def random_bytes() -> dict[str, Any]:
-    name, keys, *rest = np.random.get_state()
-    return {"torch": torch.get_rng_state(), "numpy": (name, keys, *rest), "python": random.getstate()}
+    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
 
 
-def fingerprint(root: Any, name: str) -> dict[str, Any]:
-    """Everything below `root` as a dict from paths to bytes and plain values; shared objects are told by their path."""
+def fingerprint(root: Any, name: str, *, identity: bool = False) -> dict[str, Any]:
+    """Everything below `root` as a dict from paths to bytes and plain values; shared objects are told by their path.
+
+    Args:
+        root: a module, or anything else.
+        name: the path of the root.
+        identity: tell objects by their ids too, and tensors by address and version.
+    """
     found: dict[str, Any] = {}
     places: dict[int, str] = {}
-    keep: list[Any] = []
+    keep: list[Any] = []  # an id is an identity only as long as the object lives
 
     def visit(value: Any, path: str) -> None:
         if isinstance(value, bool | int | float | complex | str | bytes | type(None) | torch.dtype | torch.device):
@@ -650,31 +690,39 @@ def fingerprint(root: Any, name: str) -> dict[str, Any]:
             return
         places[id(value)] = path
         keep.append(value)
+        if identity:
+            found[f"{path} id"] = id(value)
         if isinstance(value, Tensor):
+            if identity:
+                version = None if value.is_inference() else value._version
+                found[f"{path} address"] = (value.data_ptr(), version)
             data = value.detach().contiguous().numpy().tobytes()
             found[path] = (data, value.dtype, value.shape, value.requires_grad, value.is_leaf)
             if value.is_leaf and value.grad is not None:
                 visit(value.grad, f"{path}.grad")
+            if vars(value):
+                visit(vars(value), f"{path}.")
         elif isinstance(value, np.ndarray):
             found[path] = (value.tobytes(), value.dtype, value.shape)
         elif isinstance(value, torch.Generator):
-            visit(value.get_state(), path)
+            found[path] = value.get_state().numpy().tobytes()
         elif isinstance(value, np.random.Generator):
             found[path] = repr(value.bit_generator.state)
         elif isinstance(value, np.random.RandomState):
-            visit(value.get_state(), path)
+            found[path] = repr(
+                [part if isinstance(part, str | int | float) else part.tobytes() for part in value.get_state()]
+            )
         elif isinstance(value, random.SystemRandom):
-            found[path] = "system"
+            found[path] = "nothing to see"
         elif isinstance(value, random.Random):
             found[path] = repr(value.getstate())
         elif isinstance(value, dict | types.MappingProxyType):
             by_id = path.endswith(("hooks", "_metric_attributes"))  # numbers that differ between any two runs
             found[path] = [type(key).__name__ if by_id or isinstance(key, Tensor) else repr(key) for key in value]
             for i, (key, item) in enumerate(value.items()):
-                if isinstance(key, str):
-                    visit(item, f"{path}.{key}")
-                else:
-                    visit((key, item) if isinstance(key, Tensor) else item, f"{path}.{i}")
+                if isinstance(key, Tensor):
+                    visit(key, f"{path} key {i}")
+                visit(item, f"{path}.{key}" if isinstance(key, str) else f"{path}.{i}")
         elif isinstance(value, list | tuple | deque):
             found[path] = (type(value).__name__, len(value))
             for i, item in enumerate(value):
@@ -682,7 +730,8 @@ def fingerprint(root: Any, name: str) -> dict[str, Any]:
         elif isinstance(value, set | frozenset):
             found[path] = sorted(map(repr, value))
         elif isinstance(value, functools.partial):
-            visit([value.args, value.keywords], path)
+            for part in (value.args, value.keywords):
+                visit(part, f"{path}({type(part).__name__})")
         elif isinstance(value, types.FunctionType):
             for i, cell in enumerate(value.__closure__ or ()):
                 visit(cell.cell_contents, f"{path}<{i}>")
@@ -721,16 +770,7 @@ def _events(folder: Path) -> list[tuple[str, int, Any]]:
     for path in sorted(folder.glob("events*")):
         for event in LegacyEventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                if not value.tag.startswith("subspace") and not value.tag.startswith("_hparams"):
+                if not value.tag.startswith(("subspace", "custom_scalars")):
                     value.ClearField("metadata")
                     found.append((value.tag, event.step, value.SerializeToString()))
     return found
-
-
-def storages(module: nn.Module) -> Iterator[tuple[str, int, int]]:
-    """Identity and address of every tensor that is registered."""
-    for name, tensor in (*module.named_parameters(remove_duplicate=False), *module.named_buffers()):
-        yield name, id(tensor), tensor.data_ptr()
-
-
-__all__ = ["PROJECTS", "Project", "collections", "differences", "fingerprint", "random_bytes", "storages", "train"]

@@ -91,7 +91,9 @@ def mean_square_cosine(basis: Tensor, other: Tensor) -> float:
 
 
 def _flat(tensors: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
-    pieces = [torch.zeros_like(p) if t is None else t.detach().to_dense() for t, p in zip(tensors, parameters, strict=True)]
+    pieces = [
+        torch.zeros_like(p) if t is None else t.detach().to_dense() for t, p in zip(tensors, parameters, strict=True)
+    ]
     return torch.cat([piece.reshape(-1) for piece in pieces])
 
 
@@ -116,9 +118,17 @@ class Prediction:
 
     def gaps(self) -> list[int]:
         """The k at which the eigenspace of the first k eigenvalues is determined, by a gap of 1 % of the largest."""
-        behind = [*self.eigenvalues[1:], 0.0]
         floor = 0.01 * self.eigenvalues[0]
-        return [k for k, (a, b) in enumerate(zip(self.eigenvalues, behind, strict=True), start=1) if a - b > floor]
+        return [k for k, gap in self._steps_down() if gap > floor]
+
+    def inside_multiples(self) -> list[int]:
+        """The k at which it is not determined, since the k-th eigenvalue is equal to the next."""
+        rounding = 100 * EPS * self.eigenvalues[0]
+        return [k for k, gap in self._steps_down() if gap < rounding]
+
+    def _steps_down(self) -> list[tuple[int, float]]:
+        behind = [*self.eigenvalues[1:], 0.0]
+        return [(k, a - b) for k, (a, b) in enumerate(zip(self.eigenvalues, behind, strict=True), start=1)]
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,7 @@ class SolvableModel:
 
         a_c <- a_c + eta K pi_c q_c.
 
-    The Hessian is sum_c pi_c A_c (x) mu_c mu_c^T with A_c = diag(p) - p p^T over the outputs. A_c u_c = K p q u_c, since
+    The Hessian is sum_c pi_c A_c (x) mu_c mu_c^T with A_c = diag(p) - p p^T over the outputs. A_c u_c = K p q u_c as
     p . u_c = (K - 1)(p - q); on vectors orthogonal to u_c and to 1 it is q; A_c 1 = 0. Hence the eigenvalues
 
         K pi_c p_c q_c   once for each c, with the gradient along them in proportions (pi_c q_c)^2,
@@ -145,7 +155,7 @@ class SolvableModel:
     and zero. With equal shares pi = 1/K this is p q, K times, and q / K, K (K - 2) times; g is an eigenvector:
     f_K = 1 and g.Hg / |g|^2 = p q.
 
-    *With biases and equal shares* each mu_c gets a coordinate 1. The gradient by b, the sum of the u_c, vanishes: a, the
+    *With biases and equal shares* each mu_c gets a coordinate 1. The gradient by b, a sum of all u_c, vanishes: a, the
     loss and the gradient are those without biases, and p q is still the eigenvalue of g. Write w_c for column c of a
     direction and beta for its bias; then H gives A_c (w_c + beta) / K in column c, and their sum in the bias. Take
     w_c = x P_c beta + y (1 - P_c) beta and z beta for the bias, with P_c the projector on u_c, beta . 1 = 0, and

@@ -221,7 +221,7 @@ def test_several_processes_are_refused():
 
 
 def test_two_monitors_of_one_name_are_refused():
-    with pytest.raises(MisconfigurationException, match="`name` must be different for every monitor.*'subspace'"):
+    with pytest.raises(MisconfigurationException, match=r"`name` must be different for every monitor.*'subspace'"):
         trainer(SubspaceMonitor(k=1), SubspaceMonitor(k=2)).fit(Net(), batches())
 
 

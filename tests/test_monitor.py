@@ -1,4 +1,4 @@
-"""The callback in a Trainer: what reaches loggers and callbacks and when, what a failure does, how runs end and go on."""
+"""The callback in a Trainer: what reaches loggers and callbacks, what a failure does, how runs end and go on."""
 
 import copy
 import csv
@@ -39,7 +39,7 @@ DEFAULT = {
     "subspace/update_fraction",
     "subspace/solver/subspace_error",
     "subspace/solver/overhead",
-    *(f"subspace_eigenvalues/{i:02d}" for i in range(1, 5)),
+    *(f"subspace_eigenvalues/{i:02d}" for i in range(1, 4)),
 }
 
 
@@ -109,6 +109,11 @@ def steps(monitor):
     return [record.step for record in monitor.history]
 
 
+def told(caught):
+    """Of the warnings caught, those of this package; pytest.warns records what the filters ignore, too."""
+    return [str(w.message) for w in caught if str(w.message).startswith(("SubspaceMonitor", "ThrowingLogger"))]
+
+
 def is_usable(monitor):
     rows = monitor.to_rows()
     assert [row["step"] for row in rows] == steps(monitor)
@@ -174,7 +179,9 @@ def test_the_default_set_is_what_a_person_can_look_at():
     monitor = probing()
     fit(monitor)
     logged = {tag for tag, step in expected_scalars(monitor) if step == 4}
-    assert logged == DEFAULT | (logged & {"subspace/gradient_norm", "subspace/gradient_curvature"})
+    # The eigenvalue behind the k-th is an estimate, which a probe may withhold.
+    beside = {"subspace/gradient_norm", "subspace/gradient_curvature", "subspace_eigenvalues/04"}
+    assert DEFAULT <= logged <= DEFAULT | beside
 
 
 def test_histograms_at_every_probe_and_figures_at_probes_1_2_4_8_and_at_the_end(tmp_path):
@@ -215,7 +222,7 @@ def test_several_loggers_get_the_same_and_one_that_throws_stops_nothing(tmp_path
     ]
     with pytest.warns(UserWarning, match="ThrowingLogger raised OSError: disk full") as caught:
         trainer = fit(monitor, logger=loggers, log_every_n_steps=5)
-    assert len(caught) == 1
+    assert len(told(caught)) == 1
     assert trainer.global_step == 12
     expected = expected_scalars(monitor)
     assert csv_scalars(tmp_path / "csv/version_0") == pytest.approx(expected)
@@ -296,7 +303,10 @@ def test_two_monitors_measure_side_by_side(tmp_path):
     fit(one, two, logger=CSVLogger(tmp_path))
     assert steps(one) == [0, 4, 8, 12]
     assert steps(two) == [0, 6, 12]
-    found = csv_scalars(tmp_path / "lightning_logs/version_0"), csv_scalars(tmp_path / "lightning_logs/version_0", "other")
+    found = (
+        csv_scalars(tmp_path / "lightning_logs/version_0"),
+        csv_scalars(tmp_path / "lightning_logs/version_0", "other"),
+    )
     assert found[0] == pytest.approx(expected_scalars(one))
     assert found[1] == pytest.approx(expected_scalars(two, "other"))
 
@@ -314,14 +324,14 @@ def test_training_is_what_it_is_without_the_monitor():
 # What cannot be stood behind
 
 
-WITHHELD = re.compile("fraction|overlap|eigenvalue|sharpness|gap|reliability")
+WITHHELD = re.compile("fraction|overlap|eigenvalue|sharpness|gap|reliability|spectrum")
 
 
 def test_what_is_not_converged_appears_nowhere_and_one_warning_says_so(tmp_path):
     weights, monitor = Weights(), probing(max_matvecs=3, log="all")
     with pytest.warns(UserWarning, match=r"at step 0, eigenvalues, fractions and overlaps are left out\.") as caught:
         fit(monitor, weights, logger=TensorBoardLogger(tmp_path), log_every_n_steps=1)
-    assert len(caught) == 1
+    assert len(told(caught)) == 1
     assert steps(monitor) == [0, 4, 8, 12]
     events = read_events(tmp_path / "lightning_logs/version_0")
     keys = {tag for kind in ("scalars", "images", "histograms") for tag in events.Tags()[kind]}
@@ -339,18 +349,20 @@ def nan_at_first(module, batch, batch_idx):
     return loss * float("nan") if module.global_step < 4 else loss
 
 
-# Lightning's word to a checkpoint whose value is not there yet
+# Lightning's word, and ours, to a checkpoint whose value is not there yet
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")
-@pytest.mark.filterwarnings(r"ignore:SubspaceMonitor. \w+\(monitor:UserWarning")
+@pytest.mark.filterwarnings(r"ignore:ModelCheckpoint\(monitor='subspace/sharpness'\) saves nothing before:UserWarning")
 def test_a_run_whose_first_probe_fails_goes_on_under_callbacks_that_wait_for_it(tmp_path):
     monitor = probing(loss_fn=nan_at_first)
     checkpoint = ModelCheckpoint(tmp_path, monitor="subspace/sharpness", every_n_train_steps=2)
     stop = EarlyStopping("subspace/sharpness", strict=False, patience=100)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="the probe at step 0 failed") as caught:
         trainer = fit(monitor, checkpoint, stop, enable_checkpointing=True)
-    failures = [str(w.message) for w in caught if "failed and is left out" in str(w.message)]
+    failures = [text for text in told(caught) if "failed and is left out" in text]
     assert len(failures) == 1
-    assert "the probe at step 0 failed and is left out, training goes on. LossError: the loss of Net is nan" in failures[0]
+    assert (
+        "the probe at step 0 failed and is left out, training goes on. LossError: the loss of Net is nan" in failures[0]
+    )
     assert trainer.global_step == 12
     assert steps(monitor) == [4, 8, 12]
     first = monitor.history[0].metrics
@@ -364,7 +376,13 @@ def test_a_run_whose_first_probe_fails_goes_on_under_callbacks_that_wait_for_it(
 def test_early_stopping_that_insists_was_told_before():
     monitor = probing(max_matvecs=3)
     stop = EarlyStopping("subspace/sharpness", strict=True)
-    with pytest.warns(UserWarning, match=r"use strict=False\.|are left out"), pytest.raises(RuntimeError, match="Early"):
+    with (
+        pytest.warns(UserWarning, match="strict=True. will end the run with an error"),
+        pytest.warns(UserWarning, match="at step 0, eigenvalues, fractions and overlaps are left out"),
+        pytest.raises(
+            RuntimeError, match=r"Early stopping conditioned on metric .subspace/sharpness. which is not available"
+        ),
+    ):
         fit(monitor, stop, max_epochs=1)
     assert is_usable(monitor)
 
@@ -379,7 +397,9 @@ class Returning(Net):
         is_probed = self.net[0].weight.data_ptr() != self.address
         if not is_probed or self.global_step < 8:
             return loss
-        return {"none": None, "nan": loss * float("nan"), "vector": loss.expand(3), "detached": loss.detach()}[self.value]
+        return {"none": None, "nan": loss * float("nan"), "vector": loss.expand(3), "detached": loss.detach()}[
+            self.value
+        ]
 
     def setup(self, stage):
         self.address = self.net[0].weight.data_ptr()
@@ -400,7 +420,7 @@ def test_a_training_step_that_gives_no_loss_costs_a_probe_and_nothing_else(value
     monitor = probing()
     with pytest.warns(UserWarning, match=f"(?s)the probe at step 8 failed.*{words}") as caught:
         fit(monitor, weights, module=module)
-    assert len(caught) == 1  # the one at step 12 fails alike
+    assert len(told(caught)) == 1  # the one at step 12 fails alike
     assert steps(monitor) == [0, 4]
     fit(bare)
     assert all(torch.equal(a, b) for a, b in zip(weights.at[12], bare.at[12], strict=True))
@@ -425,7 +445,7 @@ def test_a_measurement_that_fails_after_the_step_costs_what_the_step_tells():
     monitor = probing(measurements=[Broken()])
     with pytest.warns(UserWarning, match="what the step from 0 tells is left out.*ZeroDivisionError: mine") as caught:
         fit(monitor)
-    assert len(caught) == 1
+    assert len(told(caught)) == 1
     assert steps(monitor) == [0, 4, 8, 12]
     assert all("gradient_fraction" in record.metrics for record in monitor.history)
     assert not any("update_fraction" in record.metrics for record in monitor.history)
@@ -637,11 +657,13 @@ def test_a_copy_has_the_history_and_can_be_used(copied, used):
 def test_a_copy_during_the_run_leaves_out_what_is_open():
     class Copying(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
-            self.size = len(pickle.dumps(monitor))
+            self.pickled = pickle.dumps(monitor)
 
     monitor, copying = probing(1), Copying()
     fit(monitor, copying, max_steps=2)
-    assert 0 < copying.size < 200_000
+    twin = pickle.loads(copying.pickled)
+    assert twin._open is None
+    assert steps(twin) == [0, 1]
     assert steps(monitor) == [0, 1, 2]
 
 

@@ -187,10 +187,14 @@ def test_the_set_up_is_not_part_of_the_price():
 
 def test_what_raises_is_counted_too():
     schedule, clock = started(1, 0.5)
+
+    def interrupted():
+        clock.now += 2.0
+        raise KeyboardInterrupt
+
     for context in (schedule.probing, schedule.aside):
         with pytest.raises(KeyboardInterrupt), context():
-            clock.now += 2.0
-            raise KeyboardInterrupt
+            interrupted()
     assert schedule.overhead == 1.0
 
 

@@ -87,7 +87,7 @@ def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfC
     generator = torch.Generator().manual_seed(seed)
     draw = torch.randn(2, loss.space.n, generator=generator, dtype=torch.float64).to(loss.device)
     jitter, direction = JITTER * draw[0], draw[1] / draw[1].norm()
-    narrowing = _NarrowingObserver()
+    narrowing = _NarrowingObserver()  # type: ignore[no-untyped-call]  # torch's own __init__ is untyped
     try:
         with warnings.catch_warnings(), loss:
             # What the model has to say, it says in training; here autograd's own remarks on backward() would repeat.
@@ -96,13 +96,13 @@ def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfC
             product = Hessian(loss, [batch]).matvec(direction)
             with narrowing:
                 differences = [_difference(loss, batch, jitter, direction, eps) for eps in STEPS]
-    except Exception as error:  # float64 can fail in any way inside the user's code; that decides nothing
-        return _inconclusive(f"{type(error).__name__} in float64: {error}")
+    except Exception as failure:  # float64 can fail in any way inside the user's code; that decides nothing
+        return _inconclusive(f"{type(failure).__name__} in float64: {failure}")
     error, name = min(_worst_part(loss, product, difference) for difference in differences)
     if error <= THRESHOLD:
         return SelfCheck(CheckOutcome.PASSED, error, name, f"relative difference {error:.1e} (largest in {name})")
-    # The differences can only accuse the product where they agree with each other, for two eps at least. An operation in
-    # float32 makes them noise; one that the loss does not depend on, of a metric or a label, leaves them as they are.
+    # Differences can accuse the product only where they agree with each other, for two eps at least. An operation in
+    # float32 makes them noise; one that the loss does not depend on, in a metric or a label, leaves them as they are.
     spread, _ = min(_worst_part(loss, *pair) for pair in itertools.pairwise(differences))
     if spread > THRESHOLD:
         reason = f"differences of gradients for two eps differ by {spread:.1%}: noise or kinks in the loss"

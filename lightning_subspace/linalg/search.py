@@ -10,8 +10,6 @@ All decisions are taken on numbers that are equal on all ranks.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +17,7 @@ from torch import Tensor
 from lightning_subspace.linalg.certificate import Certificate
 from lightning_subspace.linalg.lanczos import Lanczos
 from lightning_subspace.linalg.result import EigshResult, Outcome
+from lightning_subspace.linalg.ritz import UNSEEN, Neighbour, Ritz
 from lightning_subspace.linalg.rules import Rules
 from lightning_subspace.linalg.which import (
     best_first,
@@ -37,27 +36,6 @@ Progress = Callable[[int, float], None]
 _MAX_ASYMMETRY = 1e-4
 _ROUNDING = 10  # in units of eps * scale: no residual estimate means anything below
 _SETTLED = 1.1  # if scale grew by less than this factor in a matvec, it can be trusted to judge the asymmetry
-
-
-class Neighbour(NamedTuple):
-    """The unwanted value closest to the wanted ones at one end."""
-
-    gap: float
-    value: float
-    residual: float
-
-
-_UNSEEN = Neighbour(gap=math.nan, value=math.nan, residual=math.nan)
-
-
-@dataclass(frozen=True)
-class Ritz:
-    """Ritz pairs, the k wanted ones first and best first."""
-
-    values: Tensor  # (m,)
-    rotation: Tensor  # (m, m) columns
-    reducible: Tensor  # (m,) the part of the residual estimates that further matvecs reduce
-    residuals: Tensor  # (m,) the residual estimates
 
 
 class Search:
@@ -84,7 +62,8 @@ class Search:
         self.best_residual, self.best_matvec = math.inf, 0  # the smallest so far, relative to scale, and when
         # While there is a certificate, the first k rows of the basis are the pairs it is about, also through restarts.
         self.certificate: Certificate | None = None
-        self.excluded = False  # whether the last one held
+        self.gap_certificate: Certificate | None = None  # the same for the last wanted values, where a gap is claimed
+        self.excluded = False  # whether the last ones held
         self.found = torch.zeros(0, device="cpu")  # merits of the pairs it is about
         # A fresh start throws away what was seen behind the wanted values: this is kept of it, one for each end.
         self.remembered: list[Neighbour] = []
@@ -98,10 +77,11 @@ class Search:
         ritz = self._ritz()
         if expansion is None:
             return self._result(Outcome.NONFINITE, self._answer(ritz, converged=False))
-        if self.certificate is not None:
+        if self.certificate is not None and self.gap_certificate is not None:
             if not lanczos.invariant:
                 self.certificate.follow(*expansion)
-            self.excluded = self.certificate.holds
+                self.gap_certificate.follow(*expansion)
+            self.excluded = self.certificate.holds and (self.gap_certificate.holds or self._gap_has_closed(ritz))
             # What improves less than a copy that is looked for is not waited for, nor passed over once it was seen.
             if self._missed(ritz, rules.tol * lanczos.scale if self.excluded else self._copy_margin):
                 self._resume_search()
@@ -163,10 +143,23 @@ class Search:
     def _to_exclude(self, ritz: Ritz) -> list[float]:
         """The values of which a certificate has to exclude missed copies."""
         wanted, which, margin = ritz.values[: self.rules.k], self.rules.which, self._copy_margin
-        closest = min(self._neighbours(ritz), default=_UNSEEN)
+        closest = min(self._neighbours(ritz), default=UNSEEN)
         # Copies of almost equal values change no eigenvalue, but if there seems to be a gap, they make it an illusion.
         at_stake = self.rules.subspace_tol is not None and closest.gap > closest.residual
         return decisive_values(wanted, which, margin) or (edge_values(wanted, which, margin) if at_stake else [])
+
+    def _values_at_gap(self, ritz: Ritz) -> list[float]:
+        """The last wanted value of each end, if the gap behind them is wide enough for a missed copy to matter."""
+        gap = min(self._neighbours(ritz), default=UNSEEN).gap
+        if self.rules.subspace_tol is None or not gap > self._copy_margin:
+            return []
+        return edge_values(ritz.values[: self.rules.k], self.rules.which, margin=0.0)
+
+    def _gap_has_closed(self, ritz: Ritz) -> bool:
+        """Whether something has settled in the gap: copies of the last wanted value are not looked for any more."""
+        closest = min(self._neighbours(ritz), default=UNSEEN)
+        is_settled = closest.residual <= max(self.rules.tol * self.lanczos.scale, closest.gap / 2)
+        return is_settled and closest.gap <= self._copy_margin
 
     # Decisions
 
@@ -181,7 +174,7 @@ class Search:
         # The progress of a verification is that of its certificate.
         if worst < self.best_residual or self.certificate is not None:
             self.best_residual, self.best_matvec = worst, self.num_matvecs
-        gap = min(self._neighbours(ritz), default=_UNSEEN).gap
+        gap = min(self._neighbours(ritz), default=UNSEEN).gap
         if self.num_matvecs - self.best_matvec >= self.rules.space_patience:
             gap = math.inf  # the space is as good as it gets, short of a fresh direction
         passed = bool((reducible <= self.rules.thresholds(ritz.values[:k], gap, lanczos.scale)).all())
@@ -232,6 +225,7 @@ class Search:
             self.remembered = self._neighbours(ritz)
             self.found = merit(ritz.values[:kept], rules.which)
             self.certificate = Certificate(self._to_exclude(ritz), kept, rules.dimension, rules.delta)
+            self.gap_certificate = Certificate(self._values_at_gap(ritz), kept, rules.dimension, rules.delta)
             self.excluded = False
         lanczos.contract(ritz.rotation[:, :kept])
         self.num_draws += 1
@@ -244,7 +238,7 @@ class Search:
 
     def _resume_search(self) -> None:
         """Go on from the basis as it is, until what was found has converged too."""
-        self.certificate = None
+        self.certificate = self.gap_certificate = None
         self._forget_progress()
 
     def _forget_progress(self) -> None:
@@ -256,8 +250,9 @@ class Search:
         kept = self.rules.k + (self.rules.ncv - self.rules.k) // 3
         rotation = (ritz if self.certificate is None else self._locked_ritz()).rotation[:, :kept]
         self.lanczos.contract(rotation)
-        if self.certificate is not None:
-            self.certificate.contract(rotation)
+        for certificate in (self.certificate, self.gap_certificate):
+            if certificate is not None:
+                certificate.contract(rotation)
         self.num_restarts += 1
 
     def _report(self, ritz: Ritz) -> None:
@@ -273,7 +268,7 @@ class Search:
         num_pairs = min(lanczos.size, rules.k)
         exact = lanczos.size == rules.dimension
         closest = self._neighbours(ritz) if num_pairs == rules.k else []
-        behind = min(closest, default=_UNSEEN._replace(gap=math.inf if rules.k == rules.dimension else 0.0))
+        behind = min(closest, default=UNSEEN._replace(gap=math.inf if rules.k == rules.dimension else 0.0))
         order = report_order(num_pairs, rules.which)
         # Whatever was dropped on the way, nothing of it lies outside a basis of the whole space.
         estimates = torch.zeros_like(ritz.residuals) if exact else ritz.residuals

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -66,7 +67,7 @@ class GapIndex(Measurement):
             return {}
         values = [*probe.top.eigenvalues.tolist(), probe.top.next_eigenvalue]
         smallest = max(float(probe.top.residuals.max()), torch.finfo(probe.gradient.dtype).eps * abs(values[0]))
-        ratios = [a / max(b, smallest) for a, b in zip(values, values[1:], strict=False) if a > smallest and b >= -smallest]
+        ratios = [a / max(b, smallest) for a, b in pairwise(values) if a > smallest and b >= -smallest]
         return {"gap_index": float(ratios.index(max(ratios)) + 1)} if ratios else {}
 
 

@@ -152,7 +152,9 @@ def test_dropout_masks_are_fixed_and_differ_between_batches():
     assert torch.equal(first, again)
     assert not torch.allclose(first, other_seed)
     twice = [UNEVEN[0], UNEVEN[0]]
-    assert not torch.allclose(operator_matrix(module, twice, classify)[0], operator_matrix(module, twice[:1], classify)[0])
+    assert not torch.allclose(
+        operator_matrix(module, twice, classify)[0], operator_matrix(module, twice[:1], classify)[0]
+    )
 
 
 # Which parameters
@@ -214,7 +216,9 @@ def test_patterns_give_the_principal_submatrix(patterns):
     whole, gradient = operator_matrix(module, VECTOR_BATCHES, classify)
     part, part_gradient = operator_matrix(module, VECTOR_BATCHES, classify, params=patterns)
     space, chosen = ParameterSpace.of(module), ParameterSpace.of(module, patterns)
-    marks = torch.cat([torch.full((n,), name in chosen.names) for name, n in zip(space.names, space.numels, strict=True)])
+    marks = torch.cat(
+        [torch.full((n,), name in chosen.names) for name, n in zip(space.names, space.numels, strict=True)]
+    )
     assert 0 < chosen.n < space.n
     assert_close(part, whole[marks][:, marks], ROUNDING)
     assert_close(part_gradient, gradient[marks], ROUNDING)

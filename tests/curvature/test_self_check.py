@@ -285,7 +285,10 @@ TIES = IMAGES.sign()  # equal maxima in most windows
 
 FAITHFUL = {
     "blank-patches-at-zero-bias": (relu_conv_net, BLANK),
-    "max-pool-ties": (lambda: nn.Sequential(nn.MaxPool2d(2), *relu_conv_net()[:2], nn.Flatten(), nn.Linear(64, 3)), TIES),
+    "max-pool-ties": (
+        lambda: nn.Sequential(nn.MaxPool2d(2), *relu_conv_net()[:2], nn.Flatten(), nn.Linear(64, 3)),
+        TIES,
+    ),
     "transformer": (transformer, INPUTS),
     "batch-norm": (lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)), INPUTS),
     "dropout": (lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)), INPUTS),
@@ -385,7 +388,9 @@ def test_float32_that_the_gradient_does_not_pass_through_does_not_blind_it(loss_
 # Conduct
 
 
-@pytest.mark.parametrize("make", [transformer, lambda: around(NormInFloat32), lambda: around(lambda: Apply(KeepsInput.apply))])
+@pytest.mark.parametrize(
+    "make", [transformer, lambda: around(NormInFloat32), lambda: around(lambda: Apply(KeepsInput.apply))]
+)
 def test_it_leaves_everything_as_it_was(make):
     module = built(lambda: nn.Sequential(make(), nn.BatchNorm1d(3), nn.Dropout(0.3)))
     module[1].eval()

@@ -1,0 +1,53 @@
+"""What a monitor says in the course of a run: one sentence on what happened, one on what to do, and not twice."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lightning_subspace._lightning import rank_zero_info, rank_zero_warn
+from lightning_subspace.probe import Solver
+from lightning_subspace.schedule import forecast
+
+# Hessian products a probe takes for each wanted pair, beside the ten of the certificate: measured 2 to 4.
+EXPECTED_MATVECS = 3
+
+
+class Messages:
+    """Tells each thing once a run.
+
+    Args:
+        on_failure: "raise" turns a failure into the exception that it is.
+    """
+
+    def __init__(self, on_failure: Literal["warn", "raise"]) -> None:
+        self._on_failure = on_failure
+        self._told: set[str] = set()
+
+    def begin(self) -> None:
+        """A new run begins."""
+        self._told.clear()
+
+    def once(self, cause: str, text: str) -> None:
+        """One warning a run and cause; the history has the rest."""
+        if cause not in self._told:
+            self._told.add(cause)
+            rank_zero_warn(f"SubspaceMonitor: {text} Later ones like it are not told.")
+
+    def failure(self, what: str, error: Exception) -> None:
+        """Something went wrong in a probe, and training goes on without it.
+
+        Raises:
+            Exception: `error`, with on_failure="raise".
+        """
+        if self._on_failure == "raise":
+            raise error
+        cause = f"{type(error).__name__}: {error}"
+        self.once(cause, f"{what}, training goes on. {cause} (on_failure='raise' shows where.)")
+
+    def forecast(self, solver: Solver, n: int, first: float, product: float, max_overhead: float | None) -> None:
+        """What a probe will cost, from the seconds up to the first product and those of the second."""
+        if "forecast" not in self._told:
+            self._told.add("forecast")
+            seconds = first + product * (EXPECTED_MATVECS * solver.k + 10)
+            text = forecast(n=n, k=solver.k, ncv=solver.ncv, seconds=seconds, max_overhead=max_overhead)
+            rank_zero_info(f"SubspaceMonitor: {text}")

@@ -15,11 +15,6 @@ from lightning_subspace import Measurement, SubspaceMonitor
 from lightning_subspace.configuration import check_project, warn_of_missing_keys
 
 # The first is raised by torch's own pytree, in Lightning's CombinedLoader; the second depends on the machine.
-pytestmark = [
-    pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:The '.*' does not have many workers:UserWarning"),
-]
-
 NAN = float("nan")
 
 # argument -> what is expected of it -> values that are not

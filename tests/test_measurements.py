@@ -13,11 +13,6 @@ from lightning_subspace import SubspaceMonitor, measure_subspace
 from tests.oracles import dense_gradient, dense_hessian, mean_square_cosine, projected_share, top_eigenspace
 
 # The first is raised by torch's own pytree, in Lightning's CombinedLoader; the second depends on the machine.
-pytestmark = [
-    pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:The '.*' does not have many workers:UserWarning"),
-]
-
 # The tightest that float32 gives: spaces are then off by about 1e-4 at a gap of a tenth of the largest eigenvalue.
 TIGHT = 1e-5
 CLOSE = 2e-4

@@ -23,12 +23,6 @@ from lightning_subspace.report import logged_name, progress, select
 
 # The first is raised by torch's own pytree, in Lightning's CombinedLoader; the second depends on the machine, the third
 # on the length of the run.
-pytestmark = [
-    pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:The '.*' does not have many workers:UserWarning"),
-    pytest.mark.filterwarnings(r"ignore:The number of training batches \(.*\) is smaller than the logging:UserWarning"),
-]
-
 # Of the keys that are logged by default, those that every later probe of a short SGD run with a trusted space has.
 DEFAULT = {
     "subspace/sharpness",

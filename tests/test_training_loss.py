@@ -198,6 +198,14 @@ def test_value_and_gradient_are_those_of_a_plain_backward_to_the_bit(name, dtype
     assert torch.equal(gradient, space.flatten([p.grad for p in space.tensors(module)]))
 
 
+def test_without_the_sharing_of_memory_a_view_of_the_weight_has_no_gradient(monkeypatch):
+    monkeypatch.setattr(containment, "_owners", lambda tensors: {})
+    module = HoldsViews()
+    with TrainingLoss(module, ParameterSpace.of(module), lambda m, batch, i: m.alias.sum() + m.rows[0].sum()) as loss:
+        gradient = mean_gradient(loss, [batch_of()])
+    assert torch.equal(gradient, torch.ones(loss.space.n))  # without the row a second time
+
+
 def test_hooks_of_parameters_do_not_reach_the_gradient():
     torch.manual_seed(0)
     module = NETS["mlp"]()

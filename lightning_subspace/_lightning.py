@@ -1,36 +1,77 @@
 """What is needed of Lightning beyond its documented callback interface, each with its reason.
 
-Seen working with lightning 2.6.6. Nothing else in the package touches a private attribute of Lightning.
+Lightning comes under two names, `lightning` and `pytorch_lightning`, whose classes are different objects: a Trainer of
+one refuses an un-listed callback of the other, and so does a LightningCLI. What the package derives from is therefore
+derived from both, where both can be imported, and nothing is asked with `isinstance` of one.
+
+Seen working with lightning 2.6.6 and pytorch-lightning 2.6.6. Nothing else in the package touches a private attribute
+of Lightning.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
+
+if TYPE_CHECKING:
+    from lightning.fabric.utilities import move_data_to_device
+    from lightning.pytorch import Callback
+    from lightning.pytorch.loggers.logger import DummyLogger
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+else:
+
+    def _all(name: str, *modules: str) -> list[Any]:
+        """What these modules, one of each namespace, have under this name, as far as they are installed."""
+        found = []
+        for module in modules:
+            with suppress(ImportError):
+                found.append(getattr(importlib.import_module(module), name))
+        return list(dict.fromkeys(found))
+
+    class Callback(*_all("Callback", "lightning.pytorch", "pytorch_lightning")):
+        """A callback that the Trainers and the LightningCLIs of both namespaces take for one of their own."""
+
+    class MisconfigurationException(
+        *_all(
+            "MisconfigurationException",
+            "lightning.pytorch.utilities.exceptions",
+            "pytorch_lightning.utilities.exceptions",
+        )
+    ):
+        """Caught by whoever expects the exception of either namespace."""
+
+    DummyLogger = _all("DummyLogger", "lightning.pytorch.loggers.logger", "pytorch_lightning.loggers.logger")[0]
+    move_data_to_device = _all("move_data_to_device", "lightning.fabric.utilities", "lightning_fabric.utilities")[0]
 
 __all__ = [
     "Callback",
-    "EarlyStopping",
     "MisconfigurationException",
-    "ModelCheckpoint",
     "attached_trainer",
     "bystanders",
+    "is_a",
     "muted",
     "rank_zero_info",
     "rank_zero_warn",
     "transfer",
 ]
+
+
+def is_a(value: Any, name: str) -> bool:
+    """Whether a value is of a class of this name, or derived from one, in whichever namespace.
+
+    Example:
+        >>> from lightning.pytorch.callbacks import EarlyStopping
+        >>> is_a(EarlyStopping("loss"), "EarlyStopping"), is_a(EarlyStopping("loss"), "Callback"), is_a(1, "Callback")
+        (True, True, False)
+    """
+    return any(cls.__name__ == name for cls in type(value).__mro__)
 
 
 def attached_trainer(module: nn.Module) -> Any:
@@ -123,8 +164,7 @@ def _writes(value: Any, loggers: list[Any]) -> bool:
     """Whether a value is one of the loggers, the experiment behind one, or a TensorBoard writer of the user's own."""
     # `logger.experiment` would open it; `_experiment` is where Lightning's loggers keep an open one
     known = [*loggers, *(getattr(logger, "_experiment", None) for logger in loggers)]
-    is_known = value is not None and any(value is other for other in known)
-    return is_known or any(cls.__name__ == "SummaryWriter" for cls in type(value).__mro__)
+    return value is not None and any(value is other for other in known) or is_a(value, "SummaryWriter")
 
 
 def _cover(stack: ExitStack, module: nn.Module, name: str, cover: Any) -> None:

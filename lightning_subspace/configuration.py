@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_subspace._lightning import EarlyStopping, MisconfigurationException, ModelCheckpoint, rank_zero_warn
+from lightning_subspace._lightning import MisconfigurationException, is_a, rank_zero_warn
 from lightning_subspace.measurements import Measurement
 from lightning_subspace.training_loss import LossFunction, check_loss_function
 
@@ -165,12 +165,12 @@ def warn_of_missing_keys(trainer: Any, name: str) -> None:
         key = str(getattr(callback, "monitor", None))
         if not key.startswith((f"{name}/", f"{name}_")):
             continue
-        if isinstance(callback, EarlyStopping) and callback.strict:
+        if is_a(callback, "EarlyStopping") and callback.strict:
             rank_zero_warn(
                 f"EarlyStopping(monitor={key!r}, strict=True) will end the run with an error if it asks before a probe "
                 "has logged that value, which a probe that does not converge withholds; use strict=False."
             )
-        elif isinstance(callback, ModelCheckpoint):
+        elif is_a(callback, "ModelCheckpoint"):
             rank_zero_warn(
                 f"ModelCheckpoint(monitor={key!r}) saves nothing before a probe has logged that value, which a probe "
                 "that does not converge withholds; once validation has run it then ends the run with an error. Every "

@@ -7,7 +7,7 @@ step ends, since some numbers belong to the step taken *from* theta_t; then it i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,13 +18,15 @@ from torch.optim import Optimizer
 
 from lightning_subspace import configuration as check
 from lightning_subspace._lightning import Callback, MisconfigurationException, rank_zero_warn
+from lightning_subspace.checkpoint import obstacle, restore, tracker_state
 from lightning_subspace.curvature import CheckOutcome
 from lightning_subspace.measurements import Measurement, default_measurements
 from lightning_subspace.messages import Messages
 from lightning_subspace.probe import Solver, Which
 from lightning_subspace.record import Record, to_rows
 from lightning_subspace.report import ProgressLine, Publisher, add_layout
-from lightning_subspace.sample import Sample, SampleRequest, Weight, sample_of_current
+from lightning_subspace.sample import Weight
+from lightning_subspace.sample_source import SampleRequest, SampleSource
 from lightning_subspace.schedule import Schedule
 from lightning_subspace.tracker import OpenRecord, Plan, Tracker
 from lightning_subspace.training_loss import LossFunction, Mode
@@ -47,7 +49,7 @@ class SubspaceMonitor(Callback):
         max_overhead: largest share of the wall time that probes after the first may take; candidate steps are passed
             over to keep it. None gives the exact schedule.
         sample: examples for the Hessian: a number, "all", "current" (the batch just trained on), or a loader or a list
-            of batches or of (batch, weight) pairs.
+            of batches or of (batch, weight) pairs. An iterable dataset gives the first ones seen in training.
         gradient_sample: examples for the gradient, which contain the former: a number or "all". Used where `sample` is
             a number.
         batch_size: of the micro-batches; by default that of training.
@@ -116,15 +118,16 @@ class SubspaceMonitor(Callback):
         )
         self._max_overhead = max_overhead
         self._schedule = Schedule(every_n_steps, max_overhead)
-        self._request = SampleRequest(sample, gradient_sample, batch_size, weight, seed)
+        self._source = SampleSource(SampleRequest(sample, gradient_sample, batch_size, weight, seed))
         self._layout = layout
         self._publisher = Publisher(name, log)
         self._messages = Messages(on_failure)
         self._tracker: Tracker | None = None
-        self._sample: Sample | None = None
+        self._saved: Mapping[str, Any] | None = None  # from a checkpoint, until training goes on from it
         self._open: OpenRecord | None = None
         self._seen_step = -1
         self._probed_step = -1
+        self._awaits_first = False
 
     # -- what a user reads --------------------------------------------------------------------------------------------
 
@@ -181,31 +184,33 @@ class SubspaceMonitor(Callback):
         self._probed_step = step if continues and last == step else -1
         self._messages.begin()
         self._schedule.begin(step)
+        saved, self._saved = self._saved or {}, None
+        resumes = "schedule" in saved and saved["schedule"]["last_step"] <= step
         try:
-            if not continues:
+            if resumes or not continues:
                 self._tracker = Tracker(self._plan, pl_module)
             with self._schedule.aside():
-                self._sample = None if self._request.is_current else self._request.draw(trainer.train_dataloader)
+                self._source.begin(trainer, continues=continues)
         except ValueError as error:
             raise MisconfigurationException(f"SubspaceMonitor: {error}") from error
         except Exception as error:  # the dataset's own
-            self._sample = None
             self._messages.failure("the sample could not be drawn, so nothing is measured", error)
         if self._layout:
             add_layout(trainer.loggers, self.name, self._plan.solver.k)
+        self._awaits_first = True
+        if resumes:
+            self._go_on(saved, step)
         self._take_first_probe(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
-        """Keep the batch where it is the sample: training_step may write into it."""
-        if self._request.is_current:
-            is_first = self._sample is None
-            try:
-                self._sample = sample_of_current(batch, lambda _: 1.0)  # one batch: any weight is the same mean
-            except Exception as error:
-                self._sample = None
-                self._messages.failure("the batch could not be copied, so nothing is measured", error)
-            if is_first:
-                self._take_first_probe(trainer, pl_module)
+        """Keep the batch where it is of the sample: training_step may write into it."""
+        has_begun = self._source.sample is not None
+        try:
+            self._source.see(batch, trainer.current_epoch)
+        except Exception as error:
+            self._messages.failure("the batch could not be copied, so nothing is measured", error)
+        if not has_begun:
+            self._take_first_probe(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Optimizer) -> None:
         """Keep the gradient of the first step after a probe, before it is clipped."""
@@ -220,14 +225,15 @@ class SubspaceMonitor(Callback):
             return
         self._seen_step = step
         self._close_record(trainer, pl_module)
-        if self.should_measure(step) and self._sample is not None:
+        if self.should_measure(step) and self._source.sample is not None:
             self._take_probe(trainer, pl_module, step)
 
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
         """A last probe, and the last figures."""
         step = trainer.global_step
         self._close_record(trainer)
-        is_new = self._sample is not None and step != self._probed_step
+        self._source.end()
+        is_new = self._source.sample is not None and step != self._probed_step
         if is_new and not trainer.interrupted and self._schedule.probes_last_step:
             self._take_probe(trainer, pl_module, step)
             self._close_record(trainer)
@@ -250,12 +256,13 @@ class SubspaceMonitor(Callback):
 
     def _take_first_probe(self, trainer: Any, pl_module: nn.Module) -> None:
         step = trainer.global_step
-        if self._sample is not None and self._schedule.probes_first_step and step != self._probed_step:
+        is_wanted = self._awaits_first and self._schedule.probes_first_step and step != self._probed_step
+        if is_wanted and self._source.sample is not None:
             self._take_probe(trainer, pl_module, step)
 
     def _take_probe(self, trainer: Any, pl_module: nn.Module, step: int) -> None:
         """Probe and open a record. What goes wrong is told, and raised only on request."""
-        self._probed_step = step
+        self._probed_step, self._awaits_first = step, False
         try:
             with self._schedule.probing(), ProgressLine(trainer) as line:
                 opened = self._measure(trainer, pl_module, step, line)
@@ -271,7 +278,7 @@ class SubspaceMonitor(Callback):
             self._messages.once(subspace.outcome.name, f"at step {step}, {subspace.verdict}")
 
     def _measure(self, trainer: Any, pl_module: nn.Module, step: int, line: ProgressLine) -> OpenRecord:
-        tracker, sample = self._tracker, self._sample
+        tracker, sample = self._tracker, self._source.sample
         assert tracker is not None, "set in on_train_start"
         assert sample is not None, "set in on_train_start or on_train_batch_start"
         if tracker.adapt(pl_module):
@@ -313,6 +320,44 @@ class SubspaceMonitor(Callback):
             count = len(self.history)
             if count & (count - 1) == 0:  # 1, 2, 4, 8, ...: TensorBoard keeps ten images a tag
                 self._draw(trainer)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Tells the monitors of a Trainer apart in its checkpoints."""
+        return self._generate_state_key(name=self.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on with its history, its overlaps and its schedule; no eigenvectors.
+
+        With k eigenpairs and n parameters at most 256 k min(n, 4096) bytes of sketches (10.5 MB for k = 10), and about
+        2 kB a probe.
+        """
+        if self._tracker is None:
+            return dict(self._saved or {})
+        return {**tracker_state(self._tracker, self._open), "schedule": self._schedule.state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until training starts: there is no module yet to compare it with."""
+        self._saved = state_dict
+
+    def _go_on(self, saved: Mapping[str, Any], step: int) -> None:
+        """Put the new tracker where that of the checkpoint was, or say why not."""
+        assert self._tracker is not None  # it has just been made
+        if (reason := obstacle(saved, self._tracker)) is not None:
+            rank_zero_warn(
+                f"SubspaceMonitor: the state {self.name!r} of the checkpoint is not used: {reason}. History and "
+                "overlaps start anew."
+            )
+            return
+        last_step, has_sample = saved["schedule"]["last_step"], self._source.sample is not None
+        can_reopen = has_sample and last_step == step and self._schedule.probes_first_step
+        is_reopened = restore(self._tracker, saved, reopen=can_reopen)
+        self._schedule.resume(saved["schedule"], step)
+        is_due = last_step < step and self.should_measure(step)  # the checkpoint was written before our hook
+        self._awaits_first = is_reopened or (is_due and has_sample)
+        self._probed_step = -1 if self._awaits_first or not self.history else self.history[-1].step
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 

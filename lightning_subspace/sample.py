@@ -3,16 +3,16 @@
 The sample is the largest source of error of a probe. The Hessian gets `sample` examples; the gradient, which costs one
 pass and is mostly noise when few examples are left to learn, gets `gradient_sample` examples that contain them.
 
-Examples are drawn by a seeded permutation from the training *dataset*, through a loader of our own with worker
-processes and a generator of its own: iterating the trainer's loader would change what training sees next, and loading
-in this process would move the random numbers of the dataset. Micro-batches have the training batch size, since a loss
-with batch-norm in train mode depends on it. They are kept on the CPU.
+Examples are drawn by a seeded permutation from the pool that training draws from. Micro-batches have the training
+batch size, since a loss with batch-norm in train mode depends on it. They are kept on the CPU: what a dataset adds at
+random (augmentation) is drawn once, and every probe sees the same tensors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +22,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_subspace.containment import copied
+from lightning_subspace.pool import Pool, SampleError, batch_size_of, gives_batches, load
 from lightning_subspace.random_state import preserved_random_state
 from lightning_subspace.training_loss import MicroBatch
 
+__all__ = [
+    "Sample",
+    "SampleError",
+    "Weight",
+    "few_examples",
+    "micro_batch",
+    "number_of_examples",
+    "sample_of_batches",
+    "sample_of_current",
+    "sample_of_dataset",
+]
+
 Weight = Callable[[Any], float]
-
-
-class SampleError(ValueError):
-    """The training data cannot give a fixed sample; the message says what to pass instead."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,14 @@ class Sample:
     hessian: tuple[MicroBatch, ...]
     extra: tuple[MicroBatch, ...] = ()
     population: float = math.inf
+
+    @classmethod
+    def of(cls, batches: Sequence[MicroBatch], sample: int | None, population: float = math.inf) -> Sample:
+        """Give the first batches, up to `sample` examples, to the Hessian; all of them where `sample` is None."""
+        seen, cut = 0, 0
+        while cut < len(batches) and (sample is None or seen < sample):
+            seen, cut = seen + batches[cut].size, cut + 1
+        return cls(tuple(batches[:cut]), tuple(batches[cut:]), population)
 
     @property
     def hessian_share(self) -> float:
@@ -62,38 +79,13 @@ class Sample:
         return sum(t.nbytes for b in (*self.hessian, *self.extra) for t in _tensors(b.data))
 
 
-@dataclass(frozen=True)
-class SampleRequest:
-    """What a user asks for; see the arguments of `SubspaceMonitor`."""
-
-    sample: int | str | Iterable[Any]
-    gradient_sample: int | str
-    batch_size: int | None
-    weight: Weight | None
-    seed: int
-
-    @property
-    def is_current(self) -> bool:
-        """Whether each probe takes the batch just trained on, so that there is no fixed sample."""
-        return isinstance(self.sample, str) and self.sample == "current"
-
-    def draw(self, loader: Any) -> Sample:
-        """The fixed sample of a run, from the trainer's loader or from what was given instead.
-
-        Raises:
-            SampleError: see `sample_of_batches` and `sample_of_dataset`.
-        """
-        if not isinstance(self.sample, int | str):
-            return sample_of_batches(self.sample, self.weight)
-        sizes = (None if size == "all" else int(size) for size in (self.sample, self.gradient_sample))
-        return sample_of_dataset(loader, *sizes, batch_size=self.batch_size, weight=self.weight, seed=self.seed)
-
-
 def sample_of_batches(batches: Iterable[Any], weight: Weight | None = None) -> Sample:
     """Take given batches as the sample.
 
     Args:
-        batches: a list of batches or of (batch, weight) pairs with a plain number as weight, or a loader.
+        batches: a list of batches or of (batch, weight) pairs with a plain number as weight, or a loader. A DataLoader
+            is read to its end by worker processes, in the order of its sampler, so that nothing random in its dataset
+            moves; its iterator and its own workers are not touched.
         weight: share of a batch in the mean; by default its number of examples.
 
     Raises:
@@ -104,7 +96,8 @@ def sample_of_batches(batches: Iterable[Any], weight: Weight | None = None) -> S
         [32.0, 8.0]
     """
     with preserved_random_state():  # a shuffling loader draws from the global generator
-        found = [_micro_batch(item, weight, index) for index, item in enumerate(batches)]
+        items = _read(batches) if isinstance(batches, DataLoader) else batches
+        found = [_given(item, weight, index) for index, item in enumerate(items)]
     if not found:
         raise SampleError("batches: expected at least one batch, got none.")
     return Sample(tuple(found))
@@ -128,48 +121,63 @@ def sample_of_dataset(
     batch_size: int | None = None,
     weight: Weight | None = None,
     seed: int = 0,
+    limit: float = math.inf,
 ) -> Sample:
     """Draw a fixed sample from the dataset behind a training loader, which is not iterated.
 
+    Where the items of the dataset are batches (automatic batching is off), whole items are drawn.
+
     Args:
-        loader: gives dataset, collate function, batch size, workers, and the examples its sampler may choose from.
-        sample: number of examples for the Hessian; None takes all.
+        loader: gives dataset, collate function, batch size, workers, and the examples its sampler may choose from: see
+            `Pool`.
+        sample: number of examples for the Hessian; None takes all, an epoch's worth where draws are weighted.
         gradient_sample: number of examples for the gradient, at least `sample`; None takes all. Ignored where
             `sample` is None.
         batch_size: of the micro-batches; by default the loader's.
         weight: share of a batch in the mean; by default its number of examples.
         seed: of the permutation, and of what the dataset does at random (augmentation).
+        limit: batches that training takes in an epoch.
 
     Raises:
         SampleError: for a loader without a sized dataset, or an empty one.
     """
-    pool = _pool(loader)
-    size = batch_size or _batch_size(loader)
+    pool = Pool.of(loader, limit)
     generator = torch.Generator().manual_seed(seed)
-    order = [pool[i] for i in torch.randperm(len(pool), generator=generator).tolist()]
-    first = order if sample is None else order[:sample]
-    rest = [] if sample is None else order[len(first) : gradient_sample]
+    order = pool.order(generator)
+    goal = None if sample is None or gradient_sample is None else max(sample, gradient_sample)
+    if gives_batches(loader):
+        items = _until(goal, load(loader, order, generator), weight)
+        return Sample.of(items, sample)
+    size = batch_size or batch_size_of(loader)
+    first, rest = order[:sample], order[len(order[:sample]) : goal]
     chunks = [part[i : i + size] for part in (first, rest) for i in range(0, len(part), size)]
-    own = DataLoader(
-        loader.dataset,
-        batch_sampler=chunks,
-        collate_fn=loader.collate_fn,
-        num_workers=max(1, loader.num_workers),
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=generator,
-    )
-    batches = [
-        MicroBatch(
-            _copied(data, "cpu"),
-            float(len(chunk)) if weight is None else _checked(weight(data)),
-            index,
-            size=len(chunk),
-        )
-        for index, (chunk, data) in enumerate(zip(chunks, own, strict=True))
-    ]
-    cut = -(-len(first) // size)
-    return Sample(tuple(batches[:cut]), tuple(batches[cut:]), population=float(len(pool)))
+    data = load(loader, chunks, generator)
+    batches = [micro_batch(item, i, weight, size=len(c)) for i, (c, item) in enumerate(zip(chunks, data, strict=True))]
+    return Sample.of(batches, sample, pool.population)
+
+
+def micro_batch(
+    data: Any, index: int, weight: Weight | None = None, *, size: int | None = None, transferred: bool = False
+) -> MicroBatch:
+    """A copy of a batch on the CPU, weighted by its number of examples if nothing else is said.
+
+    Args:
+        data: the batch.
+        index: its place in the sample.
+        weight: share of a batch in the mean.
+        size: number of examples where it is known; by default the length of the first tensor, or 1 where there is none
+            and `weight` is given.
+        transferred: whether it has been through the transfer hooks.
+
+    Raises:
+        SampleError: when the number of examples cannot be told.
+    """
+    if size is None:
+        size = 1
+        with suppress(*([] if weight is None else [SampleError])):
+            size = number_of_examples(data)
+    value = float(size) if weight is None else weight(data)
+    return MicroBatch(_copied(data, "cpu"), _checked(value), index, transferred, size)
 
 
 def few_examples(batch: MicroBatch, count: int) -> MicroBatch:
@@ -197,13 +205,42 @@ def number_of_examples(batch: Any) -> int:
     )
 
 
-def _micro_batch(item: Any, weight: Weight | None, index: int) -> MicroBatch:
+def _given(item: Any, weight: Weight | None, index: int) -> MicroBatch:
     if isinstance(item, MicroBatch):
         return item
     if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], (int, float)):
         return MicroBatch(_copied(item[0], "cpu"), _checked(item[1]), index)
     value = number_of_examples(item) if weight is None else weight(item)
     return MicroBatch(_copied(item, "cpu"), _checked(value), index)
+
+
+def _read(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of one epoch of a user's loader; its generators are put back."""
+    if isinstance(loader.dataset, IterableDataset):
+        return load(loader, None, torch.Generator().manual_seed(0))
+    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    inner = getattr(sampler, "sampler", None)
+    generators = {g for owner in (loader, sampler, inner) if (g := getattr(owner, "generator", None)) is not None}
+    states = [(generator, generator.get_state()) for generator in generators]
+    try:
+        units = list(sampler)
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+    return load(loader, units, torch.Generator().manual_seed(0))
+
+
+def _until(goal: int | None, items: Iterator[Any], weight: Weight | None) -> list[MicroBatch]:
+    """Batches of unknown sizes, until they have `goal` examples together."""
+    batches: list[MicroBatch] = []
+    seen = 0
+    while goal is None or seen < goal:
+        try:
+            batches.append(micro_batch(next(items), len(batches), weight))
+        except StopIteration:
+            break
+        seen += batches[-1].size
+    return batches
 
 
 def _checked(weight: float) -> float:
@@ -222,30 +259,3 @@ def _tensors(data: Any) -> list[Tensor]:
     found: list[Tensor] = []
     apply_to_collection(data, Tensor, found.append)
     return found
-
-
-def _pool(loader: DataLoader[Any]) -> Sequence[int]:
-    """The indices that training may draw: held-out examples of a SubsetRandomSampler stay out."""
-    if not isinstance(loader, DataLoader):
-        raise SampleError(
-            f"sample: expected the trainer to have one DataLoader, got {type(loader).__name__}; pass the batches "
-            "themselves, sample=[batch, ...], or a DataLoader of their own."
-        )
-    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
-        raise SampleError(
-            "sample: an iterable dataset has no fixed examples to draw from; pass sample='current', or the batches "
-            "themselves, sample=[batch, ...]."
-        )
-    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    indices = getattr(sampler, "indices", None)
-    pool: Sequence[int] = range(len(loader.dataset)) if indices is None else [int(i) for i in indices]
-    if not len(pool):
-        raise SampleError("sample: the training dataset is empty.")
-    return pool
-
-
-def _batch_size(loader: DataLoader[Any]) -> int:
-    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-    if not isinstance(size, int):
-        raise SampleError("batch_size: the training loader has no batch size of its own; pass batch_size=.")
-    return size

@@ -13,6 +13,7 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     SubsetRandomSampler,
     TensorDataset,
@@ -49,6 +50,8 @@ class Numbered(Dataset):
 
 
 def loader(dataset=None, **options):
+    if "batch_sampler" in options:
+        options["batch_size"] = 1  # what torch expects beside it
     return DataLoader(Numbered() if dataset is None else dataset, **({"batch_size": 8} | options))
 
 
@@ -149,9 +152,103 @@ def test_a_batch_sampler(inner):
         assert COUNT - 1 not in indices(sample.hessian)
 
 
-def test_a_weighted_sampler_still_gives_the_dataset():
-    sampler = WeightedRandomSampler(torch.ones(COUNT), 10)
-    assert sorted(indices(sample_of_dataset(loader(sampler=sampler), None).hessian)) == list(range(COUNT))
+def test_a_weighted_sampler_with_replacement_is_followed():
+    weights = torch.tensor([0.0] * 10 + [1.0] * 20 + [3.0] * 20)
+    sample = sample_of_dataset(loader(sampler=WeightedRandomSampler(weights, 2000), num_workers=1), None)
+    drawn = torch.tensor(indices(sample.hessian))
+    assert len(drawn) == 2000  # "all" is an epoch's worth
+    frequencies = torch.bincount(drawn, minlength=COUNT) / 2000
+    expected = weights / weights.sum()
+    assert (frequencies - expected).abs().max() < 5 * (expected.max() / 2000).sqrt()  # five standard deviations
+    assert frequencies[:10].sum() == 0.0  # weight zero: held out
+    assert frequencies[30:].sum() == pytest.approx(0.75, abs=0.05)
+    assert sample.population == math.inf
+
+
+def test_a_weighted_sampler_without_replacement_is_followed():
+    sampler = WeightedRandomSampler(torch.arange(COUNT) + 1.0, 20, replacement=False)
+    drawn = [indices(sample_of_dataset(loader(sampler=sampler), 8, 16, seed=seed).hessian) for seed in range(12)]
+    assert all(len(set(one)) == 8 for one in drawn)
+    mean = torch.tensor(drawn).float().mean()
+    assert mean > 28.0  # uniform: 24.5
+
+
+def test_a_small_epoch_of_weighted_draws_bounds_the_sample():
+    assert (
+        len(indices(sample_of_dataset(loader(sampler=WeightedRandomSampler(torch.ones(COUNT), 10)), 30).hessian)) == 10
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "limit", "expected"),
+    [
+        ({}, 2, 16),
+        ({}, math.inf, COUNT),
+        ({}, 100, COUNT),
+        ({"drop_last": True}, math.inf, 48),
+        ({"drop_last": True}, 3, 24),
+        ({"shuffle": True}, 2, COUNT),
+        ({"shuffle": True, "drop_last": True}, math.inf, COUNT),
+        ({"sampler": SubsetRandomSampler(range(30))}, 2, 30),
+        ({"batch_sampler": [[0, 1, 2, 3], [4, 5]]}, 1, COUNT),
+    ],
+)
+def test_without_shuffling_the_batches_behind_the_last_are_not_of_the_training_set(options, limit, expected):
+    found = sample_of_dataset(loader(**options), None, limit=limit, batch_size=10)
+    assert sorted(indices(found.hessian)) == list(range(expected))
+    assert found.hessian_share == 1.0
+
+
+class EveryOther(Sampler):
+    def __iter__(self):
+        raise AssertionError("the sampler of training may not be moved")
+
+    def __len__(self):
+        return COUNT // 2
+
+
+def test_another_sampler_is_taken_to_draw_all_examples():
+    assert sorted(indices(sample_of_dataset(loader(sampler=EveryOther()), None).hessian)) == list(range(COUNT))
+
+
+class Ready(Dataset):
+    """Items that are batches: item i has i examples, all of them i."""
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        return (torch.full((index + 1,), index),)
+
+
+def test_items_that_are_batches_are_drawn_whole():
+    sample = sample_of_dataset(loader(Ready(), batch_size=None, shuffle=True), 6, 15)
+    batches = [*sample.hessian, *sample.extra]
+    assert len({batch.data[0][0].item() for batch in batches}) == len(batches)
+    assert all(batch.weight == batch.size == len(batch.data[0]) for batch in batches)
+    counts = torch.tensor([batch.size for batch in batches]).cumsum(0)
+    cut = len(sample.hessian) - 1
+    assert counts[cut] >= 6 > counts[cut] - batches[cut].size
+    assert counts[-1] >= 15 > counts[-2]
+    everything = sample_of_dataset(loader(Ready(), batch_size=None), None).hessian
+    assert sorted(batch.size for batch in everything) == [1, 2, 3, 4, 5, 6, 7]
+
+
+class ByList(Dataset):
+    """Takes a list of indices, and gives a batch."""
+
+    def __len__(self):
+        return COUNT
+
+    def __getitem__(self, listed):
+        return (torch.tensor(listed),)
+
+
+def test_a_sampler_of_lists_without_automatic_batching():
+    sampler = BatchSampler(SubsetRandomSampler(range(20)), 6, drop_last=False)
+    sample = sample_of_dataset(loader(ByList(), batch_size=None, sampler=sampler), None)
+    assert sizes(sample.hessian) == [6, 6, 6, 2]
+    assert sorted(indices(sample.hessian)) == list(range(20))
 
 
 def doubled(examples):
@@ -242,6 +339,33 @@ def test_a_loader_as_batches_leaves_the_global_generators_alone():
     assert random.getstate() == states[2]
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_loader_as_batches_leaves_every_generator_alone(shuffle, own):
+    dataset = Numbered()
+    generator = torch.Generator().manual_seed(3) if own else None
+    given = loader(dataset, shuffle=shuffle, generator=generator, drop_last=True)
+    before, of_loader = all_states(dataset), generator.get_state() if own else None
+    sample = sample_of_batches(given)
+    assert sizes(sample.hessian) == [8] * 6
+    assert (indices(sample.hessian) == list(range(48))) is not shuffle
+    assert all_states(dataset) == before
+    assert not own or torch.equal(generator.get_state(), of_loader)
+
+
+def test_a_loader_over_a_stream_as_batches_is_read_elsewhere():
+    dataset = RandomStream()
+    before = dataset.generator.get_state()
+    sample = sample_of_batches(loader(dataset))
+    assert sizes(sample.hessian) == [8, 2]
+    assert dataset.count == 0
+    assert torch.equal(dataset.generator.get_state(), before)
+
+
+def test_a_loader_without_automatic_batching_as_batches():
+    assert [batch.weight for batch in sample_of_batches(loader(Ready(), batch_size=None)).hessian] == list(range(1, 8))
+
+
 def test_given_batches_are_copied():
     data = torch.ones(3, 2, requires_grad=True)
     (batch,) = sample_of_batches([data]).hessian
@@ -300,6 +424,16 @@ class Stream(IterableDataset):
         return iter(range(10))
 
 
+class RandomStream(IterableDataset):
+    def __init__(self):
+        self.generator, self.count = torch.Generator().manual_seed(1), 0
+
+    def __iter__(self):
+        for _ in range(10):
+            self.count += 1
+            yield (torch.rand((), generator=self.generator),)
+
+
 class Unsized:
     def __getitem__(self, index):
         return index
@@ -313,7 +447,7 @@ class Unsized:
         (lambda: sample_of_dataset(loader(Numbered(0)), 5), "empty"),
         (lambda: sample_of_dataset(loader(sampler=SubsetRandomSampler([])), 5), "empty"),
         (lambda: sample_of_dataset([torch.zeros(3)], 5), "list"),
-        (lambda: sample_of_dataset(loader(batch_size=None), 5), "batch_size"),
+        (lambda: sample_of_dataset(loader(batch_sampler=[[0], [1, 2]]), 5), "batch_size"),
         (lambda: sample_of_dataset(loader(), 5, weight=lambda batch: 0.0), "positive"),
         (lambda: sample_of_batches([]), "at least one"),
         (lambda: sample_of_batches(["no tensor"]), "weight="),

@@ -164,7 +164,7 @@ def _writes(value: Any, loggers: list[Any]) -> bool:
     """Whether a value is one of the loggers, the experiment behind one, or a TensorBoard writer of the user's own."""
     # `logger.experiment` would open it; `_experiment` is where Lightning's loggers keep an open one
     known = [*loggers, *(getattr(logger, "_experiment", None) for logger in loggers)]
-    return value is not None and any(value is other for other in known) or is_a(value, "SummaryWriter")
+    return (value is not None and any(value is other for other in known)) or is_a(value, "SummaryWriter")
 
 
 def _cover(stack: ExitStack, module: nn.Module, name: str, cover: Any) -> None:

@@ -177,15 +177,15 @@ class SubspaceMonitor(Callback):
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Plan, draw the sample, and probe the point where training starts."""
         step = trainer.global_step
+        saved, self._saved = self._saved or {}, None
+        resumes = "schedule" in saved and saved["schedule"]["last_step"] <= step
         last = self.history[-1].step if self.history else None
         continues = last is not None and step > 0 and last <= step
         self._open = None
         self._seen_step = step
-        self._probed_step = step if continues and last == step else -1
+        self._probed_step = step if continues and last == step and not resumes else -1
         self._messages.begin()
         self._schedule.begin(step)
-        saved, self._saved = self._saved or {}, None
-        resumes = "schedule" in saved and saved["schedule"]["last_step"] <= step
         try:
             if resumes or not continues:
                 self._tracker = Tracker(self._plan, pl_module)

@@ -2,14 +2,17 @@
 
 Each new sketch is compared with every sketch that is still kept, and the results stay as numbers. When more than `keep`
 sketches are held, the one that is closest to its neighbour on a logarithmic scale of steps goes: what is left is spread
-evenly over log(step), the first and the last always among it.
+evenly over log(step), the first, the last and a reference always among it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import torch
 
 from lightning_subspace.sketch import Sketch, sketch_error, sketch_overlap
 
@@ -38,6 +41,12 @@ class OverlapHistory:
         self._steps: list[int] = []
         self._sketches: dict[int, Sketch] = {}
         self._overlaps: dict[tuple[int, int], float] = {}
+        self.reference_step: int | None = None  # whose sketch is never given up
+
+    @property
+    def sketches(self) -> Mapping[int, Sketch]:
+        """The sketches that are held, by their steps, oldest first."""
+        return self._sketches
 
     def add(self, step: int, sketch: Sketch) -> int | None:
         """Compare a new sketch with all that are held.
@@ -65,9 +74,41 @@ class OverlapHistory:
         """Largest standard deviation that an entry of the matrix can have; None where all entries are exact."""
         return max((sketch_error(sketch) for sketch in self._sketches.values()), default=0.0) or None
 
+    def forget(self, step: int) -> None:
+        """Undo `add` of this step, but for the sketch that was given up for it."""
+        self._steps.remove(step)
+        del self._sketches[step]
+        self._overlaps = {pair: value for pair, value in self._overlaps.items() if step not in pair}
+        if self.reference_step == step:
+            self.reference_step = None
+
+    def state(self) -> dict[str, Any]:
+        """All of it as tensors and plain numbers: 4 k d bytes a sketch, and 24 for each overlap."""
+        pairs = torch.tensor(list(self._overlaps), dtype=torch.int64).reshape(-1, 2)
+        return {
+            "steps": list(self._steps),
+            "pairs": pairs,
+            "overlaps": torch.tensor(list(self._overlaps.values()), dtype=torch.float64),
+            "sketches": {step: held.basis.clone() for step, held in self._sketches.items()},
+            "exact": all(held.exact for held in self._sketches.values()),
+            "reference_step": self.reference_step,
+        }
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any], keep: int = KEPT_SKETCHES) -> OverlapHistory:
+        """What `state` was taken from."""
+        history = cls(keep)
+        history._steps = list(state["steps"])
+        history._sketches = {step: Sketch(basis, state["exact"]) for step, basis in state["sketches"].items()}
+        pairs = ((int(a), int(b)) for a, b in state["pairs"].tolist())
+        history._overlaps = dict(zip(pairs, state["overlaps"].tolist(), strict=True))
+        history.reference_step = state["reference_step"]
+        return history
+
     def _thin(self) -> int:
         held = sorted(self._sketches)
         places = [math.log1p(step) for step in held]
-        crowded = min(range(1, len(held) - 1), key=lambda i: places[i + 1] - places[i - 1])
+        inner = [i for i in range(1, len(held) - 1) if held[i] != self.reference_step]
+        crowded = min(inner or [1], key=lambda i: places[i + 1] - places[i - 1])
         del self._sketches[held[crowded]]
         return held[crowded]

@@ -9,8 +9,9 @@ out of this account: it bears the set-up, and it is what the forecast is made fr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 
 class Schedule:
@@ -51,6 +52,15 @@ class Schedule:
         self._spent = 0.0  # on probes and all that goes with them
         self._first = 0.0  # of it on the first probe
         self._price = 0.0  # what the next probe is expected to take
+
+    def state(self) -> dict[str, Any]:
+        """The position among the steps. Time is counted anew in every process."""
+        return {"last_step": self._last_step, "passed_over": list(self.passed_over)}
+
+    def resume(self, state: Mapping[str, Any], step: int) -> None:
+        """Go on at this step from a position."""
+        self.begin(min(step, state["last_step"]))
+        self.passed_over = list(state["passed_over"])
 
     def end(self) -> None:
         """Training has ended: the shares below stay what they are."""

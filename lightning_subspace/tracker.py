@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_subspace.curvature import SelfCheck
+from lightning_subspace.checkpoint import Resumed
+from lightning_subspace.curvature import Choice, SelfCheck
 from lightning_subspace.measurements import Measurement, Probe
 from lightning_subspace.overlap_history import OverlapHistory
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.probe import Solver, check_once, checked_k, finite, is_measurable, take_probe
 from lightning_subspace.record import Record
 from lightning_subspace.sample import Sample
-from lightning_subspace.training_loss import LossFunction, Mode, TrainingLoss
+from lightning_subspace.training_loss import LossFunction, Mode
 
 # Every tenth probe, beginning with the first, excludes missed copies of equal eigenvalues.
 VERIFY_EVERY = 10
@@ -38,6 +39,9 @@ class Plan:
     loss_fn: LossFunction | None = None
     mode: Mode = "train"
     reference_step: int | None = None
+    dtype: str = "float32"
+    curvature: str = "hessian"
+    on_check_fail: str = "warn"
 
 
 @dataclass
@@ -75,29 +79,49 @@ class Tracker:
         overlaps: between the subspaces of all probes.
         space: the present parameter space.
         num_probes: how many probes were taken, those apart that failed.
+        self_check: what the last self-check of the second derivatives showed; None until there was one, and again when
+            the set of trainable parameters has changed.
+        notice: what a user should be told about it; None where all is well.
 
     Raises:
-        ValueError: for a module without trainable parameters, a pattern without a match, or k > n.
+        ValueError: for a module without trainable parameters, a pattern without a match, k > n, or a word that is not
+            a choice.
     """
 
     def __init__(self, plan: Plan, module: nn.Module) -> None:
         self.plan = plan
         self.history: list[Record] = []
         self.num_probes = 0
+        self.self_check: SelfCheck | None = None
+        self.notice: str | None = None
+        self._choice = Choice(plan.loss_fn, plan.mode, plan.solver.seed, plan.dtype, plan.curvature, plan.on_check_fail)
         self._previous: Tensor | None = None
         self._reference: Tensor | None = None
         self._forget_spaces(module)
 
+    @property
+    def curvature(self) -> str:
+        """What the next probe is measured with: "hessian" or "finite-difference"."""
+        return self._choice.curvature
+
     def check(self, module: nn.Module, sample: Sample) -> SelfCheck:
-        """Compare second derivatives with differences of gradients, in float64, on a few examples."""
-        plan = self.plan
-        return check_once(module, self.space, sample, plan.loss_fn, mode=plan.mode, seed=plan.solver.seed)
+        """Compare second derivatives with differences of gradients, in float64, on a few examples.
+
+        Where there are none, or where they are wrong and the plan says so, the run goes on with differences.
+
+        Raises:
+            CheckError: when they are wrong, with `on_check_fail="raise"`.
+        """
+        self.self_check = check_once(self._choice, module, self.space, sample)
+        self._choice, self.notice = self._choice.after(self.self_check)
+        return self.self_check
 
     def adapt(self, module: nn.Module) -> bool:
         """Start the overlaps anew if the set of trainable parameters has changed; whether it has."""
         if ParameterSpace.of(module, self.plan.params) == self.space:
             return False
         self._forget_spaces(module)
+        self.self_check = None
         return True
 
     def measure(
@@ -112,14 +136,15 @@ class Tracker:
         """Take a probe of the module as it is; nothing of it is changed, also by an exception."""
         plan, number = self.plan, self.num_probes
         parameters = self.space.tensors(module)
-        widest = reduce(torch.promote_types, (p.dtype for p in parameters))
+        widest = reduce(torch.promote_types, (p.dtype.to_real() for p in parameters))
         theta = self.space.flatten(parameters, like=parameters[0].new_empty(0, dtype=widest))
-        with TrainingLoss(module, self.space, plan.loss_fn, mode=plan.mode, seed=plan.solver.seed) as loss:
+        with self._choice.loss(module, self.space) as loss:
             probe, record = take_probe(
                 loss,
                 sample,
                 plan.solver,
                 plan.measurements,
+                operator=self._choice.operator,
                 step=step,
                 number=number,
                 verify=number % VERIFY_EVERY == 0,
@@ -130,6 +155,7 @@ class Tracker:
                 on_matvec=on_matvec,
             )
         self.num_probes += 1
+        record = self._resumed.complete(record)
         self._remember(record)
         over: Any = _Over()
         return OpenRecord(replace(probe, operator=over, solve=over, batch_gradients=over), record, theta)
@@ -153,14 +179,25 @@ class Tracker:
         self.history.append(record)
         return record
 
+    def go_on(self, space: ParameterSpace, overlaps: OverlapHistory, reopened: Record | None) -> None:
+        """Continue these overlaps from a checkpoint; see `checkpoint.restore`. Small sketches are eigenvectors."""
+        held = overlaps.sketches
+        previous = list(held.values())[-1] if held else None
+        reference = None if overlaps.reference_step is None else held[overlaps.reference_step]
+        self.space, self.overlaps = space, overlaps
+        self._resumed = Resumed(previous, reference, reopened)
+        self._previous = previous.basis if previous is not None and previous.exact else None
+        self._reference = reference.basis if reference is not None and reference.exact else None
+
     def _remember(self, record: Record) -> None:
         """Keep the basis and the sketch of a trusted subspace for the probes to come."""
         if record.subspace is None or record.sketch is None:
             return
         self._previous = record.subspace.basis.cpu()
         due = self.plan.reference_step is not None and record.step >= self.plan.reference_step
-        if due and self._reference is None:
+        if due and self.overlaps.reference_step is None:
             self._reference = self._previous
+            self.overlaps.reference_step = record.step
         given_up = self.overlaps.add(record.step, record.sketch)
         if given_up is not None:
             self.history[:] = [replace(r, sketch=None) if r.step == given_up else r for r in self.history]
@@ -171,6 +208,7 @@ class Tracker:
         self.overlaps = OverlapHistory()
         self._previous = None
         self._reference = None
+        self._resumed = Resumed()
 
 
 class _Over:

@@ -3,6 +3,10 @@
 A curvature computation needs one order of the coordinates: `ParameterSpace` fixes it once, as the order of
 `module.named_parameters()` restricted to the parameters that require a gradient and match the requested patterns.
 Tied parameters appear once, under their first name; a pattern may use any of their names.
+
+A complex parameter has two real coordinates an entry, its real and its imaginary part, as in `torch.view_as_real`.
+Torch's gradient of a real loss by a complex tensor, dL/dRe + i dL/dIm, has the real gradient for its parts, so flat
+vectors are always real and their inner products are those of R^n.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ class ParameterSpace:
     Attributes:
         names: qualified parameter names, in the order of `named_parameters()`.
         shapes: their shapes.
+        complex_names: those that are complex.
 
     Example:
         >>> space = ParameterSpace.of(nn.Linear(3, 2))
@@ -34,6 +39,7 @@ class ParameterSpace:
 
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
+    complex_names: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, module: nn.Module, params: Sequence[str] | None = None) -> ParameterSpace:
@@ -45,7 +51,7 @@ class ParameterSpace:
 
         Raises:
             ValueError: when nothing is left to differentiate, when a pattern matches no trainable parameter, or when
-                a parameter is a lazy one that has not been initialised yet, or a complex one.
+                a parameter is a lazy one that has not been initialised yet.
         """
         names: dict[nn.Parameter, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -63,16 +69,16 @@ class ParameterSpace:
                 raise ValueError(
                     f"the parameter {name!r} is a lazy one without a shape yet; run one forward pass before training."
                 )
-            if parameter.is_complex():
-                raise ValueError(
-                    f"the parameter {name!r} is complex, which is not supported; leave it out with params=[...]."
-                )
-        return cls(tuple(chosen), tuple(p.shape for p in chosen.values()))
+        is_complex = frozenset(name for name, parameter in chosen.items() if parameter.is_complex())
+        return cls(tuple(chosen), tuple(p.shape for p in chosen.values()), is_complex)
 
     @property
     def numels(self) -> tuple[int, ...]:
-        """Number of coordinates of each parameter."""
-        return tuple(math.prod(shape) for shape in self.shapes)
+        """Number of real coordinates of each parameter."""
+        return tuple(
+            math.prod(shape) * (2 if name in self.complex_names else 1)
+            for name, shape in zip(self.names, self.shapes, strict=True)
+        )
 
     @property
     def n(self) -> int:
@@ -96,7 +102,7 @@ class ParameterSpace:
 
         Args:
             tensors: in the order of `names`; None stands for zeros (an unused parameter), sparse ones are made dense.
-            like: gives dtype and device of the result; by default the first tensor that is not None.
+            like: gives (real) dtype and device of the result; by default the first tensor that is not None.
 
         Raises:
             ValueError: when `like` is needed but missing, or when a tensor has not the shape of its parameter.
@@ -105,21 +111,26 @@ class ParameterSpace:
         like = next((t for t in tensors if t is not None), None) if like is None else like
         if like is None:
             raise ValueError("flatten: every tensor is None; pass `like=` to fix dtype and device of the zeros.")
-        flat = torch.zeros(self.n, dtype=like.dtype, device=like.device)
-        for name, piece, tensor in zip(self.names, self.unflatten(flat), tensors, strict=True):
+        flat = torch.zeros(self.n, dtype=like.dtype.to_real(), device=like.device)
+        pieces = torch.split(flat, list(self.numels))
+        for name, shape, piece, tensor in zip(self.names, self.shapes, pieces, tensors, strict=True):
             if tensor is None:
                 continue
-            if tensor.shape != piece.shape:  # copy_ would broadcast
+            if tensor.shape != shape:
                 raise ValueError(
-                    f"flatten: the tensor for {name!r} must have shape {tuple(piece.shape)}, got {tuple(tensor.shape)}."
+                    f"flatten: the tensor for {name!r} must have shape {tuple(shape)}, got {tuple(tensor.shape)}."
                 )
-            piece.copy_(tensor.detach().to_dense())
+            values = tensor.detach().to_dense()
+            if values.is_complex():
+                values = torch.view_as_real(values.resolve_conj())
+            piece.copy_(values.reshape(-1))
         return flat
 
     def unflatten(self, flat: Tensor) -> list[Tensor]:
-        """Views of a flat vector, one a parameter."""
+        """Views of a flat real vector, one a parameter; for a complex parameter a complex tensor of its own."""
         return [
-            piece.view(shape) for piece, shape in zip(torch.split(flat, list(self.numels)), self.shapes, strict=True)
+            torch.complex(*piece.view(-1, 2).unbind(1)).view(shape) if name in self.complex_names else piece.view(shape)
+            for name, shape, piece in zip(self.names, self.shapes, torch.split(flat, list(self.numels)), strict=True)
         ]
 
 

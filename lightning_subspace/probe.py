@@ -19,21 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_subspace.curvature import CheckOutcome, Hessian, SelfCheck, mean_gradient, self_check
+from lightning_subspace.curvature import Choice, Hessian, SelfCheck
 from lightning_subspace.linalg import eigsh
 from lightning_subspace.measurements import Measurement, Probe, default_measurements
 from lightning_subspace.measurements.measurement import Needs
 from lightning_subspace.measurements.solver import solver_metrics
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.record import Record
-from lightning_subspace.sample import Sample, Weight, few_examples, sample_of_batches
+from lightning_subspace.sample import Sample, Weight, sample_of_batches
 from lightning_subspace.sketch import sketch
 from lightning_subspace.subspace import Subspace
 from lightning_subspace.training_loss import LossError, LossFunction, MicroBatch, Mode, TrainingLoss
 
 Which = Literal["LA", "SA", "LM", "BE"]
-# Examples in the float64 self-check: the code path is the same for eight as for a thousand.
-CHECKED_EXAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,9 @@ def measure_subspace(
     measurements: Sequence[Measurement] = (),
     optimizer: Optimizer | None = None,
     previous: Record | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: str | torch.dtype = "float32",
+    curvature: str = "hessian",
+    on_check_fail: str = "warn",
     seed: int = 0,
 ) -> Record:
     """Measure the top eigenspace of the Hessian of the training loss, and the gradient's share in it.
@@ -131,7 +131,10 @@ def measure_subspace(
         measurements: more measurements, beside the default ones.
         optimizer: for `sharpness_over_threshold`.
         previous: an earlier record of the same module, for `overlap_previous` and a warm start.
-        dtype: narrowest type computed in; parameters of a wider one keep it.
+        dtype: narrowest type computed in, "float32" or "float64"; parameters of a wider one keep it. "native" takes the
+            loss as it is trained, with its types and autocast.
+        curvature: "hessian" (exact, by double backward) or "finite-difference" (of float64 gradients).
+        on_check_fail: where the second derivatives turn out wrong: "warn", "raise" or go on by "finite-difference".
         seed: of dropout masks and of the start vector.
 
     Returns:
@@ -140,8 +143,9 @@ def measure_subspace(
     Raises:
         LossError: when the loss is not a finite scalar that depends on the parameters.
         SampleError: for an empty or an unweighable sample.
-        ValueError: for a module without trainable parameters, k outside 0..n, or a `previous` over other parameters or
-            without its eigenvectors.
+        ValueError: for a module without trainable parameters, k outside 0..n, a word that is not a choice, or a
+            `previous` over other parameters or without its eigenvectors.
+        CheckError: with `on_check_fail="raise"`.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -156,15 +160,17 @@ def measure_subspace(
     space = ParameterSpace.of(module, params)
     solver = Solver(checked_k(k, space), which, tol, ncv, max_matvecs, seed)
     sample = sample_of_batches(batches, weight)
-    check = check_once(module, space, sample, loss_fn, mode=mode, seed=seed)
-    if check.outcome is CheckOutcome.FAILED:
-        warnings.warn(f"{check.outcome.value} Measured: {check.reason}.", stacklevel=2)
-    with TrainingLoss(module, space, loss_fn, mode=mode, dtype=dtype, seed=seed) as loss:
+    choice = Choice(loss_fn, mode, seed, dtype, curvature, on_check_fail)
+    choice, notice = choice.after(check_once(choice, module, space, sample))
+    if notice is not None:
+        warnings.warn(notice, stacklevel=2)
+    with choice.loss(module, space) as loss:
         _, record = take_probe(
             loss,
             sample,
             solver,
             [*default_measurements(k), *measurements],
+            operator=choice.operator,
             verify=verify == "always",
             optimizer=optimizer,
             previous=_trusted_basis(previous, space),
@@ -178,6 +184,7 @@ def take_probe(
     solver: Solver,
     measurements: Iterable[Measurement],
     *,
+    operator: Callable[[TrainingLoss, Sample], Hessian] | None = None,
     step: int = 0,
     number: int = 0,
     verify: bool = True,
@@ -187,32 +194,33 @@ def take_probe(
     optimizer: Optimizer | None = None,
     on_matvec: Callable[[int, float], None] | None = None,
 ) -> tuple[Probe, Record]:
-    """Take every measurement at the parameters of an open loss.
+    """Take every measurement at the parameters of an open loss, with the Hessian that `operator` makes of it (by
+    default the exact one).
 
     Returns:
         The probe, which `Measurement.after_step` gets later, and its record, whose subspace holds the eigenvectors.
     """
-    operator = Hessian(loss, sample.hessian)
-    gradient = _gradient(loss, operator, sample)
+    hessian = Hessian(loss, sample.hessian) if operator is None else operator(loss, sample)
+    gradient = _gradient(hessian, sample)
     subspace = None
     if solver.k > 0:
-        subspace = solver.solve(operator, operator.matvec, start=previous, verify=verify, on_matvec=on_matvec)
+        subspace = solver.solve(hessian, hessian.matvec, start=previous, verify=verify, on_matvec=on_matvec)
 
     def solve(matvec: Callable[[Tensor], Tensor], k: int | None = None) -> Subspace:
         start = subspace.eigenvectors if subspace is not None and subspace.converged else None
         asked = solver if k is None else replace(solver, k=k, ncv=None)
-        return asked.solve(operator, matvec, start=start, verify=False)
+        return asked.solve(hessian, matvec, start=start, verify=False)
 
     def batch_gradients() -> Iterator[tuple[MicroBatch, Tensor]]:
-        yield from operator.batch_gradients()
-        yield from ((batch, mean_gradient(loss, [batch])) for batch in sample.extra)
+        yield from hessian.batch_gradients()
+        yield from ((batch, hessian.mean_gradient([batch])) for batch in sample.extra)
 
     probe = Probe(
         step=step,
         number=number,
         space=loss.space,
         gradient=gradient,
-        operator=operator,
+        operator=hessian,
         sample=sample,
         batch_gradients=batch_gradients,
         subspace=subspace,
@@ -248,16 +256,9 @@ def finite(metrics: dict[str, float]) -> dict[str, float]:
     return {key: float(value) for key, value in metrics.items() if math.isfinite(value)}
 
 
-def check_once(
-    module: nn.Module, space: ParameterSpace, sample: Sample, loss_fn: LossFunction | None, *, mode: Mode, seed: int
-) -> SelfCheck:
-    """The self-check on a few examples of the sample; on the whole batch where it cannot be cut."""
-    loss = TrainingLoss(module, space, loss_fn, mode=mode, dtype=torch.float64, seed=seed)
-    few = few_examples(sample.hessian[0], CHECKED_EXAMPLES)
-    check = self_check(loss, few, seed=seed)
-    if check.outcome is CheckOutcome.INCONCLUSIVE and few is not sample.hessian[0]:
-        check = self_check(loss, sample.hessian[0], seed=seed)
-    return check
+def check_once(choice: Choice, module: nn.Module, space: ParameterSpace, sample: Sample) -> SelfCheck:
+    """The self-check that goes before the first probe."""
+    return choice.check(module, space, sample)
 
 
 def checked_k(k: int, space: ParameterSpace) -> int:
@@ -283,12 +284,12 @@ def _trusted_basis(previous: Record | None, space: ParameterSpace) -> Tensor | N
     return basis
 
 
-def _gradient(loss: TrainingLoss, operator: Hessian, sample: Sample) -> Tensor:
+def _gradient(hessian: Hessian, sample: Sample) -> Tensor:
     """Gradient over the gradient sample, which continues the Hessian's."""
-    gradient = operator.gradient()
+    gradient = hessian.gradient()
     if sample.extra:
         first, rest = _weight(sample.hessian), _weight(sample.extra)
-        gradient.mul_(first / (first + rest)).add_(mean_gradient(loss, sample.extra), alpha=rest / (first + rest))
+        gradient.mul_(first / (first + rest)).add_(hessian.mean_gradient(sample.extra), alpha=rest / (first + rest))
     return gradient
 
 

@@ -1,18 +1,61 @@
-"""The global random generators, put back as they were."""
+"""The global random generators: snapshots of them, and putting them back as they were."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """What the global generators of torch (CPU and every initialised accelerator), numpy and python are at.
+
+    Example:
+        >>> state = RandomState.now()
+        >>> first = torch.rand(3)
+        >>> state.restore()
+        >>> torch.equal(first, torch.rand(3))
+        True
+    """
+
+    cpu: Tensor
+    legacy: Any
+    python: Any
+    cuda: list[Tensor] | None
+    mps: Tensor | None
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """A snapshot."""
+        return cls(
+            torch.get_rng_state(),
+            np.random.get_state(),
+            random.getstate(),
+            torch.cuda.get_rng_state_all() if _cuda_in_use() else None,
+            torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
+        )
+
+    def restore(self) -> None:
+        """Bring every generator back to it."""
+        torch.set_rng_state(self.cpu)
+        np.random.set_state(self.legacy)
+        random.setstate(self.python)
+        if self.cuda is not None:  # untested: no GPU was available
+            torch.cuda.set_rng_state_all(self.cuda)
+        if self.mps is not None:  # untested
+            torch.mps.set_rng_state(self.mps)
 
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Restore the generators of torch (CPU and every initialised accelerator), numpy and python, also on an exception.
+    """Put the global generators back as they were, also on an exception.
 
     Example:
         >>> state = torch.get_rng_state()
@@ -21,19 +64,11 @@ def preserved_random_state() -> Iterator[None]:
         >>> torch.equal(state, torch.get_rng_state())
         True
     """
-    cpu, legacy, python = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if _cuda_in_use() else None
-    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    state = RandomState.now()
     try:
         yield
     finally:
-        torch.set_rng_state(cpu)
-        np.random.set_state(legacy)
-        random.setstate(python)
-        if cuda is not None:  # untested: no GPU was available
-            torch.cuda.set_rng_state_all(cuda)
-        if mps is not None:  # untested
-            torch.mps.set_rng_state(mps)
+        state.restore()
 
 
 def seed_generators(seed: int) -> None:

@@ -9,6 +9,9 @@ checkpoints run inside the backward pass and must meet the copies.
 
 For second derivatives the context sets aside what cannot be differentiated twice: compiled code, fused attention,
 autocast, cuDNN's recurrent kernels.
+
+By default everything is computed in float32 at least, whatever precision is trained in; `dtype=None` takes the loss as
+it is trained, types, autocast and all.
 """
 
 from __future__ import annotations
@@ -24,10 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_subspace._lightning import bystanders, muted, transfer
+from lightning_subspace._lightning import attached_trainer, bystanders, muted, transfer
 from lightning_subspace.containment import Shadow, copied
 from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.random_state import preserved_random_state, seed_generators
+from lightning_subspace.random_state import RandomState, preserved_random_state, seed_generators
 
 Mode = Literal["train", "eval"]
 LossFunction = Callable[[nn.Module, Any, int], Tensor]
@@ -78,8 +81,15 @@ class TrainingLoss:
         loss_fn: `loss_fn(module, batch, batch_idx) -> scalar`, in place of `module.training_step`.
         mode: "train" measures the objective that is being descended, with submodules in the modes they are in (a
             module that is in eval mode as a whole is put into train mode); "eval" puts everything in eval mode.
-        dtype: the narrowest floating-point type used; wider ones stay.
+        dtype: the narrowest floating-point type used; wider ones stay. None takes the loss as it is trained: parameters
+            and batch in their own types, inside the trainer's precision context.
         seed: of the random numbers inside the loss (dropout masks).
+        random_state: where the generators stand at every evaluation, in place of a seed: with a snapshot taken before a
+            training step, the gradient is that of this step.
+        order: how often it can be differentiated. 1 leaves the attention and recurrent kernels of training in place.
+
+    Attributes:
+        dtype: of flat vectors: at least float32.
 
     Example:
         >>> net, batch = nn.Linear(2, 1), MicroBatch(torch.ones(4, 2), weight=4.0, index=0)
@@ -96,17 +106,21 @@ class TrainingLoss:
         loss_fn: LossFunction | None = None,
         *,
         mode: Mode = "train",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
         seed: int = 0,
+        random_state: RandomState | None = None,
+        order: Literal[1, 2] = 2,
     ) -> None:
         self.module = module
         self.space = space
         self.mode = mode
         self.seed = seed
-        widest = dtype
+        self.dtype = torch.float32 if dtype is None else dtype
         for parameter in space.tensors(module):
-            widest = torch.promote_types(widest, parameter.dtype)
-        self.dtype = widest
+            self.dtype = torch.promote_types(self.dtype, parameter.dtype.to_real())
+        self._narrowest = None if dtype is None else self.dtype
+        self._random_state = random_state
+        self._order = order
         self.device = space.tensors(module)[0].device
         self._step = loss_fn if loss_fn is not None else _training_step(module)
         self._displacement: dict[int, Tensor] = {}
@@ -117,10 +131,12 @@ class TrainingLoss:
         originals = self.space.tensors(self.module)
         with ExitStack() as stack:  # closed again if anything below raises
             stack.enter_context(preserved_random_state())
-            stack.enter_context(_twice_differentiable(self.module, self.device, self.dtype))
+            stack.enter_context(_eager(self.device, self._narrowest))
+            if self._order == 2:
+                stack.enter_context(_twice_differentiable(self.module))
             stack.enter_context(_in_mode(self.module, self.mode))
             stack.enter_context(muted(self.module))
-            self._shadow = Shadow(self.module, self.dtype, self._offset, bystanders(self.module))
+            self._shadow = Shadow(self.module, self._narrowest, self._offset, bystanders(self.module))
             stack.callback(self._shadow.close)
             self._stack = stack.pop_all()
         self._original_ids = [id(parameter) for parameter in originals]
@@ -152,12 +168,15 @@ class TrainingLoss:
             )
         self._shadow.renew()
         leaves = self.space.tensors(self.module)
-        # One stream a micro-batch: the stride keeps the seeds of neighbouring monitors and batches apart.
-        seed_generators(self.seed * 1_000_003 + batch.index)
+        if self._random_state is not None:
+            self._random_state.restore()
+        else:  # one stream a micro-batch: the stride keeps the seeds of neighbouring monitors and batches apart
+            seed_generators(self.seed * 1_000_003 + batch.index)
         data = copied(batch.data, self._own_copy)
         if not batch.transferred:
             data = transfer(data, self.module, self.device)
-        output = self._step(self.module, data, batch.index)
+        with self._as_trained() as convert:
+            output = self._step(self.module, convert(data), batch.index)
         for leaf in leaves:
             leaf.requires_grad_(True)  # where the step has frozen it, the graph does not lead to it: no gradient
         self._shadow.settle()
@@ -168,8 +187,20 @@ class TrainingLoss:
 
     def _own_copy(self, tensor: Tensor) -> Tensor:
         """A copy, since training_step may write into its batch, at least as wide as the parameters."""
-        dtype = torch.promote_types(tensor.dtype, self.dtype) if tensor.is_floating_point() else tensor.dtype
+        dtype = tensor.dtype
+        if self._narrowest is not None and (tensor.is_floating_point() or tensor.is_complex()):
+            dtype = torch.promote_types(dtype, self._narrowest)
         return tensor.detach().to(dtype, copy=True)
+
+    @contextmanager
+    def _as_trained(self) -> Iterator[Callable[[Any], Any]]:
+        """The precision that the trainer trains in, where it is asked for; gives its conversion of a batch."""
+        trainer = attached_trainer(self.module)
+        if self._narrowest is not None or trainer is None:
+            yield lambda data: data
+            return
+        with trainer.precision_plugin.train_step_context():
+            yield trainer.precision_plugin.convert_input
 
 
 def check_loss_function(module: nn.Module, loss_fn: LossFunction | None) -> None:
@@ -234,19 +265,27 @@ def _in_mode(module: nn.Module, mode: Mode) -> Iterator[None]:
 
 
 @contextmanager
-def _twice_differentiable(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Set aside what has no second derivative: inference mode, compiled code, fused attention, autocast, cuDNN RNNs."""
+def _eager(device: torch.device, narrowest: torch.dtype | None) -> Iterator[None]:
+    """Set aside compiled code and inference mode, and with a `narrowest` type autocast and the default type."""
     default = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if "torch._dynamo" in sys.modules:  # without it nothing is compiled, and importing it takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if narrowest is not None:
+            for kind in {device.type, "cpu"}:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            stack.callback(torch.set_default_dtype, default)
+            torch.set_default_dtype(narrowest)
+        yield
+
+
+@contextmanager
+def _twice_differentiable(module: nn.Module) -> Iterator[None]:
+    """Set aside kernels without a second derivative: fused attention, cuDNN's RNNs."""
+    with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        for kind in {device.type, "cpu"}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
         if any(isinstance(m, nn.RNNBase) for m in module.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.callback(torch.set_default_dtype, default)
-        torch.set_default_dtype(dtype)
         yield

@@ -28,3 +28,24 @@ def mean_gradient(loss: TrainingLoss, batches: Iterable[MicroBatch]) -> Tensor: 
         gradients = torch.autograd.grad(evaluation.value, evaluation.leaves, allow_unused=True)
         mean.add_(loss.space.flatten(gradients, like=mean), alpha=batch.weight / total)
     return mean
+
+
+def backward_gradient(loss: TrainingLoss, batch: MicroBatch) -> Tensor:  # (n,)
+    """The gradient of one micro-batch by `backward()`, as training takes it.
+
+    `torch.autograd.grad`, which is told the inputs, prunes the nodes that refuse to be derived, and reentrant
+    checkpoints refuse it altogether; `backward()` takes them as they are.
+
+    Args:
+        loss: an open `TrainingLoss`.
+        batch: the micro-batch.
+
+    Raises:
+        LossError: when the loss cannot be evaluated (see `TrainingLoss`).
+    """
+    evaluation = loss(batch)
+    for leaf in evaluation.leaves:
+        leaf.grad = None
+    evaluation.value.backward()
+    like = torch.empty(0, dtype=loss.dtype, device=loss.device)
+    return loss.space.flatten([leaf.grad for leaf in evaluation.leaves], like=like)

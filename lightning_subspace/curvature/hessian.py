@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_subspace.curvature.gradient import mean_gradient
 from lightning_subspace.training_loss import MicroBatch, TrainingLoss
 
 # Share of the free memory that retained graphs may take.
@@ -42,11 +43,8 @@ class _GradientGraph:
         if not pairs:
             return [None] * len(self.leaves)
         outputs = [g.to_dense() if g.is_sparse else g for g, _ in pairs]
-        return list(
-            torch.autograd.grad(
-                outputs, self.leaves, [v.reshape(g.shape) for g, v in pairs], retain_graph=True, allow_unused=True
-            )
-        )
+        weights = [v.reshape(g.shape).to(g.dtype) for g, v in pairs]
+        return list(torch.autograd.grad(outputs, self.leaves, weights, retain_graph=True, allow_unused=True))
 
 
 class Hessian:
@@ -109,6 +107,10 @@ class Hessian:
         """Each micro-batch with the gradient of its own mean loss, (n,)."""
         for batch, graph in zip(self.batches, self._all_graphs(), strict=True):
             yield batch, self._loss.space.flatten(graph.gradients, like=self._mean)
+
+    def mean_gradient(self, batches: Iterable[MicroBatch]) -> Tensor:  # (n,)
+        """Gradient of the mean loss over other micro-batches, taken once."""
+        return mean_gradient(self._loss, batches)
 
     def part(self, positions: Sequence[int]) -> Hessian:
         """The Hessian over some of the micro-batches, sharing the retained graphs."""

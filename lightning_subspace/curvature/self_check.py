@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_subspace.curvature.gradient import backward_gradient
 from lightning_subspace.curvature.hessian import Hessian
 from lightning_subspace.training_loss import MicroBatch, TrainingLoss
 
@@ -30,6 +32,9 @@ JITTER = 1e-3
 STEPS = (1e-5, 1e-6, 1e-7)
 # A parameter tensor whose part of H v is smaller than this share of the whole is compared on the scale of the whole.
 SMALLEST_PART = 1e-3
+# What torch says where it has no second derivative: at an operation without one (EmbeddingBag, CTC loss), at
+# `once_differentiable`, at compiled code and cuDNN's recurrent kernels, and at a reentrant checkpoint.
+REFUSALS = re.compile(r"derivative for .* is not implemented|once_differentiable|double.?backward|use_reentrant", re.I)
 
 
 class CheckOutcome(enum.Enum):
@@ -37,11 +42,13 @@ class CheckOutcome(enum.Enum):
 
     PASSED = "Products and differences of gradients agree."
     FAILED = (
-        "The second derivatives of this model are not those of its gradient. Either the backward pass lies about its own "
-        "derivative (a custom autograd.Function that is differentiable once, a reentrant activation checkpoint: "
+        "The second derivatives of this model are not those of its gradient. Either the backward pass lies about its "
+        "own derivative (a custom autograd.Function that is differentiable once, a reentrant activation checkpoint: "
         "use_reentrant=False is right), or the gradient is not the derivative of the loss to begin with (a "
         "straight-through estimator, spectral norm in train mode, weights that the training step itself changes)."
     )
+    UNAVAILABLE = "An operation of this model has no second derivative in torch."
+    SKIPPED = "Finite differences were asked for, so there is no second derivative to check."
     INCONCLUSIVE = "The check needs float64 throughout and could not have it here; nothing is known."
 
 
@@ -51,7 +58,8 @@ class SelfCheck:
 
     Attributes:
         outcome: what it showed.
-        error: largest relative difference over the parameter tensors, for the best eps; nan when inconclusive.
+        error: largest relative difference over the parameter tensors, for the best eps; inf where there is no product, nan
+            where nothing is known.
         parameter: the name of the tensor where it is largest.
         reason: one sentence with the numbers, or why it is inconclusive.
     """
@@ -89,16 +97,26 @@ def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfC
     draw = torch.randn(2, loss.space.n, generator=generator, dtype=torch.float64).to(loss.device)
     jitter, direction = JITTER * draw[0], draw[1] / draw[1].norm()
     narrowing = _NarrowingObserver()  # type: ignore[no-untyped-call]  # torch's own __init__ is untyped
+    refusal: RuntimeError | None = None
     try:
         with warnings.catch_warnings(), loss:
             # What the model has to say, it says in training; here autograd's own remarks on backward() would repeat.
             warnings.simplefilter("ignore")
             loss.displace(jitter)
-            product = Hessian(loss, [batch]).matvec(direction)
+            try:
+                product = Hessian(loss, [batch]).matvec(direction)
+            except RuntimeError as raised:
+                if not REFUSALS.search(str(raised)):
+                    raise
+                refusal = raised
             with narrowing:
                 differences = [_difference(loss, batch, jitter, direction, eps) for eps in STEPS]
     except Exception as failure:  # float64 can fail in any way inside the user's code; that decides nothing
         return _inconclusive(f"{type(failure).__name__} in float64: {failure}")
+    if refusal is not None:
+        reentrant = "use_reentrant" in str(refusal)  # a choice that the user can undo
+        outcome = CheckOutcome.FAILED if reentrant else CheckOutcome.UNAVAILABLE
+        return SelfCheck(outcome, float("inf"), "", f"{type(refusal).__name__}: {refusal}")
     error, name = min(_worst_part(loss, product, difference) for difference in differences)
     if error <= THRESHOLD:
         return SelfCheck(CheckOutcome.PASSED, error, name, f"relative difference {error:.1e} (largest in {name})")
@@ -115,18 +133,12 @@ def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfC
 
 
 def _difference(loss: TrainingLoss, batch: MicroBatch, jitter: Tensor, direction: Tensor, eps: float) -> Tensor:
-    plus, minus = (_backward_gradient(loss, batch, jitter + sign * eps * direction) for sign in (1, -1))
+    gradients = []
+    for sign in (1, -1):
+        loss.displace(jitter + sign * eps * direction)
+        gradients.append(backward_gradient(loss, batch))
+    plus, minus = gradients
     return (plus - minus) / (2 * eps)
-
-
-def _backward_gradient(loss: TrainingLoss, batch: MicroBatch, offset: Tensor) -> Tensor:
-    """The gradient by `backward()`, as training takes it: `autograd.grad` prunes nodes that refuse to be derived."""
-    loss.displace(offset)
-    evaluation = loss(batch)
-    for leaf in evaluation.leaves:
-        leaf.grad = None
-    evaluation.value.backward()
-    return loss.space.flatten([leaf.grad for leaf in evaluation.leaves], like=offset)
 
 
 def _worst_part(loss: TrainingLoss, product: Tensor, difference: Tensor) -> tuple[float, str]:

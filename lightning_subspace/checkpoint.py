@@ -123,11 +123,12 @@ def restore(tracker: Tracker, state: Mapping[str, Any], *, reopen: bool) -> bool
 def _history_state(records: Sequence[Record]) -> dict[str, Any]:
     """Records as a table with nan for what is absent; `Record.metrics` and eigenvalues hold no nan themselves."""
     keys = list(dict.fromkeys(key for record in records for key in record.metrics))
+    rows = [[record.metrics.get(key, math.nan) for key in keys] for record in records]
     spaces = [record.subspace for record in records]
     return {
         "steps": [record.step for record in records],
         "keys": keys,
-        "metrics": _table([[record.metrics.get(key, math.nan) for key in keys] for record in records]),
+        "metrics": torch.tensor(rows, dtype=torch.float64).reshape(len(records), len(keys)),
         "sizes": [-1 if space is None else space.k for space in spaces],
         "eigenvalues": _joined([space.eigenvalues for space in spaces if space is not None]),
         "residuals": _joined([space.residuals for space in spaces if space is not None]),
@@ -159,10 +160,6 @@ def _history_of_state(state: Mapping[str, Any]) -> list[Record]:
         metrics = {key: value for key, value in zip(state["keys"], row, strict=True) if not math.isnan(value)}
         records.append(Record(step, metrics, subspace))
     return records
-
-
-def _table(rows: list[list[float]]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), -1)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -34,6 +34,8 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     check_patterns("params", given("params"))
     check_callable("loss_fn", given("loss_fn"))
     check_choice("mode", given("mode"), ("train", "eval"))
+    check_derivatives(given("dtype"), given("curvature"))
+    check_choice("on_check_fail", given("on_check_fail"), ("warn", "raise", "finite-difference"))
     check_measurements("measurements", given("measurements"))
     check_choice("log", given("log"), ("default", "all"))
     check_flag("layout", given("layout"))
@@ -52,7 +54,7 @@ def check_number(name: str, value: Any, *, least: int, optional: bool = False) -
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """One of a few words."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise _wrong(name, "one of " + ", ".join(repr(choice) for choice in choices), value)
 
 
@@ -92,6 +94,14 @@ def check_sample(sample: Any, gradient_sample: Any) -> None:
     if isinstance(sample, int) and gradient_sample < sample:
         raise _wrong("gradient_sample", f"at least the {sample} of `sample`, which it contains", gradient_sample)
     return None
+
+
+def check_derivatives(dtype: Any, curvature: Any) -> None:
+    """Words, and no differences of what is computed in a narrow type."""
+    check_choice("dtype", dtype, ("float32", "float64", "native"))
+    check_choice("curvature", curvature, ("hessian", "finite-difference"))
+    if dtype == "native" and curvature == "finite-difference":
+        raise _wrong("dtype", "'float32' or 'float64' for finite differences, which are taken in float64", dtype)
 
 
 def check_patterns(name: str, value: Any) -> None:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from lightning_subspace import configuration as check
 from lightning_subspace._lightning import Callback, MisconfigurationException, rank_zero_warn
 from lightning_subspace.checkpoint import obstacle, restore, tracker_state
-from lightning_subspace.curvature import CheckOutcome
+from lightning_subspace.curvature.choice import CheckError, Curvature, OnCheckFail, Precision
 from lightning_subspace.measurements import Measurement, default_measurements
 from lightning_subspace.messages import Messages
 from lightning_subspace.probe import Solver, Which
@@ -63,6 +63,11 @@ class SubspaceMonitor(Callback):
         params: shell-style patterns of parameter names; by default all trainable ones.
         loss_fn: `loss_fn(pl_module, batch, batch_idx) -> scalar` in place of `training_step`.
         mode: "train" (the objective that is being descended) or "eval".
+        dtype: narrowest type computed in, "float32" or "float64"; or "native", the loss as it is trained.
+        curvature: "hessian", exact second derivatives, or "finite-difference", of float64 gradients: twice as slow or
+            more, and without second derivatives. Where a model has none, the latter is taken by itself.
+        on_check_fail: where second derivatives turn out wrong at the first probe: "warn", "raise", or go on by
+            "finite-difference".
         measurements: more measurements, beside the default ones.
         log: "default" for what a person looks at, "all" for everything.
         layout: add a page of combined charts to TensorBoard's custom scalars.
@@ -98,6 +103,9 @@ class SubspaceMonitor(Callback):
         params: Sequence[str] | None = None,
         loss_fn: LossFunction | None = None,
         mode: Mode = "train",
+        dtype: Precision = "float32",
+        curvature: Curvature = "hessian",
+        on_check_fail: OnCheckFail = "warn",
         measurements: Sequence[Measurement] | None = None,
         log: Literal["default", "all"] = "default",
         layout: bool = False,
@@ -115,6 +123,9 @@ class SubspaceMonitor(Callback):
             loss_fn=loss_fn,
             mode=mode,
             reference_step=reference_step,
+            dtype=dtype,
+            curvature=curvature,
+            on_check_fail=on_check_fail,
         )
         self._max_overhead = max_overhead
         self._schedule = Schedule(every_n_steps, max_overhead)
@@ -266,6 +277,8 @@ class SubspaceMonitor(Callback):
         try:
             with self._schedule.probing(), ProgressLine(trainer) as line:
                 opened = self._measure(trainer, pl_module, step, line)
+        except CheckError:
+            raise  # as on_check_fail asks
         except Exception as error:
             self._messages.failure(f"the probe at step {step} failed and is left out", error)
             return
@@ -285,11 +298,11 @@ class SubspaceMonitor(Callback):
             rank_zero_warn(
                 f"SubspaceMonitor: the set of trainable parameters has changed by step {step}; overlaps start anew."
             )
-        if tracker.num_probes == 0:
+        if tracker.self_check is None:
             with self._schedule.aside():
-                check = tracker.check(pl_module, sample)
-            if check.outcome is CheckOutcome.FAILED:
-                self._messages.once(check.outcome.name, f"{check.outcome.value} Measured: {check.reason}.")
+                tracker.check(pl_module, sample)
+            if tracker.notice is not None:
+                self._messages.once("self-check", tracker.notice)
         times = [time.monotonic()]
 
         def on_matvec(count: int, residual: float) -> None:

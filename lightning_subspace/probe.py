@@ -194,8 +194,7 @@ def take_probe(
     optimizer: Optimizer | None = None,
     on_matvec: Callable[[int, float], None] | None = None,
 ) -> tuple[Probe, Record]:
-    """Take every measurement at the parameters of an open loss, with the Hessian that `operator` makes of it (by
-    default the exact one).
+    """Take every measurement at the parameters of an open loss; `operator` makes its Hessian, by default the exact one.
 
     Returns:
         The probe, which `Measurement.after_step` gets later, and its record, whose subspace holds the eigenvectors.

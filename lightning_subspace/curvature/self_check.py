@@ -58,8 +58,8 @@ class SelfCheck:
 
     Attributes:
         outcome: what it showed.
-        error: largest relative difference over the parameter tensors, for the best eps; inf where there is no product, nan
-            where nothing is known.
+        error: largest relative difference over the parameter tensors, for the best eps; inf where there is no product,
+            nan where nothing is known.
         parameter: the name of the tensor where it is largest.
         reason: one sentence with the numbers, or why it is inconclusive.
     """

@@ -1,0 +1,196 @@
+"""Which parameters are measured: complex ones, sparse gradients, adapters on a frozen backbone, patterns, tied ones."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BackboneFinetuning
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_subspace import SubspaceMonitor
+from lightning_subspace.curvature import CheckOutcome, Choice, Hessian
+from lightning_subspace.parameters import ParameterSpace
+from lightning_subspace.probe import measure_subspace
+from lightning_subspace.sample import sample_of_batches
+from lightning_subspace.training_loss import TrainingLoss
+from tests.oracles import STEP, dense_hessian
+
+INPUTS = torch.randn(12, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+TOKENS = torch.randint(6, (12, 3), generator=torch.Generator().manual_seed(1))
+LABELS = torch.randint(3, (12,), generator=torch.Generator().manual_seed(2))
+
+
+def classify(module, batch, batch_idx):
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+
+def built(make):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make().double()
+
+
+def matrix(module, inputs, params=None):
+    """The operator as a matrix, in float64."""
+    sample = sample_of_batches([(inputs, LABELS)]).hessian
+    with TrainingLoss(module, ParameterSpace.of(module, params), classify, dtype=torch.float64) as loss:
+        operator = Hessian(loss, sample)
+        return torch.stack([operator.matvec(row) for row in torch.eye(operator.n, dtype=torch.float64)])
+
+
+class Waves(nn.Module):
+    """Complex weights between real ones, as in a Fourier layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))  # an odd number of coordinates before the complex ones
+        self.weight = nn.Parameter(torch.randn(3, 4, dtype=torch.complex128))
+        self.phase = nn.Parameter(torch.randn(3, dtype=torch.complex128))
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x):
+        waves = torch.fft.fft(self.scale * x) @ self.weight.T + self.phase
+        return self.head(torch.tanh(waves.real) + waves.abs().square().log1p())
+
+
+def differences(module, space):
+    """Rows of central differences of `.grad`, one real coordinate of the flat vector after the other."""
+    base = space.flatten(space.tensors(module))
+
+    def gradient(theta):
+        moved = copy.deepcopy(module)
+        tensors = space.tensors(moved)
+        with torch.no_grad():
+            for tensor, value in zip(tensors, space.unflatten(theta), strict=True):
+                tensor.copy_(value)
+        classify(moved, (INPUTS, LABELS), 0).backward()
+        return space.flatten([tensor.grad for tensor in tensors])
+
+    steps = STEP * torch.eye(space.n, dtype=torch.float64)
+    return torch.stack([(gradient(base + step) - gradient(base - step)) / (2 * STEP) for step in steps])
+
+
+def test_complex_parameters_are_pairs_of_real_coordinates():
+    module = built(Waves)
+    space = ParameterSpace.of(module)
+    assert space.n == 1 + 2 * 12 + 2 * 3 + 12
+    expected = differences(module, space)
+    assert (matrix(module, INPUTS) - expected).norm() < 1e-8 * expected.norm()
+    assert (expected - expected.T).norm() < 1e-8 * expected.norm()
+    sample = sample_of_batches([(INPUTS, LABELS)])
+    assert Choice(classify).check(module, space, sample).outcome is CheckOutcome.PASSED
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "finite-difference"])
+def test_complex_parameters_through_a_whole_probe(curvature):
+    module = built(Waves)
+    record = measure_subspace(module, [(INPUTS, LABELS)], k=3, loss_fn=classify, curvature=curvature, tol=1e-6)
+    expected = torch.linalg.eigvalsh(differences(module, ParameterSpace.of(module))).flip(0)[:3]
+    assert torch.allclose(record.subspace.eigenvalues.double(), expected, rtol=1e-6)
+    assert record.subspace.eigenvectors.dtype == torch.float64
+
+
+class Bag(nn.Module):
+    def __init__(self, sparse):
+        super().__init__()
+        self.embedding = nn.Embedding(6, 4, sparse=sparse)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.embedding(tokens).mean(dim=1)))
+
+
+class Adapted(nn.Module):
+    """A frozen layer with a trainable update of rank two."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(4, 5).requires_grad_(False)
+        self.down, self.up = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(5, 2))
+        self.head = nn.Linear(5, 3).requires_grad_(False)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.base(x) + x @ self.down.T @ self.up.T))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.outer = nn.Linear(4, 4)
+        self.outer.weight = self.inner.weight
+        self.unused = nn.Linear(4, 2)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.outer(torch.tanh(self.inner(x)))))
+
+
+CASES = {
+    "sparse-embedding": (lambda: Bag(True), TOKENS),
+    "dense-embedding": (lambda: Bag(False), TOKENS),
+    "adapters-on-a-frozen-backbone": (Adapted, INPUTS),
+    "tied-and-unused": (Tied, INPUTS),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products_are_those_of_the_dense_hessian(name):
+    make, inputs = CASES[name]
+    module = built(make)
+    expected = dense_hessian(module, lambda net: classify(net, (inputs, LABELS), 0))
+    assert (matrix(module, inputs) - expected).norm() < 1e-12 * expected.norm()
+    sample = sample_of_batches([(inputs, LABELS)])
+    assert Choice(classify).check(module, ParameterSpace.of(module), sample).outcome is CheckOutcome.PASSED
+
+
+def test_patterns_choose_a_block():
+    module = built(Tied)
+    whole = dense_hessian(module, lambda net: classify(net, (INPUTS, LABELS), 0))
+    block = matrix(module, INPUTS, ["head.*"])
+    assert torch.allclose(block, whole[-15:, -15:], rtol=0, atol=1e-14)
+
+
+class Finetuned(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(4, 5), nn.Tanh())
+        self.head = nn.Linear(5, 3)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.head(self.backbone(batch[0])), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+def fine_tuned(*callbacks):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = Finetuned()
+        trainer = Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=0.05), *callbacks],
+        )
+        trainer.fit(module, DataLoader(TensorDataset(INPUTS.float(), LABELS), batch_size=4))
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def test_a_trainable_set_that_changes_in_mid_run():
+    monitor = SubspaceMonitor(k=2, every_n_steps=1, max_overhead=None, on_failure="raise")
+    with pytest.warns(UserWarning, match=r"set of trainable parameters has changed by step 4; overlaps start anew"):
+        with_monitor = fine_tuned(monitor)
+    assert all(torch.equal(a, b) for a, b in zip(with_monitor, fine_tuned(), strict=True))
+    assert [record.step for record in monitor.history] == list(range(7))
+    has_overlap = {r.step for r in monitor.history if "overlap_previous" in r.metrics}
+    assert has_overlap <= {1, 2, 3, 5, 6}
+    assert {1, 2, 5, 6} & has_overlap
+    assert all(step >= 4 for step in monitor.overlap_matrix()[0])

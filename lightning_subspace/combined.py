@@ -42,8 +42,7 @@ def sample_of_loaders(
 
     The arguments are those of `sample_of_dataset`. With several loaders whole combined batches are drawn from those of
     one epoch, examples of all loaders count, and by default the number of them is the weight of a combined batch. In
-    the mode "max_size_cycle" a short loader begins anew, in "max_size" it gives None, in "sequential" a combined batch
-    is one of a single loader.
+    the mode "max_size_cycle" a short loader begins anew, in "max_size" it gives None.
 
     Raises:
         SampleError: for a loader without a sized dataset, an empty one, or a batch size for several loaders.

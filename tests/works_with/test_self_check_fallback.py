@@ -1,0 +1,288 @@
+"""Models whose second derivatives are wrong or missing: what the self-check says, and what is measured then."""
+
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_subspace import measure_subspace
+from lightning_subspace.curvature import CheckError, CheckOutcome
+from lightning_subspace.curvature.self_check import THRESHOLD
+from lightning_subspace.measurements import default_measurements
+from lightning_subspace.probe import Solver
+from lightning_subspace.sample import sample_of_batches
+from lightning_subspace.tracker import Plan, Tracker
+from tests.oracles import dense_hessian, dense_hessian_by_differences, top_eigenspace
+
+K = 3
+INPUTS = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(6, (12, 5), generator=torch.Generator().manual_seed(1))
+LABELS = torch.randint(3, (12,), generator=torch.Generator().manual_seed(2))
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].cos()
+
+
+class OnCtx(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.x = x.detach()
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.x.cos()
+
+
+class Net(LightningModule):
+    """Something between two layers."""
+
+    def __init__(self, middle):
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.middle = middle
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.head(self.middle(self.first(batch[0]))), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Apply(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.2), nn.Tanh())
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=self.use_reentrant)
+
+
+class Bags(Net):
+    def __init__(self):
+        super().__init__(nn.Tanh())
+        self.first = nn.EmbeddingBag(6, 4)
+
+
+class Ctc(Net):
+    """Log-probabilities of a sequence of five frames."""
+
+    def __init__(self):
+        super().__init__(nn.Tanh())
+        self.frames = nn.Linear(4, 5 * 4)
+
+    def training_step(self, batch, batch_idx):
+        frames = self.frames(self.middle(self.first(batch[0]))).view(-1, 5, 4).log_softmax(-1).transpose(0, 1)
+        lengths = torch.full((len(batch[1]),), 5), torch.ones(len(batch[1]), dtype=torch.long)
+        return F.ctc_loss(frames, batch[1][:, None] + 1, *lengths) + 0.01 * self.head.weight.square().sum()
+
+
+# name -> (module, inputs)
+WRONG = {
+    "once-differentiable": lambda: Net(Apply(OnceDifferentiable.apply)),
+    "tensors-on-ctx": lambda: Net(Apply(OnCtx.apply)),
+}
+MISSING = {
+    "embedding-bag": (Bags, TOKENS),
+    "ctc-loss": (Ctc, INPUTS),
+}
+
+
+def built(make):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make()
+
+
+def objective(inputs):
+    return lambda net: net.training_step((inputs.double() if inputs.is_floating_point() else inputs, LABELS), 0)
+
+
+def reference(module, inputs):
+    """The top eigenvalues, by differences of gradients."""
+    dense = dense_hessian_by_differences(module.double(), objective(inputs))
+    module.float()
+    return top_eigenspace(0.5 * (dense + dense.T), K)[0]
+
+
+def measure(module, inputs, **options):
+    return measure_subspace(module, [(inputs, LABELS)], k=K, tol=1e-5, **options)
+
+
+def is_right(record, expected):
+    values = record.subspace.eigenvalues
+    return len(values) >= K and torch.allclose(values[:K].double(), expected, rtol=0, atol=1e-5 * float(expected[0]))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_warn_says_by_how_much_and_goes_on(name):
+    module = built(WRONG[name])
+    with pytest.warns(UserWarning, match=r"differs from differences of gradients by [\d.]+% in ") as said:
+        measure(module, INPUTS)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_raise_raises(name):
+    with pytest.raises(CheckError, match=r"by [\d.]+% in .*on_check_fail='finite-difference'"):
+        measure(built(WRONG[name]), INPUTS, on_check_fail="raise")
+
+
+@pytest.mark.parametrize("spelling", ["finite-difference", "finite_difference"])
+@pytest.mark.parametrize("name", WRONG)
+def test_finite_difference_measures_what_is_right(name, spelling):
+    module = built(WRONG[name])
+    expected = reference(module, INPUTS)
+    with pytest.warns(UserWarning, match=r"finite differences of float64 gradients instead") as said:
+        record = measure(module, INPUTS, on_check_fail=spelling)
+    assert len(said) == 1
+    assert is_right(record, expected)
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        try:
+            wrong = is_right(measure(module, INPUTS), expected)
+        except RuntimeError:  # the solver's own refusal
+            wrong = False
+    assert not wrong
+
+
+@pytest.mark.parametrize("policy", ["warn", "raise", "finite-difference"])
+@pytest.mark.parametrize("name", MISSING)
+def test_what_torch_cannot_derive_falls_back_by_itself(name, policy):
+    make, inputs = MISSING[name]
+    module = built(make)
+    expected = reference(module, inputs)
+    with pytest.warns(UserWarning, match=r"no second derivative in torch.*finite differences of float64") as said:
+        record = measure(module, inputs, on_check_fail=policy)
+    assert len(said) == 1
+    assert is_right(record, expected)
+
+
+def test_a_checkpoint_that_is_not_reentrant_is_exact():
+    module = built(lambda: Net(Checkpointed(use_reentrant=False))).eval()
+    expected, _ = top_eigenspace(dense_hessian(module.double(), objective(INPUTS)), K)
+    record = measure(module.float(), INPUTS, mode="eval", on_check_fail="raise")
+    assert is_right(record, expected)
+
+
+@pytest.mark.parametrize("policy", ["warn", "finite-difference"])
+def test_a_reentrant_checkpoint_is_detected_and_measured_by_differences(policy):
+    module = built(lambda: Net(Checkpointed(use_reentrant=True)))
+    with pytest.warns(UserWarning, match=r"use_reentrant.*finite differences of float64") as said:
+        record = measure(module, INPUTS, mode="eval", on_check_fail=policy)
+    assert len(said) == 1
+    module.middle.use_reentrant = False
+    assert is_right(record, measure(module, INPUTS, mode="eval").subspace.eigenvalues[:K].double())
+
+
+def test_a_reentrant_checkpoint_is_refused_on_request():
+    with pytest.raises(CheckError, match="use_reentrant"):
+        measure(built(lambda: Net(Checkpointed(use_reentrant=True))), INPUTS, on_check_fail="raise")
+
+
+@pytest.mark.parametrize("name", ["curvature", "on_check_fail"])
+def test_a_word_that_is_not_a_choice(name):
+    with pytest.raises(ValueError, match=f"{name}: expected one of .*'finite-difference'.*, got 'exact'"):
+        measure(built(WRONG["tensors-on-ctx"]), INPUTS, **{name: "exact"})
+
+
+# In the course of a training
+
+
+class Probing(Callback):
+    """A tracker's probes after every second batch."""
+
+    def __init__(self, inputs, **options):
+        self.sample = sample_of_batches([(inputs, LABELS)])
+        self.plan = Plan(Solver(K), default_measurements(K), **options)
+
+    def on_train_start(self, trainer, pl_module):
+        self.tracker = Tracker(self.plan, pl_module)
+        self.tracker.check(pl_module, self.sample)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx % 2 == 0:
+            self.tracker.close(self.tracker.measure(pl_module, self.sample, trainer.global_step))
+
+
+def trained(make, inputs, *callbacks):
+    module = built(make)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        trainer = Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=list(callbacks),
+        )
+        trainer.fit(module, DataLoader(TensorDataset(inputs, LABELS), batch_size=3))
+    return [parameter.detach() for parameter in module.parameters()]
+
+
+# name -> (module, inputs, plan, outcome, what is measured with)
+RUNS = {
+    "right": (lambda: Net(nn.Tanh()), INPUTS, {}, CheckOutcome.PASSED, "hessian"),
+    "wrong, warn": (WRONG["once-differentiable"], INPUTS, {}, CheckOutcome.FAILED, "hessian"),
+    "wrong, differences": (
+        WRONG["tensors-on-ctx"], INPUTS, {"on_check_fail": "finite-difference"}, CheckOutcome.FAILED,
+        "finite-difference",
+    ),
+    "missing": (*MISSING["embedding-bag"], {}, CheckOutcome.UNAVAILABLE, "finite-difference"),
+    "missing, native": (*MISSING["ctc-loss"], {"dtype": "native"}, CheckOutcome.UNAVAILABLE, "finite-difference"),
+    "reentrant": (
+        lambda: Net(Checkpointed(use_reentrant=True)), INPUTS, {}, CheckOutcome.FAILED, "finite-difference",
+    ),
+    "asked for": (
+        WRONG["tensors-on-ctx"], INPUTS, {"curvature": "finite-difference"}, CheckOutcome.SKIPPED, "finite-difference",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_goes_on_with_what_the_check_chose_and_trains_the_same(name):
+    make, inputs, options, outcome, curvature = RUNS[name]
+    probing = Probing(inputs, **options)
+    with_probes = trained(make, inputs, probing)
+    assert all(torch.equal(a, b) for a, b in zip(with_probes, trained(make, inputs), strict=True))
+    tracker = probing.tracker
+    assert tracker.self_check.outcome is outcome
+    assert tracker.curvature == curvature
+    assert (tracker.notice is None) == (outcome in (CheckOutcome.PASSED, CheckOutcome.SKIPPED))
+    assert [record.step for record in tracker.history] == [1, 3]
+    if name != "wrong, warn":
+        assert all(record.subspace.converged for record in tracker.history)
+
+
+def test_a_run_stops_on_request():
+    probing = Probing(INPUTS, on_check_fail="raise")
+    with pytest.raises(CheckError):
+        trained(WRONG["once-differentiable"], INPUTS, probing)
+    assert probing.tracker.self_check.error > THRESHOLD

@@ -7,7 +7,7 @@ step ends, since some numbers belong to the step taken *from* theta_t; then it i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,7 +29,7 @@ from lightning_subspace.sample import Weight
 from lightning_subspace.sample_source import SampleRequest, SampleSource
 from lightning_subspace.schedule import Schedule
 from lightning_subspace.tracker import OpenRecord, Plan, Tracker
-from lightning_subspace.training_loss import LossFunction, Mode
+from lightning_subspace.training_loss import Mode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,7 +101,7 @@ class SubspaceMonitor(Callback):
         max_matvecs: int = 200,
         ncv: int | None = None,
         params: Sequence[str] | None = None,
-        loss_fn: LossFunction | None = None,
+        loss_fn: Callable[..., Any] | None = None,  # LightningCLI would refuse one without annotations as LossFunction
         mode: Mode = "train",
         dtype: Precision = "float32",
         curvature: Curvature = "hessian",

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import Measurement, SubspaceMonitor
 from lightning_subspace.configuration import check_project, warn_of_missing_keys
@@ -45,6 +45,9 @@ WRONG = {
     "params": [("a list of patterns such as ['head.*'], or None", ["head.*", 3, [3]])],
     "loss_fn": [("a function or None", [3, "cross_entropy"])],
     "mode": [("one of 'train', 'eval'", ["test", None, True])],
+    "dtype": [("one of 'float32', 'float64', 'native'", ["bfloat16", torch.float64, None])],
+    "curvature": [("one of 'hessian', 'finite-difference'", ["gauss-newton", None])],
+    "on_check_fail": [("one of 'warn', 'raise', 'finite-difference'", ["ignore", None, True])],
     "measurements": [
         ("a list of instances of lightning_subspace.Measurement, or None", [[3], [Measurement], Measurement(), 3])
     ],
@@ -84,6 +87,9 @@ RIGHT = {
     "params": [None, ["head.*"], ()],
     "loss_fn": [None, lambda module, batch, batch_idx: None],
     "mode": ["train", "eval"],
+    "dtype": ["float32", "float64", "native"],
+    "curvature": ["hessian", "finite-difference"],
+    "on_check_fail": ["warn", "raise", "finite-difference"],
     "measurements": [None, [], [Measurement()], (Measurement(),)],
     "log": ["default", "all"],
     "layout": [True, False],
@@ -136,11 +142,6 @@ class FrozenNet(Net):
         self.requires_grad_(False)
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(torch.ones(8, 4))
-
-
 class RandomState(pl.Callback):
     """What the monitor behind it finds; Lightning itself moves the generator when it starts the loader."""
 
@@ -175,8 +176,6 @@ def trainer(*callbacks, **kwargs):
         (Net, batches, {"params": ["head.*"]}, "the pattern 'head.*' matches no trainable parameter of Net"),
         (ManualNet, batches, {}, "ManualNet optimizes manually.*pass loss_fn="),
         (IteratorNet, batches, {}, "training_step takes a dataloader_iter.*pass loss_fn="),
-        (Net, lambda: DataLoader(Stream(), batch_size=4), {}, "iterable dataset.*pass sample='current'"),
-        (Net, lambda: {"a": batches(), "b": batches()}, {}, "expected the trainer to have one DataLoader, got dict"),
         (Net, lambda: batches(), {"sample": []}, "expected at least one batch, got none"),
         (Net, lambda: batches(), {"sample": [{"text": ["a"]}]}, "number of examples.*pass weight="),
     ],
@@ -215,9 +214,19 @@ def test_several_processes_are_refused():
         check_project(Worlds(), Net(), None)
 
 
+def test_differences_of_what_is_computed_in_a_narrow_type_are_refused():
+    with pytest.raises(MisconfigurationException, match="`dtype` must be 'float32' or 'float64' for finite differences"):
+        SubspaceMonitor(dtype="native", curvature="finite-difference")
+
+
 def test_two_monitors_of_one_name_are_refused():
+    class Other(SubspaceMonitor):
+        pass
+
     with pytest.raises(MisconfigurationException, match=r"`name` must be different for every monitor.*'subspace'"):
-        trainer(SubspaceMonitor(k=1), SubspaceMonitor(k=2)).fit(Net(), batches())
+        trainer(SubspaceMonitor(k=1), Other(k=2)).fit(Net(), batches())
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `SubspaceMonitor`"):
+        trainer(SubspaceMonitor(k=1), SubspaceMonitor(k=2))  # Lightning's own: they would share a place in checkpoints
 
 
 @pytest.mark.filterwarnings("ignore:Total length of .* across ranks is zero:UserWarning")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -22,8 +22,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_subspace import SubspaceMonitor
 from tests.modules import BATCH, EXAMPLES, RandomDataset, examples
-from tests.works_with.same_run import Classifier, compare
+from tests.works_with.same_run import Classifier, KeepSample, Validated, compare
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:SubspaceMonitor. at step",  # two eigenvalues may lie close together
@@ -502,3 +503,59 @@ def test_accumulated_batches_of_an_iterable_dataset(tmp_path):
     )
     assert run.differing == []
     assert run.steps == [0, 1, 2, 3, 4]  # the sample is full at the second batch of the first step
+
+
+# -- an iterable dataset over several fits ----------------------------------------------------------------------------
+
+
+def streaming(sample: int = 16) -> SubspaceMonitor:
+    return SubspaceMonitor(k=2, every_n_steps=2, max_overhead=None, sample=sample, on_failure="raise")
+
+
+def trainer_of(monitor: SubspaceMonitor, **options: Any) -> Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    callbacks = [monitor, *options.pop("callbacks", [])]
+    return Trainer(accelerator="cpu", logger=False, callbacks=callbacks, **{"max_epochs": 2, **quiet, **options})
+
+
+def steps_of(monitor: SubspaceMonitor) -> list[int]:
+    return [record.step for record in monitor.history]
+
+
+def test_a_streamed_sample_is_kept_when_a_run_goes_on():
+    torch.manual_seed(0)
+    keep = KeepSample()
+    monitor = SubspaceMonitor(
+        k=2, every_n_steps=2, max_overhead=None, sample=16, gradient_sample=16, on_failure="raise", measurements=[keep]
+    )
+    trainer, module = trainer_of(monitor, max_epochs=1), Validated()
+    trainer.fit(module, loader(Stream()), loader())
+    trainer.validate(module, loader(), verbose=False)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader(Stream()), loader())
+    assert steps_of(monitor) == [1, 2, 4, 6, 8]
+    assert [indices(sample.hessian) for sample in keep.samples.values()] == [list(range(16))] * 5
+    trainer_of(monitor, max_epochs=1).fit(Classifier(), loader(Stream(8)), loader())  # a new run gathers anew
+    assert steps_of(monitor) == [1]
+    assert indices(keep.samples[1].hessian) == list(range(8))
+
+
+class Interrupting(Callback):
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == self.batch:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("ignore:.*Detected KeyboardInterrupt")
+@pytest.mark.parametrize(("batch", "steps"), [(0, []), (2, [1, 2])])
+def test_an_interrupt_before_and_after_a_streamed_sample_is_full(batch, steps):
+    torch.manual_seed(0)
+    monitor = streaming()
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer_of(monitor, callbacks=[Interrupting(batch)]).fit(Classifier(), loader(Stream()))
+    assert steps_of(monitor) == steps
+    trainer_of(monitor).fit(Classifier(), loader(Stream()))
+    assert steps_of(monitor) == [1, 2, 4, 6, 8]

@@ -16,7 +16,7 @@ from tests.works_with.same_run import Classifier
 
 
 class Numbered(Dataset):
-    """Example i is (x_i, y_i) with x_i[0] = i / 10, so that it is known wherever it goes; `count` of them from `first`."""
+    """Example i is (x_i, y_i) with x_i[0] = i / 10: known wherever it goes. Holds `count` of them, from `first` on."""
 
     def __init__(self, first: int = 0, count: int = EXAMPLES) -> None:
         self.x, self.y = (column.clone() for column in examples().tensors)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_subspace.curvature import FiniteDifferenceHessian, Hessian
+from lightning_subspace.curvature import FiniteDifferenceHessian, Hessian, finite_difference
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.probe import measure_subspace
 from lightning_subspace.sample import sample_of_batches
@@ -66,6 +66,43 @@ def test_products_are_those_of_double_backward(name, seed):
             expected = exact.matvec(v)
             assert (differences.matvec(v) - expected).norm() < 1e-7 * expected.norm()
         assert torch.allclose(differences.gradient(), exact.gradient(), rtol=0, atol=1e-15)
+
+
+class NearAKink(nn.Module):
+    """w^2 / 2 with a kink of slope 1 at a given distance from w = 1."""
+
+    def __init__(self, distance):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
+        self.distance = distance
+
+    def forward(self, x):
+        return (0.5 * self.weight.square() + F.relu(self.weight - 1.0 - self.distance)).mean() + 0.0 * x.sum()
+
+
+@pytest.mark.parametrize("distance", [1e-6, 1e-7, -1e-7, 1e-8, -1e-8])
+def test_a_step_across_a_kink_is_taken_again_shorter(distance):
+    def loss_fn(module, batch, batch_idx):
+        return module(batch)
+
+    module = NearAKink(distance)
+    batch = sample_of_batches([torch.ones(2, 1)]).hessian
+    with TrainingLoss(module, ParameterSpace.of(module), loss_fn, dtype=torch.float64) as loss:
+        operator = FiniteDifferenceHessian(loss, batch, dtype=torch.float64)
+        assert float(operator.matvec(torch.ones(1))) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_no_curvature_is_no_kink(monkeypatch):
+    def linear(module, batch, batch_idx):
+        return module(batch).sum()
+
+    module, calls = nn.Linear(3, 1), []
+    gradient = finite_difference.backward_gradient
+    monkeypatch.setattr(finite_difference, "backward_gradient", lambda *args: calls.append(args) or gradient(*args))
+    with TrainingLoss(module, ParameterSpace.of(module), linear, dtype=torch.float64) as loss:
+        operator = FiniteDifferenceHessian(loss, sample_of_batches([torch.ones(2, 3)]).hessian)
+        assert torch.equal(operator.matvec(torch.ones(4)), torch.zeros(4))
+    assert len(calls) == 3  # on both sides, and at theta itself, once
 
 
 def test_parts_and_batches_are_those_of_the_exact_operator():

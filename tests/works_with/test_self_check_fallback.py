@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_subspace import measure_subspace
+from lightning_subspace import SubspaceMonitor, measure_subspace
 from lightning_subspace.curvature import CheckError, CheckOutcome
 from lightning_subspace.curvature.self_check import THRESHOLD
 from lightning_subspace.measurements import default_measurements
@@ -286,3 +286,24 @@ def test_a_run_stops_on_request():
     with pytest.raises(CheckError):
         trained(WRONG["once-differentiable"], INPUTS, probing)
     assert probing.tracker.self_check.error > THRESHOLD
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_monitor_says_once_what_it_is_measured_with(name):
+    make, inputs, options, outcome, curvature = RUNS[name]
+    monitor = SubspaceMonitor(k=K, every_n_steps=2, max_overhead=None, **options)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with_monitor = trained(make, inputs, monitor)
+    said = [str(warning.message) for warning in said if "second derivative" in str(warning.message)]
+    assert len(said) == (outcome in (CheckOutcome.FAILED, CheckOutcome.UNAVAILABLE))
+    assert all(torch.equal(a, b) for a, b in zip(with_monitor, trained(make, inputs), strict=True))
+    if name != "wrong, warn":
+        assert [record.step for record in monitor.history] == [0, 2, 4]
+        assert all(record.subspace.converged for record in monitor.history)
+    assert all(("finite differences of float64" in text) == (curvature != "hessian") for text in said)
+
+
+def test_the_monitor_stops_the_run_on_request():
+    with pytest.raises(CheckError):
+        trained(WRONG["once-differentiable"], INPUTS, SubspaceMonitor(k=K, on_check_fail="raise"))

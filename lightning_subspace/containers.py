@@ -114,10 +114,19 @@ def own_caches(module: nn.Module) -> list[functools._lru_cache_wrapper[Any]]:
 
     One that is filled during a probe may hold a table of a wider type than training computes with.
     """
+    return [value for value in _own_globals(module) if isinstance(value, functools._lru_cache_wrapper)]
+
+
+def own_generators(module: nn.Module) -> list[Any]:
+    """The random generators among the attributes of a module's classes and in the files these are defined in."""
+    return [value for value in _own_globals(module) if _rewind(value) is not None]
+
+
+def _own_globals(module: nn.Module) -> list[Any]:
     classes = {cls for m in module.modules() for cls in type(m).__mro__ if _package(cls) not in FOREIGN}
     files = {cls.__module__ for cls in classes} & set(sys.modules)
     places = [*map(vars, classes), *(vars(sys.modules[name]) for name in files)]
-    return [v for place in places for v in list(place.values()) if isinstance(v, functools._lru_cache_wrapper)]
+    return [value for place in places for value in list(place.values())]
 
 
 def _package(cls: type) -> str:

@@ -15,7 +15,7 @@ and tuples at any depth; arrays; random generators; hooks, with what their closu
 whose class comes from the same package as one of the module's own classes. A tensor that is a view of another one, or
 of a parameter, is so among the copies too. An iterator or an open file cannot be put back: using one raises.
 
-Not found: globals and class attributes, objects of unrelated packages, what lives outside of Python (shared memory,
+Not found: globals and class attributes other than generators, objects of unrelated packages, what lives outside of Python (shared memory,
 queues, services), and `.grad`, without which the copies of parameters begin. A set that grew may iterate in another
 order afterwards. A list kept in the module is copied with all its tensors, so a training set does not belong there.
 """
@@ -33,7 +33,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_subspace.containers import Container, Found, explore, own_caches, own_packages
+from lightning_subspace.containers import Container, Found, explore, own_caches, own_generators, own_packages
 
 # What stands for something else inside a shadow; a tuple or a read-only dict only if it holds any.
 COPIED = (Tensor, np.ndarray, tuple, types.MappingProxyType)
@@ -77,7 +77,7 @@ class Shadow:
         self._caches = [(cache, cache.cache_info().misses) for cache in own_caches(module)]
         packages = own_packages(module)
         inside = explore([module], Found(packages))
-        around = explore(map(vars, bystanders), Found(packages, inside.seen))
+        around = explore([*map(vars, bystanders), *own_generators(module)], Found(packages, inside.seen))
         self._generators = inside.generators + around.generators
         self._owners = _owners(inside.tensors)
         self._sealed = {id(iterator): _Sealed(iterator) for iterator in inside.iterators}

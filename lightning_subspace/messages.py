@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from lightning_subspace._lightning import rank_zero_info, rank_zero_warn
@@ -51,3 +52,11 @@ class Messages:
             seconds = first + product * (EXPECTED_MATVECS * solver.k + 10)
             text = forecast(n=n, k=solver.k, ncv=solver.ncv, seconds=seconds, max_overhead=max_overhead)
             rank_zero_info(f"SubspaceMonitor: {text}")
+
+    def passed_over(self, steps: Sequence[int], max_overhead: float | None) -> None:
+        """The budget has left out what was asked for."""
+        some = ", ".join(map(str, steps[:5])) + (", ..." if len(steps) > 5 else "")
+        rank_zero_warn(
+            f"SubspaceMonitor: {len(steps)} steps ({some}) were passed over to keep max_overhead={max_overhead}: a probe "
+            "takes long beside this training. Pass max_overhead=None to measure at every one, or a smaller sample or k."
+        )

@@ -251,12 +251,8 @@ class SubspaceMonitor(Callback):
         with self._schedule.aside():
             self._draw(trainer)
         self._schedule.end()
-        if passed_over := self._schedule.passed_over:
-            steps = ", ".join(map(str, passed_over[:5])) + (", ..." if len(passed_over) > 5 else "")
-            rank_zero_warn(
-                f"SubspaceMonitor: {len(passed_over)} of the listed steps ({steps}) were passed over to keep "
-                f"max_overhead={self._max_overhead}; pass max_overhead=None to measure at every one."
-            )
+        if self._schedule.misses_what_was_asked:
+            self._messages.passed_over(self._schedule.passed_over, self._max_overhead)
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
         """Nothing measured is lost when training is interrupted."""

@@ -44,7 +44,7 @@ class Schedule:
     def begin(self, step: int) -> None:
         """Training starts, or goes on, at this step."""
         self.last_seconds = 0.0  # that the last probe took
-        self.passed_over: list[int] = []  # listed steps that the budget did not allow
+        self.passed_over: list[int] = []  # candidate steps that the budget did not allow
         self._began = self._clock()
         self._ended: float | None = None
         self._last_step = step
@@ -67,6 +67,11 @@ class Schedule:
         self._ended = self._clock()
 
     @property
+    def misses_what_was_asked(self) -> bool:
+        """Whether a listed step was passed over, or all of an interval's."""
+        return bool(self.passed_over) and (not isinstance(self._every, int) or self._num_probes <= 1)
+
+    @property
     def probes_first_step(self) -> bool:
         """Whether the point where training starts is to be probed: always for an interval, on request for a list."""
         return isinstance(self._every, int) or self._last_step in self._every
@@ -80,8 +85,10 @@ class Schedule:
         """Whether to probe at `step`. To be asked once after each optimizer step."""
         last, self._last_step = self._last_step, step
         if isinstance(self._every, int):
-            return step // self._every > last // self._every and self.is_affordable()
-        if not any(last < listed <= step for listed in self._every):
+            is_candidate = step // self._every > last // self._every
+        else:
+            is_candidate = any(last < listed <= step for listed in self._every)
+        if not is_candidate:
             return False
         if not self.is_affordable():
             self.passed_over.append(step)

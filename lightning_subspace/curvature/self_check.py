@@ -42,9 +42,9 @@ class CheckOutcome(enum.Enum):
 
     PASSED = "Products and differences of gradients agree."
     FAILED = (
-        "The second derivatives of this model are not those of its gradient. Either the backward pass lies about its "
-        "own derivative (a custom autograd.Function that is differentiable once, a reentrant activation checkpoint: "
-        "use_reentrant=False is right), or the gradient is not the derivative of the loss to begin with (a "
+        "The second derivatives of this model are not those of its gradient. Either the backward pass is wrong about "
+        "its own derivative (a custom autograd.Function that is differentiable once, or a reentrant activation "
+        "checkpoint: use_reentrant=False is right), or the gradient is not the derivative of the loss to begin with (a "
         "straight-through estimator, spectral norm in train mode, weights that the training step itself changes)."
     )
     UNAVAILABLE = "An operation of this model has no second derivative in torch."

@@ -135,7 +135,7 @@ YAML = {
     "loss by name": {"loss_fn": "tests.works_with.test_namespaces.boring_loss"},
     "weight by name": {"weight": "builtins.len"},
     "words": {"dtype": "float64", "curvature": "finite-difference", "on_check_fail": "raise", "mode": "eval"},
-    "batches in code only": {"sample": "current"},
+    "current batch": {"sample": "current"},
 }
 
 
@@ -144,7 +144,7 @@ def boring_loss(module, batch, batch_idx):
 
 
 @pytest.mark.filterwarnings("ignore:.*LightningCLI's args parameter:UserWarning")
-@pytest.mark.filterwarnings(r"ignore:(?s)\s*By default only one Jsonargparse")  # about Lightning's use of it
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, about Lightning's use of it
 @pytest.mark.parametrize("arguments", YAML.values(), ids=YAML)
 def test_the_command_line_reads_it_from_yaml(pl, arguments, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(".")
@@ -153,7 +153,7 @@ def test_the_command_line_reads_it_from_yaml(pl, arguments, tmp_path, monkeypatc
         save_config_callback=None,
         run=False,
         seed_everything_default=0,
-        args=["--config", config(tmp_path, pl, k=1, **arguments)],
+        args=["--config", config(tmp_path, pl, k=2, **arguments)],
     )
     [one] = [c for c in cli.trainer.callbacks if isinstance(c, SubspaceMonitor)]
     cli.trainer.limit_val_batches = 0
@@ -163,7 +163,9 @@ def test_the_command_line_reads_it_from_yaml(pl, arguments, tmp_path, monkeypatc
 
 
 def test_the_command_line_explains_the_arguments(pl, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["main.py", "fit", "--trainer.callbacks.help", "lightning_subspace.SubspaceMonitor"])
+    monkeypatch.setattr(
+        sys, "argv", ["main.py", "fit", "--trainer.callbacks.help", "lightning_subspace.SubspaceMonitor"]
+    )
     with pytest.raises(SystemExit) as end:
         sub(pl, "cli").LightningCLI(sub(pl, "demos.boring_classes").BoringModel, save_config_callback=None)
     text = capsys.readouterr().out

@@ -1,0 +1,73 @@
+"""Two hundred probes in one run: what is held stays flat; and the monitor crosses process boundaries."""
+
+import gc
+import io
+import pickle
+import resource
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_subspace import SubspaceMonitor
+from tests.works_with.test_state import QUIET, Net
+
+PROBES, K = 200, 2
+
+
+class Watch(Callback):
+    """Tensors alive, the largest resident set in bytes, and the size of the monitor's state, at each step."""
+
+    def __init__(self, monitor):
+        self.monitor = monitor
+        self.tensors, self.resident, self.state = {}, {}, {}
+
+    def on_train_batch_end(self, trainer, *args):
+        step = trainer.global_step
+        if step % 10 == 0:
+            gc.collect()
+            self.tensors[step] = sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects())
+            self.resident[step] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            buffer = io.BytesIO()
+            torch.save(self.monitor.state_dict(), buffer)
+            self.state[step] = buffer.tell()
+
+
+def test_two_hundred_probes_in_flat_memory():
+    torch.manual_seed(0)
+    monitor = SubspaceMonitor(k=K, every_n_steps=1, max_overhead=None, sample=16, gradient_sample=32, tol=1e-2)
+    watch = Watch(monitor)
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(64) % 3
+    inputs = torch.randn(64, 16, generator=generator) + 2.0 * torch.eye(3, 16)[labels]
+    loader = DataLoader(TensorDataset(inputs, labels), batch_size=32)
+    trainer = Trainer(max_steps=PROBES - 1, callbacks=[monitor, watch], enable_checkpointing=False, **QUIET)
+    trainer.fit(Net(width=250), loader)  # n = 5,003
+    assert len(monitor.history) == PROBES
+    # A record has two small tensors, its eigenvalues and residuals; a kept sketch one more, of which there are 64.
+    assert len(monitor._tracker.overlaps.sketches) <= 64
+    assert watch.tensors[190] - watch.tensors[100] <= 2 * 90 + 10
+    assert watch.resident[190] - watch.resident[100] <= 8e6
+    for step, size in watch.state.items():
+        assert size <= 256 * K * 4096 + 2_000 * (step + 1) + 20_000
+    assert watch.state[190] - watch.state[100] <= 2_000 * 90
+
+
+@pytest.mark.filterwarnings("ignore:SubspaceMonitor. at step .* are left out:UserWarning")
+def test_it_crosses_process_boundaries_before_during_and_after_a_run():
+    monitor = SubspaceMonitor(k=1, every_n_steps=1, max_overhead=None, sample=8, gradient_sample=8)
+    assert pickle.loads(pickle.dumps(monitor)).history == []
+    copies = []
+
+    class Copy(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            copies.append(pickle.loads(pickle.dumps(monitor)))
+
+    inputs = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(TensorDataset(inputs, torch.arange(16) % 3), batch_size=8)
+    trainer = Trainer(max_steps=3, callbacks=[monitor, Copy()], enable_checkpointing=False, **QUIET)
+    torch.manual_seed(0)
+    trainer.fit(Net(), loader)
+    assert [len(copy.history) for copy in copies] == [1, 2, 3]
+    assert str(pickle.loads(pickle.dumps(monitor)).to_rows()) == str(monitor.to_rows())  # with its nan

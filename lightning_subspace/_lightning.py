@@ -56,6 +56,7 @@ __all__ = [
     "attached_trainer",
     "bystanders",
     "is_a",
+    "move_data_to_device",
     "muted",
     "rank_zero_info",
     "rank_zero_warn",
@@ -147,13 +148,15 @@ class Silent:
         pass
 
 
-def transfer(batch: Any, module: nn.Module, device: torch.device) -> Any:
+def transfer(module: nn.Module, batch: Any, device: torch.device) -> Any:
     """Move a batch to the device as the trainer does, through the transfer hooks of the module or the data module."""
     trainer = attached_trainer(module)
+    hooks: Any = module
     if trainer is not None and trainer.lightning_module is module:
+        # the training loop calls the first hook itself, through this method, before it asks the strategy
+        batch = hooks._on_before_batch_transfer(batch, dataloader_idx=0)
         return trainer.strategy.batch_to_device(batch, device=device, dataloader_idx=0)
     if hasattr(module, "transfer_batch_to_device"):
-        hooks: Any = module
         batch = hooks.on_before_batch_transfer(batch, 0)
         batch = hooks.transfer_batch_to_device(batch, device, 0)
         return hooks.on_after_batch_transfer(batch, 0)

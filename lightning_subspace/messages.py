@@ -51,12 +51,14 @@ class Messages:
         cause = f"{type(error).__name__}: {error}"
         self.once(cause, f"{what}, training goes on. {cause} (on_failure='raise' shows where.)")
 
-    def forecast(self, solver: Solver, n: int, first: float, product: float, max_overhead: float | None) -> None:
+    def forecast(
+        self, solver: Solver, n: int, first: float, product: float, held: int, max_overhead: float | None
+    ) -> None:
         """What a probe will cost, from the seconds up to the first product and those of the second."""
         if "forecast" not in self._told:
             self._told.add("forecast")
             seconds = first + product * (EXPECTED_MATVECS * solver.k + 10)
-            text = forecast(n=n, k=solver.k, ncv=solver.ncv, seconds=seconds, max_overhead=max_overhead)
+            text = forecast(n=n, k=solver.k, ncv=solver.ncv, seconds=seconds, held=held, max_overhead=max_overhead)
             rank_zero_info(f"SubspaceMonitor: {text}")
 
     def passed_over(self, steps: Sequence[int], max_overhead: float | None) -> None:

@@ -217,7 +217,8 @@ class SubspaceMonitor(Callback):
         """Keep the batch where it is of the sample: training_step may write into it."""
         has_begun = self._source.sample is not None
         try:
-            self._source.see(batch, trainer.current_epoch)
+            with self._schedule.aside():
+                self._source.see(batch, trainer.current_epoch)
         except Exception as error:
             self._messages.failure("the batch could not be copied, so nothing is measured", error)
         if not has_begun:
@@ -250,6 +251,7 @@ class SubspaceMonitor(Callback):
             self._close_record(trainer)
         with self._schedule.aside():
             self._draw(trainer)
+        self._source.release()
         self._schedule.end()
         if self._schedule.misses_what_was_asked:
             self._messages.passed_over(self._schedule.passed_over, self._max_overhead)
@@ -257,6 +259,7 @@ class SubspaceMonitor(Callback):
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
         """Nothing measured is lost when training is interrupted."""
         self._close_record(trainer)
+        self._source.release()
         self._schedule.end()
 
     # -- a probe ------------------------------------------------------------------------------------------------------
@@ -299,14 +302,18 @@ class SubspaceMonitor(Callback):
                 tracker.check(pl_module, sample)
             if tracker.notice is not None:
                 self._messages.once("self-check", tracker.notice)
+            if len(sample.hessian) == 1 and sample.hessian_share < 1.0 and tracker.plan.solver.k:
+                self._messages.note(
+                    "the sample is one micro-batch, which cannot be halved, so the gradient fraction gets no error "
+                    "bar; pass a larger sample or a smaller batch_size."
+                )
         times = [time.monotonic()]
 
         def on_matvec(count: int, residual: float) -> None:
             times.append(time.monotonic())
             if count == 2 and tracker.num_probes == 0:
-                self._messages.forecast(
-                    self._plan.solver, tracker.space.n, times[1] - times[0], times[2] - times[1], self._max_overhead
-                )
+                seconds = (times[1] - times[0], times[2] - times[1])
+                self._messages.forecast(self._plan.solver, tracker.space.n, *seconds, sample.nbytes, self._max_overhead)
             line.update(f"{self.name}: {count} Hessian products, residual {residual:.0e}")
 
         optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None

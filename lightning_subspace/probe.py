@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from lightning_subspace.curvature import Choice, Hessian, SelfCheck
 from lightning_subspace.linalg import eigsh
 from lightning_subspace.measurements import Measurement, Probe, default_measurements
-from lightning_subspace.measurements.measurement import Needs
+from lightning_subspace.measurements.measurement import Needs, checked_measurements
 from lightning_subspace.measurements.solver import solver_metrics
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.record import Record
@@ -32,6 +32,8 @@ from lightning_subspace.subspace import Subspace
 from lightning_subspace.training_loss import LossError, LossFunction, MicroBatch, Mode, TrainingLoss
 
 Which = Literal["LA", "SA", "LM", "BE"]
+# Beyond that an eigenvector has hardly begun to show.
+MAX_TOL = 0.1
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ class Solver:
     ncv: int | None = None
     max_matvecs: int = 200
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.tol <= MAX_TOL:
+            raise ValueError(f"tol: expected a number in (0, {MAX_TOL}], relative to lambda_1, got {self.tol!r}.")
 
     def solve(
         self,
@@ -157,6 +163,9 @@ def measure_subspace(
         >>> record.subspace.outcome.name, tuple(record.subspace.eigenvectors.shape)
         ('CONVERGED', (2, 15))
     """
+    if verify not in ("always", "never"):
+        raise ValueError(f"verify: expected 'always' or 'never', got {verify!r}.")
+    chosen = [*default_measurements(k), *checked_measurements(measurements)]
     space = ParameterSpace.of(module, params)
     solver = Solver(checked_k(k, space), which, tol, ncv, max_matvecs, seed)
     sample = sample_of_batches(batches, weight)
@@ -169,7 +178,7 @@ def measure_subspace(
             loss,
             sample,
             solver,
-            [*default_measurements(k), *measurements],
+            chosen,
             operator=choice.operator,
             verify=verify == "always",
             optimizer=optimizer,

@@ -95,6 +95,8 @@ def sample_of_batches(batches: Iterable[Any], weight: Weight | None = None) -> S
         >>> [b.weight for b in sample_of_batches([torch.zeros(32, 2), torch.zeros(8, 2)]).hessian]
         [32.0, 8.0]
     """
+    if isinstance(batches, tuple) and all(isinstance(item, Tensor) for item in batches):
+        raise SampleError("batches: got one batch, a tuple of tensors, where a list of batches is expected: [batch].")
     with preserved_random_state():  # a shuffling loader draws from the global generator
         items = _read(batches) if isinstance(batches, DataLoader) else batches
         found = [_given(item, weight, index) for index, item in enumerate(items)]

@@ -77,6 +77,14 @@ class SampleSource:
             self._first_seen.close()
             self.sample = self._first_seen.sample
 
+    def release(self) -> None:
+        """Let go of the examples; what was gathered stays for a run that goes on."""
+        self.sample = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The request alone: the examples can be drawn again."""
+        return {**vars(self), "sample": None, "_first_seen": None}
+
 
 def _loaders(trainer: Any) -> CombinedLoader:
     """The loaders of training with how they are combined and how many batches of each an epoch takes."""

@@ -150,7 +150,7 @@ class Schedule:
         return (self._clock() if self._ended is None else self._ended) - self._began
 
 
-def forecast(*, n: int, k: int, ncv: int | None, seconds: float, max_overhead: float | None) -> str:
+def forecast(*, n: int, k: int, ncv: int | None, seconds: float, held: int, max_overhead: float | None) -> str:
     """One sentence on what a probe will cost.
 
     Args:
@@ -158,14 +158,16 @@ def forecast(*, n: int, k: int, ncv: int | None, seconds: float, max_overhead: f
         k: number of eigenpairs.
         ncv: number of basis vectors held; None for the solver's default.
         seconds: expected for one probe.
+        held: bytes of the examples in the sample.
         max_overhead: the budget.
 
     Example:
-        >>> forecast(n=1_930, k=10, ncv=None, seconds=0.5, max_overhead=0.2)
-        'n = 1,930, k = 10: about 0.50 s a probe and 0.2 MB of basis; at most one every 2.5 s (max_overhead=0.2)'
+        >>> forecast(n=1_930, k=10, ncv=None, seconds=0.5, held=460_000, max_overhead=None)
+        'n = 1,930, k = 10: about 0.50 s a probe, 0.2 MB of basis, 0.5 MB of examples; as scheduled (max_overhead=None)'
     """
     vectors = min(n, 2 * k + 10 if ncv is None else ncv) + 1
     pace = "as scheduled (max_overhead=None)"
     if max_overhead is not None:
         pace = f"at most one every {seconds / max_overhead:.1f} s (max_overhead={max_overhead})"
-    return f"n = {n:,}, k = {k}: about {seconds:.2f} s a probe and {vectors * n * 4 / 1e6:.1f} MB of basis; {pace}"
+    memory = f"{vectors * n * 4 / 1e6:.1f} MB of basis, {held / 1e6:.1f} MB of examples"
+    return f"n = {n:,}, k = {k}: about {seconds:.2f} s a probe, {memory}; {pace}"

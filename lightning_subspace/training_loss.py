@@ -21,13 +21,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_subspace._lightning import attached_trainer, bystanders, muted, transfer
+from lightning_subspace._lightning import attached_trainer, bystanders, move_data_to_device, muted, transfer
 from lightning_subspace.containment import Shadow, copied
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.random_state import RandomState, preserved_random_state, seed_generators
@@ -173,8 +174,7 @@ class TrainingLoss:
         else:  # one stream a micro-batch: the stride keeps the seeds of neighbouring monitors and batches apart
             seed_generators(self.seed * 1_000_003 + batch.index)
         data = copied(batch.data, self._own_copy)
-        if not batch.transferred:
-            data = transfer(data, self.module, self.device)
+        data = (move_data_to_device if batch.transferred else partial(transfer, self.module))(data, self.device)
         with self._as_trained() as convert:
             output = self._step(self.module, convert(data), batch.index)
         for leaf in leaves:

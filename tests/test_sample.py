@@ -118,20 +118,24 @@ def test_a_gradient_sample_of_everything_and_one_that_is_too_small():
 
 def test_uneven_batches_are_weighted_by_their_examples():
     sample = sample_of_dataset(loader(), 20, 31)
-    assert sizes(sample.hessian) == [8, 8, 4]
-    assert sizes(sample.extra) == [8, 3]
+    assert sizes(sample.hessian) == [6, 7, 7]
+    assert sizes(sample.extra) == [5, 6]
     batches = [*sample.hessian, *sample.extra]
-    assert [batch.weight for batch in batches] == [8.0, 8.0, 4.0, 8.0, 3.0]
+    assert [batch.weight for batch in batches] == [6.0, 7.0, 7.0, 5.0, 6.0]
     assert [batch.index for batch in batches] == list(range(5))
     assert not any(batch.transferred for batch in batches)
 
 
 def test_drop_last_drops_nothing_here():
-    assert sizes(sample_of_dataset(loader(drop_last=True), 10).hessian) == [8, 2]
+    assert sizes(sample_of_dataset(loader(drop_last=True), 10).hessian) == [5, 5]
+
+
+def test_no_example_is_left_over_alone():
+    assert sizes(sample_of_dataset(loader(), 17).hessian) == [5, 6, 6]  # a batch-norm refuses a batch of one
 
 
 def test_the_batch_size_can_be_chosen():
-    assert sizes(sample_of_dataset(loader(), 10, batch_size=7).hessian) == [7, 3]
+    assert sizes(sample_of_dataset(loader(), 10, batch_size=7).hessian) == [5, 5]
 
 
 def test_only_what_a_subset_sampler_may_draw():
@@ -147,7 +151,7 @@ def test_only_what_a_subset_sampler_may_draw():
 )
 def test_a_batch_sampler(inner):
     sample = sample_of_dataset(DataLoader(Numbered(), batch_sampler=BatchSampler(inner, 6, drop_last=True)), 15)
-    assert sizes(sample.hessian) == [6, 6, 3]
+    assert sizes(sample.hessian) == [5, 5, 5]
     if isinstance(inner, SubsetRandomSampler):
         assert COUNT - 1 not in indices(sample.hessian)
 
@@ -247,7 +251,7 @@ class ByList(Dataset):
 def test_a_sampler_of_lists_without_automatic_batching():
     sampler = BatchSampler(SubsetRandomSampler(range(20)), 6, drop_last=False)
     sample = sample_of_dataset(loader(ByList(), batch_size=None, sampler=sampler), None)
-    assert sizes(sample.hessian) == [6, 6, 6, 2]
+    assert sizes(sample.hessian) == [5, 5, 5, 5]
     assert sorted(indices(sample.hessian)) == list(range(20))
 
 
@@ -257,12 +261,12 @@ def doubled(examples):
 
 def test_the_collate_function_is_the_loaders():
     sample = sample_of_dataset(loader(collate_fn=doubled), 10)
-    assert [batch.data[1].tolist() for batch in sample.hessian] == [[2.0] * 8, [2.0] * 2]
+    assert [batch.data[1].tolist() for batch in sample.hessian] == [[2.0] * 5, [2.0] * 5]
 
 
 def test_a_weight_function():
     sample = sample_of_dataset(loader(), 10, weight=lambda batch: 1.0 + len(batch[0]))
-    assert [batch.weight for batch in sample.hessian] == [9.0, 3.0]
+    assert [batch.weight for batch in sample.hessian] == [6.0, 6.0]
 
 
 # What drawing must not do

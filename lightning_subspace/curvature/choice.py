@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from lightning_subspace.curvature.hessian import Hessian
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck, self_check
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.sample import Sample, few_examples
-from lightning_subspace.training_loss import LossFunction, Mode, TrainingLoss
+from lightning_subspace.training_loss import LossError, LossFunction, Mode, TrainingLoss
 
 Precision = Literal["float32", "float64", "native"]
 Curvature = Literal["hessian", "finite-difference"]
@@ -29,6 +29,8 @@ OnCheckFail = Literal["warn", "raise", "finite-difference"]
 
 # Examples in the float64 self-check: the code path is the same for eight as for a thousand.
 CHECKED_EXAMPLES = 8
+# Two evaluations agree to the bit on a CPU; kernels of an accelerator may sum in another order.
+REPEATED = 1e-5
 DIFFERENCES = "This run is measured with finite differences of float64 gradients instead."
 
 
@@ -63,9 +65,10 @@ class Choice:
     def __post_init__(self) -> None:
         for name in ("curvature", "on_check_fail"):
             object.__setattr__(self, name, getattr(self, name).replace("_", "-"))
+        _check("mode", self.mode, get_args(Mode))
         _check("curvature", self.curvature, get_args(Curvature))
         _check("on_check_fail", self.on_check_fail, get_args(OnCheckFail))
-        if not isinstance(self.dtype, torch.dtype):
+        if self.dtype not in (torch.float32, torch.float64):
             _check("dtype", self.dtype, get_args(Precision))
         if self.dtype == "native" and self.curvature == "finite-difference":
             raise ValueError(
@@ -88,7 +91,18 @@ class Choice:
         return FiniteDifferenceHessian(loss, sample.hessian, dtype=widest)
 
     def check(self, module: nn.Module, space: ParameterSpace, sample: Sample) -> SelfCheck:
-        """The self-check on a few examples of the sample; on the whole batch where it cannot be cut."""
+        """The self-check on a few examples of the sample; on the whole batch where it cannot be cut.
+
+        Raises:
+            LossError: when the loss cannot be evaluated, or gives two values for one batch.
+        """
+        with self.loss(module, space) as loss:
+            values = [loss(sample.hessian[0]).value.item() for _ in range(2)]
+        if abs(values[0] - values[1]) > REPEATED * max(map(abs, values)):
+            raise LossError(
+                f"the loss is not a function: two evaluations of one batch gave {values[0]} and {values[1]}. It depends "
+                "on something outside of the module, perhaps a random generator; pass loss_fn=, a loss without that."
+            )
         if self.curvature == "finite-difference":
             return SelfCheck(CheckOutcome.SKIPPED, float("nan"), "", "there is no product to compare")
         check = partial(self_check, self._loss(module, space, torch.float64), seed=self.seed)
@@ -124,6 +138,6 @@ class Choice:
         return TrainingLoss(module, space, self.loss_fn, mode=self.mode, dtype=dtype, seed=self.seed)
 
 
-def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
+def _check(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}.")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -82,6 +82,19 @@ class Probe:
         if self.subspace is None:
             raise ValueError("this probe has no subspace (k = 0); set `needs = Needs.SUBSPACE` on the measurement.")
         return self.subspace
+
+
+def checked_measurements(measurements: Iterable[Any]) -> list[Measurement]:
+    """The measurements, or an error that names the one that is none.
+
+    Raises:
+        TypeError: for anything but instances of `Measurement`.
+    """
+    found = list(measurements)
+    for item in found:
+        if not isinstance(item, Measurement):
+            raise TypeError(f"measurements: expected instances of lightning_subspace.Measurement, got {item!r}.")
+    return found
 
 
 class Measurement:

@@ -60,7 +60,6 @@ def measured(seen: list[Tensor]) -> Any:
     return loss_fn
 
 
-@pytest.mark.xfail(reason="_lightning.transfer leaves out on_before_batch_transfer: the training loop calls that")
 @pytest.mark.parametrize(
     ("module", "data"),
     [(TransferringModule, Data), (TransferringModule, lambda: loader(shuffle=True)), (Classifier, TransferringData)],

@@ -61,11 +61,11 @@ class Messages:
             text = forecast(n=n, k=solver.k, ncv=solver.ncv, seconds=seconds, held=held, max_overhead=max_overhead)
             rank_zero_info(f"SubspaceMonitor: {text}")
 
-    def passed_over(self, steps: Sequence[int], max_overhead: float | None) -> None:
-        """The budget has left out what was asked for."""
-        some = ", ".join(map(str, steps[:5])) + (", ..." if len(steps) > 5 else "")
+    def passed_over(self, count: int, first: Sequence[int], max_overhead: float | None) -> None:
+        """The budget has left out `count` steps that were asked for, of which a few are named."""
+        some = ", ".join(map(str, first)) + (", ..." if count > len(first) else "")
         rank_zero_warn(
-            f"SubspaceMonitor: {len(steps)} steps ({some}) were passed over to keep max_overhead={max_overhead}, since "
+            f"SubspaceMonitor: {count} steps ({some}) were passed over to keep max_overhead={max_overhead}, since "
             "a probe takes long beside this training; pass max_overhead=None to measure at every one, or a smaller "
             "sample or k."
         )

@@ -254,7 +254,8 @@ class SubspaceMonitor(Callback):
         self._source.release()
         self._schedule.end()
         if self._schedule.misses_what_was_asked:
-            self._messages.passed_over(self._schedule.passed_over, self._max_overhead)
+            schedule = self._schedule
+            self._messages.passed_over(schedule.num_passed_over, schedule.passed_over, self._max_overhead)
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
         """Nothing measured is lost when training is interrupted."""

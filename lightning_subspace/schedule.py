@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+# How many of the steps that were passed over are kept by name.
+NAMED_STEPS = 5
+
 
 class Schedule:
     """Decides when a probe is due, and keeps the account of its time.
@@ -44,7 +47,8 @@ class Schedule:
     def begin(self, step: int) -> None:
         """Training starts, or goes on, at this step."""
         self.last_seconds = 0.0  # that the last probe took
-        self.passed_over: list[int] = []  # candidate steps that the budget did not allow
+        self.passed_over: list[int] = []  # the first few candidate steps that the budget did not allow
+        self.num_passed_over = 0  # and how many there were
         self._began = self._clock()
         self._ended: float | None = None
         self._last_step = step
@@ -55,12 +59,13 @@ class Schedule:
 
     def state(self) -> dict[str, Any]:
         """The position among the steps. Time is counted anew in every process."""
-        return {"last_step": self._last_step, "passed_over": list(self.passed_over)}
+        passed_over = {"passed_over": list(self.passed_over), "num_passed_over": self.num_passed_over}
+        return {"last_step": self._last_step, **passed_over}
 
     def resume(self, state: Mapping[str, Any], step: int) -> None:
         """Go on at this step from a position."""
         self.begin(min(step, state["last_step"]))
-        self.passed_over = list(state["passed_over"])
+        self.passed_over, self.num_passed_over = list(state["passed_over"]), state["num_passed_over"]
 
     def end(self) -> None:
         """Training has ended: the shares below stay what they are."""
@@ -91,7 +96,8 @@ class Schedule:
         if not is_candidate:
             return False
         if not self.is_affordable():
-            self.passed_over.append(step)
+            self.num_passed_over += 1
+            self.passed_over = [*self.passed_over, step][:NAMED_STEPS]
             return False
         return True
 

@@ -483,7 +483,7 @@ def test_a_list_of_steps_is_taken_as_it_is():
 
 def test_listed_steps_that_the_budget_forbids_are_told():
     monitor = probing([0, 2, 3], max_overhead=0.001)
-    with pytest.warns(UserWarning, match=r"2 of the listed steps \(2, 3\) were passed over to keep max_overhead=0.001"):
+    with pytest.warns(UserWarning, match=r"2 steps \(2, 3\) were passed over to keep max_overhead=0.001"):
         fit(monitor)
     assert steps(monitor) == [0]
 

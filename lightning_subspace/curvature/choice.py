@@ -100,8 +100,8 @@ class Choice:
             values = [loss(sample.hessian[0]).value.item() for _ in range(2)]
         if abs(values[0] - values[1]) > REPEATED * max(map(abs, values)):
             raise LossError(
-                f"the loss is not a function: two evaluations of one batch gave {values[0]} and {values[1]}. It depends "
-                "on something outside of the module, perhaps a random generator; pass loss_fn=, a loss without that."
+                f"the loss is not a function: two evaluations of one batch gave {values[0]} and {values[1]}, so it "
+                "depends on something outside of the module, perhaps a random generator; pass loss_fn=, a loss without."
             )
         if self.curvature == "finite-difference":
             return SelfCheck(CheckOutcome.SKIPPED, float("nan"), "", "there is no product to compare")

@@ -165,7 +165,7 @@ def test_another_trainable_set_restarts_the_overlaps_and_says_so(straight):
 def test_a_checkpoint_of_another_version_is_not_used(straight):
     width = straight[-1]
     other = monitor()
-    other.load_state_dict({"format": 0, "schedule": {"last_step": 0, "passed_over": []}})
+    other.load_state_dict({"format": 0, "schedule": {"last_step": 0, "passed_over": [], "num_passed_over": 0}})
     with pytest.warns(UserWarning, match="written by another version of lightning_subspace"):
         run(other, steps=2, width=width)
 

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_subspace.curvature.choice import CheckError as CheckError
     from lightning_subspace.linalg import EigshResult as EigshResult
     from lightning_subspace.linalg import Outcome as Outcome
     from lightning_subspace.linalg import eigsh as eigsh
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CheckError": "curvature.choice",
     "EigshResult": "linalg",
     "Measurement": "measurements.measurement",
     "Needs": "measurements.measurement",

@@ -11,12 +11,14 @@ of Lightning.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core import rank_zero
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
@@ -34,6 +36,14 @@ else:
             with suppress(ImportError):
                 found.append(getattr(importlib.import_module(module), name))
         return list(dict.fromkeys(found))
+
+    # Importing a namespace takes over the logger of Lightning's own messages: it stays with the one imported by the
+    # user, or else with `lightning`.
+    _is_first = not {"lightning.pytorch", "pytorch_lightning"} & set(sys.modules)
+    _logger = rank_zero.log
+    _all("Callback", "pytorch_lightning", "lightning.pytorch")
+    if not _is_first:
+        rank_zero.log = _logger
 
     class Callback(*_all("Callback", "lightning.pytorch", "pytorch_lightning")):
         """A callback that the Trainers and the LightningCLIs of both namespaces take for one of their own."""

@@ -6,10 +6,7 @@ step ends, since some numbers belong to the step taken *from* theta_t; then it i
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -19,16 +16,17 @@ from torch.optim import Optimizer
 from lightning_subspace import configuration as check
 from lightning_subspace._lightning import Callback, MisconfigurationException, rank_zero_warn
 from lightning_subspace.checkpoint import obstacle, restore, tracker_state
-from lightning_subspace.curvature.choice import CheckError, Curvature, OnCheckFail, Precision
+from lightning_subspace.curvature.choice import Curvature, OnCheckFail, Precision
 from lightning_subspace.measurements import Measurement, default_measurements
 from lightning_subspace.messages import Messages
 from lightning_subspace.probe import Solver, Which
 from lightning_subspace.record import Record, to_rows
-from lightning_subspace.report import ProgressLine, Publisher, add_layout
+from lightning_subspace.recorder import Recorder
+from lightning_subspace.report import Publisher, add_layout
 from lightning_subspace.sample import Weight
 from lightning_subspace.sample_source import SampleRequest, SampleSource
 from lightning_subspace.schedule import Schedule
-from lightning_subspace.tracker import OpenRecord, Plan, Tracker
+from lightning_subspace.tracker import Plan, Tracker
 from lightning_subspace.training_loss import Mode
 
 if TYPE_CHECKING:
@@ -131,11 +129,10 @@ class SubspaceMonitor(Callback):
         self._schedule = Schedule(every_n_steps, max_overhead)
         self._source = SampleSource(SampleRequest(sample, gradient_sample, batch_size, weight, seed))
         self._layout = layout
-        self._publisher = Publisher(name, log)
         self._messages = Messages(on_failure)
         self._tracker: Tracker | None = None
         self._saved: Mapping[str, Any] | None = None  # from a checkpoint, until training goes on from it
-        self._open: OpenRecord | None = None
+        self._recorder = Recorder(name, self._schedule, self._messages, Publisher(name, log), max_overhead)
         self._seen_step = -1
         self._probed_step = -1
         self._awaits_first = False
@@ -192,7 +189,7 @@ class SubspaceMonitor(Callback):
         resumes = "schedule" in saved and saved["schedule"]["last_step"] <= step
         last = self.history[-1].step if self.history else None
         continues = last is not None and step > 0 and last <= step
-        self._open = None
+        self._recorder.drop()
         self._seen_step = step
         self._probed_step = step if continues and last == step and not resumes else -1
         self._messages.begin()
@@ -226,9 +223,7 @@ class SubspaceMonitor(Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Optimizer) -> None:
         """Keep the gradient of the first step after a probe, before it is clipped."""
-        if self._open is not None:
-            with suppress(ValueError):  # a parameter has gone or changed its shape: told when the record is closed
-                self._open.see_gradient(pl_module)
+        self._recorder.see_gradient(pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After an optimizer step: close the open record, and probe if it is time."""
@@ -236,21 +231,20 @@ class SubspaceMonitor(Callback):
         if step == self._seen_step:  # gradients are still being accumulated
             return
         self._seen_step = step
-        self._close_record(trainer, pl_module)
+        self._recorder.close(trainer, pl_module)
         if self.should_measure(step) and self._source.sample is not None:
             self._take_probe(trainer, pl_module, step)
 
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
         """A last probe, and the last figures."""
         step = trainer.global_step
-        self._close_record(trainer)
+        self._recorder.close(trainer)
         self._source.end()
         is_new = self._source.sample is not None and step != self._probed_step
         if is_new and not trainer.interrupted and self._schedule.probes_last_step:
             self._take_probe(trainer, pl_module, step)
-            self._close_record(trainer)
-        with self._schedule.aside():
-            self._draw(trainer)
+            self._recorder.close(trainer)
+        self._recorder.draw(trainer)
         self._source.release()
         self._schedule.end()
         if self._schedule.misses_what_was_asked:
@@ -259,11 +253,11 @@ class SubspaceMonitor(Callback):
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
         """Nothing measured is lost when training is interrupted."""
-        self._close_record(trainer)
+        self._recorder.close(trainer)
         self._source.release()
         self._schedule.end()
 
-    # -- a probe ------------------------------------------------------------------------------------------------------
+    # -- helpers ------------------------------------------------------------------------------------------------------
 
     def _take_first_probe(self, trainer: Any, pl_module: nn.Module) -> None:
         step = trainer.global_step
@@ -272,71 +266,10 @@ class SubspaceMonitor(Callback):
             self._take_probe(trainer, pl_module, step)
 
     def _take_probe(self, trainer: Any, pl_module: nn.Module, step: int) -> None:
-        """Probe and open a record. What goes wrong is told, and raised only on request."""
+        assert self._tracker is not None, "set in on_train_start"
+        assert self._source.sample is not None, "whoever calls has asked"
         self._probed_step, self._awaits_first = step, False
-        try:
-            with self._schedule.probing(), ProgressLine(trainer) as line:
-                opened = self._measure(trainer, pl_module, step, line)
-        except CheckError:
-            raise  # as on_check_fail asks
-        except Exception as error:
-            self._messages.failure(f"the probe at step {step} failed and is left out", error)
-            return
-        costs = {"solver/seconds": self._schedule.last_seconds, "solver/overhead": self._schedule.overhead}
-        opened.record = replace(opened.record, metrics={**opened.record.metrics, **costs})
-        self._open = opened
-        self._publisher.offer(trainer, opened.record)
-        subspace = opened.record.subspace
-        if subspace is not None and not subspace.trusted:
-            self._messages.once(subspace.outcome.name, f"at step {step}, {subspace.verdict}")
-
-    def _measure(self, trainer: Any, pl_module: nn.Module, step: int, line: ProgressLine) -> OpenRecord:
-        tracker, sample = self._tracker, self._source.sample
-        assert tracker is not None, "set in on_train_start"
-        assert sample is not None, "set in on_train_start or on_train_batch_start"
-        if tracker.adapt(pl_module):
-            rank_zero_warn(
-                f"SubspaceMonitor: the set of trainable parameters has changed by step {step}; overlaps start anew."
-            )
-        if tracker.self_check is None:
-            with self._schedule.aside():
-                tracker.check(pl_module, sample)
-            if tracker.notice is not None:
-                self._messages.once("self-check", tracker.notice)
-            if len(sample.hessian) == 1 and sample.hessian_share < 1.0 and tracker.plan.solver.k:
-                self._messages.note(
-                    "the sample is one micro-batch, which cannot be halved, so the gradient fraction gets no error "
-                    "bar; pass a larger sample or a smaller batch_size."
-                )
-        times = [time.monotonic()]
-
-        def on_matvec(count: int, residual: float) -> None:
-            times.append(time.monotonic())
-            if count == 2 and tracker.num_probes == 0:
-                seconds = (times[1] - times[0], times[2] - times[1])
-                self._messages.forecast(self._plan.solver, tracker.space.n, *seconds, sample.nbytes, self._max_overhead)
-            line.update(f"{self.name}: {count} Hessian products, residual {residual:.0e}")
-
-        optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
-        return tracker.measure(pl_module, sample, step, optimizer=optimizer, on_matvec=on_matvec)
-
-    def _close_record(self, trainer: Any, pl_module: nn.Module | None = None) -> None:
-        """Close the open record, with what the step from its point tells if one was taken, and log it."""
-        if self._open is None:
-            return
-        opened, self._open = self._open, None
-        assert self._tracker is not None  # it has opened the record
-        with self._schedule.aside():
-            try:
-                record = self._tracker.close(opened, pl_module)
-            except Exception as error:
-                self._messages.failure(f"what the step from {opened.record.step} tells is left out", error)
-                record = self._tracker.close(opened)
-            self._publisher.offer(trainer, record)
-            self._publisher.send(trainer, record)
-            count = len(self.history)
-            if count & (count - 1) == 0:  # 1, 2, 4, 8, ...: TensorBoard keeps ten images a tag
-                self._draw(trainer)
+        self._recorder.take(self._tracker, trainer, pl_module, self._source.sample, step)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -353,7 +286,7 @@ class SubspaceMonitor(Callback):
         """
         if self._tracker is None:
             return dict(self._saved or {})
-        return {**tracker_state(self._tracker, self._open), "schedule": self._schedule.state()}
+        return {**tracker_state(self._tracker, self._recorder.open), "schedule": self._schedule.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts: there is no module yet to compare it with."""
@@ -376,13 +309,6 @@ class SubspaceMonitor(Callback):
         self._awaits_first = is_reopened or (is_due and has_sample)
         self._probed_step = -1 if self._awaits_first or not self.history else self.history[-1].step
 
-    # -- helpers ------------------------------------------------------------------------------------------------------
-
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to a run: an open record, and the methods that Lightning attaches for logging."""
-        state = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
-        return {**state, "_open": None}
-
-    def _draw(self, trainer: Any) -> None:
-        if self._tracker is not None:
-            self._publisher.draw(trainer, self.history, *self.overlap_matrix(), self._tracker.overlaps.error)
+        """Leave out the methods that Lightning attaches for logging, which hold the module."""
+        return {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}

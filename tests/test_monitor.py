@@ -518,8 +518,8 @@ def test_the_current_batch_is_the_sample():
 def test_the_forecast_is_printed_once(caplog):
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         fit(probing(1))
-    (line,) = [message for message in caplog.messages if "a probe and" in message]
-    seconds = float(re.fullmatch(r"SubspaceMonitor: n = 57, k = 3: about (\S+) s a probe and .*", line)[1])
+    (line,) = [message for message in caplog.messages if "s a probe, " in message]
+    seconds = float(re.fullmatch(r"SubspaceMonitor: n = 57, k = 3: about (\S+) s a probe, .*", line)[1])
     assert 0.0 < seconds < 60.0
 
 
@@ -656,7 +656,7 @@ def test_a_copy_during_the_run_leaves_out_what_is_open():
     monitor, copying = probing(1), Copying()
     fit(monitor, copying, max_steps=2)
     twin = pickle.loads(copying.pickled)
-    assert twin._open is None
+    assert twin._recorder.open is None
     assert steps(twin) == [0, 1]
     assert steps(monitor) == [0, 1, 2]
 

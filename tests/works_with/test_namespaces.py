@@ -1,6 +1,7 @@
 """`lightning` and `pytorch_lightning`: one callback class in both Trainers and both command lines."""
 
 import importlib
+import subprocess
 import sys
 
 import pytest
@@ -185,3 +186,15 @@ def test_a_wrong_argument_in_yaml_is_named(pl, tmp_path, capsys):
             args=["--config", config(tmp_path, pl, on_check_fail="ignore")],
         )
     assert "on_check_fail" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("first", "expected"),
+    [("lightning.pytorch", "lightning"), ("pytorch_lightning", "pytorch_lightning"), ("torch", "lightning")],
+)
+def test_the_logger_of_lightnings_messages_stays_with_the_users_namespace(first, expected):
+    script = f"import {first}, lightning_subspace.monitor; from lightning_utilities.core import rank_zero as r; "
+    run = subprocess.run(
+        [sys.executable, "-c", script + "print(r.log.name)"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split(".")[0] == expected

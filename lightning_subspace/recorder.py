@@ -1,0 +1,134 @@
+"""One probe of a run with all that surrounds it: its time, its messages, its record and where that goes.
+
+A record stays open until the optimizer step from its point has ended, since some numbers belong to that step.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lightning_subspace._lightning import rank_zero_warn
+from lightning_subspace.curvature.choice import CheckError
+from lightning_subspace.messages import Messages
+from lightning_subspace.report import ProgressLine, Publisher
+from lightning_subspace.sample import Sample
+from lightning_subspace.schedule import Schedule
+from lightning_subspace.tracker import OpenRecord, Tracker
+
+
+class Recorder:
+    """Takes probes for a trainer, and publishes their records.
+
+    Args:
+        name: of the monitor, for the line of progress.
+        schedule: keeps the account of the time.
+        messages: what goes wrong is told there.
+        publisher: where records go.
+        max_overhead: the budget, for the forecast.
+
+    Attributes:
+        open: the record whose step has not ended yet.
+    """
+
+    def __init__(
+        self, name: str, schedule: Schedule, messages: Messages, publisher: Publisher, max_overhead: float | None
+    ) -> None:
+        self.open: OpenRecord | None = None
+        self._name = name
+        self._schedule = schedule
+        self._messages = messages
+        self._publisher = publisher
+        self._max_overhead = max_overhead
+        self._tracker: Tracker | None = None  # that the open record came from
+
+    def take(self, tracker: Tracker, trainer: Any, module: nn.Module, sample: Sample, step: int) -> None:
+        """Probe and open a record. What goes wrong is told, and raised only on request."""
+        self._tracker = tracker
+        try:
+            with self._schedule.probing(), ProgressLine(trainer) as line:
+                opened = self._measure(tracker, trainer, module, sample, step, line)
+        except CheckError:
+            raise  # as on_check_fail asks
+        except Exception as error:
+            self._messages.failure(f"the probe at step {step} failed and is left out", error)
+            return
+        costs = {"solver/seconds": self._schedule.last_seconds, "solver/overhead": self._schedule.overhead}
+        opened.record = replace(opened.record, metrics={**opened.record.metrics, **costs})
+        self.open = opened
+        self._publisher.offer(trainer, opened.record)
+        subspace = opened.record.subspace
+        if subspace is not None and not subspace.trusted:
+            self._messages.once(subspace.outcome.name, f"at step {step}, {subspace.verdict}")
+
+    def see_gradient(self, module: nn.Module) -> None:
+        """Keep the mini-batch gradient of the step from the open record's point."""
+        if self.open is not None:
+            with suppress(ValueError):  # a parameter has gone or changed its shape: told when the record is closed
+                self.open.see_gradient(module)
+
+    def close(self, trainer: Any, module: nn.Module | None = None) -> None:
+        """Close the open record, with what the step from its point tells if one was taken, and log it."""
+        if self.open is None or self._tracker is None:
+            return
+        opened, self.open = self.open, None
+        with self._schedule.aside():
+            try:
+                record = self._tracker.close(opened, module)
+            except Exception as error:
+                self._messages.failure(f"what the step from {opened.record.step} tells is left out", error)
+                record = self._tracker.close(opened)
+            self._publisher.offer(trainer, record)
+            self._publisher.send(trainer, record)
+        count = len(self._tracker.history)
+        if count & (count - 1) == 0:  # 1, 2, 4, 8, ...: TensorBoard keeps ten images a tag
+            self.draw(trainer)
+
+    def draw(self, trainer: Any) -> None:
+        """Log the figures of the run so far."""
+        if self._tracker is not None:
+            overlaps = self._tracker.overlaps
+            with self._schedule.aside():
+                self._publisher.draw(trainer, self._tracker.history, *overlaps.matrix(), overlaps.error)
+
+    def drop(self) -> None:
+        """Forget the open record and the run it belongs to."""
+        self.open = self._tracker = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what holds eigenvectors and the parameters of a module."""
+        return {**vars(self), "open": None}
+
+    def _measure(
+        self, tracker: Tracker, trainer: Any, module: nn.Module, sample: Sample, step: int, line: ProgressLine
+    ) -> OpenRecord:
+        if tracker.adapt(module):
+            rank_zero_warn(
+                f"SubspaceMonitor: the set of trainable parameters has changed by step {step}; overlaps start anew."
+            )
+        solver = tracker.plan.solver
+        if tracker.self_check is None:
+            with self._schedule.aside():
+                tracker.check(module, sample)
+            if tracker.notice is not None:
+                self._messages.once("self-check", tracker.notice)
+            if solver.k and len(sample.hessian) == 1 and sample.hessian_share < 1.0:
+                self._messages.note(
+                    "the sample is one micro-batch, which cannot be halved, so the gradient fraction gets no error "
+                    "bar; pass a larger sample or a smaller batch_size."
+                )
+        times = [time.monotonic()]
+
+        def on_matvec(count: int, residual: float) -> None:
+            times.append(time.monotonic())
+            if count == 2 and tracker.num_probes == 0:
+                seconds = (times[1] - times[0], times[2] - times[1])
+                self._messages.forecast(solver, tracker.space.n, *seconds, sample.nbytes, self._max_overhead)
+            line.update(f"{self._name}: {count} Hessian products, residual {residual:.0e}")
+
+        optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
+        return tracker.measure(module, sample, step, optimizer=optimizer, on_matvec=on_matvec)

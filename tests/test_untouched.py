@@ -182,10 +182,10 @@ class FailingMeasurement(Measurement):
 
 FAILURES = {
     "self-check": lambda patch: patch.setattr(tracker, "check_once", failing_at(tracker.check_once, 1)),
-    # the self-check evaluates seven times before, and takes one product
-    "first evaluation": lambda patch: patch.setattr(training_loss, "_scalar", failing_at(training_loss._scalar, 8)),
-    "fifth evaluation": lambda patch: patch.setattr(training_loss, "_scalar", failing_at(training_loss._scalar, 12)),
-    "transfer": lambda patch: patch.setattr(training_loss, "transfer", failing_at(training_loss.transfer, 9)),
+    # the self-check evaluates nine times before, and takes one product
+    "first evaluation": lambda patch: patch.setattr(training_loss, "_scalar", failing_at(training_loss._scalar, 10)),
+    "fifth evaluation": lambda patch: patch.setattr(training_loss, "_scalar", failing_at(training_loss._scalar, 14)),
+    "transfer": lambda patch: patch.setattr(training_loss, "transfer", failing_at(training_loss.transfer, 11)),
     "first product": lambda patch: patch.setattr(Hessian, "matvec", failing_at(Hessian.matvec, 2)),
     "tenth product": lambda patch: patch.setattr(Hessian, "matvec", failing_at(Hessian.matvec, 11)),
     "restart": lambda patch: patch.setattr(Lanczos, "contract", failing_at(Lanczos.contract, 1)),

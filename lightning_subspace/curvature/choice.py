@@ -96,13 +96,11 @@ class Choice:
         Raises:
             LossError: when the loss cannot be evaluated, or gives two values for one batch.
         """
-        with self.loss(module, space) as loss:
-            values = [loss(sample.hessian[0]).value.item() for _ in range(2)]
-        if abs(values[0] - values[1]) > REPEATED * max(map(abs, values)):
-            raise LossError(
-                f"the loss is not a function: two evaluations of one batch gave {values[0]} and {values[1]}, so it "
-                "depends on something outside of the module, perhaps a random generator; pass loss_fn=, a loss without."
-            )
+        result = self._compare(module, space, sample)
+        self._evaluate_twice(module, space, sample)
+        return result
+
+    def _compare(self, module: nn.Module, space: ParameterSpace, sample: Sample) -> SelfCheck:
         if self.curvature == "finite-difference":
             return SelfCheck(CheckOutcome.SKIPPED, float("nan"), "", "there is no product to compare")
         check = partial(self_check, self._loss(module, space, torch.float64), seed=self.seed)
@@ -111,6 +109,15 @@ class Choice:
         if result.outcome is CheckOutcome.INCONCLUSIVE and few is not sample.hessian[0]:
             result = check(sample.hessian[0])
         return result
+
+    def _evaluate_twice(self, module: nn.Module, space: ParameterSpace, sample: Sample) -> None:
+        with self.loss(module, space) as loss:
+            values = [loss(sample.hessian[0]).value.item() for _ in range(2)]
+        if abs(values[0] - values[1]) > REPEATED * max(map(abs, values)):
+            raise LossError(
+                f"the loss is not a function: two evaluations of one batch gave {values[0]} and {values[1]}, so it "
+                "depends on something outside of the module, perhaps a random generator; pass loss_fn=, a loss without."
+            )
 
     def after(self, check: SelfCheck) -> tuple[Choice, str | None]:
         """What to go on with after the self-check, and what to tell the user about it, once.

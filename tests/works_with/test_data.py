@@ -1,9 +1,12 @@
 """Data of every kind: training is bit for bit what it is without the monitor, and the sample is what it should be."""
 
 import collections
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_subspace.sample import sample_of_dataset
 from tests.modules import BATCH, EXAMPLES, RandomDataset
 from tests.works_with.numbered import ByList, Holding, Numbered, everything, indices, loader
 from tests.works_with.same_run import Classifier, compare
@@ -199,3 +203,47 @@ def test_a_loader_of_the_users_own_moves_nothing_random(tmp_path):
     assert torch.equal(dataset.generator.get_state(), before)
     assert dataset.served == []
     assert sum(len(batch.data[0]) for batch in run.sample.hessian) == EXAMPLES
+
+
+# -- worker processes -------------------------------------------------------------------------------------------------
+
+WITHOUT_A_GUARD = """
+import multiprocessing
+multiprocessing.set_start_method("{method}", force=True)
+import lightning as L, torch
+from torch.utils.data import DataLoader, TensorDataset
+from lightning_subspace import SubspaceMonitor
+from lightning.pytorch.demos.boring_classes import BoringModel
+class Model(BoringModel):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch[0], batch_idx)
+print("script begins")
+monitor = SubspaceMonitor(k=1, every_n_steps=1, max_overhead=None, on_failure="raise")
+options = dict(max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+loader = DataLoader(TensorDataset(torch.randn(8, 32)), batch_size=4)
+L.Trainer(**options, callbacks=[monitor]).fit(Model(), loader)
+print("probes", [record.step for record in monitor.history])
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_script_without_workers_needs_no_main_guard(method, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(WITHOUT_A_GUARD.format(method=method))
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    assert run.stdout.count("script begins") == 1
+    assert "probes [0, 1, 2]" in run.stdout
+
+
+def test_without_forking_the_examples_are_loaded_here_and_nothing_random_moves(tmp_path, monkeypatch):
+    monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
+    dataset = RandomDataset()
+    before, served = dataset.generator.get_state(), list(dataset.served)
+    numpy_state, torch_state = np.random.get_state()[1].tobytes(), torch.get_rng_state()
+    sample = sample_of_dataset(loader(dataset, shuffle=True), None)
+    assert sum(batch.size for batch in sample.hessian) == EXAMPLES
+    assert torch.equal(dataset.generator.get_state(), before)
+    assert dataset.served == served
+    assert np.random.get_state()[1].tobytes() == numpy_state
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert compare(tmp_path, Classifier, lambda: loader(RandomDataset(), shuffle=True)).differing == []

@@ -18,6 +18,7 @@ from lightning_subspace.measurements import default_measurements
 from lightning_subspace.probe import Solver
 from lightning_subspace.sample import sample_of_batches
 from lightning_subspace.tracker import Plan, Tracker
+from lightning_subspace.training_loss import LossError
 from tests.oracles import dense_hessian, dense_hessian_by_differences, top_eigenspace
 
 K = 3
@@ -307,3 +308,16 @@ def test_the_monitor_says_once_what_it_is_measured_with(name):
 def test_the_monitor_stops_the_run_on_request():
     with pytest.raises(CheckError):
         trained(WRONG["once-differentiable"], INPUTS, SubspaceMonitor(k=K, on_check_fail="raise"))
+
+
+# -- a loss that is no function ---------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_another_at_every_evaluation_is_refused():
+    values = iter(range(1, 1000))
+
+    def loss_fn(module, batch, batch_idx):
+        return next(values) * module(batch).square().mean()
+
+    with pytest.raises(LossError, match="the loss is not a function: two evaluations of one batch gave"):
+        measure_subspace(nn.Linear(3, 1), [torch.ones(4, 3)], k=1, loss_fn=loss_fn)

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import os
+import time
 
 import pytest
 import torch
@@ -53,6 +54,9 @@ def read_wandb(logger, folder):
     """Its offline file has no public reader: that the values have arrived there, all of them, is all that is seen."""
     logger.experiment.finish()
     [path] = folder.rglob("*.wandb")
+    deadline = time.monotonic() + 60.0  # its service process writes when it likes
+    while path.read_bytes().count(KEY.encode()) < len(STEPS) and time.monotonic() < deadline:
+        time.sleep(0.1)
     content = path.read_bytes()
     assert content.count(KEY.encode()) >= len(STEPS)
     assert content.count(b"trainer/global_step") >= len(STEPS)

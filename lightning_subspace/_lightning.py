@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning.fabric.utilities import move_data_to_device
     from lightning.pytorch import Callback
     from lightning.pytorch.loggers.logger import DummyLogger
+    from lightning.pytorch.utilities import CombinedLoader
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 else:
 
@@ -57,11 +58,13 @@ else:
     ):
         """Caught by whoever expects the exception of either namespace."""
 
+    CombinedLoader = _all("CombinedLoader", "lightning.pytorch.utilities", "pytorch_lightning.utilities")[0]
     DummyLogger = _all("DummyLogger", "lightning.pytorch.loggers.logger", "pytorch_lightning.loggers.logger")[0]
     move_data_to_device = _all("move_data_to_device", "lightning.fabric.utilities", "lightning_fabric.utilities")[0]
 
 __all__ = [
     "Callback",
+    "CombinedLoader",
     "MisconfigurationException",
     "attached_trainer",
     "bystanders",
@@ -70,6 +73,7 @@ __all__ = [
     "muted",
     "rank_zero_info",
     "rank_zero_warn",
+    "training_loaders",
     "transfer",
 ]
 
@@ -97,6 +101,15 @@ def bystanders(module: nn.Module) -> list[Any]:
         return []
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     return [trainer, *trainer.optimizers, *schedulers, *([] if trainer.datamodule is None else [trainer.datamodule])]
+
+
+def training_loaders(trainer: Any) -> CombinedLoader:
+    """The loaders of training, with how they are combined and how many batches of each an epoch takes.
+
+    `trainer.train_dataloader`, which is public, has lost mode and limits: it is what is inside of the CombinedLoader.
+    """
+    combined = getattr(trainer.fit_loop, "_combined_loader", None)
+    return CombinedLoader(trainer.train_dataloader, "max_size_cycle") if combined is None else combined
 
 
 @contextmanager

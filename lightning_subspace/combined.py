@@ -14,9 +14,9 @@ from itertools import islice
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
 
+from lightning_subspace._lightning import CombinedLoader
 from lightning_subspace.pool import Pool, SampleError, batch_size_of, load
 from lightning_subspace.sample import Sample, Weight, micro_batch, sample_of_dataset
 

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch.utilities import CombinedLoader
-
+from lightning_subspace._lightning import training_loaders
 from lightning_subspace.combined import sample_of_loaders
 from lightning_subspace.first_seen import FirstSeen
 from lightning_subspace.pool import is_drawable
@@ -48,7 +47,7 @@ class SampleSource:
         if not isinstance(asked.sample, int | str):
             self.sample = sample_of_batches(asked.sample, asked.weight)
         elif asked.sample != "current":
-            loaders = _loaders(trainer)
+            loaders = training_loaders(trainer)
             if all(is_drawable(loader) for loader in loaders.flattened):
                 self.sample = sample_of_loaders(
                     loaders,
@@ -84,10 +83,3 @@ class SampleSource:
     def __getstate__(self) -> dict[str, Any]:
         """The request alone: the examples can be drawn again."""
         return {**vars(self), "sample": None, "_first_seen": None}
-
-
-def _loaders(trainer: Any) -> CombinedLoader:
-    """The loaders of training with how they are combined and how many batches of each an epoch takes."""
-    # `trainer.train_dataloader`, which is public, has lost mode and limits: it is what is inside of the CombinedLoader
-    combined = getattr(trainer.fit_loop, "_combined_loader", None)
-    return CombinedLoader(trainer.train_dataloader, "max_size_cycle") if combined is None else combined

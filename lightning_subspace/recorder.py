@@ -108,7 +108,7 @@ class Recorder:
     ) -> OpenRecord:
         if tracker.adapt(module):
             rank_zero_warn(
-                f"SubspaceMonitor: the set of trainable parameters has changed by step {step}; overlaps start anew."
+                f"SubspaceMonitor: the set of measured parameters has changed by step {step}; overlaps start anew."
             )
         solver = tracker.plan.solver
         if tracker.self_check is None:

@@ -455,7 +455,7 @@ class Freezing(pl.Callback):
 
 def test_parameters_that_are_frozen_on_the_way_start_the_overlaps_anew():
     monitor = probing()
-    with pytest.warns(UserWarning, match="the set of trainable parameters has changed by step 8; overlaps start anew"):
+    with pytest.warns(UserWarning, match="the set of measured parameters has changed by step 8; overlaps start anew"):
         fit(monitor, Freezing())
     assert ["overlap_previous" in record.metrics for record in monitor.history] == [False, True, False, True]
     assert monitor.overlap_matrix()[0] == [8, 12]

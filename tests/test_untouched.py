@@ -82,7 +82,7 @@ def watched(name, folder, callback, accumulate=1):
         warnings.filterwarnings("ignore", "SubspaceMonitor: at step")  # two eigenvalues may lie close together
         if name in NOT_A_GRADIENT:
             warnings.filterwarnings("ignore", "SubspaceMonitor: The second derivatives of this model are not those")
-            warnings.filterwarnings("ignore", "SubspaceMonitor: the set of trainable parameters has changed")
+            warnings.filterwarnings("ignore", "SubspaceMonitor: the set of measured parameters has changed")
         return train(PROJECTS[name], folder, callback, accumulate=accumulate)
 
 

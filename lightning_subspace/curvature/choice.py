@@ -127,7 +127,7 @@ class Choice:
         """
         if check.outcome not in (CheckOutcome.FAILED, CheckOutcome.UNAVAILABLE):
             return self, None
-        text = f"{check.outcome.value} Measured: {check.reason}."
+        text = f"{check.outcome.value} Measured: {check.reason.rstrip('.')}."
         if check.outcome is CheckOutcome.FAILED and self.on_check_fail == "raise":
             raise CheckError(f"{text} (on_check_fail='finite-difference' measures without second derivatives.)")
         if check.outcome is CheckOutcome.FAILED and self.on_check_fail == "warn" and check.error < float("inf"):

@@ -45,7 +45,8 @@ class CheckOutcome(enum.Enum):
         "The second derivatives of this model are not those of its gradient. Either the backward pass is wrong about "
         "its own derivative (a custom autograd.Function that is differentiable once, or a reentrant activation "
         "checkpoint: use_reentrant=False is right), or the gradient is not the derivative of the loss to begin with (a "
-        "straight-through estimator, spectral norm in train mode, weights that the training step itself changes)."
+        "straight-through estimator, spectral norm in train mode, weights that the training step itself changes; or a "
+        "`.detach()` on the way to some of the parameters, as in a GAN: name those that this loss trains with params=)."
     )
     UNAVAILABLE = "An operation of this model has no second derivative in torch."
     SKIPPED = "Finite differences were asked for, so there is no second derivative to check."

@@ -186,7 +186,7 @@ def fine_tuned(*callbacks):
 
 def test_a_trainable_set_that_changes_in_mid_run():
     monitor = SubspaceMonitor(k=2, every_n_steps=1, max_overhead=None, on_failure="raise")
-    with pytest.warns(UserWarning, match=r"set of trainable parameters has changed by step 4; overlaps start anew"):
+    with pytest.warns(UserWarning, match=r"set of measured parameters has changed by step 4; overlaps start anew"):
         with_monitor = fine_tuned(monitor)
     assert all(torch.equal(a, b) for a, b in zip(with_monitor, fine_tuned(), strict=True))
     assert [record.step for record in monitor.history] == list(range(7))

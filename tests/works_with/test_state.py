@@ -154,7 +154,7 @@ def test_another_k_or_end_of_the_spectrum_starts_anew_and_says_so(straight, argu
 def test_another_trainable_set_restarts_the_overlaps_and_says_so(straight):
     _, _, folder, width = straight
     other = monitor(params=["net.2.*"])
-    with pytest.warns(UserWarning, match="the set of trainable parameters has changed by step 9; overlaps start anew"):
+    with pytest.warns(UserWarning, match="the set of measured parameters has changed by step 9; overlaps start anew"):
         run(other, steps=12, width=width, ckpt_path=folder / "step=8.ckpt")
     assert [r.step for r in other.history] == [0, 3, 6, 9, 12]
     assert other.overlap_matrix()[0] == [9, 12]

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_subspace._lightning import MisconfigurationException, is_a, rank_zero_warn
 from lightning_subspace.measurements import Measurement
+from lightning_subspace.probe import MAX_TOL
 from lightning_subspace.training_loss import LossFunction, check_loss_function
 
 
@@ -119,9 +120,9 @@ def check_name(name: str, value: Any) -> None:
 
 
 def check_tolerance(name: str, value: Any) -> None:
-    """A positive number of at most 0.1: beyond that, an eigenvector has hardly begun to show."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 0.1:
-        raise _wrong(name, "a number in (0, 0.1], relative to the largest eigenvalue", value)
+    """A positive number of at most `MAX_TOL`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= MAX_TOL:
+        raise _wrong(name, f"a number in (0, {MAX_TOL}], relative to the largest eigenvalue", value)
 
 
 def check_callable(name: str, value: Any) -> None:

@@ -15,6 +15,7 @@ import fnmatch
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,11 @@ class ParameterSpace:
     def n(self) -> int:
         """Dimension of the space."""
         return sum(self.numels)
+
+    def widest_dtype(self, module: nn.Module, *least: torch.dtype) -> torch.dtype:
+        """The real type that holds every parameter at these coordinates, and the types in `least`."""
+        dtypes = (tensor.dtype.to_real() for tensor in self.tensors(module))
+        return reduce(torch.promote_types, (*least, *dtypes))
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
         """The module's own tensors at these coordinates, in order.

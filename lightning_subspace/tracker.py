@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -136,7 +134,7 @@ class Tracker:
         """Take a probe of the module as it is; nothing of it is changed, also by an exception."""
         plan, number = self.plan, self.num_probes
         parameters = self.space.tensors(module)
-        widest = reduce(torch.promote_types, (p.dtype.to_real() for p in parameters))
+        widest = self.space.widest_dtype(module)
         theta = self.space.flatten(parameters, like=parameters[0].new_empty(0, dtype=widest))
         with self._choice.loss(module, self.space) as loss:
             probe, record = take_probe(

@@ -116,9 +116,7 @@ class TrainingLoss:
         self.space = space
         self.mode = mode
         self.seed = seed
-        self.dtype = torch.float32 if dtype is None else dtype
-        for parameter in space.tensors(module):
-            self.dtype = torch.promote_types(self.dtype, parameter.dtype.to_real())
+        self.dtype = space.widest_dtype(module, torch.float32 if dtype is None else dtype)
         self._narrowest = None if dtype is None else self.dtype
         self._random_state = random_state
         self._order = order

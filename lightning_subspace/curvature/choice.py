@@ -85,9 +85,7 @@ class Choice:
         """The Hessian over the sample's first part, at an open loss."""
         if self.curvature == "hessian":
             return Hessian(loss, sample.hessian)
-        widest = self._narrowest or torch.float32
-        for parameter in loss.space.tensors(loss.module):
-            widest = torch.promote_types(widest, parameter.dtype.to_real())
+        widest = loss.space.widest_dtype(loss.module, self._narrowest or torch.float32)
         return FiniteDifferenceHessian(loss, sample.hessian, dtype=widest)
 
     def check(self, module: nn.Module, space: ParameterSpace, sample: Sample) -> SelfCheck:

@@ -9,15 +9,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_subspace.alignment import StartWhenAligned as StartWhenAligned
     from lightning_subspace.curvature.choice import CheckError as CheckError
     from lightning_subspace.linalg import EigshResult as EigshResult
     from lightning_subspace.linalg import Outcome as Outcome
     from lightning_subspace.linalg import eigsh as eigsh
+    from lightning_subspace.measurements.control import Control as Control
+    from lightning_subspace.measurements.critical import CriticalSharpness as CriticalSharpness
+    from lightning_subspace.measurements.density import Density as Density
+    from lightning_subspace.measurements.density import SpectralDensity as SpectralDensity
+    from lightning_subspace.measurements.density import Trace as Trace
     from lightning_subspace.measurements.measurement import Measurement as Measurement
     from lightning_subspace.measurements.measurement import Needs as Needs
     from lightning_subspace.measurements.measurement import Probe as Probe
+    from lightning_subspace.measurements.noise import BatchSharpness as BatchSharpness
+    from lightning_subspace.measurements.noise import GradientNoise as GradientNoise
+    from lightning_subspace.measurements.split import Chi as Chi
+    from lightning_subspace.measurements.split import LossChange as LossChange
+    from lightning_subspace.measurements.stability import Stability as Stability
     from lightning_subspace.monitor import SubspaceMonitor as SubspaceMonitor
     from lightning_subspace.probe import measure_subspace as measure_subspace
+    from lightning_subspace.projection import SubspaceProjection as SubspaceProjection
     from lightning_subspace.record import Record as Record
     from lightning_subspace.record import to_rows as to_rows
     from lightning_subspace.subspace import Subspace as Subspace
@@ -25,15 +37,27 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BatchSharpness": "measurements.noise",
     "CheckError": "curvature.choice",
+    "Chi": "measurements.split",
+    "Control": "measurements.control",
+    "CriticalSharpness": "measurements.critical",
+    "Density": "measurements.density",
     "EigshResult": "linalg",
+    "GradientNoise": "measurements.noise",
+    "LossChange": "measurements.split",
     "Measurement": "measurements.measurement",
     "Needs": "measurements.measurement",
     "Outcome": "linalg",
     "Probe": "measurements.measurement",
     "Record": "record",
+    "SpectralDensity": "measurements.density",
+    "Stability": "measurements.stability",
+    "StartWhenAligned": "alignment",
     "Subspace": "subspace",
     "SubspaceMonitor": "monitor",
+    "SubspaceProjection": "projection",
+    "Trace": "measurements.density",
     "eigsh": "linalg",
     "measure_subspace": "probe",
     "to_rows": "record",

@@ -21,6 +21,9 @@ import torch
 from lightning_utilities.core import rank_zero
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
+from torch.utils.data import DistributedSampler, RandomSampler, SequentialSampler
+
+from lightning_subspace.collectives import Ranks, world
 
 if TYPE_CHECKING:
     from lightning.fabric.utilities import move_data_to_device
@@ -62,6 +65,14 @@ else:
     DummyLogger = _all("DummyLogger", "lightning.pytorch.loggers.logger", "pytorch_lightning.loggers.logger")[0]
     move_data_to_device = _all("move_data_to_device", "lightning.fabric.utilities", "lightning_fabric.utilities")[0]
 
+# Strategies that cannot be measured under, and what to do instead.
+UNSUPPORTED = {
+    "FSDPStrategy": "FSDP1 cannot be differentiated twice; use FSDP2, by ModelParallelStrategy(tensor_parallel_size=1) "
+    "with fully_shard in configure_model, or strategy='ddp'.",
+    "DeepSpeedStrategy": "DeepSpeed owns the backward pass, so that there is nothing to differentiate twice; use "
+    "strategy='ddp', or FSDP2 by ModelParallelStrategy(tensor_parallel_size=1) with fully_shard in configure_model.",
+}
+
 __all__ = [
     "Callback",
     "CombinedLoader",
@@ -73,8 +84,10 @@ __all__ = [
     "muted",
     "rank_zero_info",
     "rank_zero_warn",
+    "ranks_of",
     "training_loaders",
     "transfer",
+    "undistributed",
 ]
 
 
@@ -110,6 +123,48 @@ def training_loaders(trainer: Any) -> CombinedLoader:
     """
     combined = getattr(trainer.fit_loop, "_combined_loader", None)
     return CombinedLoader(trainer.train_dataloader, "max_size_cycle") if combined is None else combined
+
+
+def undistributed(sampler: Any) -> tuple[Any, int]:
+    """What a sampler would be in a single process, and how many ranks it deals its draws to.
+
+    Lightning puts a DistributedSampler in the place of torch's own samplers, and wraps any other in one, which keeps it
+    in a private attribute.
+    """
+    if not isinstance(sampler, DistributedSampler):
+        return sampler, 1
+    dataset: Any = sampler.dataset
+    if is_a(sampler, "DistributedSamplerWrapper"):
+        return dataset._sampler, sampler.num_replicas
+    return (RandomSampler(dataset) if sampler.shuffle else SequentialSampler(dataset)), sampler.num_replicas
+
+
+def ranks_of(trainer: Any) -> Ranks:
+    """The processes that share the data of training.
+
+    Raises:
+        MisconfigurationException: for strategies under which the Hessian of this module cannot be taken.
+    """
+    strategy = trainer.strategy
+    if is_a(strategy, "ModelParallelStrategy"):
+        mesh = strategy.device_mesh
+        if mesh["tensor_parallel"].size() > 1:
+            raise MisconfigurationException(
+                "SubspaceMonitor: second derivatives through tensor parallel layers are wrong in torch; use "
+                "ModelParallelStrategy(tensor_parallel_size=1), with fully_shard (FSDP2) in configure_model."
+            )
+        return Ranks(mesh["data_parallel"].get_group(), strategy.root_device)
+    for name, advice in UNSUPPORTED.items():
+        if is_a(strategy, name):
+            raise MisconfigurationException(f"SubspaceMonitor: {advice}")
+    if trainer.world_size == 1 and not is_a(strategy, "DDPStrategy"):
+        return Ranks()
+    if not is_a(strategy, "DDPStrategy"):
+        raise MisconfigurationException(
+            f"SubspaceMonitor: knows DDP and FSDP2 and not {type(strategy).__name__} with {trainer.world_size} "
+            "processes; use strategy='ddp', ModelParallelStrategy(tensor_parallel_size=1), or devices=1."
+        )
+    return Ranks(world(), strategy.root_device)
 
 
 @contextmanager

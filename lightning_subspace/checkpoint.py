@@ -7,6 +7,7 @@ and plain values alone, so that a checkpoint loads with `weights_only=True`.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_subspace._lightning import rank_zero_warn
 from lightning_subspace.linalg import Outcome
 from lightning_subspace.overlap_history import OverlapHistory
 from lightning_subspace.parameters import ParameterSpace
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class Resumed:
     """What stands in, after a resume, for what a checkpoint does not hold.
 
@@ -51,11 +53,13 @@ class Resumed:
             for key, other in (("overlap_previous", self.previous), ("overlap_reference", self.reference)):
                 if other is not None and key not in metrics:
                     metrics[key] = sketch_overlap(other, record.sketch)
-            self.previous = None
         if self.reopened is not None and self.reopened.step == record.step:
             metrics.update(self.reopened.metrics)
-        self.reopened = None
         return replace(record, metrics=metrics)
+
+    def after(self, record: Record) -> Resumed:
+        """What is still needed when this record has been taken."""
+        return Resumed(self.previous if record.sketch is None else None, self.reference)
 
 
 def tracker_state(tracker: Tracker, opened: OpenRecord | None) -> dict[str, Any]:
@@ -79,6 +83,28 @@ def tracker_state(tracker: Tracker, opened: OpenRecord | None) -> dict[str, Any]
         "overlaps": tracker.overlaps.state(),
         "open": opened is not None,
     }
+
+
+def resumed(tracker: Tracker, state: Mapping[str, Any], *, reopen: bool, name: str) -> tuple[Tracker, bool] | None:
+    """A tracker like a new one, put where the one was that the state was taken from; None, told, where that cannot be.
+
+    Args:
+        tracker: the new one, which stays as it is.
+        state: from `tracker_state`.
+        reopen: see `restore`.
+        name: of the monitor.
+
+    Returns:
+        The tracker, and whether it awaits that a record is taken again.
+    """
+    own = copy.copy(tracker)
+    if (reason := obstacle(state, own)) is not None:
+        rank_zero_warn(
+            f"SubspaceMonitor: the state {name!r} of the checkpoint is not used: {reason}. History and overlaps start "
+            "anew."
+        )
+        return None
+    return own, restore(own, state, reopen=reopen)
 
 
 def obstacle(state: Mapping[str, Any], tracker: Tracker) -> str | None:

@@ -17,7 +17,9 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from lightning_subspace._lightning import CombinedLoader
+from lightning_subspace.collectives import Ranks
 from lightning_subspace.pool import Pool, SampleError, batch_size_of, load
+from lightning_subspace.sameness import compare
 from lightning_subspace.sample import Sample, Weight, micro_batch, sample_of_dataset
 
 
@@ -37,6 +39,7 @@ def sample_of_loaders(
     batch_size: int | None = None,
     weight: Weight | None = None,
     seed: int = 0,
+    ranks: Ranks | None = None,
 ) -> Sample:
     """Draw a fixed sample from the datasets behind the loaders of training, none of which is iterated.
 
@@ -51,7 +54,14 @@ def sample_of_loaders(
     limits = [math.inf] * len(parts) if loaders.limits is None else loaders.limits
     if len(parts) == 1 and loaders.iterables is parts[0]:
         return sample_of_dataset(
-            parts[0], sample, gradient_sample, batch_size=batch_size, weight=weight, seed=seed, limit=limits[0]
+            parts[0],
+            sample,
+            gradient_sample,
+            batch_size=batch_size,
+            weight=weight,
+            seed=seed,
+            limit=limits[0],
+            ranks=ranks,
         )
     if batch_size is not None:
         raise SampleError("batch_size: several training loaders keep the batch size of each; leave it out.")
@@ -77,7 +87,8 @@ def sample_of_loaders(
     for index, item in enumerate(chosen):
         size = sum(len(chunk.indices) for chunk in _chunks(item))
         loaded = apply_to_collection(item, Chunk, lambda chunk: next(data[chunk.part]))
-        batches.append(micro_batch(loaded, index, weight, size=size))
+        batches.append(micro_batch(loaded, index, weight, size=size, ranks=ranks))
+    compare(batches, Ranks() if ranks is None else ranks)
     return Sample.of(batches, sample)
 
 

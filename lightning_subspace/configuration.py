@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from lightning_subspace._lightning import MisconfigurationException, is_a, rank_zero_warn
+from lightning_subspace._lightning import MisconfigurationException, is_a, rank_zero_warn, ranks_of
+from lightning_subspace.alignment import StartWhenAligned
 from lightning_subspace.measurements import Measurement
-from lightning_subspace.probe import MAX_TOL
+from lightning_subspace.solver import MAX_TOL
 from lightning_subspace.training_loss import LossFunction, check_loss_function
 
 
@@ -24,10 +26,36 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     check_number("k", given("k"), least=0)
     check_steps("every_n_steps", given("every_n_steps"))
     check_share("max_overhead", given("max_overhead"), optional=True)
+    check_number("reference_step", given("reference_step"), least=0, optional=True)
+    check_measurements("measurements", given("measurements"))
+    check_choice("log", given("log"), ("default", "all"))
+    check_flag("layout", given("layout"))
+    check_probing(arguments)
+
+
+def check_projection(arguments: Mapping[str, Any]) -> None:
+    """All arguments of `SubspaceProjection`, by name; `StartWhenAligned` checks its own.
+
+    Raises:
+        MisconfigurationException: naming the argument, what was expected and what came.
+    """
+    given = arguments.__getitem__
+    check_choice("keep", given("keep"), ("top", "bulk"))
+    check_number("k", given("k"), least=1)
+    check_number("refresh_every_n_steps", given("refresh_every_n_steps"), least=1)
+    if not isinstance(given("start_when"), StartWhenAligned):
+        if not isinstance(given("start_when"), int):
+            raise _wrong("start_when", "a step or a StartWhenAligned(chi=..., decay=...)", given("start_when"))
+        check_number("start_when", given("start_when"), least=0)
+    check_probing(arguments)
+
+
+def check_probing(arguments: Mapping[str, Any]) -> None:
+    """The arguments that say how a subspace is computed; k is known to be right."""
+    given = arguments.__getitem__
     check_sample(given("sample"), given("gradient_sample"))
     check_number("batch_size", given("batch_size"), least=1, optional=True)
     check_callable("weight", given("weight"))
-    check_number("reference_step", given("reference_step"), least=0, optional=True)
     check_choice("which", given("which"), ("LA", "SA", "LM", "BE"))
     check_tolerance("tol", given("tol"))
     check_number("max_matvecs", given("max_matvecs"), least=max(given("k"), 1))
@@ -37,12 +65,18 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     check_choice("mode", given("mode"), ("train", "eval"))
     check_derivatives(given("dtype"), given("curvature"))
     check_choice("on_check_fail", given("on_check_fail"), ("warn", "raise", "finite-difference"))
-    check_measurements("measurements", given("measurements"))
-    check_choice("log", given("log"), ("default", "all"))
-    check_flag("layout", given("layout"))
     check_choice("on_failure", given("on_failure"), ("warn", "raise"))
     check_name("name", given("name"))
     check_number("seed", given("seed"), least=0)
+
+
+@contextmanager
+def speaking_for(callback: str) -> Iterator[None]:
+    """Let what is refused inside name this callback in the place of `SubspaceMonitor`."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise MisconfigurationException(str(error).replace("SubspaceMonitor", callback)) from error.__cause__
 
 
 def check_number(name: str, value: Any, *, least: int, optional: bool = False) -> None:
@@ -100,7 +134,7 @@ def check_sample(sample: Any, gradient_sample: Any) -> None:
 def check_derivatives(dtype: Any, curvature: Any) -> None:
     """Words, and no differences of what is computed in a narrow type."""
     check_choice("dtype", dtype, ("float32", "float64", "native"))
-    check_choice("curvature", curvature, ("hessian", "finite-difference"))
+    check_choice("curvature", curvature, ("hessian", "ggn", "finite-difference"))
     if dtype == "native" and curvature == "finite-difference":
         raise _wrong("dtype", "'float32' or 'float64' for finite differences, which are taken in float64", dtype)
 
@@ -147,11 +181,7 @@ def check_measurements(name: str, value: Any) -> None:
 
 def check_project(trainer: Any, module: nn.Module, loss_fn: LossFunction | None) -> None:
     """What a trainer and a module must have for a probe to be possible."""
-    if trainer.world_size > 1:
-        raise MisconfigurationException(
-            f"SubspaceMonitor: measures in a single process so far, and this Trainer runs {trainer.world_size}; use "
-            "devices=1, or measure_subspace() on a checkpoint."
-        )
+    ranks_of(trainer)  # refuses strategies
     if loss_fn is None and not getattr(module, "automatic_optimization", True):
         raise MisconfigurationException(
             f"SubspaceMonitor: {type(module).__name__} optimizes manually, so its training_step takes optimizer steps "

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -35,6 +35,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_subspace.containers import Container, Found, explore, own_caches, own_generators, own_packages
+from lightning_subspace.sharded import is_sharded, local_part, own_part
 
 # What stands for something else inside a shadow; a tuple or a read-only dict only if it holds any.
 COPIED = (Tensor, np.ndarray, tuple, types.MappingProxyType)
@@ -49,9 +50,13 @@ class Shadow:
         displacement: None, or a function from a parameter to an offset that is added to its copy (None: no offset).
         bystanders: objects whose attributes are put back as well, but whose tensors are not copied: what a training
             step can reach and assign to, such as the learning rate of an optimizer.
+        stand_ins: what a copy is made from in place of the original, by the id of the original. For a sharded parameter
+            (a DTensor) it is the whole one, and becomes the copy itself if it is wide enough.
+        parameters: whether parameters are copied; if not, they stay as they are.
 
     Raises:
         TypeError: for a TorchScript module.
+        ValueError: when a sharded parameter is to be copied and has no stand-in.
 
     Example:
         >>> norm = nn.BatchNorm1d(2)
@@ -69,8 +74,13 @@ class Shadow:
         dtype: torch.dtype | None = None,
         displacement: Callable[[nn.Parameter], Tensor | None] | None = None,
         bystanders: Iterable[Any] = (),
+        *,
+        stand_ins: Mapping[int, Tensor] | None = None,
+        parameters: bool = True,
     ) -> None:
         self._dtype = dtype
+        self._stand_ins = {} if stand_ins is None else stand_ins
+        self._copies_parameters = parameters
         self._displacement = displacement if displacement is not None else lambda parameter: None
         self._leaves: dict[int, _Leaf] = {}  # by the id of the original
         self._written: set[int] = set()  # ids of the originals whose copies were written to
@@ -81,6 +91,7 @@ class Shadow:
         around = explore([*map(vars, bystanders), *own_generators(module)], Found(packages, inside.seen))
         self._generators = inside.generators + around.generators
         self._owners = _owners(inside.tensors)
+        self._require_stand_ins(inside.tensors)
         self._sealed = {id(iterator): _Sealed(iterator) for iterator in inside.iterators}
         self._copied: list[Container] = []  # what holds something that is copied
         self._others: list[Container] = around.containers
@@ -107,9 +118,17 @@ class Shadow:
         """Part with the parameter copies that were written to; to be called when the graph of an evaluation is built.
 
         Raises:
-            RuntimeError: when the graph of an earlier evaluation, which did not write to it, uses the same copy.
+            RuntimeError: when the graph of an earlier evaluation, which did not write to it, uses the same copy; when
+                the copy is the whole of a sharded parameter.
         """
         for key, leaf in list(self._leaves.items()):
+            if leaf.is_whole_of_shards:
+                if not leaf.is_intact(None):
+                    raise RuntimeError(
+                        "the training step writes to a parameter that FSDP2 has sharded, of which there is one copy a "
+                        "rank, made once a probe; pass loss_fn=, a loss without that."
+                    )
+                continue
             if key not in self._written and leaf.is_intact(self._value(leaf.original, leaf.offset)):
                 continue
             del self._leaves[key]
@@ -149,7 +168,7 @@ class Shadow:
             return self._copy_immutable(value, memo)
         if id(value) not in memo:
             if isinstance(value, nn.Parameter):
-                memo[id(value)] = self._copy_parameter(value)
+                memo[id(value)] = self._copy_parameter(value) if self._copies_parameters else value
             elif isinstance(value, Tensor):
                 memo[id(value)] = self._copy_tensor(value, memo)
             elif isinstance(value, np.ndarray):
@@ -171,7 +190,7 @@ class Shadow:
     def _copy_parameter(self, original: nn.Parameter) -> nn.Parameter:
         if id(original) not in self._leaves:
             offset = self._displacement(original)
-            value = self._value(original, offset, clone=True)
+            value = self._value(original, offset, clone=not is_sharded(original))
             cls = type(original) if issubclass(type(original), nn.Parameter) else nn.Parameter
             leaf = nn.Parameter.__new__(cls, value, requires_grad=original.requires_grad)
             self._leaves[id(original)] = _Leaf(original, leaf, offset, self._round)
@@ -179,8 +198,10 @@ class Shadow:
 
     def _copy_tensor(self, original: Tensor, memo: dict[int, Any]) -> Tensor:
         owner = self._owners.get(id(original))
+        if owner is not None and isinstance(owner, nn.Parameter) and not self._copies_parameters:
+            return original
         if owner is None:
-            alone = self._widened(original.detach(), clone=True)
+            alone = self._widened(self._source(original), clone=True)
             return alone.requires_grad_(original.requires_grad and original.is_leaf)
         start = original.storage_offset() - owner.storage_offset()
         view: Tensor = self._copy(owner, memo).as_strided(original.size(), original.stride(), start)
@@ -188,8 +209,21 @@ class Shadow:
 
     def _value(self, original: nn.Parameter, offset: Tensor | None, *, clone: bool = False) -> Tensor:
         """What the copy of a parameter holds when nobody has written to it."""
-        value = self._widened(original.detach(), clone=clone and offset is None)
+        value = self._widened(self._source(original), clone=clone and offset is None)
         return value if offset is None else value + offset.to(value)
+
+    def _source(self, original: Tensor) -> Tensor:
+        return self._stand_ins.get(id(original), original).detach()
+
+    def _require_stand_ins(self, tensors: Iterable[Tensor]) -> None:
+        if not self._copies_parameters:
+            return
+        for tensor in tensors:
+            if is_sharded(tensor) and id(tensor) not in self._stand_ins:
+                raise ValueError(
+                    f"stand_ins: expected the whole of every sharded tensor, got none for one of shape "
+                    f"{tuple(tensor.shape)}; `full_tensors(module)` makes those of the parameters."
+                )
 
     def _widened(self, tensor: Tensor, *, clone: bool) -> Tensor:
         dtype = tensor.dtype
@@ -231,9 +265,28 @@ class _Leaf:
     offset: Tensor | None
     round: int
 
-    def is_intact(self, value: Tensor) -> bool:
-        # By value: writes through `.data` (a clamp, a momentum teacher) leave no trace in the version counter.
-        return self.copy.requires_grad == self.original.requires_grad and torch.equal(self.copy.detach(), value)
+    def __post_init__(self) -> None:
+        self.is_whole_of_shards = is_sharded(self.original)
+        self._made = (self.copy._version, self.copy.data_ptr())
+
+    def is_intact(self, value: Tensor | None) -> bool:
+        """Whether nobody has written to the copy, which held `value`; not needed for the whole of a sharded one."""
+        if self.copy.requires_grad != self.original.requires_grad:
+            return False
+        if value is not None:
+            # By value: writes through `.data` (a clamp, a momentum teacher) leave no trace in the version counter.
+            return torch.equal(self.copy.detach(), value)
+        return (self.copy._version, self.copy.data_ptr()) == self._made and self._is_own_part_intact()
+
+    def _is_own_part_intact(self) -> bool:
+        """The same by value, for this rank's shard: each rank guards its own, with neither a copy nor a collective."""
+        part = own_part(self.copy.detach(), self.original)
+        if part is None:
+            return True
+        value = local_part(self.original).detach().to(part.dtype)
+        if self.offset is not None:
+            value = value + own_part(self.offset, self.original).to(value)  # type: ignore[union-attr]
+        return torch.equal(part, value)
 
 
 class _Sealed:

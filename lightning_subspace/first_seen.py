@@ -1,13 +1,16 @@
 """The first examples seen in training, for data that nothing can be drawn from: iterable datasets, loaders of any kind.
 
 Copies of the batches that training gets are kept as they come, on the CPU; the trainer's loader is not iterated. They
-have been through the transfer hooks, which are not called on them again.
+have been through the transfer hooks, which are not called on them again. Under ranks each keeps its own, and tells the
+others how many examples they have, until there are enough in all.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from lightning_subspace.collectives import Ranks
 from lightning_subspace.pool import SampleError
 from lightning_subspace.sample import Sample, Weight, micro_batch
 from lightning_subspace.training_loss import MicroBatch
@@ -20,6 +23,7 @@ class FirstSeen:
         sample: examples for the Hessian, in whole batches.
         gradient_sample: examples for the gradient, which contain the former.
         weight: share of a batch in the mean; by default its number of examples.
+        ranks: the processes that share the work.
 
     Raises:
         SampleError: for a size that is not a number, as a stream has no end to wait for.
@@ -37,7 +41,13 @@ class FirstSeen:
         ([4, 4], ())
     """
 
-    def __init__(self, sample: int | str, gradient_sample: int | str, weight: Weight | None = None) -> None:
+    def __init__(
+        self,
+        sample: int | str,
+        gradient_sample: int | str,
+        weight: Weight | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         if isinstance(sample, str) or isinstance(gradient_sample, str):
             raise SampleError(
                 "sample: 'all' needs a training set whose end is known, and this one is iterable; pass numbers of "
@@ -45,13 +55,14 @@ class FirstSeen:
             )
         self._sizes = sample, max(sample, gradient_sample)
         self._weight = weight
+        self._ranks = Ranks() if ranks is None else ranks
         self._batches: list[MicroBatch] = []
         self._epoch: int | None = None
         self._is_closed = False
 
     @property
     def num_examples(self) -> int:
-        """Number of examples kept so far."""
+        """Number of examples kept so far, on all ranks."""
         return sum(batch.size for batch in self._batches)
 
     @property
@@ -62,7 +73,7 @@ class FirstSeen:
         return Sample.of(self._batches, self._sizes[0])
 
     def see(self, batch: Any, epoch: int) -> None:
-        """Keep a copy of a batch of training, unless there are enough.
+        """Keep a copy of a batch of training, unless there are enough. A collective, as long as there are not.
 
         Raises:
             SampleError: when its number of examples cannot be told.
@@ -71,8 +82,22 @@ class FirstSeen:
             self._epoch = epoch
         if epoch != self._epoch or self.num_examples >= self._sizes[1]:
             self.close()
-        if not self._is_closed:
-            self._batches.append(micro_batch(batch, len(self._batches), self._weight, transferred=True))
+        if self._is_closed:
+            return
+        with self._ranks.together():
+            index = len(self._batches) + self._ranks.index
+            own = micro_batch(batch, index, self._weight, transferred=True)
+            listed = self._ranks.listed(replace(own, data=None, held=False))
+        self._batches.extend(own if other.index == index else other for other in listed)
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of processes that share the work."""
+        return self._ranks.count
+
+    def go_on(self, ranks: Ranks) -> None:
+        """The same processes, as another fit knows them."""
+        self._ranks = ranks
 
     def close(self) -> None:
         """No more is to come: the first epoch is over, or training is."""

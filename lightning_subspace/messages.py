@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 from lightning_subspace._lightning import rank_zero_info, rank_zero_warn
-from lightning_subspace.probe import Solver
+from lightning_subspace.collectives import Ranks
+from lightning_subspace.partition import Partition
 from lightning_subspace.schedule import forecast
+from lightning_subspace.solver import Solver
 
 # Hessian products a probe takes for each wanted pair, beside the ten of the certificate: measured 2 to 4.
 EXPECTED_MATVECS = 3
+# The same for the first probe, of an untrained network, with the certificate and the two halves: measured 12 to 15.
+FIRST_MATVECS = 13
 
 
 class Messages:
@@ -18,10 +22,12 @@ class Messages:
 
     Args:
         on_failure: "raise" turns a failure into the exception that it is.
+        speaker: the callback whose messages these are.
     """
 
-    def __init__(self, on_failure: Literal["warn", "raise"]) -> None:
+    def __init__(self, on_failure: Literal["warn", "raise"], speaker: str = "SubspaceMonitor") -> None:
         self._on_failure = on_failure
+        self._speaker = speaker
         self._told: set[str] = set()
 
     def begin(self) -> None:
@@ -32,34 +38,43 @@ class Messages:
         """One warning a run and cause; the history has the rest."""
         if cause not in self._told:
             self._told.add(cause)
-            rank_zero_warn(f"SubspaceMonitor: {text} Later ones like it are not told.")
+            rank_zero_warn(f"{self._speaker}: {text} Later ones like it are not told.")
 
     def note(self, text: str) -> None:
         """Something to know, not to worry about."""
         if text not in self._told:
             self._told.add(text)
-            rank_zero_info(f"SubspaceMonitor: {text}")
+            rank_zero_info(f"{self._speaker}: {text}")
 
-    def failure(self, what: str, error: Exception) -> None:
-        """Something went wrong in a probe, and training goes on without it.
+    def failure(self, what: str, error: Exception, ranks: Ranks) -> None:
+        """Something went wrong in a probe, on all ranks, and training goes on without it.
 
         Raises:
             Exception: `error`, with on_failure="raise".
         """
         if self._on_failure == "raise":
             raise error
-        cause = f"{type(error).__name__}: {error}"
+        cause = ranks.cause(error)
         self.once(cause, f"{what}, training goes on. {cause} (on_failure='raise' shows where.)")
 
     def forecast(
-        self, solver: Solver, n: int, first: float, product: float, held: int, max_overhead: float | None
+        self, solver: Solver, partition: Partition, first: float, product: float, held: int, max_overhead: float | None
     ) -> None:
         """What a probe will cost, from the seconds up to the first product and those of the second."""
         if "forecast" not in self._told:
             self._told.add("forecast")
             seconds = first + product * (EXPECTED_MATVECS * solver.k + 10)
-            text = forecast(n=n, k=solver.k, ncv=solver.ncv, seconds=seconds, held=held, max_overhead=max_overhead)
-            rank_zero_info(f"SubspaceMonitor: {text}")
+            text = forecast(
+                n=partition.n,
+                k=solver.k,
+                ncv=solver.ncv,
+                seconds=seconds,
+                first=first + product * FIRST_MATVECS * solver.k,
+                held=held,
+                max_overhead=max_overhead,
+                num_ranks=partition.ranks.count,
+            )
+            rank_zero_info(f"{self._speaker}: {text}")
 
     def passed_over(self, count: int, first: Sequence[int], max_overhead: float | None) -> None:
         """The budget has left out `count` steps that were asked for, of which a few are named."""

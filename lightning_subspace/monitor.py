@@ -1,43 +1,43 @@
 """The callback: decides when to probe, and hands what a probe found to the trainer and its loggers.
 
 No mathematics here. A probe of theta_t is taken when t optimizer steps are done. Its record stays open until the next
-step ends, since some numbers belong to the step taken *from* theta_t; then it is closed and logged at x = t.
+step ends, since some numbers belong to the step taken *from* theta_t; then it is closed and logged at x = t. Every rank
+does all of this; what a clock or an exception decides, ranks decide together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_subspace import configuration as check
-from lightning_subspace._lightning import Callback, MisconfigurationException, rank_zero_warn
-from lightning_subspace.checkpoint import obstacle, restore, tracker_state
+from lightning_subspace._lightning import Callback, ranks_of
+from lightning_subspace.checkpoint import resumed, tracker_state
+from lightning_subspace.collectives import Ranks
 from lightning_subspace.curvature.choice import Curvature, OnCheckFail, Precision
+from lightning_subspace.joint import NOT_COPIED, Joint
 from lightning_subspace.measurements import Measurement, default_measurements
 from lightning_subspace.messages import Messages
-from lightning_subspace.probe import Solver, Which
-from lightning_subspace.record import Record, to_rows
+from lightning_subspace.readings import Readings
+from lightning_subspace.record import Record
 from lightning_subspace.recorder import Recorder
 from lightning_subspace.report import Publisher, add_layout
-from lightning_subspace.sample import Weight
+from lightning_subspace.sample import SampleError, Weight
 from lightning_subspace.sample_source import SampleRequest, SampleSource
 from lightning_subspace.schedule import Schedule
+from lightning_subspace.solver import Solver, Which
 from lightning_subspace.tracker import Plan, Tracker
 from lightning_subspace.training_loss import Mode
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
-
-class SubspaceMonitor(Callback):
+class SubspaceMonitor(Readings, Callback):
     """Log how much of the gradient lies in the top eigenspace of the Hessian of the training loss.
 
     Training is bit for bit what it is without the monitor. What a probe cannot stand behind is left out of its record,
-    with a warning; a probe that fails never stops training. See the README for the keys and how to read them.
+    with a warning; a probe that fails does not stop training, unless asked to. See the README for the keys.
 
     Args:
         k: number of top eigenpairs, the number of classes being the natural choice; 0 takes one Hessian product a
@@ -62,8 +62,9 @@ class SubspaceMonitor(Callback):
         loss_fn: `loss_fn(pl_module, batch, batch_idx) -> scalar` in place of `training_step`.
         mode: "train" (the objective that is being descended) or "eval".
         dtype: narrowest type computed in, "float32" or "float64"; or "native", the loss as it is trained.
-        curvature: "hessian", exact second derivatives, or "finite-difference", of float64 gradients: twice as slow or
-            more, and without second derivatives. Where a model has none, the latter is taken by itself.
+        curvature: "hessian", exact second derivatives; "ggn", the Gauss-Newton matrix; or "finite-difference", without
+            second derivatives: at one gradient a product where the self-check finds the loss smooth, elsewhere of
+            float64 gradients. Where a model has no second derivatives, the latter is taken by itself.
         on_check_fail: where second derivatives turn out wrong at the first probe: "warn", "raise", or go on by
             "finite-difference".
         measurements: more measurements, beside the default ones.
@@ -130,6 +131,7 @@ class SubspaceMonitor(Callback):
         self._source = SampleSource(SampleRequest(sample, gradient_sample, batch_size, weight, seed))
         self._layout = layout
         self._messages = Messages(on_failure)
+        self._joint = Joint(Ranks(), self._schedule, self._messages)
         self._tracker: Tracker | None = None
         self._saved: Mapping[str, Any] | None = None  # from a checkpoint, until training goes on from it
         self._recorder = Recorder(name, self._schedule, self._messages, Publisher(name, log), max_overhead)
@@ -137,40 +139,20 @@ class SubspaceMonitor(Callback):
         self._probed_step = -1
         self._awaits_first = False
 
-    # -- what a user reads --------------------------------------------------------------------------------------------
+    def record_at(self, step: int, plan: Plan, request: SampleRequest) -> Record | None:
+        """The record, with its eigenvectors, of a probe just taken at this step that these would have taken as well.
 
-    @property
-    def history(self) -> Sequence[Record]:
-        """All records of the run, oldest first, without eigenvectors."""
-        return [] if self._tracker is None else self._tracker.history
-
-    def to_rows(self) -> list[dict[str, float]]:
-        """The history as one flat dict a probe, nan where a value is absent."""
-        return to_rows(self.history)
-
-    def overlap_matrix(self) -> tuple[list[int], np.ndarray]:
-        """Steps, and the matrix of overlaps between the spaces of all their probes (estimated from sketches)."""
-        return ([], np.zeros((0, 0))) if self._tracker is None else self._tracker.overlaps.matrix()
-
-    def plot(self) -> Figure:
-        """A matplotlib Figure: eigenvalues, fractions and overlaps over steps, and the overlap matrix."""
-        from lightning_subspace.report import summary_figure  # matplotlib takes a while to import
-
-        error = None if self._tracker is None else self._tracker.overlaps.error
-        return summary_figure(self.history, *self.overlap_matrix(), error=error)
-
-    @property
-    def overhead(self) -> float:
-        """Share of the wall time since training began that went into probes, in [0, 1]."""
-        return self._schedule.overhead
-
-    @property
-    def later_overhead(self) -> float:
-        """The same without the first probe: what `max_overhead` bounds."""
-        return self._schedule.later_overhead
+        It is there until the next step ends. `SubspaceProjection` takes its subspace from here.
+        """
+        opened = self._recorder.open
+        is_same = self._plan.finds_the_space_of(plan) and self._source.request.is_of_the_examples_of(request)
+        return opened.record if is_same and opened is not None and opened.record.step == step else None
 
     def should_measure(self, step: int) -> bool:
-        """Whether to probe after optimizer step `step`; asked once after each. Override it for another schedule."""
+        """Whether to probe after optimizer step `step`; asked once after each. Override it for another schedule.
+
+        Under ranks the first one's answer counts.
+        """
         return self._schedule.is_due(step)
 
     # -- hooks, in the order of a run ---------------------------------------------------------------------------------
@@ -188,38 +170,45 @@ class SubspaceMonitor(Callback):
         saved, self._saved = self._saved or {}, None
         resumes = "schedule" in saved and saved["schedule"]["last_step"] <= step
         last = self.history[-1].step if self.history else None
-        continues = last is not None and step > 0 and last <= step
+        ranks = ranks_of(trainer)
+        continues = last is not None and step > 0 and last <= step and ranks.count == self._joint.ranks.count
+        self._joint = Joint(ranks, self._schedule, self._messages)
         self._recorder.drop()
         self._seen_step = step
         self._probed_step = step if continues and last == step and not resumes else -1
         self._messages.begin()
         self._schedule.begin(step)
-        try:
-            if resumes or not continues:
-                self._tracker = Tracker(self._plan, pl_module)
-            with self._schedule.aside():
-                self._source.begin(trainer, continues=continues)
-        except ValueError as error:
-            raise MisconfigurationException(f"SubspaceMonitor: {error}") from error
-        except Exception as error:  # the dataset's own
-            self._messages.failure("the sample could not be drawn, so nothing is measured", error)
-        if self._layout:
+        old = None if resumes or not continues else self._tracker
+        self._tracker = self._joint.do(
+            "nothing is measured", lambda: Tracker(self._plan, pl_module, ranks) if old is None else old, ValueError
+        )
+        if self._tracker is not None:
+            self._tracker.join(ranks)
+
+        def draw() -> bool:
+            self._source.begin(trainer, ranks, continues=continues)
+            return True
+
+        # Another ValueError than a SampleError may be of the data's own.
+        if not self._joint.do("the sample could not be drawn, so nothing is measured", draw, SampleError):
+            self._source.forget()
+        if self._layout and trainer.is_global_zero:
             add_layout(trainer.loggers, self.name, self._plan.solver.k)
         self._awaits_first = True
-        if resumes:
-            self._go_on(saved, step)
+        if resumes and self._tracker is not None:
+            self._go_on(self._tracker, saved, step)
         self._take_first_probe(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         """Keep the batch where it is of the sample: training_step may write into it."""
-        has_begun = self._source.sample is not None
+        if not self._source.is_gathered:
+            return
         try:
             with self._schedule.aside():
                 self._source.see(batch, trainer.current_epoch)
         except Exception as error:
-            self._messages.failure("the batch could not be copied, so nothing is measured", error)
-        if not has_begun:
-            self._take_first_probe(trainer, pl_module)
+            self._messages.failure(NOT_COPIED, error, self._joint.ranks)
+        self._take_first_probe(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Optimizer) -> None:
         """Keep the gradient of the first step after a probe, before it is clipped."""
@@ -232,7 +221,7 @@ class SubspaceMonitor(Callback):
             return
         self._seen_step = step
         self._recorder.close(trainer, pl_module)
-        if self.should_measure(step) and self._source.sample is not None:
+        if self._agreed_to_measure(step):
             self._take_probe(trainer, pl_module, step)
 
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
@@ -240,8 +229,7 @@ class SubspaceMonitor(Callback):
         step = trainer.global_step
         self._recorder.close(trainer)
         self._source.end()
-        is_new = self._source.sample is not None and step != self._probed_step
-        if is_new and not trainer.interrupted and self._schedule.probes_last_step:
+        if not trainer.interrupted and step != self._probed_step and self._agreed(self._schedule.probes_last_step):
             self._take_probe(trainer, pl_module, step)
             self._recorder.close(trainer)
         self._recorder.draw(trainer)
@@ -262,8 +250,22 @@ class SubspaceMonitor(Callback):
     def _take_first_probe(self, trainer: Any, pl_module: nn.Module) -> None:
         step = trainer.global_step
         is_wanted = self._awaits_first and self._schedule.probes_first_step and step != self._probed_step
-        if is_wanted and self._source.sample is not None:
+        if is_wanted and self._agreed(True):
             self._take_probe(trainer, pl_module, step)
+        if self._source.has_begun:
+            self._awaits_first = False
+
+    def _agreed_to_measure(self, step: int) -> bool:
+        """Whether all ranks are to probe after this step. They ask each other only where they may differ."""
+        if getattr(self.should_measure, "__func__", None) is _SHOULD_MEASURE:
+            wants, may_differ = self.should_measure(step), self._schedule.was_candidate
+        else:
+            what, may_differ = f"should_measure({step}) failed, and was taken for False", True
+            wants = bool(self._joint.do(what, lambda: self.should_measure(step)))
+        return may_differ and self._agreed(wants)
+
+    def _agreed(self, wants: bool) -> bool:
+        return self._tracker is not None and self._joint.wants(wants, self._source)
 
     def _take_probe(self, trainer: Any, pl_module: nn.Module, step: int) -> None:
         assert self._tracker is not None, "set in on_train_start"
@@ -286,29 +288,37 @@ class SubspaceMonitor(Callback):
         """
         if self._tracker is None:
             return dict(self._saved or {})
-        return {**tracker_state(self._tracker, self._recorder.open), "schedule": self._schedule.state()}
+        try:
+            return {**tracker_state(self._tracker, self._recorder.open), "schedule": self._schedule.state()}
+        except Exception as error:  # a checkpoint is worth more than what the monitor has to add
+            self._messages.failure("a checkpoint was written without what was measured", error, self._joint.ranks)
+            return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts: there is no module yet to compare it with."""
         self._saved = state_dict
 
-    def _go_on(self, saved: Mapping[str, Any], step: int) -> None:
+    def _go_on(self, tracker: Tracker, saved: Mapping[str, Any], step: int) -> None:
         """Put the new tracker where that of the checkpoint was, or say why not."""
-        assert self._tracker is not None  # it has just been made
-        if (reason := obstacle(saved, self._tracker)) is not None:
-            rank_zero_warn(
-                f"SubspaceMonitor: the state {self.name!r} of the checkpoint is not used: {reason}. History and "
-                "overlaps start anew."
-            )
-            return
         last_step, has_sample = saved["schedule"]["last_step"], self._source.sample is not None
         can_reopen = has_sample and last_step == step and self._schedule.probes_first_step
-        is_reopened = restore(self._tracker, saved, reopen=can_reopen)
+
+        found = self._joint.do(
+            "the state in the checkpoint is not used, history and overlaps start anew",
+            lambda: resumed(tracker, saved, reopen=can_reopen, name=self.name),
+        )
+        if found is None:
+            return
+        self._tracker, is_reopened = found
         self._schedule.resume(saved["schedule"], step)
-        is_due = last_step < step and self.should_measure(step)  # the checkpoint was written before our hook
-        self._awaits_first = is_reopened or (is_due and has_sample)
+        is_due = last_step < step and self._agreed_to_measure(step)  # the checkpoint was written before our hook
+        self._awaits_first = is_reopened or is_due
         self._probed_step = -1 if self._awaits_first or not self.history else self.history[-1].step
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the methods that Lightning attaches for logging, which hold the module."""
         return {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
+
+
+# To notice one in its place: a user's need not be the same on all ranks.
+_SHOULD_MEASURE = SubspaceMonitor.should_measure

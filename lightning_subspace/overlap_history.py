@@ -48,14 +48,23 @@ class OverlapHistory:
         """The sketches that are held, by their steps, oldest first."""
         return self._sketches
 
-    def add(self, step: int, sketch: Sketch) -> int | None:
-        """Compare a new sketch with all that are held.
+    def compare(self, sketch: Sketch) -> dict[int, float]:
+        """The overlaps with all that are held, by their steps."""
+        return {step: sketch_overlap(held, sketch) for step, held in self._sketches.items()}
+
+    def add(self, step: int, sketch: Sketch, overlaps: Mapping[int, float] | None = None) -> int | None:
+        """Keep a new sketch.
+
+        Args:
+            step: of the probe.
+            sketch: of its space.
+            overlaps: what `compare` gave for it; None: it is compared now.
 
         Returns:
             The step whose sketch was given up, or None.
         """
-        for other, held in self._sketches.items():
-            self._overlaps[other, step] = sketch_overlap(held, sketch)
+        for other, value in (self.compare(sketch) if overlaps is None else overlaps).items():
+            self._overlaps[other, step] = value
         self._steps.append(step)
         self._sketches[step] = sketch
         return self._thin() if len(self._sketches) > self._keep else None

@@ -24,6 +24,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_subspace._lightning import undistributed
 from lightning_subspace.containers import FOREIGN, Found, explore
 from lightning_subspace.random_state import preserved_random_state
 
@@ -39,7 +40,8 @@ class Pool:
     Known samplers are followed: what a SubsetRandomSampler leaves out stays out; a WeightedRandomSampler's weights are
     those of the pool; without shuffling, what lies behind the last batch of an epoch (`limit_train_batches`,
     `overfit_batches`, `drop_last`) is never seen and stays out, while shuffling brings every example in sooner or
-    later. Any other sampler, or batch sampler without one, is taken to draw all examples of the dataset equally often.
+    later. Under ranks the pool is that of all together. Any other sampler, or batch sampler without one, is taken to
+    draw all examples of the dataset equally often.
 
     Attributes:
         indices: of the examples in the dataset.
@@ -79,7 +81,7 @@ class Pool:
     def _of_sampler(cls, loader: DataLoader[Any], limit: float) -> Pool:
         count = len(loader.dataset)  # type: ignore[arg-type]  # it is sized
         batch_sampler = _batch_sampler(loader)
-        sampler = getattr(batch_sampler, "sampler", loader.sampler)
+        sampler, num_replicas = undistributed(getattr(batch_sampler, "sampler", loader.sampler))
         indices = getattr(sampler, "indices", None)
         if isinstance(sampler, WeightedRandomSampler):
             return cls(range(len(sampler.weights)), sampler.weights, sampler.num_samples, sampler.replacement)
@@ -87,7 +89,7 @@ class Pool:
             return cls([int(i) for i in indices])
         if isinstance(sampler, SequentialSampler) and type(batch_sampler) in (BatchSampler, type(None)):
             size = 1 if batch_sampler is None else batch_sampler.batch_size
-            return cls(range(int(min(count, size * min(limit, len(loader))))))
+            return cls(range(int(min(count, num_replicas * size * min(limit, len(loader))))))
         return cls(range(count))
 
     @property

@@ -12,88 +12,28 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from lightning_subspace.curvature import Choice, Hessian, SelfCheck
-from lightning_subspace.linalg import eigsh
+from lightning_subspace.collectives import Ranks
+from lightning_subspace.curvature import Choice, Operator, SelfCheck, exact_hessian
 from lightning_subspace.measurements import Measurement, Probe, default_measurements
 from lightning_subspace.measurements.measurement import Needs, checked_measurements
 from lightning_subspace.measurements.solver import solver_metrics
 from lightning_subspace.parameters import ParameterSpace
+from lightning_subspace.partition import Partition
 from lightning_subspace.record import Record
 from lightning_subspace.sample import Sample, Weight, sample_of_batches
+from lightning_subspace.sharded import is_sharded
 from lightning_subspace.sketch import sketch
+from lightning_subspace.solver import Solver, Which
 from lightning_subspace.subspace import Subspace
 from lightning_subspace.training_loss import LossError, LossFunction, MicroBatch, Mode, TrainingLoss
-
-Which = Literal["LA", "SA", "LM", "BE"]
-# Beyond that an eigenvector has hardly begun to show.
-MAX_TOL = 0.1
-
-
-@dataclass(frozen=True)
-class Solver:
-    """How the eigenpairs are computed; see `lightning_subspace.linalg.eigsh` for the arguments."""
-
-    k: int = 10
-    which: Which = "LA"
-    tol: float = 1e-3
-    ncv: int | None = None
-    max_matvecs: int = 200
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.tol <= MAX_TOL:
-            raise ValueError(f"tol: expected a number in (0, {MAX_TOL}], relative to lambda_1, got {self.tol!r}.")
-
-    def solve(
-        self,
-        operator: Hessian,
-        matvec: Callable[[Tensor], Tensor],
-        *,
-        start: Tensor | None = None,  # (k, n)
-        verify: bool = True,
-        on_matvec: Callable[[int, float], None] | None = None,
-    ) -> Subspace:
-        """The eigenspace of `matvec`.
-
-        Args:
-            operator: gives dimension, dtype and device.
-            matvec: its product, or that of a part of it.
-            start: eigenvectors of a nearby operator; their sum plus a random vector is the start, which saves a few
-                products. Never the gradient: an unconverged space would then contain it.
-            verify: exclude missed copies of equal eigenvalues.
-            on_matvec: called with (number of products, worst relative residual).
-        """
-        return Subspace.of(
-            eigsh(
-                matvec,
-                operator.n,
-                self.k,
-                which=self.which,
-                tol=self.tol,
-                ncv=self.ncv,
-                max_matvecs=self.max_matvecs,
-                v0=None if start is None else self._warm_start(operator, start),
-                verify="always" if verify else "never",
-                seed=self.seed,
-                dtype=operator.dtype,
-                device=operator.device,
-                on_matvec=on_matvec,
-            )
-        )
-
-    def _warm_start(self, operator: Hessian, vectors: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed + 1)
-        noise = torch.randn(operator.n, generator=generator, dtype=operator.dtype).to(operator.device)
-        total = vectors.sum(dim=0).to(noise)
-        start: Tensor = total / total.norm() + noise / noise.norm()
-        return start
 
 
 def measure_subspace(
@@ -117,6 +57,7 @@ def measure_subspace(
     curvature: str = "hessian",
     on_check_fail: str = "warn",
     seed: int = 0,
+    group: ProcessGroup | None = None,
 ) -> Record:
     """Measure the top eigenspace of the Hessian of the training loss, and the gradient's share in it.
 
@@ -139,12 +80,15 @@ def measure_subspace(
         previous: an earlier record of the same module, for `overlap_previous` and a warm start.
         dtype: narrowest type computed in, "float32" or "float64"; parameters of a wider one keep it. "native" takes the
             loss as it is trained, with its types and autocast.
-        curvature: "hessian" (exact, by double backward) or "finite-difference" (of float64 gradients).
+        curvature: "hessian" (exact, by double backward), "ggn" (the Gauss-Newton matrix) or "finite-difference" (of
+            float32 gradients where the self-check finds the loss smooth, of float64 gradients elsewhere).
         on_check_fail: where the second derivatives turn out wrong: "warn", "raise" or go on by "finite-difference".
         seed: of dropout masks and of the start vector.
+        group: the processes of torch.distributed that measure together, all of which call this with the same module and
+            batches: they share the work and the memory. None: this process alone.
 
     Returns:
-        A `Record` at step 0 whose subspace holds the eigenvectors.
+        A `Record` at step 0 whose subspace holds the eigenvectors, under `group` dealt to ranks: `subspace.gather()`.
 
     Raises:
         LossError: when the loss is not a finite scalar that depends on the parameters.
@@ -152,6 +96,7 @@ def measure_subspace(
         ValueError: for a module without trainable parameters, k outside 0..n, a word that is not a choice, or a
             `previous` over other parameters or without its eigenvectors.
         CheckError: with `on_check_fail="raise"`.
+        PeerError: when something of this went wrong on another rank.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -163,27 +108,33 @@ def measure_subspace(
         >>> record.subspace.outcome.name, tuple(record.subspace.eigenvectors.shape)
         ('CONVERGED', (2, 15))
     """
-    if verify not in ("always", "never"):
-        raise ValueError(f"verify: expected 'always' or 'never', got {verify!r}.")
-    chosen = [*default_measurements(k), *checked_measurements(measurements)]
-    space = ParameterSpace.of(module, params)
-    solver = Solver(checked_k(k, space), which, tol, ncv, max_matvecs, seed)
-    sample = sample_of_batches(batches, weight)
-    choice = Choice(loss_fn, mode, seed, dtype, curvature, on_check_fail)
-    choice, notice = choice.after(check_once(choice, module, space, sample))
-    if notice is not None:
-        warnings.warn(notice, stacklevel=2)
-    with choice.loss(module, space) as loss:
-        _, record = take_probe(
-            loss,
-            sample,
-            solver,
-            chosen,
-            operator=choice.operator,
-            verify=verify == "always",
-            optimizer=optimizer,
-            previous=_trusted_basis(previous, space),
-        )
+    ranks = Ranks(group, next((p.device for p in module.parameters()), torch.device("cpu")))
+    with ranks.together():
+        if verify not in ("always", "never"):
+            raise ValueError(f"verify: expected 'always' or 'never', got {verify!r}.")
+        chosen = [*default_measurements(k), *checked_measurements(measurements)]
+        space = ParameterSpace.of(module, params)
+        solver = Solver(checked_k(k, space), which, tol, ncv, max_matvecs, seed)
+        choice = Choice(loss_fn, mode, seed, dtype, curvature, on_check_fail)
+        _require_the_same(ranks, module, (solver, replace(choice, loss_fn=None), space, verify, len(chosen)))
+        sample = sample_of_batches(batches, weight, ranks)
+        partition = Partition.of(space, module, ranks)
+        check = check_once(choice, module, sample, partition)
+        choice, notice = choice_after(choice, check, module, sample, partition)
+        if notice is not None:
+            warnings.warn(notice, stacklevel=2)
+        with choice.loss(module, space, ranks) as loss:
+            _, record = take_probe(
+                loss,
+                sample,
+                solver,
+                chosen,
+                operator=choice.operator,
+                partition=partition,
+                verify=verify == "always",
+                optimizer=optimizer,
+                previous=_trusted_basis(previous, partition),
+            )
     return record
 
 
@@ -193,7 +144,8 @@ def take_probe(
     solver: Solver,
     measurements: Iterable[Measurement],
     *,
-    operator: Callable[[TrainingLoss, Sample], Hessian] | None = None,
+    operator: Callable[[TrainingLoss, Sample, Partition], Operator] | None = None,
+    partition: Partition | None = None,
     step: int = 0,
     number: int = 0,
     verify: bool = True,
@@ -205,14 +157,17 @@ def take_probe(
 ) -> tuple[Probe, Record]:
     """Take every measurement at the parameters of an open loss; `operator` makes its Hessian, by default the exact one.
 
+    A collective of the ranks that `partition` deals to; None: of this process alone.
+
     Returns:
         The probe, which `Measurement.after_step` gets later, and its record, whose subspace holds the eigenvectors.
     """
-    hessian = Hessian(loss, sample.hessian) if operator is None else operator(loss, sample)
+    partition = Partition.even(loss.space) if partition is None else partition
+    hessian = (exact_hessian if operator is None else operator)(loss, sample, partition)
     gradient = _gradient(hessian, sample)
     subspace = None
     if solver.k > 0:
-        subspace = solver.solve(hessian, hessian.matvec, start=previous, verify=verify, on_matvec=on_matvec)
+        subspace = solver.solve(hessian, start=previous, verify=verify, on_matvec=on_matvec)
 
     def solve(matvec: Callable[[Tensor], Tensor], k: int | None = None) -> Subspace:
         start = subspace.eigenvectors if subspace is not None and subspace.converged else None
@@ -221,14 +176,15 @@ def take_probe(
 
     def batch_gradients() -> Iterator[tuple[MicroBatch, Tensor]]:
         yield from hessian.batch_gradients()
-        yield from ((batch, hessian.mean_gradient([batch])) for batch in sample.extra)
+        yield from hessian.other_gradients(sample.extra)
 
     probe = Probe(
         step=step,
         number=number,
-        space=loss.space,
+        partition=partition,
         gradient=gradient,
         operator=hessian,
+        parameters=loss.originals,
         sample=sample,
         batch_gradients=batch_gradients,
         subspace=subspace,
@@ -244,8 +200,8 @@ def take_probe(
         if is_measurable(measurement, subspace):
             metrics.update(measurement.measure(probe))
     trusted = subspace is not None and subspace.trusted
-    image = sketch(subspace.basis, loss.space) if subspace is not None and trusted else None
-    return probe, Record(step, finite(metrics), subspace, image)
+    image = sketch(subspace.basis, partition) if subspace is not None and trusted else None
+    return probe, Record(step, partition.ranks.first(finite(metrics)), subspace, image)
 
 
 def is_measurable(measurement: Measurement, subspace: Subspace | None) -> bool:
@@ -264,9 +220,23 @@ def finite(metrics: dict[str, float]) -> dict[str, float]:
     return {key: float(value) for key, value in metrics.items() if math.isfinite(value)}
 
 
-def check_once(choice: Choice, module: nn.Module, space: ParameterSpace, sample: Sample) -> SelfCheck:
-    """The self-check that goes before the first probe."""
-    return choice.check(module, space, sample)
+def check_once(choice: Choice, module: nn.Module, sample: Sample, partition: Partition) -> SelfCheck:
+    """The self-check that goes before the first probe; a collective."""
+    return choice.check(module, sample, partition)
+
+
+def choice_after(
+    choice: Choice, check: SelfCheck, module: nn.Module, sample: Sample, partition: Partition
+) -> tuple[Choice, str | None]:
+    """What to go on with after the self-check, and what the user should be told about it; a collective.
+
+    Raises:
+        CheckError: see `Choice.after`.
+    """
+    after, notice = choice.after(check)
+    if after.curvature != choice.curvature:
+        after.check(module, sample, partition)  # differences have conditions of their own
+    return after, notice
 
 
 def checked_k(k: int, space: ParameterSpace) -> int:
@@ -280,19 +250,37 @@ def checked_k(k: int, space: ParameterSpace) -> int:
     return k
 
 
-def _trusted_basis(previous: Record | None, space: ParameterSpace) -> Tensor | None:  # (k, n)
+def _require_the_same(ranks: Ranks, module: nn.Module, arguments: object) -> None:
+    """Whether all ranks were given the same; a collective.
+
+    Raises:
+        ValueError: when the arguments differ, or the values of parameters that are not sharded.
+    """
+    own = [float(p.detach().abs().double().sum()) for p in module.parameters() if not is_sharded(p)]
+    for what, given in (("arguments", repr(arguments)), ("modules", own)):
+        if any(other != given for other in ranks.listed(given)):
+            raise ValueError(f"group: expected the same {what} on all ranks, got different ones.")
+
+
+def _trusted_basis(previous: Record | None, partition: Partition) -> Tensor | None:  # (k, n)
     """The eigenvectors of an earlier record; None where there are none to trust."""
     if previous is None or previous.subspace is None or not previous.subspace.trusted:
         return None
-    basis = previous.subspace.basis
-    if basis.shape[1] != space.n:
+    basis, held = previous.subspace.basis, previous.subspace.partition
+    num_parameters = basis.shape[1] if held is None else held.n
+    if num_parameters != partition.n:
         raise ValueError(
-            f"previous: expected a record over the same {space.n} parameters, got one over {basis.shape[1]}."
+            f"previous: expected a record over the same {partition.n} parameters, got one over {num_parameters}."
+        )
+    if held is not None and held.ranges != partition.ranges:
+        raise ValueError(
+            f"previous: expected a record dealt to {len(partition.ranges)} ranks as this one is, got one dealt to "
+            f"{len(held.ranges)}; leave it out, or measure it with the same group=."
         )
     return basis
 
 
-def _gradient(hessian: Hessian, sample: Sample) -> Tensor:
+def _gradient(hessian: Operator, sample: Sample) -> Tensor:
     """Gradient over the gradient sample, which continues the Hessian's."""
     gradient = hessian.gradient()
     if sample.extra:
@@ -305,4 +293,4 @@ def _weight(batches: Iterable[MicroBatch]) -> float:
     return sum(batch.weight for batch in batches)
 
 
-__all__ = ["LossError", "Solver", "measure_subspace", "take_probe"]
+__all__ = ["LossError", "measure_subspace", "take_probe"]

@@ -6,7 +6,6 @@ A record stays open until the optimizer step from its point has ended, since som
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -47,17 +46,20 @@ class Recorder:
         self._tracker: Tracker | None = None  # that the open record came from
 
     def take(self, tracker: Tracker, trainer: Any, module: nn.Module, sample: Sample, step: int) -> None:
-        """Probe and open a record. What goes wrong is told, and raised only on request."""
+        """Probe and open a record, on all ranks or on none. What goes wrong is told, and raised only on request."""
         self._tracker = tracker
+        moved = tracker.ranks.bytes_moved
         try:
             with self._schedule.probing(), ProgressLine(trainer) as line:
                 opened = self._measure(tracker, trainer, module, sample, step, line)
         except CheckError:
             raise  # as on_check_fail asks
         except Exception as error:
-            self._messages.failure(f"the probe at step {step} failed and is left out", error)
+            self._messages.failure(f"the probe at step {step} failed and is left out", error, tracker.ranks)
             return
         costs = {"solver/seconds": self._schedule.last_seconds, "solver/overhead": self._schedule.overhead}
+        if tracker.ranks.count > 1:
+            costs["solver/megabytes_moved"] = (tracker.ranks.bytes_moved - moved) / 1e6
         opened.record = replace(opened.record, metrics={**opened.record.metrics, **costs})
         self.open = opened
         self._publisher.offer(trainer, opened.record)
@@ -68,8 +70,7 @@ class Recorder:
     def see_gradient(self, module: nn.Module) -> None:
         """Keep the mini-batch gradient of the step from the open record's point."""
         if self.open is not None:
-            with suppress(ValueError):  # a parameter has gone or changed its shape: told when the record is closed
-                self.open.see_gradient(module)
+            self.open.see_gradient(module)
 
     def close(self, trainer: Any, module: nn.Module | None = None) -> None:
         """Close the open record, with what the step from its point tells if one was taken, and log it."""
@@ -80,7 +81,8 @@ class Recorder:
             try:
                 record = self._tracker.close(opened, module)
             except Exception as error:
-                self._messages.failure(f"what the step from {opened.record.step} tells is left out", error)
+                what = f"what the step from {opened.record.step} tells is left out"
+                self._messages.failure(what, error, self._tracker.ranks)
                 record = self._tracker.close(opened)
             self._publisher.offer(trainer, record)
             self._publisher.send(trainer, record)
@@ -127,7 +129,7 @@ class Recorder:
             times.append(time.monotonic())
             if count == 2 and tracker.num_probes == 0:
                 seconds = (times[1] - times[0], times[2] - times[1])
-                self._messages.forecast(solver, tracker.space.n, *seconds, sample.nbytes, self._max_overhead)
+                self._messages.forecast(solver, tracker.partition, *seconds, sample.nbytes, self._max_overhead)
             line.update(f"{self._name}: {count} Hessian products, residual {residual:.0e}")
 
         optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None

@@ -13,17 +13,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from lightning_subspace.collectives import Ranks
 from lightning_subspace.containment import copied
 from lightning_subspace.pool import Pool, SampleError, batch_size_of, gives_batches, load
 from lightning_subspace.random_state import preserved_random_state
+from lightning_subspace.rounds import owner
+from lightning_subspace.sameness import checksum, compare
 from lightning_subspace.training_loss import MicroBatch
 
 __all__ = [
@@ -44,6 +47,8 @@ Weight = Callable[[Any], float]
 @dataclass(frozen=True)
 class Sample:
     """The micro-batches of a probe.
+
+    Under ranks every rank lists all micro-batches, and holds the data of its own and of the first (`rounds`).
 
     Attributes:
         hessian: for the Hessian, and the first part of the gradient.
@@ -75,11 +80,11 @@ class Sample:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors that are held."""
+        """Bytes of the tensors that are held on this rank."""
         return sum(t.nbytes for b in (*self.hessian, *self.extra) for t in _tensors(b.data))
 
 
-def sample_of_batches(batches: Iterable[Any], weight: Weight | None = None) -> Sample:
+def sample_of_batches(batches: Iterable[Any], weight: Weight | None = None, ranks: Ranks | None = None) -> Sample:
     """Take given batches as the sample.
 
     Args:
@@ -87,6 +92,7 @@ def sample_of_batches(batches: Iterable[Any], weight: Weight | None = None) -> S
             is read to its end by worker processes, in the order of its sampler, so that nothing random in its dataset
             moves; its iterator and its own workers are not touched.
         weight: share of a batch in the mean; by default its number of examples.
+        ranks: the processes that share the work, all of which give the same batches.
 
     Raises:
         SampleError: when there are none, or the number of examples cannot be told.
@@ -98,21 +104,23 @@ def sample_of_batches(batches: Iterable[Any], weight: Weight | None = None) -> S
     if isinstance(batches, tuple) and all(isinstance(item, Tensor) for item in batches):
         raise SampleError("batches: got one batch, a tuple of tensors, where a list of batches is expected: [batch].")
     with preserved_random_state():  # a shuffling loader draws from the global generator
-        items = _read(batches) if isinstance(batches, DataLoader) else batches
-        found = [_given(item, weight, index) for index, item in enumerate(items)]
+        items = _read(batches, Ranks() if ranks is None else ranks) if isinstance(batches, DataLoader) else batches
+        found = [_given(item, weight, index, ranks) for index, item in enumerate(items)]
     if not found:
         raise SampleError("batches: expected at least one batch, got none.")
+    compare(found, Ranks() if ranks is None else ranks)
     return Sample(tuple(found))
 
 
-def sample_of_current(batch: Any, weight: Weight | None = None) -> Sample:
+def sample_of_current(batch: Any, ranks: Ranks | None = None) -> Sample:
     """A copy of a batch of the running training, which has been through the transfer hooks already.
 
-    Raises:
-        SampleError: when the number of examples cannot be told.
+    Under ranks those of all ranks together, each with the same weight, as in the gradient that training takes.
     """
-    value = number_of_examples(batch) if weight is None else weight(batch)
-    return Sample((MicroBatch(_copied(batch), _checked(value), 0, transferred=True),))
+    ranks = Ranks() if ranks is None else ranks
+    own = MicroBatch(_copied(batch), 1.0, ranks.index, transferred=True)
+    others = replace(own, data=None, held=False)
+    return Sample(tuple(own if rank == ranks.index else replace(others, index=rank) for rank in range(ranks.count)))
 
 
 def sample_of_dataset(
@@ -124,10 +132,13 @@ def sample_of_dataset(
     weight: Weight | None = None,
     seed: int = 0,
     limit: float = math.inf,
+    ranks: Ranks | None = None,
 ) -> Sample:
     """Draw a fixed sample from the dataset behind a training loader, which is not iterated.
 
-    Where the items of the dataset are batches (automatic batching is off), whole items are drawn.
+    Where the items of the dataset are batches (automatic batching is off), whole items are drawn. Under ranks every
+    rank reads the whole sample in the same order and keeps its own share, so that what a dataset adds at random is the
+    same for any number of ranks.
 
     Args:
         loader: gives dataset, collate function, batch size, workers, and the examples its sampler may choose from: see
@@ -138,7 +149,8 @@ def sample_of_dataset(
         batch_size: of the micro-batches, at most: all are made nearly equal; by default the loader's.
         weight: share of a batch in the mean; by default its number of examples.
         seed: of the permutation, and of what the dataset does at random (augmentation).
-        limit: batches that training takes in an epoch.
+        limit: batches that training takes in an epoch, on each rank.
+        ranks: the processes that share the work.
 
     Raises:
         SampleError: for a loader without a sized dataset, or an empty one.
@@ -148,18 +160,29 @@ def sample_of_dataset(
     order = pool.order(generator)
     goal = None if sample is None or gradient_sample is None else max(sample, gradient_sample)
     if gives_batches(loader):
-        items = _until(goal, load(loader, order, generator), weight)
+        items = _until(goal, load(loader, order, generator), weight, ranks)
+        compare(items, Ranks() if ranks is None else ranks)
         return Sample.of(items, sample)
     size = batch_size or batch_size_of(loader)
     first, rest = order[:sample], order[len(order[:sample]) : goal]
     chunks = [*_evenly(first, size), *_evenly(rest, size)]
     data = load(loader, chunks, generator)
-    batches = [micro_batch(item, i, weight, size=len(c)) for i, (c, item) in enumerate(zip(chunks, data, strict=True))]
+    batches = [
+        micro_batch(item, i, weight, size=len(chunk), ranks=ranks)
+        for i, (chunk, item) in enumerate(zip(chunks, data, strict=True))
+    ]
+    compare(batches, Ranks() if ranks is None else ranks)
     return Sample.of(batches, sample, pool.population)
 
 
 def micro_batch(
-    data: Any, index: int, weight: Weight | None = None, *, size: int | None = None, transferred: bool = False
+    data: Any,
+    index: int,
+    weight: Weight | None = None,
+    *,
+    size: int | None = None,
+    transferred: bool = False,
+    ranks: Ranks | None = None,
 ) -> MicroBatch:
     """A copy of a batch on the CPU, weighted by its number of examples if nothing else is said.
 
@@ -170,6 +193,7 @@ def micro_batch(
         size: number of examples where it is known; by default the length of the first tensor, or 1 where there is none
             and `weight` is given.
         transferred: whether it has been through the transfer hooks.
+        ranks: the processes that share the work: the data are kept where they belong, and the first ones everywhere.
 
     Raises:
         SampleError: when the number of examples cannot be told.
@@ -179,7 +203,7 @@ def micro_batch(
         with suppress(*([] if weight is None else [SampleError])):
             size = number_of_examples(data)
     value = float(size) if weight is None else weight(data)
-    return MicroBatch(_copied(data, "cpu"), _checked(value), index, transferred, size)
+    return _kept(MicroBatch(data, _checked(value), index, transferred, size), ranks)
 
 
 def few_examples(batch: MicroBatch, count: int) -> MicroBatch:
@@ -207,25 +231,39 @@ def number_of_examples(batch: Any) -> int:
     )
 
 
-def _given(item: Any, weight: Weight | None, index: int) -> MicroBatch:
+def _given(item: Any, weight: Weight | None, index: int, ranks: Ranks | None) -> MicroBatch:
     if isinstance(item, MicroBatch):
         return item
     if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], (int, float)):
-        return MicroBatch(_copied(item[0], "cpu"), _checked(item[1]), index)
+        return _kept(MicroBatch(item[0], _checked(item[1]), index), ranks)
     value = number_of_examples(item) if weight is None else weight(item)
-    return MicroBatch(_copied(item, "cpu"), _checked(value), index)
+    return _kept(MicroBatch(item, _checked(value), index), ranks)
 
 
-def _read(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of one epoch of a user's loader; its generators are put back."""
+def _kept(batch: MicroBatch, ranks: Ranks | None) -> MicroBatch:
+    """The batch with a copy of its data, or without them where it is another rank's."""
+    if ranks is not None and ranks.count > 1:
+        batch = replace(batch, checksum=checksum(batch.data))
+    if ranks is None or batch.index == 0 or owner(batch, ranks) == ranks.index:
+        return replace(batch, data=_copied(batch.data, "cpu"))
+    return replace(batch, data=None, held=False)
+
+
+def _read(loader: DataLoader[Any], ranks: Ranks) -> Iterator[Any]:
+    """The batches of one epoch of a user's loader, in the order that the first rank draws; generators are put back."""
     if isinstance(loader.dataset, IterableDataset):
         return load(loader, None, torch.Generator().manual_seed(0))
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     inner = getattr(sampler, "sampler", None)
+    if ranks.count > 1 and isinstance(inner or sampler, DistributedSampler):
+        raise SampleError(
+            "sample: this loader's DistributedSampler gives each rank a part of the examples, which the monitor does "
+            "by itself; pass a loader without it, the same one on all ranks."
+        )
     generators = {g for owner in (loader, sampler, inner) if (g := getattr(owner, "generator", None)) is not None}
     states = [(generator, generator.get_state()) for generator in generators]
     try:
-        units = list(sampler)
+        units = ranks.first(list(sampler))
     finally:
         for generator, state in states:
             generator.set_state(state)
@@ -239,13 +277,13 @@ def _evenly(indices: list[int], size: int) -> Iterator[list[int]]:
         yield indices[part * len(indices) // count : (part + 1) * len(indices) // count]
 
 
-def _until(goal: int | None, items: Iterator[Any], weight: Weight | None) -> list[MicroBatch]:
+def _until(goal: int | None, items: Iterator[Any], weight: Weight | None, ranks: Ranks | None) -> list[MicroBatch]:
     """Batches of unknown sizes, until they have `goal` examples together."""
     batches: list[MicroBatch] = []
     seen = 0
     while goal is None or seen < goal:
         try:
-            batches.append(micro_batch(next(items), len(batches), weight))
+            batches.append(micro_batch(next(items), len(batches), weight, ranks=ranks))
         except StopIteration:
             break
         seen += batches[-1].size

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_subspace.parameters import ParameterSpace
+from lightning_subspace.partition import Partition
 from lightning_subspace.subspace import overlap
 
 CELLS = 4096
@@ -60,20 +60,21 @@ class Sketch:
 
 
 def sketch(
-    basis: Tensor,  # (k, n) orthonormal rows
-    space: ParameterSpace,
+    basis: Tensor,  # (k, n) orthonormal rows; under ranks this rank's columns
+    partition: Partition,
     cells: int = CELLS,
 ) -> Sketch:
-    """Sketch a subspace of the parameter space.
+    """Sketch a subspace of the parameter space. Under ranks one sum of k min(n, cells) numbers.
 
     Example:
-        >>> space = ParameterSpace.of(torch.nn.Linear(3, 2))
-        >>> sketch(torch.eye(8)[:2], space).exact
+        >>> from lightning_subspace.parameters import ParameterSpace
+        >>> partition = Partition.even(ParameterSpace.of(torch.nn.Linear(3, 2)))
+        >>> sketch(torch.eye(8)[:2], partition).exact
         True
     """
-    if space.n <= cells:
-        return Sketch(basis.detach().to("cpu", torch.float32, copy=True), exact=True)
-    orthonormal, _ = torch.linalg.qr(count_sketch(basis, space, cells).cpu().double().T)
+    if partition.n <= cells:
+        return Sketch(_whole(basis, partition).to("cpu", torch.float32, copy=True), exact=True)
+    orthonormal, _ = torch.linalg.qr(count_sketch(basis, partition, cells).cpu().double().T)
     return Sketch(orthonormal.T.float().contiguous(), exact=False)
 
 
@@ -111,11 +112,11 @@ def sketch_error(sketch: Sketch) -> float:
 
 
 def count_sketch(
-    vectors: Tensor,  # (k, n)
-    space: ParameterSpace,
+    vectors: Tensor,  # (k, n); under ranks this rank's columns
+    partition: Partition,
     cells: int = CELLS,
 ) -> Tensor:  # (k, cells)
-    """Add up signed coordinates in cells. Linear in the vectors; inner products are right on average.
+    """Add up signed coordinates in cells, over all ranks. Linear in the vectors; inner products are right on average.
 
     Raises:
         ValueError: when `cells` is not a multiple of 4 in [4, 131072].
@@ -124,15 +125,26 @@ def count_sketch(
         raise ValueError(f"cells must be a multiple of {TABLES} in [{TABLES}, {TABLES << 15}], got {cells!r}.")
     image = torch.zeros(len(vectors), cells, dtype=vectors.dtype, device=vectors.device)
     tables = torch.split(image, cells // TABLES, dim=1)
-    for name, columns in zip(space.names, torch.split(vectors.detach(), list(space.numels), dim=1), strict=True):
+    for name, offset, place in partition.locate():
+        columns = vectors.detach()[:, place.start : place.stop]
         for start in range(0, columns.shape[1], BLOCK):
             block = columns[:, start : start + BLOCK]
-            word = _words(name, start, block)
+            word = _words(name, offset + start, block)
             for t, table in enumerate(tables):
                 bits = word >> 16 * t  # 15 for the cell, then one for the sign
                 sign = ((bits >> 15) & 1).to(block.dtype).mul_(2).sub_(1)
                 table.index_add_(1, (bits & 0x7FFF).remainder(cells // TABLES), block * sign)
-    return image / math.sqrt(TABLES)
+    return partition.ranks.all_sum(image) / math.sqrt(TABLES)
+
+
+def _whole(vectors: Tensor, partition: Partition) -> Tensor:
+    """All columns of a few short vectors, by one sum."""
+    whole = vectors.new_zeros(len(vectors), partition.n)
+    done = 0
+    for piece in partition.own:
+        whole[:, piece.start : piece.stop] = vectors.detach()[:, done : done + len(piece)]
+        done += len(piece)
+    return partition.ranks.all_sum(whole)
 
 
 def _words(name: str, start: int, block: Tensor) -> Tensor:

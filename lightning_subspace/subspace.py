@@ -1,7 +1,8 @@
 """The top eigenspace of the Hessian, and the numbers that are read off it.
 
 A subspace is held as an orthonormal basis in *rows*: V is (k, n) with V V^T = I, and P = V^T V is its projector.
-Every number here depends on the subspace alone, not on the basis chosen in it.
+Every number here depends on the subspace alone, not on the basis chosen in it. Under ranks every rank has its own
+columns of V and its own part of a vector, and inner products are summed over ranks.
 
 Reference: Gur-Ari, Roberts and Dyer, "Gradient Descent Happens in a Tiny Subspace", arXiv 1812.04754, section 2.
 """
@@ -14,7 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_subspace.collectives import Ranks
 from lightning_subspace.linalg import EigshResult, Outcome
+from lightning_subspace.partition import Partition
 
 # A fraction or an overlap is a number in [0, 1]; rounding may take it out by this much and is clamped. More is a bug.
 ROUNDING = 1e-5
@@ -30,6 +33,7 @@ NEXT_ERROR = 0.05
 NEXT_RESIDUAL = 1e-3
 # Columns that are held in float64 at a time.
 BLOCK = 1 << 17
+ALONE = Ranks()
 
 
 class SubspaceIntegrityError(RuntimeError):
@@ -42,7 +46,8 @@ class Subspace:
 
     Attributes:
         eigenvalues: (k,) float64, best first.
-        eigenvectors: (k, n), orthonormal rows; None where only the numbers were kept (`monitor.history`).
+        eigenvectors: (k, n), orthonormal rows, under ranks this rank's columns; None where only the numbers were kept
+            (`monitor.history`).
         residuals: (k,) float64, |H v - lambda v| of each pair.
         next_eigenvalue: estimate of the eigenvalue behind the k-th, right to 5 % or to a thousandth of the largest
             |eigenvalue|; nan where it is not known that well, and when k = n.
@@ -51,9 +56,7 @@ class Subspace:
         outcome: how the solver ended.
         verified: whether missed copies of equal eigenvalues were excluded.
         num_matvecs: Hessian products spent.
-
-    Raises:
-        SubspaceIntegrityError: when the rows of `eigenvectors` are not orthonormal to 1e-4.
+        partition: which columns this rank has; None: all of them.
     """
 
     eigenvalues: Tensor
@@ -64,19 +67,21 @@ class Subspace:
     outcome: Outcome
     verified: bool
     num_matvecs: int
-
-    def __post_init__(self) -> None:
-        if self.eigenvectors is not None:
-            defect = orthonormality_defect(self.eigenvectors)
-            if not defect < ORTHONORMALITY:
-                raise SubspaceIntegrityError(
-                    f"the basis is not orthonormal: max|V V^T - I| = {defect:.1e}, at most {ORTHONORMALITY:.0e} is "
-                    "allowed. A fraction computed from it could exceed 1."
-                )
+    partition: Partition | None = None
 
     @classmethod
-    def of(cls, result: EigshResult) -> Subspace:
-        """Take over what the eigensolver returned."""
+    def of(cls, result: EigshResult, partition: Partition | None = None) -> Subspace:
+        """Take over what the eigensolver returned.
+
+        Raises:
+            SubspaceIntegrityError: when the eigenvectors are not orthonormal to 1e-4.
+        """
+        defect = orthonormality_defect(result.eigenvectors, ALONE if partition is None else partition.ranks)
+        if not defect < ORTHONORMALITY:
+            raise SubspaceIntegrityError(
+                f"the basis is not orthonormal: max|V V^T - I| = {defect:.1e}, at most {ORTHONORMALITY:.0e} is "
+                "allowed. A fraction computed from it could exceed 1."
+            )
         known = result.next_residual <= max(NEXT_ERROR * abs(result.next_eigenvalue), NEXT_RESIDUAL * result.scale)
         return cls(
             eigenvalues=result.eigenvalues,
@@ -87,6 +92,7 @@ class Subspace:
             outcome=result.outcome,
             verified=result.verified,
             num_matvecs=result.num_matvecs,
+            partition=partition,
         )
 
     @property
@@ -128,33 +134,60 @@ class Subspace:
             raise ValueError("the eigenvectors of this subspace were dropped; only its sketch and its numbers remain.")
         return self.eigenvectors
 
+    def fraction(
+        self,
+        vector: Tensor,  # (n,)
+    ) -> float:
+        """Share of a vector's squared length that lies in this subspace, in [0, 1]: see `fraction`."""
+        return fraction(self.basis, vector, self._ranks)
+
+    def overlap(
+        self,
+        other: Tensor,  # (m, n)
+    ) -> float:
+        """Overlap with the space of other orthonormal rows, in [0, 1]: see `overlap`."""
+        return overlap(self.basis, other, self._ranks)
+
+    def gather(self) -> Tensor:  # (k, n)
+        """The whole eigenvectors, on every rank; a collective. A view of nothing: to be written to as you like."""
+        if self.partition is None:
+            return self.basis.clone()
+        return torch.stack([self.partition.gather(row).clone() for row in self.basis])
+
     def without_eigenvectors(self) -> Subspace:
         """The same record without its k * n floats."""
-        return replace(self, eigenvectors=None)
+        return replace(self, eigenvectors=None, partition=None)
+
+    @property
+    def _ranks(self) -> Ranks:
+        return ALONE if self.partition is None else self.partition.ranks
 
 
 def orthonormality_defect(
     basis: Tensor,  # (k, n)
+    ranks: Ranks = ALONE,
 ) -> float:
     """Largest entry of |V V^T - I|."""
     if not len(basis):
         return 0.0
-    gram = inner_products(basis, basis)
+    gram = inner_products(basis, basis, ranks)
     return float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().amax())
 
 
 def inner_products(
     rows: Tensor,  # (k, n)
     others: Tensor,  # (m, n)
+    ranks: Ranks = ALONE,
 ) -> Tensor:  # (k, m) float64
     """All inner products A B^T, in float64 block by block: out of reach of autocast, TF32 and a large n."""
     blocks = zip(torch.split(rows, BLOCK, dim=1), torch.split(others.to(rows.device), BLOCK, dim=1), strict=True)
-    return torch.stack([_exact(a) @ _exact(b).T for a, b in blocks]).sum(0)
+    return ranks.all_sum(torch.stack([_exact(a) @ _exact(b).T for a, b in blocks]).sum(0))
 
 
 def fraction(
     basis: Tensor,  # (k, n) orthonormal rows
     vector: Tensor,  # (n,)
+    ranks: Ranks = ALONE,
 ) -> float:
     """Share of a vector's squared length that lies in a subspace: |P v|^2 / |v|^2, in [0, 1].
 
@@ -168,15 +201,16 @@ def fraction(
         >>> fraction(torch.eye(4)[:2], torch.tensor([3.0, 0.0, 4.0, 0.0]))
         0.36
     """
-    norm = math.sqrt(float(inner_products(vector[None], vector[None])))
+    norm = math.sqrt(float(inner_products(vector[None], vector[None], ranks)))
     if not 0.0 < norm < math.inf:
         return math.nan
-    return _in_unit_interval(float((inner_products(basis, vector[None]) / norm).square().sum()), "a fraction")
+    return _in_unit_interval(float((inner_products(basis, vector[None], ranks) / norm).square().sum()), "a fraction")
 
 
 def overlap(
     basis: Tensor,  # (k, n) orthonormal rows
     other: Tensor,  # (m, n) orthonormal rows
+    ranks: Ranks = ALONE,
 ) -> float:
     """Overlap of two subspaces: Tr(P P') / k, in [0, 1] (equation 4 of the paper).
 
@@ -190,7 +224,7 @@ def overlap(
         >>> overlap(torch.eye(4)[:2], torch.eye(4)[1:3])
         0.5
     """
-    cosines = inner_products(basis, other)
+    cosines = inner_products(basis, other, ranks)
     return _in_unit_interval(float(cosines.square().sum()) / min(cosines.shape), "an overlap")
 
 

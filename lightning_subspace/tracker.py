@@ -10,17 +10,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_subspace.checkpoint import Resumed
+from lightning_subspace.collectives import Ranks
 from lightning_subspace.curvature import Choice, SelfCheck
 from lightning_subspace.measurements import Measurement, Probe
 from lightning_subspace.overlap_history import OverlapHistory
 from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.probe import Solver, check_once, checked_k, finite, is_measurable, take_probe
+from lightning_subspace.partition import Partition
+from lightning_subspace.probe import check_once, checked_k, choice_after, finite, is_measurable, take_probe
 from lightning_subspace.record import Record
 from lightning_subspace.sample import Sample
+from lightning_subspace.solver import Solver
 from lightning_subspace.training_loss import LossFunction, Mode
 
 # Every tenth probe, beginning with the first, excludes missed copies of equal eigenvalues.
@@ -41,6 +45,12 @@ class Plan:
     curvature: str = "hessian"
     on_check_fail: str = "warn"
 
+    def finds_the_space_of(self, other: Plan) -> bool:
+        """Whether the two compute the same subspace, whatever they measure in it."""
+        return replace(self, measurements=(), reference_step=None) == replace(
+            other, measurements=(), reference_step=None
+        )
+
 
 @dataclass
 class OpenRecord:
@@ -51,18 +61,23 @@ class OpenRecord:
         record: what is known at theta_t; its subspace holds the eigenvectors.
         theta: (n,), the parameters at the probe.
         gradient: (n,), the accumulated mini-batch gradient of the next step, before clipping, once it is known.
+        failure: why it is not known.
     """
 
     probe: Probe
     record: Record
     theta: Tensor
     gradient: Tensor | None = None
+    failure: Exception | None = None
 
     def see_gradient(self, module: nn.Module) -> None:
-        """Keep the accumulated gradient of the first step after the probe."""
-        if self.gradient is None:
-            space = self.probe.space
-            self.gradient = space.flatten([p.grad for p in space.tensors(module)], like=self.theta)
+        """Keep the accumulated gradient of the first step after the probe. Never raises: the others are not here."""
+        if self.gradient is None and self.failure is None:
+            partition = self.probe.partition
+            try:
+                self.gradient = partition.flatten([p.grad for p in partition.space.tensors(module)], like=self.theta)
+            except Exception as error:  # no memory, or a parameter that has gone: told when the record is closed
+                self.failure = error
 
 
 class Tracker:
@@ -71,11 +86,12 @@ class Tracker:
     Args:
         plan: what is measured.
         module: gives the parameter space at the start.
+        ranks: the processes that measure together; None: this one alone.
 
     Attributes:
         history: the closed records, oldest first.
         overlaps: between the subspaces of all probes.
-        space: the present parameter space.
+        partition: the present parameter space, and how it is dealt to ranks.
         num_probes: how many probes were taken, those apart that failed.
         self_check: what the last self-check of the second derivatives showed; None until there was one, and again when
             the set of trainable parameters has changed.
@@ -86,16 +102,25 @@ class Tracker:
             a choice.
     """
 
-    def __init__(self, plan: Plan, module: nn.Module) -> None:
+    def __init__(self, plan: Plan, module: nn.Module, ranks: Ranks | None = None) -> None:
         self.plan = plan
+        self.ranks = Ranks() if ranks is None else ranks
         self.history: list[Record] = []
         self.num_probes = 0
         self.self_check: SelfCheck | None = None
         self.notice: str | None = None
         self._choice = Choice(plan.loss_fn, plan.mode, plan.solver.seed, plan.dtype, plan.curvature, plan.on_check_fail)
+        self._choice.require_no_obstacle(module)
+        self.partition = self._partition_of(module)
         self._previous: Tensor | None = None
         self._reference: Tensor | None = None
-        self._forget_spaces(module)
+        self._resumed = Resumed()
+        self._start_overlaps()
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The present parameter space."""
+        return self.partition.space
 
     @property
     def curvature(self) -> str:
@@ -110,17 +135,23 @@ class Tracker:
         Raises:
             CheckError: when they are wrong, with `on_check_fail="raise"`.
         """
-        self.self_check = check_once(self._choice, module, self.space, sample)
-        self._choice, self.notice = self._choice.after(self.self_check)
-        return self.self_check
+        with self.ranks.together():
+            result = check_once(self._choice, module, sample, self.partition)
+        self.self_check = result
+        with self.ranks.together():
+            choice, notice = choice_after(self._choice, result, module, sample, self.partition)
+        self._choice, self.notice = choice, notice
+        return result
 
     def adapt(self, module: nn.Module) -> bool:
-        """Start the overlaps anew if the set of trainable parameters has changed; whether it has."""
-        if ParameterSpace.of(module, self.plan.params) == self.space:
-            return False
-        self._forget_spaces(module)
-        self.self_check = None
-        return True
+        """Start the overlaps anew if the set of trainable parameters has changed; whether it has. A collective."""
+        with self.ranks.together():
+            has_changed = ParameterSpace.of(module, self.plan.params) != self.space
+            partition = self._partition_of(module) if has_changed else self.partition
+        if has_changed:
+            self.partition, self.self_check = partition, None
+            self._start_overlaps()
+        return has_changed
 
     def measure(
         self,
@@ -131,30 +162,23 @@ class Tracker:
         optimizer: Optimizer | None = None,
         on_matvec: Callable[[int, float], None] | None = None,
     ) -> OpenRecord:
-        """Take a probe of the module as it is; nothing of it is changed, also by an exception."""
-        plan, number = self.plan, self.num_probes
-        parameters = self.space.tensors(module)
-        widest = self.space.widest_dtype(module)
-        theta = self.space.flatten(parameters, like=parameters[0].new_empty(0, dtype=widest))
-        with self._choice.loss(module, self.space) as loss:
-            probe, record = take_probe(
-                loss,
-                sample,
-                plan.solver,
-                plan.measurements,
-                operator=self._choice.operator,
-                step=step,
-                number=number,
-                verify=number % VERIFY_EVERY == 0,
-                previous=self._previous,
-                reference=self._reference,
-                history=self.history,
-                optimizer=optimizer,
-                on_matvec=on_matvec,
-            )
+        """Take a probe of the module as it is; nothing of it is changed, also by an exception.
+
+        A collective: what goes wrong on one rank goes wrong on all, and leaves all as they were.
+
+        Raises:
+            PeerError: when it went wrong on another rank.
+        """
+        with self.ranks.together():
+            theta = self._theta(module)
+            probe, record = self._take(module, sample, step, optimizer, on_matvec)
+            record = self._resumed.complete(record)
+            kept = self._prepared(record)
+        # What changes from here on cannot fail on one rank and not on another.
         self.num_probes += 1
-        record = self._resumed.complete(record)
-        self._remember(record)
+        self._resumed = self._resumed.after(record)
+        if kept is not None:
+            self._remember(record, *kept)
         over: Any = _Over()
         return OpenRecord(replace(probe, operator=over, solve=over, batch_gradients=over), record, theta)
 
@@ -166,46 +190,108 @@ class Tracker:
             module: after the optimizer step from the record's point; None when no step was taken.
         """
         metrics = dict(opened.record.metrics)
-        probe = opened.probe
+        subspace = opened.probe.subspace
         if module is not None:
-            update = probe.space.flatten(probe.space.tensors(module), like=opened.theta).sub_(opened.theta)
-            for measurement in self.plan.measurements:
-                if is_measurable(measurement, probe.subspace):
-                    metrics.update(measurement.after_step(probe, opened.gradient, update))
-        subspace = None if probe.subspace is None else probe.subspace.without_eigenvectors()
-        record = replace(opened.record, metrics=finite(metrics), subspace=subspace)
+            with self.ranks.together():
+                metrics.update(self._after_step(opened, module))
+        record = replace(
+            opened.record, metrics=metrics, subspace=None if subspace is None else subspace.without_eigenvectors()
+        )
         self.history.append(record)
         return record
+
+    def join(self, ranks: Ranks) -> None:
+        """Go on in another fit, whose process group is a new one of as many ranks."""
+        self.ranks, self.partition = ranks, replace(self.partition, ranks=ranks)
 
     def go_on(self, space: ParameterSpace, overlaps: OverlapHistory, reopened: Record | None) -> None:
         """Continue these overlaps from a checkpoint; see `checkpoint.restore`. Small sketches are eigenvectors."""
         held = overlaps.sketches
         previous = list(held.values())[-1] if held else None
         reference = None if overlaps.reference_step is None else held[overlaps.reference_step]
-        self.space, self.overlaps = space, overlaps
+        self.overlaps = overlaps
+        if space != self.space:
+            self.partition = Partition.even(space, self.ranks)
         self._resumed = Resumed(previous, reference, reopened)
-        self._previous = previous.basis if previous is not None and previous.exact else None
-        self._reference = reference.basis if reference is not None and reference.exact else None
+        self._previous, self._reference = (
+            self.partition.cut(sketch.basis) if sketch is not None and sketch.exact else None
+            for sketch in (previous, reference)
+        )
 
-    def _remember(self, record: Record) -> None:
-        """Keep the basis and the sketch of a trusted subspace for the probes to come."""
+    def _theta(self, module: nn.Module) -> Tensor:
+        """This rank's part of the parameters."""
+        parameters = self.space.tensors(module)
+        like = torch.empty(0, dtype=self.space.widest_dtype(module), device=parameters[0].device)
+        return self.partition.flatten(parameters, like)
+
+    def _take(
+        self,
+        module: nn.Module,
+        sample: Sample,
+        step: int,
+        optimizer: Optimizer | None,
+        on_matvec: Callable[[int, float], None] | None,
+    ) -> tuple[Probe, Record]:
+        number = self.num_probes
+        with self._choice.loss(module, self.space, self.ranks) as loss:
+            return take_probe(
+                loss,
+                sample,
+                self.plan.solver,
+                self.plan.measurements,
+                operator=self._choice.operator,
+                partition=self.partition,
+                step=step,
+                number=number,
+                verify=number % VERIFY_EVERY == 0,
+                previous=self._previous,
+                reference=self._reference,
+                history=self.history,
+                optimizer=optimizer,
+                on_matvec=on_matvec,
+            )
+
+    def _after_step(self, opened: OpenRecord, module: nn.Module) -> dict[str, float]:
+        """What the step from an open record's point tells."""
+        failure, opened.failure = opened.failure, None
+        if failure is not None:
+            raise failure
+        metrics: dict[str, float] = {}
+        probe = opened.probe
+        update = probe.partition.flatten(probe.space.tensors(module), like=opened.theta).sub_(opened.theta)
+        for measurement in self.plan.measurements:
+            if is_measurable(measurement, probe.subspace):
+                metrics.update(measurement.after_step(probe, opened.gradient, update))
+        return self.ranks.first(finite(metrics))
+
+    def _prepared(self, record: Record) -> tuple[Tensor, dict[int, float]] | None:
+        """What the probes to come need of a trusted subspace: its basis, and its overlaps with those before it."""
         if record.subspace is None or record.sketch is None:
-            return
-        self._previous = record.subspace.basis.cpu()
+            return None
+        return record.subspace.basis.cpu(), self.overlaps.compare(record.sketch)
+
+    def _remember(self, record: Record, basis: Tensor, overlaps: dict[int, float]) -> None:
+        """Keep the basis and the sketch of a trusted subspace for the probes to come."""
+        assert record.sketch is not None, "see `_prepared`"
+        self._previous = basis
         due = self.plan.reference_step is not None and record.step >= self.plan.reference_step
         if due and self.overlaps.reference_step is None:
             self._reference = self._previous
             self.overlaps.reference_step = record.step
-        given_up = self.overlaps.add(record.step, record.sketch)
+        given_up = self.overlaps.add(record.step, record.sketch, overlaps)
         if given_up is not None:
             self.history[:] = [replace(r, sketch=None) if r.step == given_up else r for r in self.history]
 
-    def _forget_spaces(self, module: nn.Module) -> None:
-        self.space = ParameterSpace.of(module, self.plan.params)
-        checked_k(self.plan.solver.k, self.space)
+    def _partition_of(self, module: nn.Module) -> Partition:
+        """The coordinates of the probes to come."""
+        space = ParameterSpace.of(module, self.plan.params)
+        checked_k(self.plan.solver.k, space)
+        return Partition.of(space, module, self.ranks)
+
+    def _start_overlaps(self) -> None:
+        """Forget the spaces of earlier probes."""
         self.overlaps = OverlapHistory()
-        self._previous = None
-        self._reference = None
+        self._previous = self._reference = None
         self._resumed = Resumed()
 
 

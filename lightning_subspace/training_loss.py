@@ -12,13 +12,15 @@ autocast, cuDNN's recurrent kernels.
 
 By default everything is computed in float32 at least, whatever precision is trained in; `dtype=None` takes the loss as
 it is trained, types, autocast and all.
+
+Where FSDP2 has sharded the parameters, whole ones stand in for them, and FSDP is off as long as the context is open.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +34,7 @@ from lightning_subspace._lightning import attached_trainer, bystanders, move_dat
 from lightning_subspace.containment import Shadow, copied
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.random_state import RandomState, preserved_random_state, seed_generators
+from lightning_subspace.sharded import reshard, without_fsdp
 
 Mode = Literal["train", "eval"]
 LossFunction = Callable[[nn.Module, Any, int], Tensor]
@@ -46,11 +49,13 @@ class MicroBatch:
     """One batch of a fixed sample.
 
     Attributes:
-        data: what the collate function returned, on the CPU.
+        data: what the collate function returned, on the CPU; None where another rank holds it.
         weight: its share in averages, before normalisation: the number of examples or tokens.
         index: its place in the sample; fixes `batch_idx` and the random seed.
         transferred: whether it has been through the transfer hooks already, as a batch seen in training has.
         size: number of examples, where it is known; 0 elsewhere.
+        held: whether this rank holds the data.
+        checksum: of the data, where ranks compare what they have read.
     """
 
     data: Any
@@ -58,6 +63,8 @@ class MicroBatch:
     index: int
     transferred: bool = False
     size: int = 0
+    held: bool = True
+    checksum: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,9 +95,12 @@ class TrainingLoss:
         random_state: where the generators stand at every evaluation, in place of a seed: with a snapshot taken before a
             training step, the gradient is that of this step.
         order: how often it can be differentiated. 1 leaves the attention and recurrent kernels of training in place.
+        stand_ins: by the id of a parameter or buffer, a tensor that its copy is made from in its place: the values that
+            rank 0 has in a buffer, the whole of a parameter that is sharded (each needs one; see `full_tensors`).
 
     Attributes:
         dtype: of flat vectors: at least float32.
+        originals: the module's own parameters at these coordinates, while the context is open; not to be written to.
 
     Example:
         >>> net, batch = nn.Linear(2, 1), MicroBatch(torch.ones(4, 2), weight=4.0, index=0)
@@ -111,6 +121,7 @@ class TrainingLoss:
         seed: int = 0,
         random_state: RandomState | None = None,
         order: Literal[1, 2] = 2,
+        stand_ins: Mapping[int, Tensor] | None = None,
     ) -> None:
         self.module = module
         self.space = space
@@ -120,13 +131,16 @@ class TrainingLoss:
         self._narrowest = None if dtype is None else self.dtype
         self._random_state = random_state
         self._order = order
+        self._stand_ins = {} if stand_ins is None else stand_ins
         self.device = space.tensors(module)[0].device
         self._step = loss_fn if loss_fn is not None else _training_step(module)
+        self.originals: tuple[Tensor, ...] = ()
         self._displacement: dict[int, Tensor] = {}
         self._stack = ExitStack()
         self._shadow: Shadow | None = None
 
     def __enter__(self) -> TrainingLoss:
+        reshard(self.module)
         originals = self.space.tensors(self.module)
         with ExitStack() as stack:  # closed again if anything below raises
             stack.enter_context(preserved_random_state())
@@ -135,10 +149,10 @@ class TrainingLoss:
                 stack.enter_context(_twice_differentiable(self.module))
             stack.enter_context(_in_mode(self.module, self.mode))
             stack.enter_context(muted(self.module))
-            self._shadow = Shadow(self.module, self._narrowest, self._offset, bystanders(self.module))
+            self._shadow = self._contained(stack)
             stack.callback(self._shadow.close)
             self._stack = stack.pop_all()
-        self._original_ids = [id(parameter) for parameter in originals]
+        self.originals = tuple(originals)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -147,11 +161,38 @@ class TrainingLoss:
         finally:
             self._shadow = None
             self._displacement = {}
+            self.originals = ()
+
+    def _contained(self, stack: ExitStack) -> Shadow:
+        """The module on copies of its state."""
+        stack.enter_context(without_fsdp(self.module))
+        around = bystanders(self.module)
+        return Shadow(self.module, self._narrowest, self._offset, around, stand_ins=self._stand_ins)
 
     def displace(self, offset: Tensor | None) -> None:
         """Evaluate at theta + offset from now on; `offset` is a flat vector (n,), None goes back to theta."""
         pieces = [] if offset is None else self.space.unflatten(offset)
-        self._displacement = dict(zip(self._original_ids, pieces, strict=False))
+        self._displacement = dict(zip(map(id, self.originals), pieces, strict=False))
+
+    def value_at(self, offset: Tensor | None, turns: Iterable[tuple[MicroBatch, float]]) -> float:
+        """sum_b s_b L_b at theta + offset over micro-batches b with shares s_b, one forward pass each.
+
+        A loss that is not finite passes, and one of share 0 does not count.
+
+        Raises:
+            LossError: when a loss cannot be evaluated.
+        """
+        total = 0.0
+        self.displace(offset)
+        try:
+            for batch, share in turns:
+                value = _scalar(self._evaluate(batch)[0], type(self.module).__name__, finite=False)
+                total += share * float(value.detach()) if share else 0.0
+        finally:
+            self.displace(None)
+            if self._shadow is not None:
+                self._shadow.renew()  # what is recomputed inside of a product must meet theta
+        return total
 
     def __call__(self, batch: MicroBatch) -> Evaluation:
         """Evaluate the loss of one micro-batch.
@@ -161,6 +202,11 @@ class TrainingLoss:
                 finite, or independent of the parameters.
             RuntimeError: when the context is not open.
         """
+        output, leaves = self._evaluate(batch)
+        return Evaluation(_scalar(output, type(self.module).__name__), leaves)
+
+    def _evaluate(self, batch: MicroBatch) -> tuple[Any, list[Tensor]]:
+        """What the training step returned, and the leaves of its graph."""
         if self._shadow is None:
             raise RuntimeError(
                 "TrainingLoss is a context manager; evaluate it inside `with TrainingLoss(...) as loss:`."
@@ -178,7 +224,7 @@ class TrainingLoss:
         for leaf in leaves:
             leaf.requires_grad_(True)  # where the step has frozen it, the graph does not lead to it: no gradient
         self._shadow.settle()
-        return Evaluation(_scalar(output, type(self.module).__name__), leaves)
+        return output, leaves
 
     def _offset(self, parameter: nn.Parameter) -> Tensor | None:
         return self._displacement.get(id(parameter))
@@ -230,7 +276,7 @@ def _training_step(module: nn.Module) -> LossFunction:
     return lambda _, batch, batch_idx: step(batch, batch_idx)
 
 
-def _scalar(output: Any, owner: str) -> Tensor:
+def _scalar(output: Any, owner: str, *, finite: bool = True) -> Tensor:
     """The loss in what training_step returned."""
     if isinstance(output, Mapping):
         output = output.get("loss")
@@ -244,7 +290,7 @@ def _scalar(output: Any, owner: str) -> Tensor:
     value = output.reshape(())
     if not value.requires_grad:
         raise LossError(f"the loss of {owner} does not depend on the parameters (it has no graph); was it detached?")
-    if not bool(torch.isfinite(value)):
+    if finite and not bool(torch.isfinite(value)):
         raise LossError(f"the loss of {owner} is {value.item()} on the fixed sample; nothing can be measured here.")
     return value
 

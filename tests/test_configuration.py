@@ -46,7 +46,7 @@ WRONG = {
     "loss_fn": [("a function or None", [3, "cross_entropy"])],
     "mode": [("one of 'train', 'eval'", ["test", None, True])],
     "dtype": [("one of 'float32', 'float64', 'native'", ["bfloat16", torch.float64, None])],
-    "curvature": [("one of 'hessian', 'finite-difference'", ["gauss-newton", None])],
+    "curvature": [("one of 'hessian', 'ggn', 'finite-difference'", ["gauss-newton", None])],
     "on_check_fail": [("one of 'warn', 'raise', 'finite-difference'", ["ignore", None, True])],
     "measurements": [
         ("a list of instances of lightning_subspace.Measurement, or None", [[3], [Measurement], Measurement(), 3])
@@ -152,11 +152,6 @@ class RandomState(pl.Callback):
         self.state = torch.get_rng_state()
 
 
-class Worlds:
-    callbacks = ()
-    world_size = 2
-
-
 def batches(count=4):
     return DataLoader(torch.randn(4 * count, 4, generator=torch.Generator().manual_seed(0)), batch_size=4)
 
@@ -207,11 +202,6 @@ def test_a_loss_function_is_the_way_out(module):
     if module is ManualNet:
         trainer(monitor).fit(module(), batches())
         assert [record.step for record in monitor.history] == [0, 2]
-
-
-def test_several_processes_are_refused():
-    with pytest.raises(MisconfigurationException, match="in a single process so far, and this Trainer runs 2"):
-        check_project(Worlds(), Net(), None)
 
 
 def test_differences_of_what_is_computed_in_a_narrow_type_are_refused():

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_subspace.overlap_history import OverlapHistory
 from lightning_subspace.parameters import ParameterSpace
+from lightning_subspace.partition import Partition
 from lightning_subspace.sketch import CELLS, Sketch, sketch, sketch_error
 from lightning_subspace.subspace import overlap
 
@@ -56,7 +57,7 @@ def test_the_matrix_is_symmetric_has_a_unit_diagonal_and_agrees_with_the_bases()
 
 
 def test_estimates_are_within_the_stated_error():
-    space = ParameterSpace.of(nn.Linear(150, 100))
+    space = Partition.even(ParameterSpace.of(nn.Linear(150, 100)))
     assert space.n > CELLS
     bases = drifting_bases(space.n, 8)
     history = OverlapHistory()

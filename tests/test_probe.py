@@ -10,14 +10,15 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_subspace import probe as probe_module
+from lightning_subspace import solver as solver_module
 from lightning_subspace.linalg import Outcome, eigsh
 from lightning_subspace.measurements import Measurement, Probe
 from lightning_subspace.measurements.measurement import Needs
 from lightning_subspace.measurements.stability import sgd_threshold
 from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.probe import Solver, measure_subspace, take_probe
+from lightning_subspace.probe import measure_subspace, take_probe
 from lightning_subspace.sample import Sample, SampleError, sample_of_batches
+from lightning_subspace.solver import Solver
 from lightning_subspace.subspace import SubspaceIntegrityError
 from lightning_subspace.training_loss import TrainingLoss
 from tests.oracles import dense_gradient, dense_hessian, mean_square_cosine, projected_share, top_eigenspace
@@ -251,7 +252,7 @@ def test_eigenvalues_without_a_gap_are_reported_and_their_space_is_not(module, m
     def without_gap(*args, **options):
         return replace(eigsh(*args, **options), gap=0.0)
 
-    monkeypatch.setattr(probe_module, "eigsh", without_gap)
+    monkeypatch.setattr(solver_module, "eigsh", without_gap)
     record = measure(module, measurements=LEVELS)
     assert record.subspace.converged
     assert not record.subspace.trusted
@@ -268,7 +269,7 @@ def test_a_basis_that_is_not_orthonormal_is_never_projected_on(module, monkeypat
         result = eigsh(*args, **options)
         return replace(result, eigenvectors=spoil(result.eigenvectors))
 
-    monkeypatch.setattr(probe_module, "eigsh", broken)
+    monkeypatch.setattr(solver_module, "eigsh", broken)
     with pytest.raises(SubspaceIntegrityError, match="orthonormal"):
         measure(module)
 
@@ -279,7 +280,7 @@ def test_an_operator_that_fails_on_the_way(module, monkeypatch, good_products):
         products = iter([1.0] * good_products)
         return eigsh(lambda v: matvec(v) * next(products, math.nan), *args, **options)
 
-    monkeypatch.setattr(probe_module, "eigsh", failing)
+    monkeypatch.setattr(solver_module, "eigsh", failing)
     record = measure(module)
     assert record.subspace.outcome is Outcome.NONFINITE
     assert withheld_keys(record) == set()

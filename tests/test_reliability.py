@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace.measurements import GradientFraction, Reliability
 from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.probe import Solver, take_probe
+from lightning_subspace.probe import take_probe
 from lightning_subspace.sample import Sample, sample_of_dataset
+from lightning_subspace.solver import Solver
 from lightning_subspace.training_loss import TrainingLoss
 
 STEPS = (0, 200, 500, 1000, 2000)

@@ -11,6 +11,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     Sampler,
@@ -20,6 +21,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_subspace.collectives import Ranks
 from lightning_subspace.sample import (
     Sample,
     SampleError,
@@ -389,9 +391,8 @@ def test_the_current_batch():
     sample = sample_of_current(data)
     data[0].zero_()
     (batch,) = sample.hessian
-    assert (batch.weight, batch.transferred) == (5.0, True)  # it has been through the hooks of the module
+    assert (batch.weight, batch.transferred) == (1.0, True)  # it has been through the hooks of the module
     assert batch.data[0].sum() == 10.0
-    assert sample_of_current(data, weight=lambda batch: 2.0).hessian[0].weight == 2.0
 
 
 def test_number_of_examples():
@@ -461,7 +462,6 @@ class Unsized:
         (lambda: sample_of_batches([(torch.zeros(3), math.inf)]), "finite"),
         (lambda: sample_of_batches([torch.zeros(3)], weight=lambda batch: math.nan), "finite"),
         (lambda: sample_of_batches([torch.zeros(0, 3)]), "positive"),
-        (lambda: sample_of_current("no tensor"), "weight="),
     ],
 )
 def test_what_cannot_be_sampled_is_an_error_that_says_what_to_do(make, match):
@@ -471,3 +471,13 @@ def test_what_cannot_be_sampled_is_an_error_that_says_what_to_do(make, match):
 
 def test_a_sample_is_a_value():
     assert Sample(()) == Sample(())
+
+
+def test_a_loader_that_deals_examples_to_ranks_is_refused():
+    data = TensorDataset(torch.arange(8.0)[:, None])
+    loader = DataLoader(data, batch_size=2, sampler=DistributedSampler(data, num_replicas=2, rank=0))
+    ranks = Ranks()
+    ranks.count = 2  # it is refused before they would meet
+    with pytest.raises(SampleError, match="without it, the same one on all ranks"):
+        sample_of_batches(loader, ranks=ranks)
+    assert len(sample_of_batches(loader).hessian) == 2

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_subspace import sketch as sketch_module
 from lightning_subspace.parameters import ParameterSpace
+from lightning_subspace.partition import Partition
 from lightning_subspace.sketch import CELLS, TABLES, Sketch, count_sketch, sketch, sketch_error, sketch_overlap
 from lightning_subspace.subspace import orthonormality_defect, overlap, principal_angles
 
@@ -24,7 +25,7 @@ def orthonormalised(rows):
 
 
 def space_of(n, name="weight"):
-    return ParameterSpace((name,), (torch.Size([n]),))
+    return Partition.even(ParameterSpace((name,), (torch.Size([n]),)))
 
 
 def standard_deviation(squared_cosines, d=CELLS):
@@ -129,7 +130,7 @@ def test_the_hash_depends_on_the_name():
     n, rows = 5000, normal(2, 5000)
     assert not torch.equal(count_sketch(rows, space_of(n, "a")), count_sketch(rows, space_of(n, "b")))
     halves = (torch.Size([2500]),) * 2
-    straight, swapped = ParameterSpace(("a", "b"), halves), ParameterSpace(("b", "a"), halves)
+    straight, swapped = (Partition.even(ParameterSpace(names, halves)) for names in (("a", "b"), ("b", "a")))
     assert not torch.equal(count_sketch(rows, straight), count_sketch(rows, swapped))
 
 
@@ -142,13 +143,13 @@ def test_the_same_offsets_of_two_parameters_are_hashed_independently():
 def test_the_order_of_parameters_does_not_matter():
     """A model that declares its layers in another order keeps the sketch."""
     shapes = {"a": torch.Size([40, 50]), "b": torch.Size([3000]), "c": torch.Size([20, 30, 5])}
-    forward = ParameterSpace(tuple(shapes), tuple(shapes.values()))
-    backward = ParameterSpace(tuple(shapes)[::-1], tuple(shapes.values())[::-1])
+    forward = Partition.even(ParameterSpace(tuple(shapes), tuple(shapes.values())))
+    backward = Partition.even(ParameterSpace(tuple(shapes)[::-1], tuple(shapes.values())[::-1]))
     basis, other = orthonormalised(normal(3, forward.n)), orthonormalised(normal(3, forward.n, seed=1))
     other = orthonormalised(basis + 0.5 * other)
 
     def reordered(rows):
-        return torch.cat(list(rows.split(forward.numels, dim=1))[::-1], dim=1)
+        return torch.cat(list(rows.split(forward.space.numels, dim=1))[::-1], dim=1)
 
     torch.testing.assert_close(
         count_sketch(reordered(basis), backward), count_sketch(basis, forward), rtol=0, atol=1e-15
@@ -159,7 +160,7 @@ def test_the_order_of_parameters_does_not_matter():
 
 
 def test_parameters_that_are_left_out_count_as_zeros():
-    whole = ParameterSpace(("a", "b"), (torch.Size([5000]), torch.Size([700])))
+    whole = Partition.even(ParameterSpace(("a", "b"), (torch.Size([5000]), torch.Size([700]))))
     rows = normal(2, 5700)
     rows[:, 5000:] = 0.0
     assert torch.equal(count_sketch(rows, whole), count_sketch(rows[:, :5000], space_of(5000, "a")))
@@ -393,7 +394,7 @@ def test_two_coordinates_in_one_cell_are_still_told_apart():
 
 
 def test_sketches_of_different_kinds_are_refused():
-    exact = sketch(orthonormalised(normal(2, 8)), ParameterSpace.of(nn.Linear(3, 2)))
+    exact = sketch(orthonormalised(normal(2, 8)), Partition.even(ParameterSpace.of(nn.Linear(3, 2))))
     hashed = sketch(orthonormalised(normal(2, 5000)), space_of(5000))
     coarse = sketch(orthonormalised(normal(2, 5000)), space_of(5000), cells=1024)
     full = Sketch(hashed.basis, exact=True)

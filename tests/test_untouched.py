@@ -338,7 +338,8 @@ def not_copied(kind: Callable) -> Callable:
 
 def own_process(patch):
     init = DataLoader.__init__
-    patch.setattr(DataLoader, "__init__", lambda *args, **kwargs: init(*args, **{**kwargs, "num_workers": 0}))
+    here = {"num_workers": 0, "multiprocessing_context": None}
+    patch.setattr(DataLoader, "__init__", lambda *args, **kwargs: init(*args, **{**kwargs, **here}))
 
 
 def both_batch_copies(patch):

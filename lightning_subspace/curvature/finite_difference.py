@@ -17,13 +17,13 @@ operator is then not symmetric, and the solver says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_subspace.curvature.gradient import backward_gradient
-from lightning_subspace.curvature.hessian import Hessian
+from lightning_subspace.curvature.displaced import DisplacedGradients
+from lightning_subspace.partition import Partition
 from lightning_subspace.training_loss import MicroBatch, TrainingLoss
 
 # Lengths of the displacement, tried in turn until the differences to both sides agree.
@@ -33,7 +33,7 @@ AGREEMENT = 1e-5
 ROUNDING = 100 * torch.finfo(torch.float64).eps
 
 
-class FiniteDifferenceHessian(Hessian):
+class FiniteDifferenceHessian(DisplacedGradients):
     """The Hessian of the mean loss over `batches`, where it cannot be had by double backward.
 
     Args:
@@ -41,6 +41,7 @@ class FiniteDifferenceHessian(Hessian):
         batches: the fixed sample; weights need not be normalised.
         dtype: of the vectors that come and go.
         steps: lengths of the displacement in parameter space, falling.
+        partition: how vectors are dealt to ranks; None: all to this process.
 
     Raises:
         ValueError: for an empty sample, or when `loss` is not a float64 one.
@@ -63,70 +64,36 @@ class FiniteDifferenceHessian(Hessian):
         *,
         dtype: torch.dtype = torch.float32,
         steps: Sequence[float] = STEPS,
+        partition: Partition | None = None,
     ) -> None:
         if loss.dtype != torch.float64:
             raise ValueError(f"loss: expected a TrainingLoss with dtype=torch.float64, got {loss.dtype}.")
-        super().__init__(loss, batches, memory=0.0)
-        self.dtype = dtype
+        super().__init__(loss, batches, dtype=dtype, partition=partition)
         self._steps = tuple(steps)
-
-    def gradient(self) -> Tensor:  # (n,)
-        """Gradient of the mean loss over the sample."""
-        return self._centre().to(self.dtype, copy=True)
 
     def matvec(
         self,
         v: Tensor,  # (n,)
     ) -> Tensor:  # (n,)
-        """H v, from two gradients of every micro-batch, or more of them near a kink."""
+        """H v, from two gradients of every micro-batch, or more of them near a kink.
+
+        One all-gather and a sum, and for each step tried two reduce-scatters and a sum.
+        """
         wide = v.to(torch.float64)
-        length = float(wide.norm())
+        length, centre = self._norms(wide, self._centre())
         if not 0.0 < length < float("inf"):
             return torch.zeros_like(v, dtype=self.dtype) * length  # nan stays nan
-        unit = wide / length
+        return self._slope(self._transfers.gather(wide), length, centre).mul_(length).to(self.dtype)
+
+    def _slope(self, whole: Tensor, length: float, centre: float) -> Tensor:
+        """This rank's part of H u along a whole vector of that length; `centre` is the length of the gradient."""
         found = []
         for step in self._steps:
-            slope, bend = self._differences(unit, step)
-            found.append((bend, slope))
-            if bend <= AGREEMENT * float(slope.norm()) + ROUNDING * float(self._centre().norm()) / step:
+            plus, minus = (self._mean_at(whole, self._turns, sign * step / length) for sign in (1.0, -1.0))
+            bend = (plus + minus).sub_(self._centre(), alpha=2.0).div_(step)
+            slope = plus.sub_(minus).div_(2.0 * step)
+            size, steepness = self._norms(bend, slope)
+            found.append((size, slope))
+            if not size > AGREEMENT * steepness + ROUNDING * centre / step:  # also where it is nan
                 break
-        _, slope = min(found, key=lambda pair: pair[0])
-        return slope.mul_(length).to(self.dtype)
-
-    def _differences(self, unit: Tensor, step: float) -> tuple[Tensor, float]:
-        """The central difference for one step, and how far those forward and backward are apart."""
-        try:
-            plus, minus = self._mean_at(step * unit, self.batches), self._mean_at(-step * unit, self.batches)
-        finally:
-            self._loss.displace(None)
-        bend = float((plus + minus - 2.0 * self._centre()).norm()) / step
-        return plus.sub_(minus).div_(2.0 * step), bend
-
-    def _centre(self) -> Tensor:
-        """g(theta), in float64."""
-        if self._mean is None:
-            self._mean = self._mean_at(None, self.batches)
-        return self._mean
-
-    def batch_gradients(self) -> Iterator[tuple[MicroBatch, Tensor]]:
-        """Each micro-batch with the gradient of its own mean loss, (n,)."""
-        for batch in self.batches:
-            yield batch, self.mean_gradient([batch])
-
-    def mean_gradient(self, batches: Iterable[MicroBatch]) -> Tensor:  # (n,)
-        """Gradient of the mean loss over other micro-batches, taken once."""
-        return self._mean_at(None, batches).to(self.dtype)
-
-    def _retain(self, memory: float) -> None:
-        """Keep nothing."""
-        self._graphs = [None] * len(self.batches)
-
-    def _mean_at(self, offset: Tensor | None, batches: Iterable[MicroBatch]) -> Tensor:
-        """Gradient of the mean loss at theta + offset, in float64."""
-        batches = list(batches)
-        total = sum(batch.weight for batch in batches)
-        mean = torch.zeros(self.n, dtype=torch.float64, device=self.device)
-        self._loss.displace(offset)
-        for batch in batches:
-            mean.add_(backward_gradient(self._loss, batch), alpha=batch.weight / total)
-        return mean
+        return min(found, key=lambda pair: pair[0])[1]

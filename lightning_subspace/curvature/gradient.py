@@ -7,11 +7,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lightning_subspace.collectives import Ranks
+from lightning_subspace.rounds import Turn, rounds
 from lightning_subspace.training_loss import MicroBatch, TrainingLoss
 
 
 def mean_gradient(loss: TrainingLoss, batches: Iterable[MicroBatch]) -> Tensor:  # (n,)
-    """sum_b w_b grad L_b / sum_b w_b, one forward and one backward pass a micro-batch.
+    """sum_b w_b grad L_b / sum_b w_b, in this process alone.
 
     Args:
         loss: an open `TrainingLoss`.
@@ -20,13 +22,26 @@ def mean_gradient(loss: TrainingLoss, batches: Iterable[MicroBatch]) -> Tensor: 
     Raises:
         LossError: when a loss cannot be evaluated (see `TrainingLoss`).
     """
-    batches = list(batches)
-    total = sum(batch.weight for batch in batches)
+    return weighted_gradient(loss, rounds(list(batches), Ranks()))
+
+
+def weighted_gradient(loss: TrainingLoss, turns: Iterable[Turn]) -> Tensor:  # (n,)
+    """sum_b share_b grad L_b, one forward and one backward pass a turn.
+
+    Args:
+        loss: an open `TrainingLoss`.
+        turns: micro-batches and their shares in the mean, see `rounds`.
+
+    Raises:
+        LossError: when a loss cannot be evaluated (see `TrainingLoss`).
+    """
     mean = torch.zeros(loss.space.n, dtype=loss.dtype, device=loss.device)
-    for batch in batches:
+    for batch, share in turns:
         evaluation = loss(batch)
         gradients = torch.autograd.grad(evaluation.value, evaluation.leaves, allow_unused=True)
-        mean.add_(loss.space.flatten(gradients, like=mean), alpha=batch.weight / total)
+        values = loss.space.flatten(gradients, like=mean)
+        if share:
+            mean.add_(values, alpha=share)
     return mean
 
 

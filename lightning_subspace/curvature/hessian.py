@@ -4,34 +4,43 @@ H v = sum_b w_b grad(grad L_b . v) / sum_b w_b over the micro-batches b of a fix
 does not depend on v, so it is built once a probe and reused by every product (Pearlmutter 1994; a product then costs
 about 1.5 to 2 gradients instead of 2.5 to 3). Where the graphs of all batches do not fit the memory budget, those that
 fit are kept and the others are rebuilt for every product; the result is the same.
+
+Under ranks v and H v are dealt out (`Partition`), and so are the micro-batches (`rounds`): a product is one all-gather
+of v, the local sums, and one reduce-scatter. A rank on which something fails contributes nan, and raises afterwards.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_subspace.curvature.gradient import mean_gradient
+from lightning_subspace.curvature.gradient import weighted_gradient
+from lightning_subspace.partition import Partition
+from lightning_subspace.rounds import Turn, by_rounds, owner, rounds
 from lightning_subspace.training_loss import MicroBatch, TrainingLoss
+from lightning_subspace.transfers import Transfers
 
 # Share of the free memory that retained graphs may take.
 MEMORY_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class _GradientGraph:
+class GradientGraph:
     """The gradient of one micro-batch as a function of its leaves, ready to be differentiated again."""
 
     leaves: list[Tensor]
     gradients: list[Tensor | None]
 
     @classmethod
-    def build(cls, loss: TrainingLoss, batch: MicroBatch) -> _GradientGraph:
+    def build(cls, loss: TrainingLoss, batch: MicroBatch) -> GradientGraph:
+        """Evaluate the loss of a micro-batch and its gradient."""
         evaluation = loss(batch)
         gradients = torch.autograd.grad(evaluation.value, evaluation.leaves, create_graph=True, allow_unused=True)
         return cls(evaluation.leaves, list(gradients))
@@ -52,12 +61,14 @@ class Hessian:
 
     Args:
         loss: an open context; it must stay open as long as products are taken.
-        batches: the fixed sample; weights need not be normalised.
+        batches: the fixed sample, of all ranks; weights need not be normalised.
         memory: bytes that retained graphs may take; None takes half of the memory that is free.
+        partition: how vectors, and with them the work, are dealt to ranks; None: all to this process.
 
     Attributes:
-        n: dimension of the parameter space.
-        batches: the micro-batches.
+        n: length of a vector here: of this rank's part.
+        partition: how vectors are dealt to ranks; `partition.n` is the dimension of the whole space.
+        batches: the micro-batches, of all ranks.
 
     Raises:
         LossError: when a loss cannot be evaluated (see `TrainingLoss`).
@@ -72,21 +83,35 @@ class Hessian:
         tensor([1., 4.])
     """
 
-    def __init__(self, loss: TrainingLoss, batches: Sequence[MicroBatch], *, memory: float | None = None) -> None:
+    fails_as_nan = True
+    max_asymmetry = 1e-4  # 2e-6 at most, and far more where something is wrong
+    _graph_class: ClassVar[type[GradientGraph]] = GradientGraph
+
+    def __init__(
+        self,
+        loss: TrainingLoss,
+        batches: Sequence[MicroBatch],
+        *,
+        memory: float | None = None,
+        partition: Partition | None = None,
+    ) -> None:
         if not batches:
             raise ValueError("batches: expected at least one micro-batch, got an empty sample.")
-        self.n = loss.space.n
+        self.partition = Partition.even(loss.space) if partition is None else partition
+        self.n = self.partition.local_n
         self.dtype = loss.dtype
         self.device = loss.device
         self.batches = tuple(batches)
         self._loss = loss
-        self._graphs: list[_GradientGraph | None] = []
+        self._turns = rounds(self.batches, self.partition.ranks)
+        self._transfers = Transfers(self.partition, loss.dtype, loss.device)
+        self._graphs: list[GradientGraph | None] = []  # one a turn
         self._mean: Tensor | None = None  # the gradient, once it is known
-        self._retain(_memory_budget(self.device) if memory is None else memory)
+        self._retain(_memory_budget(self.device, self.partition.ranks.count) if memory is None else memory)
 
     @property
     def num_retained(self) -> int:
-        """Number of micro-batches whose gradient graph is kept."""
+        """Number of micro-batches whose gradient graph is kept on this rank."""
         return sum(graph is not None for graph in self._graphs)
 
     def gradient(self) -> Tensor:  # (n,)
@@ -99,54 +124,125 @@ class Hessian:
         self,
         v: Tensor,  # (n,)
     ) -> Tensor:  # (n,)
-        """H v."""
-        direction = self._loss.space.unflatten(v.to(self.dtype))
-        return self._weighted_mean(lambda graph: graph.product(direction))
+        """H v: one all-gather and one reduce-scatter of a vector, whatever the number of batches."""
+        whole = self._transfers.gather(v)
+        directions: list[list[Tensor]] = []  # inside of the sum, as memory is taken for those of complex parameters
+
+        def product(graph: GradientGraph) -> list[Tensor | None]:
+            directions[:] = directions or [self._loss.space.unflatten(whole.to(self.dtype))]
+            return graph.product(directions[0])
+
+        return self._weighted_mean(product)
+
+    def value(
+        self,
+        offset: Tensor | None,  # (n,)
+    ) -> float:
+        """The mean loss at theta + offset: a forward pass, one all-gather, and a sum of one number."""
+        whole = None if offset is None else self.partition.gather(offset.to(self._loss.dtype))
+        own, failures = math.nan, []
+        try:
+            own = self._loss.value_at(whole, self._turns)
+        except Exception as error:
+            failures.append(error)
+        total = float(self.partition.ranks.all_sum(torch.tensor([own], dtype=torch.float64)))
+        if failures:
+            raise failures[0]
+        return total
 
     def batch_gradients(self) -> Iterator[tuple[MicroBatch, Tensor]]:
-        """Each micro-batch with the gradient of its own mean loss, (n,)."""
-        for batch, graph in zip(self.batches, self._all_graphs(), strict=True):
-            yield batch, self._loss.space.flatten(graph.gradients, like=self._mean)
+        """Each micro-batch, of all ranks, with the gradient of its own mean loss, (n,)."""
+        own = (self._loss.space.flatten(graph.gradients, like=self._mean) for graph in self._all_graphs())
+        return self._dealt_out(self.batches, own)
 
-    def mean_gradient(self, batches: Iterable[MicroBatch]) -> Tensor:  # (n,)
+    def mean_gradient(self, batches: Sequence[MicroBatch]) -> Tensor:  # (n,)
         """Gradient of the mean loss over other micro-batches, taken once."""
-        return mean_gradient(self._loss, batches)
+        turns = self._rounds(batches)
+        return self._summed(lambda total: total.copy_(weighted_gradient(self._loss, turns)))
 
-    def part(self, positions: Sequence[int]) -> Hessian:
-        """The Hessian over some of the micro-batches, sharing the retained graphs."""
+    def other_gradients(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
+        """Each of other micro-batches, of all ranks, with the gradient of its own mean loss, (n,); taken once."""
+        own = (weighted_gradient(self._loss, [Turn(batch, 1.0)]) for batch, _ in self._rounds(batches))
+        return self._dealt_out(batches, own)
+
+    def part(self, positions: Iterable[int]) -> Hessian:
+        """The Hessian over some of the micro-batches, sharing the retained graphs.
+
+        Rounds in which no rank has anything left are passed over; in the others every rank still takes its turn.
+        """
+        chosen = {self.batches[position].index for position in positions}
         part = copy.copy(self)
-        part.batches = tuple(self.batches[position] for position in positions)
-        part._graphs = [self._graphs[position] for position in positions]
+        part.batches = tuple(batch for batch in self.batches if batch.index in chosen)
+        total = sum(batch.weight for batch in part.batches)
+        of_round = [{b.index for b in together} for together in by_rounds(self.batches, self.partition.ranks)]
+        kept = [number for number, indices in enumerate(of_round) if indices & chosen]
+        part._turns = []
+        for batch, share in (self._turns[number] for number in kept):
+            part._turns.append(Turn(batch, batch.weight / total if share and batch.index in chosen else 0.0))
+        part._graphs = [self._graphs[number] for number in kept]
         part._mean = None
         return part
 
+    def _rounds(self, batches: Sequence[MicroBatch]) -> list[Turn]:
+        return rounds(batches, self.partition.ranks, held=self.batches)
+
     def _retain(self, memory: float) -> None:
-        """Build every graph once, for the gradient; keep those that fit."""
+        """Build every graph once, for the gradient; keep those that fit, on all ranks equally many."""
         used = 0.0
 
-        def built() -> Iterator[_GradientGraph]:
+        def built() -> Iterator[GradientGraph]:
             nonlocal used
-            for batch in self.batches:
+            for batch, _ in self._turns:
                 with _SavedBytes() as saved:
-                    graph = _GradientGraph.build(self._loss, batch)
+                    graph = self._graph_class.build(self._loss, batch)
                 used += saved.bytes
                 self._graphs.append(graph if used <= memory else None)
                 yield graph
 
         self._mean = self._weighted_mean(lambda graph: graph.gradients, built())
+        count = self.partition.ranks.smallest(self.num_retained)
+        self._graphs = [graph if number < count else None for number, graph in enumerate(self._graphs)]
 
     def _weighted_mean(
-        self, part: Callable[[_GradientGraph], Sequence[Tensor | None]], graphs: Iterable[_GradientGraph] | None = None
+        self, part: Callable[[GradientGraph], Sequence[Tensor | None]], graphs: Iterable[GradientGraph] | None = None
     ) -> Tensor:
-        total = sum(batch.weight for batch in self.batches)
-        mean = torch.zeros(self.n, dtype=self.dtype, device=self.device)
-        for batch, graph in zip(self.batches, self._all_graphs() if graphs is None else graphs, strict=True):
-            mean.add_(self._loss.space.flatten(part(graph), like=mean), alpha=batch.weight / total)
-        return mean
+        """This rank's part of the mean over all turns of all ranks."""
 
-    def _all_graphs(self) -> Iterator[_GradientGraph]:
-        for batch, graph in zip(self.batches, self._graphs, strict=True):
-            yield graph if graph is not None else _GradientGraph.build(self._loss, batch)
+        def add(total: Tensor) -> None:
+            for (_, share), graph in zip(self._turns, self._all_graphs() if graphs is None else graphs, strict=True):
+                values = self._loss.space.flatten(part(graph), like=total)
+                if share:
+                    total.add_(values, alpha=share)
+
+        return self._summed(add)
+
+    def _summed(self, add: Callable[[Tensor], object]) -> Tensor:
+        """This rank's part of the sum over ranks of what each adds to zeros.
+
+        All get to the sum: a rank that fails contributes nan, and raises behind it.
+        """
+        failure: Exception | None = None
+        try:
+            add(self._transfers.total.zero_())
+        except Exception as error:
+            failure = error
+            self._transfers.total.fill_(math.nan)
+        local = self._transfers.sum_scatter()
+        if failure is not None:
+            raise failure
+        return local
+
+    def _dealt_out(self, batches: Sequence[MicroBatch], own: Iterable[Tensor]) -> Iterator[tuple[MicroBatch, Tensor]]:
+        """This rank's part of one whole vector a micro-batch, from what each rank has of its own in every round."""
+        ranks = self.partition.ranks
+        for together, vector in zip(by_rounds(batches, ranks), own, strict=True):
+            parts = self.partition.exchange(vector.to(self.dtype))
+            for batch in together:
+                yield batch, parts[owner(batch, ranks)]
+
+    def _all_graphs(self) -> Iterator[GradientGraph]:
+        for (batch, _), graph in zip(self._turns, self._graphs, strict=True):
+            yield graph if graph is not None else self._graph_class.build(self._loss, batch)
 
 
 class _SavedBytes:
@@ -175,11 +271,11 @@ class _SavedBytes:
         return tensor.detach()  # autograd attaches the graph again; returning the tensor itself would be a cycle
 
 
-def _memory_budget(device: torch.device) -> float:
-    """Half of the memory that is free now."""
+def _memory_budget(device: torch.device, num_ranks: int) -> float:
+    """Half of the memory that is free now; of a host's, what comes to one rank if all are on it."""
     if device.type == "cuda":  # untested: no GPU was available
         return MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
     try:
-        return MEMORY_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return MEMORY_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / num_ranks
     except (AttributeError, ValueError, OSError):  # not Linux
-        return float(2 << 30)
+        return float(2 << 30) / num_ranks

@@ -118,12 +118,12 @@ def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfC
         reentrant = "use_reentrant" in str(refusal)  # a choice that the user can undo
         outcome = CheckOutcome.FAILED if reentrant else CheckOutcome.UNAVAILABLE
         return SelfCheck(outcome, float("inf"), "", f"{type(refusal).__name__}: {refusal}")
-    error, name = min(_worst_part(loss, product, difference) for difference in differences)
+    error, name = min(worst_part(loss, product, difference) for difference in differences)
     if error <= THRESHOLD:
         return SelfCheck(CheckOutcome.PASSED, error, name, f"relative difference {error:.1e} (largest in {name})")
     # Differences can accuse the product only where they agree with each other, for two eps at least. An operation in
     # float32 makes them noise; one that the loss does not depend on, in a metric or a label, leaves them as they are.
-    spread, _ = min(_worst_part(loss, *pair) for pair in itertools.pairwise(differences))
+    spread, _ = min(worst_part(loss, *pair) for pair in itertools.pairwise(differences))
     if spread > THRESHOLD:
         reason = f"differences of gradients for two eps differ by {spread:.1%}: noise or kinks in the loss"
         if narrowing.operation is not None:
@@ -142,7 +142,7 @@ def _difference(loss: TrainingLoss, batch: MicroBatch, jitter: Tensor, direction
     return (plus - minus) / (2 * eps)
 
 
-def _worst_part(loss: TrainingLoss, product: Tensor, difference: Tensor) -> tuple[float, str]:
+def worst_part(loss: TrainingLoss, product: Tensor, difference: Tensor) -> tuple[float, str]:
     """Largest relative error over the parameter tensors, and where; non-finite counts as infinite."""
     floor = SMALLEST_PART * max(float(product.norm()), float(difference.norm()))
     worst = (0.0, loss.space.names[0])

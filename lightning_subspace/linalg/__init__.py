@@ -1,10 +1,13 @@
 """Linear algebra of symmetric operators that are known by their products with vectors. Pure torch.
 
 Reading order: `eigsh` (what it does), `search` (how it decides), `lanczos` (how a basis grows), `certificate` (why no
-copy of a multiple eigenvalue is missed).
+copy of a multiple eigenvalue is missed), `quadrature` (sums over the whole spectrum).
 """
 
 from lightning_subspace.linalg.eigsh import eigsh as eigsh
+from lightning_subspace.linalg.quadrature import Estimate as Estimate
+from lightning_subspace.linalg.quadrature import Quadrature as Quadrature
+from lightning_subspace.linalg.quadrature import quadrature as quadrature
 from lightning_subspace.linalg.result import EigshResult as EigshResult
 from lightning_subspace.linalg.result import Outcome as Outcome
 from lightning_subspace.linalg.which import Which as Which

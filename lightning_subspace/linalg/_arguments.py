@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_subspace.linalg.lanczos import AllSum, Lanczos
+from lightning_subspace.linalg.agreement import Agreement, AllSum
+from lightning_subspace.linalg.lanczos import Lanczos
 from lightning_subspace.linalg.which import WHICH
 
 RandomVector = Callable[[int, int], Tensor]
@@ -18,11 +19,10 @@ SMALLEST_TOL = {torch.float32: 1e-5, torch.float64: 1e-12}
 _SEED_STRIDE = 1_000_003  # keeps the vectors of neighbouring seeds apart
 
 
-def communication(
+def random_vectors(
     all_sum: AllSum | None, random: RandomVector | None, n: int, seed: int, dtype: torch.dtype
-) -> tuple[AllSum, Callable[[int], Tensor]]:
-    """The sum over ranks, and ``draw(i)``, this rank's slice of the i-th random vector."""
-    _check_count("n", n, 0)
+) -> Callable[[int], Tensor]:
+    """``draw(i)``: this rank's slice of the i-th random vector."""
     if all_sum is not None and random is None:
         raise ValueError(
             "Expected `random` along with `all_sum` but got None: without it every rank would draw the same slice. "
@@ -39,18 +39,28 @@ def communication(
         vector = source(seed, i)
         if tuple(vector.shape) != (n,):
             raise ValueError(f"Expected `random` to return shape {(n,)} but got {tuple(vector.shape)}. Check `n`.")
+        if not bool(torch.isfinite(vector).all()):
+            raise ValueError(f"Expected `random({seed}, {i})` to be finite but it is not.")
         return vector
 
-    return (lambda local: local) if all_sum is None else all_sum, draw
+    return draw
 
 
-def global_dimension(dimension: int | None, n: int, all_sum: AllSum, device: torch.device) -> int:
-    """The dimension of the whole space."""
+def global_dimension(dimension: int | None, n: int, agreement: Agreement, device: torch.device) -> int:
+    """The dimension of the whole space. ``n`` differs between ranks, and may be wrong on one of them."""
+    local = torch.zeros(1, dtype=torch.int64, device=device)
+    with agreement.local():
+        _check_count("n", n, 0)
+        local += n
     if dimension is not None:
         _check_count("dimension", dimension, 1)
         return dimension
     # Every rank takes part in this sum, whatever its own n.
-    return int(all_sum(torch.tensor([float(n)], dtype=torch.float64, device=device)).item())
+    total = float(agreement.sum(local))
+    if not agreement.finite:
+        agreement.settle()
+        raise ValueError("Expected `n` to be the length of a vector, but on another rank it is none.")
+    return int(total)
 
 
 def check(k: int, which: str, dimension: int, max_matvecs: int, verify: str, delta: float, dtype: torch.dtype) -> None:
@@ -99,17 +109,25 @@ def basis_size(ncv: int | None, k: int, dimension: int) -> int:
     return min(ncv, dimension)
 
 
-def start(lanczos: Lanczos, v0: Tensor) -> None:
-    """Make ``v0`` the first vector of the factorisation."""
+def start(lanczos: Lanczos, v0: Tensor | None, n: int, draw: Callable[[int], Tensor]) -> None:
+    """Make ``v0``, or a random vector, the first one of the factorisation."""
+
+    def first() -> Tensor:
+        return draw(0) if v0 is None else _vector(v0, n, lanczos.basis.dtype)
+
+    if not lanczos.inject(first):
+        raise ValueError("Expected `v0` not to be zero but got such a vector. Pass None for a random starting vector.")
+
+
+def _vector(v0: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     if not isinstance(v0, Tensor):
         raise TypeError(f"Expected `v0` to be a Tensor but got {type(v0).__name__}.")
-    shape = tuple(lanczos.pending.shape)
-    if tuple(v0.shape) != shape:
-        raise ValueError(f"Expected `v0` to have shape {shape} but got {tuple(v0.shape)}. Flatten it, or check `n`.")
-    if not lanczos.inject(v0.detach()):
-        raise ValueError(
-            "Expected `v0` to be finite and not zero but got such a vector. Pass None for a random starting vector."
-        )
+    if tuple(v0.shape) != (n,):
+        raise ValueError(f"Expected `v0` to have shape {(n,)} but got {tuple(v0.shape)}. Flatten it, or check `n`.")
+    vector = v0.detach().to(dtype)
+    if not bool(torch.isfinite(vector).all()):
+        raise ValueError("Expected `v0` to be finite but it is not. Pass None for a random starting vector.")
+    return vector
 
 
 def _check_count(name: str, value: int, smallest: int, meaning: str | None = None) -> None:

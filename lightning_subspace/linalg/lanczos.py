@@ -14,17 +14,20 @@ Source: K. Wu and H. Simon, Thick-restart Lanczos method for large symmetric eig
 Appl. 22 (2000), 602-616. Differences: full reorthogonalisation, at least twice; T is kept as a dense matrix.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-MatVec = Callable[[Tensor], Tensor]
-AllSum = Callable[[Tensor], Tensor]
+from lightning_subspace.linalg.agreement import Agreement
 
-_CHUNK = 1 << 16  # columns of the basis rotated at a time: bounds the extra memory of a restart
+MatVec = Callable[[Tensor], Tensor]
+
+# Columns of the basis worked on at a time. It bounds the extra memory of a restart and, on a CPU, fits a cache. Above
+# all it bounds the rounding of inner products: a CPU adds float32 one after the other, and loses 1e-4 of |v|^2 in
+# vectors of a million.
+_CHUNK = 1 << 13
 _MIN_PASSES, _MAX_PASSES = 2, 4
 _SHRINKAGE = 0.7  # a vector that loses more than this in a pass has lost digits too: orthogonalise it again
 _BREAKDOWN = 20  # in units of eps * scale: what is left of a vector after cancellation is rounding
@@ -40,7 +43,9 @@ class Expansion(NamedTuple):
 class Lanczos:
     """A factorisation that grows by one vector a matvec, in preallocated memory of ``(max_size + 1) * n`` numbers.
 
-    Every number that leaves this class was summed over ranks, so all ranks see the same.
+    Every number that leaves this class was summed over ranks, or follows from such sums by small matrices, so all ranks
+    see the same. This takes `torch.linalg.eigh` to give the same bits for the same matrix on all of them: one build of
+    torch, one kind of processor, one number of threads.
 
     Args:
         matvec: Maps this rank's slice of a vector, shape ``(n,)``, to the slice of its image. Must not write to its
@@ -50,7 +55,7 @@ class Lanczos:
         dimension: Dimension N of the whole space.
         dtype: float32 or float64.
         device: Where the basis lives. The small matrices are float64 on the CPU.
-        all_sum: Sums a small float64 tensor over ranks.
+        agreement: Sums over ranks. A failure of this rank alone shows in no other way than in these.
 
     Attributes:
         basis: Shape ``(max_size + 1, n)``; the first ``size`` rows are V, the next one is the pending vector.
@@ -71,16 +76,18 @@ class Lanczos:
         dimension: int,
         dtype: torch.dtype,
         device: torch.device,
-        all_sum: AllSum,
+        agreement: Agreement,
     ) -> None:
-        self.basis = torch.zeros(max_size + 1, n, dtype=dtype, device=device)
+        self.basis = torch.zeros(max_size + 1, 0, dtype=dtype, device=device)
+        with agreement.local():
+            self.basis = torch.zeros(max_size + 1, n, dtype=dtype, device=device)
+        self.agreement = agreement
         self.size = 0
         self.invariant = True
         self.scale = 0.0
         self.asymmetry = 0.0
         self._matvec = matvec
         self._dimension = dimension
-        self._all_sum = all_sum
         self._projected = _zeros(max_size, max_size)
         self._coupling = _zeros(0)  # b
         self._dropped = _zeros(0, 0)  # (drops, m) coefficients of the residuals given up
@@ -124,24 +131,44 @@ class Lanczos:
         dropped = torch.linalg.vector_norm(self._dropped @ rotation, dim=0)
         return reducible, torch.hypot(reducible, dropped)
 
-    def inject(self, vector: Tensor) -> bool:
+    def lock(
+        self,
+        vectors: Tensor,  # (k, n) orthonormal rows
+        values: Tensor,  # (k,)
+        residuals: Tensor,  # (k,)
+    ) -> None:
+        """Begin with the Ritz pairs of an earlier run; what is injected then, and grown from it, is orthogonal to them.
+
+        The block of T behind them is that of the operator without them, (I - P) A (I - P) with their projector P.
+        """
+        k = len(values)
+        with self.agreement.local():
+            self.basis[:k].copy_(vectors)
+        self._projected[:k, :k] = torch.diag(values.to(self._projected))
+        self._coupling = _zeros(k)
+        self._dropped = torch.diag(residuals.to(self._projected))
+        self.scale = max(self.scale, float(values.abs().max())) if k else self.scale
+        self.size = k
+
+    def inject(self, source: Callable[[], Tensor]) -> bool:
         """Make a fresh direction the pending vector; what was pending is dropped.
 
         Args:
-            vector: Shape ``(n,)``. Its part outside V is used.
+            source: Gives a vector, shape ``(n,)``. Its part outside V is used.
 
         Returns:
-            Whether there was such a part. If not, nothing can be expanded.
+            False if there was no such part. True also if that is unknown, because the vector is not finite.
         """
         if self._coupling.any():
             self._dropped = torch.cat([self._dropped, self._coupling[None]])
         self._coupling = _zeros(self.size)
-        self.pending.copy_(vector)
+        with self.agreement.local():
+            self.pending.copy_(source())
         before, _, after = self._orthogonalise(self.pending, self.vectors)
-        self.invariant = not (math.isfinite(before) and after > _BREAKDOWN * torch.finfo(self.basis.dtype).eps * before)
+        self.invariant = not after > _BREAKDOWN * torch.finfo(self.basis.dtype).eps * before
         if not self.invariant:
-            self.pending.div_(after)
-        return not self.invariant
+            self._divide(self.pending, after)
+        return not (self.invariant and self.agreement.finite)
 
     def expand(self) -> Expansion | None:
         """Spend one matvec on the pending vector.
@@ -151,9 +178,12 @@ class Lanczos:
         """
         m = self.size
         vectors, image = self.basis[: m + 1], self.basis[m + 1]
-        image.copy_(_checked(self._matvec(self.basis[m]), image))
-        before, column, norm = self._orthogonalise(image, vectors)
-        if not math.isfinite(before):
+        with self.agreement.local():
+            image.copy_(_checked(self._matvec(self.basis[m]), image))
+        # All that is large of A q lies along q and along what is coupled to it: but after a restart one vector.
+        near = m + 1 if self._coupling[:-1].any() else min(m + 1, 2)
+        _, column, norm = self._orthogonalise(image, vectors, near)
+        if not self.agreement.finite:
             return None
         # v_i . A q was foretold by b when v_i was expanded, up to what has been dropped since.
         surprise = (column[:m] - self._coupling).abs() - self._dropped.abs().sum(dim=0)
@@ -165,7 +195,7 @@ class Lanczos:
         self.invariant = m + 1 == self._dimension or norm <= _BREAKDOWN * torch.finfo(image.dtype).eps * self.scale
         norm = 0.0 if self.invariant else norm
         if not self.invariant:
-            image.div_(norm)
+            self._divide(image, norm)
         self.size = m + 1
         self._coupling = _zeros(m + 1)
         self._coupling[m] = norm
@@ -181,12 +211,14 @@ class Lanczos:
             rotation: Orthonormal columns, shape ``(m, kept)``, float64.
         """
         m, kept = rotation.shape
-        exact = _exact(self.basis)
-        weights = rotation.T.to(self.basis.device, exact)
-        for columns in _column_blocks(self.basis):
-            columns[:kept] = weights @ columns[:m].to(exact)
-        if kept < m:
-            self.basis[kept].copy_(self.basis[m])
+        with self.agreement.local():
+            exact = _exact(self.basis)
+            weights = rotation.T.to(self.basis.device, exact)
+            for block in _blocks(self.basis):
+                columns = self.basis[:, block]
+                columns[:kept] = weights @ columns[:m].to(exact)
+            if kept < m:
+                self.basis[kept].copy_(self.basis[m])
         self._projected[:kept, :kept] = rotation.T @ self.projected @ rotation
         self._coupling = self._coupling @ rotation
         self._dropped = self._dropped @ rotation
@@ -195,46 +227,56 @@ class Lanczos:
     def gram(self) -> Tensor:
         """V V^T, shape ``(m, m)``, float64."""
         gram = torch.zeros(self.size, self.size, dtype=_exact(self.basis), device=self.basis.device)
-        for columns in _column_blocks(self.vectors):
-            gram += columns.to(gram.dtype) @ columns.to(gram.dtype).T
-        return self._reduce(gram)
+        with self.agreement.local():
+            for block in _blocks(self.vectors):
+                columns = self.vectors[:, block].to(gram.dtype)
+                gram += columns @ columns.T
+        return self.agreement.sum(gram)
 
-    def _orthogonalise(self, vector: Tensor, rows: Tensor) -> tuple[float, Tensor, float]:
+    def _orthogonalise(self, vector: Tensor, rows: Tensor, near: int | None = None) -> tuple[float, Tensor, float]:
         """Subtract from ``vector``, in place, its part in the span of ``rows``; one host synchronisation a pass.
 
+        Args:
+            vector: Shape ``(n,)``.
+            rows: Orthonormal.
+            near: The first pass takes this many of the last rows alone, where most of that part lies.
+
         Returns:
-            The norm before (not finite if ``vector`` was not), the coefficients of the part subtracted, the norm after.
+            The norm before, the coefficients of the part subtracted, the norm after; they mean nothing if a sum was not
+            finite.
         """
         coefficients = _zeros(rows.shape[0])
         initial = remaining = 0.0
         for num_pass in range(1, _MAX_PASSES + 1):
-            products = self._products(rows, vector)
-            if not bool(torch.isfinite(products).all()):
-                return math.nan, coefficients, math.nan
+            taken = rows[-near:] if near and num_pass == 1 else rows
+            products = self._products(taken, vector)
+            if not self.agreement.finite:
+                break
             part, square = products[:-1], float(products[-1])
             if num_pass == 1:
-                initial = math.sqrt(square)
-            coefficients += part
-            vector.addmv_(rows.T, part.to(vector), alpha=-1)
+                initial = square**0.5
+            coefficients[-len(part) :] += part
+            with self.agreement.local():
+                vector.addmv_(taken.T, part.to(vector), alpha=-1)
             # By Pythagoras: accurate in the last pass, which takes away little.
-            remaining = math.sqrt(max(0.0, square - float(part.square().sum())))
-            if num_pass >= _MIN_PASSES and remaining >= _SHRINKAGE * math.sqrt(square):
+            remaining = max(0.0, square - float(part.square().sum())) ** 0.5
+            if num_pass >= _MIN_PASSES and remaining >= _SHRINKAGE * square**0.5:
                 break
         return initial, coefficients, remaining
 
     def _products(self, rows: Tensor, vector: Tensor) -> Tensor:
         """Inner products of ``vector`` with ``rows`` and, last, with itself; shape ``(rows + 1,)``."""
+        products = torch.zeros(rows.shape[0] + 1, dtype=_exact(rows), device=rows.device)
         # The caller may be in an autocast region, which would round these to half precision.
-        with torch.autocast(vector.device.type, enabled=False):
-            products = torch.mv(rows, vector)
-        square = torch.linalg.vector_norm(vector, dtype=_exact(vector)).square()
-        return self._reduce(torch.cat([products.to(square.dtype), square[None]]))
+        with self.agreement.local(), torch.autocast(vector.device.type, enabled=False):
+            for block in _blocks(rows):
+                products[:-1] += torch.mv(rows[:, block], vector[block])
+            products[-1] = torch.linalg.vector_norm(vector, dtype=products.dtype).square()
+        return self.agreement.sum(products)
 
-    def _reduce(self, local: Tensor) -> Tensor:
-        """Sum a small tensor over ranks, in float64; the result is on the CPU."""
-        if local.device.type == "mps":  # has no float64
-            local = local.cpu()
-        return self._all_sum(local.to(torch.float64)).cpu()
+    def _divide(self, vector: Tensor, norm: float) -> None:
+        with self.agreement.local():
+            vector.div_(norm)
 
 
 def _exact(tensor: Tensor) -> torch.dtype:
@@ -242,10 +284,11 @@ def _exact(tensor: Tensor) -> torch.dtype:
     return tensor.dtype if tensor.device.type == "mps" else torch.float64
 
 
-def _column_blocks(matrix: Tensor) -> Iterator[Tensor]:
-    """Views of a few columns at a time."""
-    for start in range(0, matrix.shape[1], _CHUNK):
-        yield matrix[:, start : start + _CHUNK]
+def _blocks(matrix: Tensor) -> Iterator[slice]:
+    """A few columns at a time."""
+    chunk = _CHUNK if matrix.is_cpu else 8 * _CHUNK  # other devices add in parallel, but are slow to begin
+    for start in range(0, matrix.shape[1], chunk):
+        yield slice(start, start + chunk)
 
 
 def _zeros(*shape: int) -> Tensor:

@@ -23,7 +23,7 @@ class Outcome(enum.Enum):
     )
     ASYMMETRIC = (
         "The operator is not symmetric or not deterministic: two measurements of the same entry of its projection "
-        "differ by more than 1e-4 of the largest eigenvalue. Likely causes: (a) a new minibatch on every call, "
+        "differ by more than rounding can explain. Likely causes: (a) a new minibatch on every call, "
         "(b) dropout or data augmentation that is drawn anew, (c) batch statistics that move, (d) half precision in "
         "the operator. Make it return the same result for the same vector; the eigenpairs returned are not an answer."
     )
@@ -51,7 +51,7 @@ class EigshResult:
             within 0.03 * scale of the k-th.
         num_matvecs: Products spent.
         num_restarts: How often the basis was full and compressed.
-        orthogonality: max |V V^T - I| of the rows returned.
+        orthogonality: max |V V^T - I| of the rows returned; NaN if a rank failed.
         asymmetry: Largest discrepancy between the two sides of the projected matrix, relative to ``scale``. About 1e-7
             for a deterministic operator in float32.
         scale: Largest absolute Ritz value, to which all tolerances are relative.

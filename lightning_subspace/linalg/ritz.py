@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -26,3 +27,11 @@ class Ritz:
     rotation: Tensor  # (m, m) columns
     reducible: Tensor  # (m,) the part of the residual estimates that further matvecs reduce
     residuals: Tensor  # (m,) the residual estimates
+
+
+def beside_identity(k: int, rotation: Tensor) -> Tensor:
+    """The block diagonal matrix of a (k, k) identity and ``rotation``."""
+    size = k + rotation.shape[0]
+    block_diagonal = torch.eye(size, k + rotation.shape[1], dtype=torch.float64, device="cpu")
+    block_diagonal[k:, k:] = rotation
+    return block_diagonal

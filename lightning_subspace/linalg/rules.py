@@ -28,6 +28,7 @@ class Rules:
     verify: bool
     delta: float
     dimension: int
+    max_asymmetry: float
 
     @property
     def patience(self) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_subspace.linalg.certificate import Certificate
 from lightning_subspace.linalg.lanczos import Lanczos
 from lightning_subspace.linalg.result import EigshResult, Outcome
-from lightning_subspace.linalg.ritz import UNSEEN, Neighbour, Ritz
+from lightning_subspace.linalg.ritz import UNSEEN, Neighbour, Ritz, beside_identity
 from lightning_subspace.linalg.rules import Rules
 from lightning_subspace.linalg.which import (
     best_first,
@@ -32,8 +32,6 @@ from lightning_subspace.linalg.which import (
 
 Progress = Callable[[int, float], None]
 
-# In units of scale. Deterministic float32 operators stay below 2e-6; minibatches that are drawn anew exceed 5e-3.
-_MAX_ASYMMETRY = 1e-4
 _ROUNDING = 10  # in units of eps * scale: no residual estimate means anything below
 _SETTLED = 1.1  # if scale grew by less than this factor in a matvec, it can be trusted to judge the asymmetry
 
@@ -72,8 +70,10 @@ class Search:
         """One matvec and what follows from it: the result, or None to go on."""
         lanczos, rules = self.lanczos, self.rules
         scale_before = lanczos.scale
-        expansion = lanczos.expand()
-        self.num_matvecs += 1
+        expansion = None
+        if lanczos.agreement.finite:  # a fresh direction may not be
+            expansion = lanczos.expand()
+            self.num_matvecs += 1
         ritz = self._ritz()
         if expansion is None:
             return self._result(Outcome.NONFINITE, self._answer(ritz, converged=False))
@@ -110,7 +110,7 @@ class Search:
         values, rotation = torch.linalg.eigh(projected[k:, k:])
         order = best_first(values, self.rules.which)
         found = projected.diagonal()[:k]
-        return self._estimated(torch.cat([found, values[order]]), _beside_identity(k, rotation[:, order]))
+        return self._estimated(torch.cat([found, values[order]]), beside_identity(k, rotation[:, order]))
 
     def _answer(self, ritz: Ritz, converged: bool) -> Ritz:
         """What to return: a verification that found nothing better confirms the pairs it began with."""
@@ -211,7 +211,7 @@ class Search:
         elif lanczos.size >= rules.k and self.num_matvecs - self.best_matvec >= rules.patience:
             outcome = Outcome.STAGNATED
         # In the first matvecs scale may be far below the norm of the operator, and rounding would look like asymmetry.
-        if lanczos.asymmetry > _MAX_ASYMMETRY * lanczos.scale and (settled or outcome is not None):
+        if lanczos.asymmetry > rules.max_asymmetry * lanczos.scale and (settled or outcome is not None):
             outcome, verified = Outcome.ASYMMETRIC, False
         return outcome, verified
 
@@ -229,10 +229,10 @@ class Search:
             self.excluded = False
         lanczos.contract(ritz.rotation[:, :kept])
         self.num_draws += 1
-        if not lanczos.inject(self.draw(self.num_draws)):
+        if not lanczos.inject(lambda: self.draw(self.num_draws)):
             raise ValueError(
-                f"Expected `random(seed, {self.num_draws})` to be finite and independent of the vectors before, but it "
-                f"has no part outside the {kept} vectors found. Check `random`, and `dimension` if slices are padded."
+                f"Expected `random(seed, {self.num_draws})` to be independent of the vectors before, but it has no "
+                f"part outside the {kept} vectors found. Check `random`, and `dimension` if slices are padded."
             )
         self._forget_progress()
 
@@ -260,7 +260,8 @@ class Search:
             return
         k, scale = self.rules.k, self.lanczos.scale
         worst = float(ritz.residuals[:k].max()) if self.lanczos.size >= k else math.inf
-        self.on_matvec(self.num_matvecs, worst / scale if scale else worst)
+        with self.lanczos.agreement.local():
+            self.on_matvec(self.num_matvecs, worst / scale if scale else worst)
 
     def _result(self, outcome: Outcome, ritz: Ritz, verified: bool = False) -> EigshResult:
         """The record of the run. Its last act: the basis is rotated in place."""
@@ -274,10 +275,16 @@ class Search:
         estimates = torch.zeros_like(ritz.residuals) if exact else ritz.residuals
         rounding = max(lanczos.asymmetry, _ROUNDING * torch.finfo(lanczos.basis.dtype).eps * lanczos.scale)
         lanczos.contract(ritz.rotation[:, order])
+        eigenvectors = lanczos.vectors
+        with lanczos.agreement.local():
+            eigenvectors = eigenvectors.clone()
+        # The last sum, behind all that may fail: whoever could not form its part of the answer says so in it.
         deviation = (lanczos.gram() - torch.eye(num_pairs, dtype=torch.float64, device="cpu")).abs()
+        if not lanczos.agreement.finite:
+            outcome, verified = Outcome.NONFINITE, False
         return EigshResult(
             eigenvalues=ritz.values[order],
-            eigenvectors=lanczos.vectors.clone(),
+            eigenvectors=eigenvectors,
             residuals=estimates[order].clamp(min=rounding),
             outcome=outcome,
             verified=verified,
@@ -290,11 +297,3 @@ class Search:
             next_residual=max(behind.residual, rounding),
             gap=behind.gap,
         )
-
-
-def _beside_identity(k: int, rotation: Tensor) -> Tensor:
-    """The block diagonal matrix of a (k, k) identity and ``rotation``."""
-    size = k + rotation.shape[0]
-    block_diagonal = torch.eye(size, k + rotation.shape[1], dtype=torch.float64, device="cpu")
-    block_diagonal[k:, k:] = rotation
-    return block_diagonal

@@ -1,10 +1,15 @@
 """What is computed at a probe and logged. Each is a small class; a user's own goes beside them."""
 
+from lightning_subspace.measurements.control import Control
+from lightning_subspace.measurements.critical import CriticalSharpness
+from lightning_subspace.measurements.density import Density, SpectralDensity, Trace
 from lightning_subspace.measurements.gradient import GapIndex, GradientCurvature, GradientFraction
 from lightning_subspace.measurements.measurement import Measurement, Probe
+from lightning_subspace.measurements.noise import BatchSharpness, GradientNoise
 from lightning_subspace.measurements.overlap import SubspaceOverlap
 from lightning_subspace.measurements.reliability import Reliability
-from lightning_subspace.measurements.stability import SharpnessOverThreshold
+from lightning_subspace.measurements.split import Chi, LossChange
+from lightning_subspace.measurements.stability import SharpnessOverThreshold, Stability
 from lightning_subspace.measurements.update import UpdateFraction
 
 
@@ -24,14 +29,24 @@ def default_measurements(k: int) -> list[Measurement]:
 
 
 __all__ = [
+    "BatchSharpness",
+    "Chi",
+    "Control",
+    "CriticalSharpness",
+    "Density",
     "GapIndex",
     "GradientCurvature",
     "GradientFraction",
+    "GradientNoise",
+    "LossChange",
     "Measurement",
     "Probe",
     "Reliability",
     "SharpnessOverThreshold",
+    "SpectralDensity",
+    "Stability",
     "SubspaceOverlap",
+    "Trace",
     "UpdateFraction",
     "default_measurements",
 ]

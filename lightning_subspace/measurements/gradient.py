@@ -7,10 +7,8 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from lightning_subspace.measurements.measurement import Measurement, Needs, Probe
-from lightning_subspace.subspace import fraction
 
 
 class GradientFraction(Measurement):
@@ -22,7 +20,7 @@ class GradientFraction(Measurement):
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """One product of the basis with the gradient."""
-        return {"gradient_fraction": fraction(probe.top.basis, probe.gradient)}
+        return {"gradient_fraction": probe.top.fraction(probe.gradient)}
 
 
 class GradientCurvature(Measurement):
@@ -36,13 +34,12 @@ class GradientCurvature(Measurement):
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """One Hessian product."""
-        norm = _norm(probe.gradient)
+        norm = probe.norm(probe.gradient)
         if norm == 0.0:
             return {"gradient_norm": 0.0}
         unit = probe.gradient / norm
         image = probe.operator.matvec(unit)
-        curvature = float(unit.double() @ image.double())
-        image_norm = _norm(image)
+        curvature, image_norm = probe.dot(unit, image), probe.norm(image)
         cosine = curvature / image_norm if image_norm > 0.0 else float("nan")
         return {
             "gradient_norm": norm,
@@ -69,7 +66,3 @@ class GapIndex(Measurement):
         smallest = max(float(probe.top.residuals.max()), torch.finfo(probe.gradient.dtype).eps * abs(values[0]))
         ratios = [a / max(b, smallest) for a, b in pairwise(values) if a > smallest and b >= -smallest]
         return {"gap_index": float(ratios.index(max(ratios)) + 1)} if ratios else {}
-
-
-def _norm(vector: Tensor) -> float:
-    return float(torch.linalg.vector_norm(vector, dtype=torch.float64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -10,11 +11,12 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_subspace.curvature import Hessian
+from lightning_subspace.curvature import Operator
 from lightning_subspace.parameters import ParameterSpace
+from lightning_subspace.partition import Partition
 from lightning_subspace.record import Record
 from lightning_subspace.sample import Sample
-from lightning_subspace.subspace import Subspace
+from lightning_subspace.subspace import Subspace, inner_products
 from lightning_subspace.training_loss import MicroBatch
 
 
@@ -38,13 +40,20 @@ class Solve(Protocol):
 class Probe:
     """One look at theta_t.
 
+    Under ranks every rank measures, and flat vectors are this rank's part of them: n below is `partition.local_n`.
+    `dot`, `norm`, `Subspace.fraction` and `Subspace.overlap` sum over ranks, `partition.gather` gives a whole vector.
+    They and `operator` are collectives: every rank has to come to them. What the first rank returns is recorded, on all
+    of them. Write files on the first rank alone, where `partition.ranks.index` is 0.
+
     Attributes:
         step: t, the number of optimizer steps taken.
         number: how many probes this run has had before.
-        space: names and shapes behind the n coordinates.
+        partition: how the coordinates are dealt to ranks.
         gradient: (n,), of the mean loss over the gradient sample.
-        operator: the Hessian of the mean loss over the Hessian sample: `matvec`, `gradient`, `part`. It can be used
-            only while the probe lasts, not in `after_step`.
+        operator: the Hessian of the mean loss over the Hessian sample: `matvec`, `gradient`, `value`, `part`. It can be
+            used only while the probe lasts, not in `after_step`.
+        parameters: the module's own tensors at the coordinates of the space, as `optimizer` knows them; not to be
+            written to.
         sample: the micro-batches, and how much of the training set they are.
         batch_gradients: goes over the gradient sample once more: each micro-batch with the gradient of its own mean
             loss, (n,). Only while the probe lasts.
@@ -59,9 +68,10 @@ class Probe:
 
     step: int
     number: int
-    space: ParameterSpace
+    partition: Partition
     gradient: Tensor
-    operator: Hessian
+    operator: Operator
+    parameters: tuple[Tensor, ...]
     sample: Sample
     batch_gradients: Callable[[], Iterator[tuple[MicroBatch, Tensor]]]
     subspace: Subspace | None
@@ -73,6 +83,11 @@ class Probe:
     solve: Solve
 
     @property
+    def space(self) -> ParameterSpace:
+        """Names and shapes behind the coordinates."""
+        return self.partition.space
+
+    @property
     def top(self) -> Subspace:
         """The subspace, for measurements that need one.
 
@@ -82,6 +97,21 @@ class Probe:
         if self.subspace is None:
             raise ValueError("this probe has no subspace (k = 0); set `needs = Needs.SUBSPACE` on the measurement.")
         return self.subspace
+
+    def dot(
+        self,
+        a: Tensor,  # (n,)
+        b: Tensor,  # (n,)
+    ) -> float:
+        """Inner product of two flat vectors over all ranks, in float64."""
+        return float(inner_products(a[None], b[None], self.partition.ranks))
+
+    def norm(
+        self,
+        vector: Tensor,  # (n,)
+    ) -> float:
+        """Length of a flat vector over all ranks, in float64."""
+        return math.sqrt(self.dot(vector, vector))
 
 
 def checked_measurements(measurements: Iterable[Any]) -> list[Measurement]:
@@ -109,7 +139,7 @@ class Measurement:
         >>> class GradientNorm(Measurement):
         ...     needs = Needs.NOTHING
         ...     def measure(self, probe):
-        ...         return {"gradient_norm": float(probe.gradient.norm())}
+        ...         return {"gradient_norm": probe.norm(probe.gradient)}
     """
 
     needs: ClassVar[Needs] = Needs.SUBSPACE

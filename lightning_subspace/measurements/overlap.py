@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lightning_subspace.measurements.measurement import Measurement, Probe
-from lightning_subspace.subspace import overlap
 
 
 class SubspaceOverlap(Measurement):
@@ -21,4 +20,4 @@ class SubspaceOverlap(Measurement):
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """One (k, n) by (n, k) product for each of the two."""
         others = {"overlap_previous": probe.previous, "overlap_reference": probe.reference}
-        return {key: overlap(probe.top.basis, basis) for key, basis in others.items() if basis is not None}
+        return {key: probe.top.overlap(basis) for key, basis in others.items() if basis is not None}

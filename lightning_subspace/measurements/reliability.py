@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lightning_subspace.measurements.measurement import Measurement, Probe
-from lightning_subspace.subspace import fraction
 
 # Standard errors of the gradient's noise that the band is wide, and multiples of what halving the sample changes; more
 # of the latter, since it is known from two halves only.
@@ -54,12 +53,12 @@ class Reliability(Measurement):
         halves = [probe.solve(half.matvec) for half in (even, odd)]
         if not all(half.converged for half in halves):
             return {}
-        measured = fraction(probe.top.basis, probe.gradient)
-        spread = max(abs(measured - fraction(half.basis, probe.gradient)) for half in halves)
+        measured = probe.top.fraction(probe.gradient)
+        spread = max(abs(measured - half.fraction(probe.gradient)) for half in halves)
         low, high = _range_of_noise(probe, measured)
         margin = SPREADS * spread * (1.0 - probe.sample.hessian_share)
         return {
-            "reliability": fraction(halves[0].basis, odd.gradient()),
+            "reliability": halves[0].fraction(odd.gradient()),
             "gradient_fraction_low": max(0.0, low - margin),
             "gradient_fraction_high": min(1.0, high + margin),
         }
@@ -67,19 +66,18 @@ class Reliability(Measurement):
 
 def _range_of_noise(probe: Probe, measured: float) -> tuple[float, float]:
     """Where the fraction in the measured space lies, for all that the noise of the gradient leaves open."""
-    basis, mean = probe.top.basis, probe.gradient
-    square = _dot(mean, mean)
-    image = (basis @ mean).double()
+    mean = probe.gradient
+    image, square, _ = _products(probe, mean)
     image_square = measured * square
     total = variance = noise = image_noise = 0.0
     count = 0
     for batch, gradient in probe.batch_gradients():
         deviation = gradient - mean
-        image_deviation = (basis @ deviation).double()
-        influence = 2.0 * (float(image @ image_deviation) - measured * _dot(mean, deviation)) / square
+        image_deviation, along_mean, deviation_square = _products(probe, deviation)
+        influence = 2.0 * (float(image @ image_deviation) - measured * along_mean) / square
         weight = batch.weight**2
         variance += weight * influence**2
-        noise += weight * _dot(deviation, deviation)
+        noise += weight * deviation_square
         image_noise += weight * float(image_deviation @ image_deviation)
         total += batch.weight
         count += 1
@@ -93,5 +91,9 @@ def _range_of_noise(probe: Probe, measured: float) -> tuple[float, float]:
     return min(measured, unbiased) - margin, max(measured, unbiased) + margin
 
 
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float(torch.dot(a.double(), b.double()))
+def _products(probe: Probe, vector: Tensor) -> tuple[Tensor, float, float]:
+    """The coordinates of a vector in the space, (k,), and its products with the mean gradient and with itself."""
+    wide = vector.double()
+    others = torch.stack([torch.dot(probe.gradient.double(), wide), torch.dot(wide, wide)])
+    found = probe.partition.ranks.all_sum(torch.cat([(probe.top.basis @ vector).double(), others])).cpu()
+    return found[:-2], float(found[-2]), float(found[-1])

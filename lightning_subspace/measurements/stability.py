@@ -7,7 +7,9 @@ from typing import ClassVar
 
 from torch.optim import SGD, Optimizer
 
+from lightning_subspace.curvature.preconditioned import Preconditioned
 from lightning_subspace.measurements.measurement import Measurement, Needs, Probe
+from lightning_subspace.measurements.optimizer import Edge, Notice, edge, why_unknown
 
 
 class SharpnessOverThreshold(Measurement):
@@ -29,6 +31,57 @@ class SharpnessOverThreshold(Measurement):
         if threshold is None:
             return {"sharpness": sharpness}
         return {"sharpness": sharpness, "sharpness_over_threshold": sharpness / threshold}
+
+
+class Stability(Measurement):
+    """`stability`: how close the optimizer in use is to the edge of stability, 1 being the edge; at least 0 if H is.
+
+    The largest eigenvalue of S^1/2 (H + D) S^1/2, see `Edge`: for SGD with one learning rate (lambda_1 + weight decay)
+    over 2/lr, or what momentum makes of it; for Adam, AdamW and RMSprop the preconditioned sharpness over its threshold
+    (38/lr for Adam with b1 = .9; Cohen et al. 2022, arXiv 2207.14484, section 2), P being that of the last step taken.
+    Parameter groups enter each with their own settings. It crosses 1 where `sharpness_over_threshold` does.
+
+    `preconditioned_sharpness`, where there is a P and one threshold: lambda_1 of P^-1/2 (H + D) P^-1/2, in units of
+    1/lr.
+
+    Costs nothing for SGD with one learning rate; otherwise, and with k = 0, an eigensolve for one pair, 10 to 30
+    products. Left out, and said once, where the optimizer is not known; left out before the first step of an adaptive
+    one, and for another end of the spectrum than "LA" or "BE".
+
+    Example:
+        >>> from lightning_subspace import SubspaceMonitor
+        >>> monitor = SubspaceMonitor(k=10, measurements=[Stability()])
+    """
+
+    needs: ClassVar[Needs] = Needs.NOTHING
+
+    def __init__(self) -> None:
+        self._notice = Notice()
+
+    def measure(self, probe: Probe) -> Mapping[str, float]:
+        """Nothing, or an eigensolve for one pair."""
+        if probe.which not in ("LA", "BE"):
+            return {}
+        reason = why_unknown(probe)
+        if reason is not None:
+            self._notice.say(probe, f"Stability: {reason}, so that `stability` is left out.")
+            return {}
+        limit = edge(probe)
+        ratio = None if limit is None else _ratio(probe, limit)
+        if limit is None or ratio is None:
+            return {}
+        if limit.is_uniform:
+            return {"stability": ratio}
+        return {"stability": ratio, "preconditioned_sharpness": ratio * limit.threshold}
+
+
+def _ratio(probe: Probe, limit: Edge) -> float | None:
+    """The largest eigenvalue of S^1/2 (H + D) S^1/2; None where the solver did not converge."""
+    if not isinstance(limit.scale, float) or not isinstance(limit.shift, float):
+        found = probe.solve(Preconditioned(probe.operator.matvec, limit.scale, limit.shift).matvec, k=1)
+        return float(found.eigenvalues[0]) if found.converged else None
+    space = probe.solve(probe.operator.matvec, k=1) if probe.subspace is None else probe.subspace
+    return (float(space.eigenvalues[0]) + limit.shift) * limit.scale if space.converged else None
 
 
 def sgd_threshold(optimizer: Optimizer | None) -> float | None:

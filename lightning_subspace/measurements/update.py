@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lightning_subspace.measurements.measurement import Measurement, Probe
-from lightning_subspace.subspace import fraction
 
 
 class UpdateFraction(Measurement):
@@ -24,8 +23,7 @@ class UpdateFraction(Measurement):
         update: Tensor,  # (n,)
     ) -> Mapping[str, float]:
         """One product of the basis with each."""
-        basis = probe.top.basis
-        metrics = {"update_fraction": fraction(basis, update)}
+        metrics = {"update_fraction": probe.top.fraction(update)}
         if gradient is not None:
-            metrics["batch_gradient_fraction"] = fraction(basis, gradient)
+            metrics["batch_gradient_fraction"] = probe.top.fraction(gradient)
         return metrics

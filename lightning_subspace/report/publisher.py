@@ -34,7 +34,9 @@ class Publisher:
         )
 
     def send(self, trainer: Any, record: Record) -> None:
-        """Scalars and the histogram of the eigenvalues, at x = the step of the record."""
+        """Scalars and the histogram of the eigenvalues, at x = the step of the record; from the first rank alone."""
+        if not trainer.is_global_zero:
+            return
         named = {logged_name(self._name, key): value for key, value in select(record.metrics, self._log).items()}
         self._reporter.scalars(trainer.loggers, named, record.step)
         if record.subspace is not None and record.subspace.converged:
@@ -44,9 +46,12 @@ class Publisher:
     def draw(
         self, trainer: Any, history: Sequence[Record], steps: Sequence[int], matrix: np.ndarray, error: float | None
     ) -> None:
-        """The spectrum of the last converged record and the overlaps between all; once for each. Never raises."""
+        """The spectrum of the last converged record and the overlaps between all; once for each. Never raises.
+
+        From the first rank alone, as above.
+        """
         last = next((r for r in reversed(history) if r.subspace is not None and r.subspace.converged), None)
-        if last is None or not trainer.loggers or last is self._drawn:
+        if last is None or not trainer.is_global_zero or not trainer.loggers or last is self._drawn:
             return
         self._drawn, step = last, last.step
         try:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_subspace.curvature import FiniteDifferenceHessian, Hessian, finite_difference
+from lightning_subspace.curvature import FiniteDifferenceHessian, Hessian, displaced
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.probe import measure_subspace
 from lightning_subspace.sample import sample_of_batches
@@ -97,8 +97,8 @@ def test_no_curvature_is_no_kink(monkeypatch):
         return module(batch).sum()
 
     module, calls = nn.Linear(3, 1), []
-    gradient = finite_difference.backward_gradient
-    monkeypatch.setattr(finite_difference, "backward_gradient", lambda *args: calls.append(args) or gradient(*args))
+    gradient = displaced.backward_gradient
+    monkeypatch.setattr(displaced, "backward_gradient", lambda *args: calls.append(args) or gradient(*args))
     with TrainingLoss(module, ParameterSpace.of(module), linear, dtype=torch.float64) as loss:
         operator = FiniteDifferenceHessian(loss, sample_of_batches([torch.ones(2, 3)]).hessian)
         assert torch.equal(operator.matvec(torch.ones(4)), torch.zeros(4))

@@ -19,7 +19,8 @@ class FakeRanks:
         self.size = size
         self.dimension = dimension
         self.length = -(-dimension // size)
-        self._barrier = threading.Barrier(size, timeout=60)
+        self.num_collectives = [0] * size
+        self._barrier = threading.Barrier(size, timeout=10)  # if one does not come, the others fail
         self._shared: list[Tensor] = [torch.zeros(0)] * size
 
     def cut(self, vector: Tensor, rank: int) -> Tensor:
@@ -27,24 +28,24 @@ class FakeRanks:
         return padded[rank * self.length : (rank + 1) * self.length]
 
     def gather(self, local: Tensor, rank: int) -> list[Tensor]:
+        self.num_collectives[rank] += 1
         self._shared[rank] = local
         self._barrier.wait()
         everybody = [tensor.clone() for tensor in self._shared]
         self._barrier.wait()
         return everybody
 
-    def run(self, program: Callable[[int], EigshResult]) -> list[EigshResult]:
-        """What ``program(rank)`` returns on every rank."""
+    def run(self, program: Callable[[int], EigshResult]) -> list[EigshResult | Exception]:
+        """What ``program(rank)`` returns or raises on every rank."""
 
-        def guarded(rank: int) -> EigshResult:
+        def kept(rank: int) -> EigshResult | Exception:
             try:
                 return program(rank)
-            except BaseException:
-                self._barrier.abort()  # or the others would wait for ever
-                raise
+            except Exception as error:
+                return error
 
         with ThreadPoolExecutor(self.size) as pool:
-            return list(pool.map(guarded, range(self.size)))
+            return list(pool.map(kept, range(self.size)))
 
 
 def eigsh_on_ranks(operator: Operator, k: int, size: int, **arguments: object) -> tuple[list[EigshResult], Tensor]:
@@ -66,5 +67,9 @@ def eigsh_on_ranks(operator: Operator, k: int, size: int, **arguments: object) -
             **arguments,  # type: ignore[arg-type]
         )
 
-    results = ranks.run(program)
+    results = []
+    for result in ranks.run(program):
+        if isinstance(result, Exception):
+            raise result
+        results.append(result)
     return results, torch.cat([result.eigenvectors for result in results], dim=1)[:, : operator.n]

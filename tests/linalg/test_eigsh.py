@@ -184,6 +184,18 @@ def test_rounding_in_a_large_space_is_no_asymmetry() -> None:
     assert result.asymmetry < 1e-5
 
 
+def test_inner_products_are_accurate_in_a_large_space() -> None:
+    """Added up one by one in float32, a million small terms behind a few large ones would lose four digits."""
+    n = 500_000
+    eigenvalues = torch.linspace(0.0, 0.5, n, dtype=torch.float64)
+    eigenvalues[:40] = torch.linspace(1.2, 0.55, 40)
+    diagonal = eigenvalues.float()
+    result = eigsh(lambda vector: diagonal * vector, n, 3, ncv=10)
+    assert result.converged
+    assert result.asymmetry < 5e-6
+    assert result.orthogonality < 5e-6
+
+
 def test_stagnation_is_an_outcome() -> None:
     """Two dense ends of equal magnitude, and a basis that is too small to tell them apart."""
     operator = Operator(mirrored(spectra(1000)["ten equal, all negative"], "LM"))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_subspace.linalg import lanczos as lanczos_module
+from lightning_subspace.linalg.agreement import Agreement
 from lightning_subspace.linalg.lanczos import Lanczos
 
 from .spectra import Operator, normal, spectra
@@ -15,7 +16,13 @@ N = 300
 EPS = {torch.float32: 1.2e-7, torch.float64: 2.3e-16}
 
 
-def factorisation(operator: Operator, max_size: int = 20, dtype: torch.dtype = torch.float64, seed: int = 7) -> Lanczos:
+def factorisation(
+    operator: Operator,
+    max_size: int = 20,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 7,
+    agreement: Agreement | None = None,
+) -> Lanczos:
     lanczos = Lanczos(
         operator,
         operator.n,
@@ -23,10 +30,14 @@ def factorisation(operator: Operator, max_size: int = 20, dtype: torch.dtype = t
         dimension=operator.n,
         dtype=dtype,
         device=torch.device("cpu"),
-        all_sum=lambda local: local,
+        agreement=agreement or Agreement(),
     )
-    assert lanczos.inject(normal(operator.n, seed).to(dtype))
+    assert inject(lanczos, normal(operator.n, seed))
     return lanczos
+
+
+def inject(lanczos: Lanczos, vector: Tensor) -> bool:
+    return lanczos.inject(lambda: vector)
 
 
 def expand(lanczos: Lanczos, count: int) -> None:
@@ -75,7 +86,7 @@ def test_projected_matrix_is_the_rayleigh_quotient_also_where_something_was_drop
     lanczos = factorisation(operator)
     expand(lanczos, 12)
     lanczos.contract(best_ritz_vectors(lanczos, 5))
-    assert lanczos.inject(normal(N, 8))
+    assert inject(lanczos, normal(N, 8))
     expand(lanczos, 10)
     lanczos.contract(best_ritz_vectors(lanczos, 9))
     expand(lanczos, 5)
@@ -90,7 +101,7 @@ def test_dropped_residuals_are_the_only_defect_and_stay_in_the_estimates() -> No
     expand(lanczos, 12)
     lanczos.contract(best_ritz_vectors(lanczos, 5))
     dropped = float(lanczos.coupling.norm())
-    assert lanczos.inject(normal(N, 8))
+    assert inject(lanczos, normal(N, 8))
     expand(lanczos, 10)
     assert 1e-6 < defect(operator, lanczos) <= 1.0001 * dropped / operator.norm
     values, rotation = lanczos.ritz()
@@ -145,11 +156,17 @@ def test_image_that_is_not_finite_leaves_the_factorisation_as_it_was() -> None:
 def test_vectors_in_the_span_of_the_basis_are_refused() -> None:
     lanczos = factorisation(Operator(spectra(N)["power law"]))
     expand(lanczos, 5)
-    assert not lanczos.inject(lanczos.vectors.sum(0))
-    assert not lanczos.inject(torch.zeros(N))
-    assert not lanczos.inject(torch.full((N,), math.nan))
-    assert lanczos.inject(lanczos.vectors.sum(0) + 1e-8 * normal(N, 3))
+    assert not inject(lanczos, lanczos.vectors.sum(0))
+    assert not inject(lanczos, torch.zeros(N))
+    assert inject(lanczos, lanczos.vectors.sum(0) + 1e-8 * normal(N, 3))
     assert orthogonality(lanczos) < 1e-13
+
+
+def test_vector_that_is_not_finite_is_the_end() -> None:
+    lanczos = factorisation(Operator(spectra(N)["power law"]))
+    assert lanczos.agreement.finite
+    assert inject(lanczos, torch.full((N,), math.nan))  # as far as is known
+    assert not lanczos.agreement.finite
 
 
 def test_asymmetry_is_measured() -> None:
@@ -186,12 +203,11 @@ def test_one_reduction_for_each_pass() -> None:
         sizes.append(local.numel())
         return local
 
-    lanczos = Lanczos(operator, N, 10, dimension=N, dtype=torch.float32, device=torch.device("cpu"), all_sum=all_sum)
-    lanczos.inject(normal(N, 0).float())
+    lanczos = factorisation(operator, max_size=10, agreement=Agreement(all_sum))
     sizes.clear()
     for m in range(1, 9):
         lanczos.expand()
-        assert sizes == [m + 1] * 2
+        assert sizes == [min(m, 2) + 1, m + 1]  # first the vectors that the image is coupled to, then all
         sizes.clear()
 
 

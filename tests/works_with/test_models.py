@@ -196,7 +196,7 @@ def test_products_are_those_of_differences(name, mode):
     if mode == "eval":  # without dropout, whose masks depend on the type
         assert (product(module, batch, v, "float32", mode) - expected).norm() < 1e-5 * expected.norm()
     sample = sample_of_batches([batch])
-    assert Choice(mode=mode).check(module, ParameterSpace.of(module), sample).outcome is CheckOutcome.PASSED
+    assert Choice(mode=mode).check(module, sample).outcome is CheckOutcome.PASSED
 
 
 # Compiled

@@ -129,6 +129,19 @@ YAML = {
             {"class_path": "lightning_subspace.measurements.GradientCurvature"},
         ]
     },
+    "measurements on request": {
+        "measurements": [
+            {"class_path": "lightning_subspace.Density", "init_args": {"steps": 5, "vectors": 1, "every": 2}},
+            {"class_path": "lightning_subspace.Trace", "init_args": {"vectors": 2}},
+            {"class_path": "lightning_subspace.CriticalSharpness", "init_args": {"direction": "gradient"}},
+            {"class_path": "lightning_subspace.Control", "init_args": {"reference_step": 1}},
+            {"class_path": "lightning_subspace.BatchSharpness", "init_args": {"batches": 2}},
+            {"class_path": "lightning_subspace.GradientNoise", "init_args": {"batches": 2}},
+            {"class_path": "lightning_subspace.Stability"},
+            {"class_path": "lightning_subspace.Chi"},
+            {"class_path": "lightning_subspace.LossChange"},
+        ]
+    },
     "sample by number": {"sample": 16, "gradient_sample": 32},
     "sample by word": {"sample": "all", "gradient_sample": "all"},
     "list of steps": {"every_n_steps": [0, 2], "max_overhead": None},

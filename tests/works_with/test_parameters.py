@@ -81,7 +81,7 @@ def test_complex_parameters_are_pairs_of_real_coordinates():
     assert (matrix(module, INPUTS) - expected).norm() < 1e-8 * expected.norm()
     assert (expected - expected.T).norm() < 1e-8 * expected.norm()
     sample = sample_of_batches([(INPUTS, LABELS)])
-    assert Choice(classify).check(module, space, sample).outcome is CheckOutcome.PASSED
+    assert Choice(classify).check(module, sample).outcome is CheckOutcome.PASSED
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "finite-difference"])
@@ -144,7 +144,7 @@ def test_products_are_those_of_the_dense_hessian(name):
     expected = dense_hessian(module, lambda net: classify(net, (inputs, LABELS), 0))
     assert (matrix(module, inputs) - expected).norm() < 1e-12 * expected.norm()
     sample = sample_of_batches([(inputs, LABELS)])
-    assert Choice(classify).check(module, ParameterSpace.of(module), sample).outcome is CheckOutcome.PASSED
+    assert Choice(classify).check(module, sample).outcome is CheckOutcome.PASSED
 
 
 def test_patterns_choose_a_block():

@@ -1,0 +1,230 @@
+"""The generalised Gauss-Newton matrix of the mean training loss as a matrix-vector product.
+
+With the loss of a micro-batch L(z(theta)), z the output of the network, and J = dz/dtheta,
+
+    G v = J^T H_L J v,    H_L = d^2 L / dz^2:
+
+the Hessian without the curvature of the network. It is positive semidefinite where L is convex (Schraudolph 2002), and
+one product costs about 1.3 gradients. J v is taken by backward passes alone: J^T w is linear in w, and its derivative
+along v is J v. The graphs of z, of J^T w and of dL/dz do not depend on v and are kept for a whole probe.
+
+A training step gives a scalar and no z. So the call that turns one into the other is caught while the step runs: the
+first argument of `cross_entropy`, `mse_loss`, `binary_cross_entropy_with_logits` and the like (`LOSSES`), which
+`nn.CrossEntropyLoss` and the other modules call, too. It is replaced by a copy that is a leaf, so H_L is that of all
+that the step makes of its output: weights, masks and means. For `nll_loss` of `log_softmax` z is what `log_softmax` was
+given. A step without such a call, with several, or with a loss that depends on the parameters also in another way, such
+as a penalty, has no Gauss-Newton matrix that could be meant, and is refused.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lightning_subspace.curvature.hessian import GradientGraph, Hessian
+from lightning_subspace.curvature.self_check import JITTER, REFUSALS, THRESHOLD, CheckOutcome, SelfCheck, worst_part
+from lightning_subspace.training_loss import LossError, MicroBatch, TrainingLoss
+
+LOSSES = (
+    F.cross_entropy,
+    F.nll_loss,
+    F.mse_loss,
+    F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits,
+    F.huber_loss,
+    F.smooth_l1_loss,
+    F.poisson_nll_loss,
+)
+LOG_SOFTMAX = (F.log_softmax, torch.log_softmax, Tensor.log_softmax)
+# Of the check, in float64.
+STEPS = (1e-5, 1e-6)
+
+
+@dataclass(frozen=True)
+class OutputGraph(GradientGraph):
+    """One micro-batch: its loss as a function of the output, and the output as a function of the leaves.
+
+    Attributes:
+        output: z, with the graph that ends in the leaves.
+        place: z again, as the leaf that the loss was computed from.
+        slope: dL/dz, with the graph that ends in `place`.
+        cotangent: w, a leaf of the shape of z.
+        pullback: J^T w by leaf, with the graph that ends in w; None for a leaf that z does not depend on.
+    """
+
+    output: Tensor
+    place: Tensor
+    slope: Tensor
+    cotangent: Tensor
+    pullback: list[Tensor | None]
+
+    @classmethod
+    def build(cls, loss: TrainingLoss, batch: MicroBatch) -> OutputGraph:
+        """Evaluate the loss, and find its output.
+
+        Raises:
+            LossError: where there is no single output that the loss depends on.
+        """
+        leaves, output, place, slope = _evaluated(loss, batch, create_graph=True)
+        cotangent = torch.zeros_like(output, requires_grad=True)
+        pullback = torch.autograd.grad(output, leaves, cotangent, create_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(output, leaves, slope.detach(), retain_graph=True, allow_unused=True)
+        return cls(leaves, list(gradients), output, place, slope, cotangent, list(pullback))
+
+    def product(self, direction: list[Tensor]) -> list[Tensor | None]:
+        """J^T H_L J v by leaf; None where the output does not depend on the leaf."""
+        pairs = [(p, v) for p, v in zip(self.pullback, direction, strict=True) if p is not None]
+        images = [p.to_dense() if p.is_sparse else p for p, _ in pairs]
+        weights = [v.reshape(p.shape).to(p.dtype) for p, v in pairs]
+        (forward,) = torch.autograd.grad(images, self.cotangent, weights, retain_graph=True)
+        (curved,) = torch.autograd.grad(self.slope, self.place, forward, retain_graph=True)
+        return self.pulled_back(curved)
+
+    def pulled_back(self, cotangent: Tensor) -> list[Tensor | None]:
+        """J^T w by leaf."""
+        return list(
+            torch.autograd.grad(self.output, self.leaves, cotangent, retain_graph=True, allow_unused=True),
+        )
+
+
+class GaussNewton(Hessian):
+    """The Gauss-Newton matrix of the mean loss over `batches`; everything else is as in `Hessian`.
+
+    Raises:
+        LossError: also where the training step has no single output (see above).
+
+    Example:
+        >>> from lightning_subspace.parameters import ParameterSpace
+        >>> net = torch.nn.Linear(2, 1, bias=False)
+        >>> data = MicroBatch(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), weight=2.0, index=0)
+        >>> fn = lambda m, x, i: F.mse_loss(m(x), torch.zeros(2, 1))
+        >>> with TrainingLoss(net, ParameterSpace.of(net), fn) as loss:
+        ...     print(GaussNewton(loss, [data]).matvec(torch.ones(2)))
+        tensor([1., 4.])
+    """
+
+    _graph_class = OutputGraph
+
+
+def gauss_newton_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfCheck:
+    """Compare a product with differences of first-order derivatives, J^T (dL/dz(theta + h v) - dL/dz(theta)) / h.
+
+    Args:
+        loss: a `TrainingLoss` with dtype float64, not open yet.
+        batch: a few examples.
+        seed: of the direction.
+
+    Raises:
+        LossError: where the training step has no single output.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.randn(2, loss.space.n, generator=generator, dtype=torch.float64).to(loss.device)
+    jitter, direction = JITTER * draw[0], draw[1] / draw[1].norm()
+    try:
+        with warnings.catch_warnings(), loss:
+            warnings.simplefilter("ignore")  # what the model has to say, it says in training
+            loss.displace(jitter)
+            graph = OutputGraph.build(loss, batch)
+            product = loss.space.flatten(graph.product(loss.space.unflatten(direction)), like=direction)
+            coarse, fine = (_difference(loss, batch, graph, jitter, step * direction) / step for step in STEPS)
+            error, name = worst_part(loss, product, fine)
+            spread, _ = worst_part(loss, coarse, fine)
+    except LossError:
+        raise
+    except Exception as failure:  # float64 can fail in any way inside the user's code
+        refused = isinstance(failure, RuntimeError) and REFUSALS.search(str(failure))
+        outcome = CheckOutcome.UNAVAILABLE if refused else CheckOutcome.INCONCLUSIVE
+        return SelfCheck(outcome, float("inf" if refused else "nan"), "", f"{type(failure).__name__}: {failure}")
+    reason = f"G v and differences are apart by {error:.1e} in {name}, differences for two steps by {spread:.1e}"
+    if error <= THRESHOLD:
+        return SelfCheck(CheckOutcome.PASSED, error, name, reason)
+    if spread > THRESHOLD:  # noise or kinks: nothing that could accuse the product
+        return SelfCheck(CheckOutcome.INCONCLUSIVE, float("nan"), "", reason)
+    return SelfCheck(CheckOutcome.FAILED, error, name, reason)
+
+
+def _difference(loss: TrainingLoss, batch: MicroBatch, graph: OutputGraph, centre: Tensor, offset: Tensor) -> Tensor:
+    """J^T (dL/dz(centre + offset) - dL/dz(centre - offset)) / 2, of first-order derivatives."""
+    slopes = []
+    for sign in (1.0, -1.0):
+        loss.displace(centre + sign * offset)
+        slopes.append(_evaluated(loss, batch, create_graph=False)[-1])
+    return loss.space.flatten(graph.pulled_back(0.5 * (slopes[0] - slopes[1])), like=offset)
+
+
+def _evaluated(
+    loss: TrainingLoss, batch: MicroBatch, *, create_graph: bool
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Leaves, z, z as a leaf, and dL/dz."""
+    cut = _Cut()
+    with cut:
+        evaluation = loss(batch)
+    if len(cut.found) != 1:
+        calls = ", ".join(name for name, _, _ in cut.found) or "none"
+        raise LossError(
+            "curvature='ggn' takes the first argument of the loss for the output of the network, so the training step "
+            f"has to call one of torch.nn.functional.{', '.join(f.__name__ for f in LOSSES)} (or the module of it) "
+            f"exactly once on what depends on the parameters; it called: {calls}. Pass curvature='hessian' or loss_fn=."
+        )
+    name, output, place = cut.found[0]
+    others = torch.autograd.grad(evaluation.value, evaluation.leaves, retain_graph=True, allow_unused=True)
+    if any(other is not None for other in others):
+        raise LossError(
+            f"curvature='ggn' needs a loss that depends on the parameters through the first argument of {name} alone, "
+            "but this one does so also in another way, such as a penalty or a second use of the output. Pass "
+            "curvature='hessian', or loss_fn= without it."
+        )
+    (slope,) = torch.autograd.grad(evaluation.value, place, create_graph=create_graph, allow_unused=True)
+    if cut.is_linear or slope is None or (create_graph and not slope.requires_grad):
+        raise LossError(
+            f"the loss is linear in the first argument of {name}, so its Gauss-Newton matrix is zero (nll_loss is "
+            "taken together with the log_softmax that its argument comes from, without a reshape in between)."
+        )
+    return evaluation.leaves, output, place, slope
+
+
+class _Cut(TorchFunctionMode):
+    """Gives loss functions a leaf in place of what the network hands them, and keeps both.
+
+    Attributes:
+        found: name of the function, the output with its graph, and the leaf, one a call.
+        is_linear: whether one was `nll_loss` of what `log_softmax` has not given.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, Tensor, Tensor]] = []
+        self.is_linear = False
+        self._normalised: list[tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]] = []  # log-probabilities and logits
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called for every torch function."""
+        kwargs = dict(kwargs or {})
+        if func not in LOSSES and func not in LOG_SOFTMAX:
+            return func(*args, **kwargs)
+        given, rest = (args[0], args[1:]) if args else (kwargs.pop("input"), ())
+        if func in LOSSES:
+            return func(self._cut(func.__name__, given) if given.requires_grad else given, *rest, **kwargs)
+        result = func(given, *rest, **kwargs)
+        self._normalised.append((result, given, lambda logits: func(logits, *rest, **kwargs)))
+        return result
+
+    def _cut(self, name: str, given: Tensor) -> Tensor:
+        """What stands in for the first argument of a loss."""
+        for result, logits, normalise in self._normalised:
+            if result is given and logits.requires_grad and name == F.nll_loss.__name__:
+                return normalise(self._leaf(name, logits))
+        self.is_linear = self.is_linear or name == F.nll_loss.__name__
+        return self._leaf(name, given)
+
+    def _leaf(self, name: str, output: Tensor) -> Tensor:
+        place = output.detach().requires_grad_()
+        self.found.append((name, output, place))
+        return place

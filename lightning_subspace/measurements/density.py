@@ -1,0 +1,211 @@
+"""The whole spectrum: its density, trace and Frobenius norm, and what of it is negative."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_subspace.linalg import Quadrature, quadrature
+from lightning_subspace.measurements.measurement import Measurement, Needs, Probe
+from lightning_subspace.measurements.noise import positive
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Where the random vectors begin, far from those of the eigensolver.
+FIRST_VECTOR = 2_000
+# An eigenvalue counts as negative from here on, in units of the largest |eigenvalue|: above it is rounding of zero.
+NEGATIVE = 1e-3
+STANDARD_ERRORS = 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class SpectralDensity:
+    """The spectrum of the Hessian at one step.
+
+    Attributes:
+        step: t of theta_t.
+        spectrum: the eigenvalues that are known, and nodes and weights for all others: `sum`, `density`, `below`.
+    """
+
+    step: int
+    spectrum: Quadrature
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers that are logged."""
+        spectrum = self.spectrum
+        low, high = spectrum.ends
+        edge = -NEGATIVE * max(abs(low), abs(high))
+        share = spectrum.sum(lambda x: (x < edge).double())
+        share_low, share_high = spectrum.below(edge)
+        margin = STANDARD_ERRORS * share.error / spectrum.dimension
+        negative = spectrum.sum(lambda x: torch.where(x < edge, -x, 0.0))
+        total = spectrum.sum(torch.abs)
+        mass = negative.value / total.value if total.value > 0.0 else 0.0
+        # To first order in both sums, by the sum of their difference: they share their random vectors.
+        off = spectrum.sum(lambda x: torch.where(x < edge, -x, 0.0) - mass * x.abs())
+        return {
+            **trace_metrics(spectrum),
+            "lowest_eigenvalue": low,
+            "negative_share": share.value / spectrum.dimension,
+            "negative_share_low": max(share_low - margin, 0.0),
+            "negative_share_high": min(share_high + margin, 1.0),
+            "negative_mass": mass,
+            "negative_mass_error": off.error / total.value if total.value > 0.0 else 0.0,
+        }
+
+
+class Density(Measurement):
+    """The density of all n eigenvalues, by stochastic Lanczos quadrature (Ghorbani, Krishnan and Xiao 2019).
+
+    phi(s) = (1/n) (sum_{i<=k} N(s; lambda_i, w^2) + (n - k) mean_u sum_j w_uj N(s; theta_uj, w^2)): the top k
+    eigenpairs of the probe are taken out first, so that the Lanczos runs, from `vectors` random vectors u, resolve the
+    rest (arXiv 1901.10159, section 2; see `lightning_subspace.linalg.quadrature`). `history` has one `SpectralDensity`
+    a probe, `plot()` and `plot_ridge()` draw them; logged are numbers alone:
+
+    - `trace`, `trace_error`, `frobenius_norm`, `frobenius_error`: see `Trace`.
+    - `lowest_eigenvalue`: the smallest node, at least lambda_n and usually close to it.
+    - `negative_share` in [0, 1]: the share of the n eigenvalues below -1e-3 times the largest |eigenvalue| (closer to
+      zero the sign is rounding). `negative_share_low`, `_high`: where it lies, from the bounds that so many steps
+      leave, and two standard errors; wide where many eigenvalues are near zero.
+    - `negative_mass` in [0, 1], with its standard error: sum of the |lambda_i| of these over the sum of all.
+
+    Costs `steps * vectors` products, and (k + steps + 1) n floats while it lasts; `history` holds 32 `steps * vectors`
+    bytes a probe, and every second of its older half is dropped when it has `keep`. The random vectors are the same at
+    every probe: the change of a number from one to the next is better known than the number.
+
+    Args:
+        steps: Lanczos steps from each vector: the resolution.
+        vectors: random vectors: the standard errors fall with its square root.
+        every: taken at each probe whose number is a multiple of this.
+        keep: densities kept in `history` at most.
+        seed: of the random vectors.
+
+    Example:
+        >>> from lightning_subspace import SubspaceMonitor
+        >>> density = Density(every=10)
+        >>> monitor = SubspaceMonitor(k=10, measurements=[density])
+        >>> len(density.history)
+        0
+    """
+
+    needs: ClassVar[Needs] = Needs.NOTHING
+
+    def __init__(self, steps: int = 40, vectors: int = 2, every: int = 1, keep: int = 200, seed: int = 0) -> None:
+        self.steps = positive("steps", steps)
+        self.vectors = positive("vectors", vectors)
+        self.every = positive("every", every)
+        self.keep = positive("keep", keep)
+        self.seed = seed
+        self._history: list[SpectralDensity] = []
+
+    @property
+    def history(self) -> Sequence[SpectralDensity]:
+        """The densities of this run, oldest first."""
+        return tuple(self._history)
+
+    def measure(self, probe: Probe) -> Mapping[str, float]:
+        """`steps * vectors` products."""
+        if probe.number == 0:
+            self._history.clear()
+        if probe.number % self.every:
+            return {}
+        spectrum = spectrum_of(probe, self.steps, self.vectors, self.seed)
+        if not spectrum.finite:
+            return {}
+        found = SpectralDensity(probe.step, spectrum)
+        self._history.append(found)
+        if len(self._history) > self.keep:
+            half = len(self._history) // 2
+            self._history[:half] = self._history[:half:2]
+        return found.metrics()
+
+    def plot(self) -> Figure:
+        """A matplotlib Figure: the last density, on a logarithmic scale."""
+        from lightning_subspace.report.density_figure import density_figure  # matplotlib takes a while to import
+
+        return density_figure(self._history)
+
+    def plot_ridge(self) -> Figure:
+        """A matplotlib Figure: the densities over the steps, one above another."""
+        from lightning_subspace.report.density_figure import ridge_figure  # matplotlib takes a while to import
+
+        return ridge_figure(self._history)
+
+
+class Trace(Measurement):
+    """`trace`, `trace_error`, `frobenius_norm`, `frobenius_error`: tr H and |H|_F with their standard errors.
+
+    The eigenpairs of the probe enter exactly, the rest by random vectors, as in Hutch++ (Meyer et al. 2021, arXiv
+    2010.09649) with the top eigenspace in the place of a sketch: tr H = sum lambda_i + (n - k) mean_u u.Hu. The
+    standard error is sqrt(2/`vectors`) times |H|_F of the rest. tr H <= 2/lr is a condition of linear stability of SGD
+    (Wu and Su 2023). In units of an eigenvalue.
+
+    Costs 2 `vectors` products, the second of each for |H|_F, and (k + 3) n floats. With k = 0 nothing is taken out.
+    `Density` gives the same numbers.
+
+    Args:
+        vectors: random vectors.
+        every: taken at each probe whose number is a multiple of this.
+        seed: of the random vectors.
+
+    Example:
+        >>> from lightning_subspace import SubspaceMonitor
+        >>> monitor = SubspaceMonitor(k=10, measurements=[Trace(vectors=8)])
+    """
+
+    needs: ClassVar[Needs] = Needs.NOTHING
+
+    def __init__(self, vectors: int = 6, every: int = 1, seed: int = 0) -> None:
+        self.vectors = positive("vectors", vectors)
+        self.every = positive("every", every)
+        self.seed = seed
+
+    def measure(self, probe: Probe) -> Mapping[str, float]:
+        """Two products a vector."""
+        if probe.number % self.every:
+            return {}
+        return trace_metrics(spectrum_of(probe, 2, self.vectors, self.seed))
+
+
+def spectrum_of(probe: Probe, steps: int, vectors: int, seed: int) -> Quadrature:
+    """The quadrature of the probe's operator, without the eigenpairs that the probe has; nan where it is not finite."""
+    operator, partition, space = probe.operator, probe.partition, probe.subspace
+    known = None
+    if space is not None and space.converged:
+        known = (space.eigenvalues, space.residuals, space.basis)
+
+    def random(seed: int, number: int) -> Tensor:
+        return partition.random(seed, FIRST_VECTOR + number, operator.dtype)
+
+    with partition.ranks.bare():
+        return quadrature(
+            operator.matvec,
+            operator.n,
+            steps=steps,
+            vectors=vectors,
+            known=known,
+            seed=seed,
+            dtype=operator.dtype,
+            device=operator.device,
+            all_sum=partition.ranks.all_sum if partition.ranks.count > 1 else None,
+            random=random,
+            dimension=partition.n,
+        )
+
+
+def trace_metrics(spectrum: Quadrature) -> dict[str, float]:
+    """Trace and Frobenius norm with their standard errors."""
+    trace, square = spectrum.sum(lambda x: x), spectrum.sum(torch.square)
+    norm = math.sqrt(square.value) if square.value > 0.0 else square.value
+    return {
+        "trace": trace.value,
+        "trace_error": trace.error,
+        "frobenius_norm": norm,
+        "frobenius_error": square.error / (2.0 * norm) if norm > 0.0 else 0.0,
+    }

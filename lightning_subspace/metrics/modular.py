@@ -1,0 +1,184 @@
+"""The metrics. Each is the mean over its updates, so that a process that updates with the same tensors changes nothing.
+
+All hold a sum and a count, both summed over processes, in float64: that of two processes is the mean over the updates
+of both, whether they saw the same tensors or different ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_subspace.metrics.functional import gradient_fraction, principal_angles, subspace_overlap
+
+
+class _Mean(Metric):
+    """The mean of something over updates.
+
+    Args:
+        shape: of one value.
+        validate_args: check the arguments of every update.
+        kwargs: of `torchmetrics.Metric`.
+    """
+
+    is_differentiable: bool = False
+    full_state_update: bool = False
+    plot_lower_bound: float = 0.0
+
+    total: Tensor  # the sum of all values
+    count: Tensor  # how many there were
+
+    def __init__(self, shape: tuple[int, ...], validate_args: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not isinstance(validate_args, bool):
+            raise ValueError(f"Expected argument `validate_args` to be a boolean but got {validate_args!r}")
+        self.validate_args = validate_args
+        self.add_state("total", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def compute(self) -> Tensor:
+        """The mean over all updates; nan where there was none."""
+        return self.total / self.count
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """Plot a single or multiple values from the metric.
+
+        Args:
+            val: a result of `forward` or `compute`, or a list of them; by default that of `compute`.
+            ax: a matplotlib axis to draw in.
+
+        Returns:
+            Figure and axis; the figure is None where `ax` is given.
+        """
+        return self._plot(val, ax)
+
+    def _add(self, value: Tensor) -> None:
+        self.total += value
+        self.count += 1
+
+
+class GradientFraction(_Mean):
+    """Share of a vector's squared length inside a subspace: the mean of |P v|^2 / |v|^2 over updates, in [0, 1].
+
+    With the top eigenvectors of the Hessian and the gradient it is f_top (Gur-Ari, Roberts and Dyer 2018, arXiv
+    1812.04754, section 2); a random vector gives k/n. Neither end is better. A vector that is zero or not finite has
+    no such share, and its update does not count.
+
+    As input to ``forward`` and ``update`` the metric accepts:
+
+    - ``basis`` (:class:`~torch.Tensor`): orthonormal rows, ``(k, n)``
+    - ``vector`` (:class:`~torch.Tensor`): ``(n,)``
+
+    As output of ``forward`` and ``compute`` it returns a float64 scalar tensor, nan before the first update.
+
+    Args:
+        validate_args: check shapes, and that the rows are orthonormal, at every update.
+        kwargs: additional arguments of `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = GradientFraction()
+        >>> metric.update(torch.eye(4)[:2], torch.tensor([3.0, 0.0, 4.0, 0.0]))
+        >>> metric.update(torch.eye(4)[:2], torch.tensor([1.0, 0.0, 0.0, 0.0]))
+        >>> metric.compute()
+        tensor(0.6800, dtype=torch.float64)
+    """
+
+    higher_is_better: bool | None = None
+    plot_upper_bound: float = 1.0
+
+    def __init__(self, validate_args: bool = True, **kwargs: Any) -> None:
+        super().__init__((), validate_args, **kwargs)
+
+    def update(self, basis: Tensor, vector: Tensor) -> None:
+        """Add the fraction of one vector."""
+        value = gradient_fraction(basis, vector, validate_args=self.validate_args)
+        if value.isfinite():
+            self._add(value)
+
+
+class SubspaceOverlap(_Mean):
+    """Overlap of two subspaces: the mean of Tr(P P') / min(k, m) over updates, in [0, 1].
+
+    Equation 4 of Gur-Ari, Roberts and Dyer (2018, arXiv 1812.04754): 1 for equal spaces, 0 for orthogonal ones, k/n for
+    random ones.
+
+    As input to ``forward`` and ``update`` the metric accepts:
+
+    - ``basis`` (:class:`~torch.Tensor`): orthonormal rows, ``(k, n)``
+    - ``other`` (:class:`~torch.Tensor`): orthonormal rows, ``(m, n)``
+
+    As output of ``forward`` and ``compute`` it returns a float64 scalar tensor, nan before the first update.
+
+    Args:
+        validate_args: check shapes, and that the rows are orthonormal, at every update.
+        kwargs: additional arguments of `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = SubspaceOverlap()
+        >>> metric.update(torch.eye(4)[:2], torch.eye(4)[1:3])
+        >>> metric.update(torch.eye(4)[:2], torch.eye(4)[:2])
+        >>> metric.compute()
+        tensor(0.7500, dtype=torch.float64)
+    """
+
+    higher_is_better: bool = True
+    plot_upper_bound: float = 1.0
+
+    def __init__(self, validate_args: bool = True, **kwargs: Any) -> None:
+        super().__init__((), validate_args, **kwargs)
+
+    def update(self, basis: Tensor, other: Tensor) -> None:
+        """Add the overlap of one pair."""
+        self._add(subspace_overlap(basis, other, validate_args=self.validate_args))
+
+
+class PrincipalAngles(_Mean):
+    """Principal angles between two subspaces in radians, ascending, each the mean over updates, in [0, pi/2].
+
+    Bjorck and Golub (1973). Zero for a direction that both have, pi/2 for one that is orthogonal to the other space.
+
+    As input to ``forward`` and ``update`` the metric accepts:
+
+    - ``basis`` (:class:`~torch.Tensor`): orthonormal rows, ``(k, n)``
+    - ``other`` (:class:`~torch.Tensor`): orthonormal rows, ``(m, n)``
+
+    As output of ``forward`` and ``compute`` it returns a float64 tensor ``(num_angles,)``, nan before the first update.
+
+    Args:
+        num_angles: min(k, m) of every update, so that processes can be summed.
+        validate_args: check shapes, and that the rows are orthonormal, at every update.
+        kwargs: additional arguments of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: for a num_angles that is no positive integer, and in `update` for spaces with another number.
+
+    Example:
+        >>> metric = PrincipalAngles(2)
+        >>> metric.update(torch.eye(4)[:2], torch.eye(4)[1:3])
+        >>> metric.compute()
+        tensor([0.0000, 1.5708], dtype=torch.float64)
+    """
+
+    higher_is_better: bool = False
+    plot_upper_bound: float = torch.pi / 2
+    plot_legend_name: str = "Angle"
+
+    def __init__(self, num_angles: int, validate_args: bool = True, **kwargs: Any) -> None:
+        if isinstance(num_angles, bool) or not isinstance(num_angles, int) or num_angles < 1:
+            raise ValueError(f"Expected argument `num_angles` to be a positive integer but got {num_angles!r}")
+        super().__init__((num_angles,), validate_args, **kwargs)
+        self.num_angles = num_angles
+
+    def update(self, basis: Tensor, other: Tensor) -> None:
+        """Add the angles of one pair."""
+        angles = principal_angles(basis, other, validate_args=self.validate_args)
+        if len(angles) != self.num_angles:
+            raise ValueError(
+                f"Expected arguments `basis` and `other` to have {self.num_angles} angles, as `num_angles` says, but "
+                f"got {len(angles)}, from {len(basis)} and {len(other)} basis vectors; pass num_angles={len(angles)}."
+            )
+        self._add(angles)

@@ -1,0 +1,338 @@
+"""The callback that trains inside or outside of the top eigenspace of the Hessian.
+
+The one callback here that changes training. Its place is in the optimizer itself: hooks that torch calls directly
+before and after `optimizer.step`. So nothing ever sees an update that has not been projected, neither the module after
+its own `optimizer_step` nor any other callback, whatever their order; and where no step is taken (accumulation, a step
+that a GradScaler skips) nothing happens.
+
+The subspace is computed at the start of the first batch after an optimizer step: late enough for every callback,
+whatever their order, to have ended that step, so that a monitor which has just probed theta_t can share what it found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_subspace import configuration as check
+from lightning_subspace._lightning import Callback, MisconfigurationException, is_a, rank_zero_warn, ranks_of
+from lightning_subspace.alignment import Start, StartWhenAligned
+from lightning_subspace.collectives import Ranks
+from lightning_subspace.curvature.choice import Curvature, OnCheckFail, Precision
+from lightning_subspace.measurements import GradientFraction
+from lightning_subspace.messages import Messages
+from lightning_subspace.projector import Keep, Projector
+from lightning_subspace.report.loggers import Reporter, logged_name
+from lightning_subspace.sample import Weight
+from lightning_subspace.sample_source import SampleRequest
+from lightning_subspace.schedule import Schedule
+from lightning_subspace.solver import Solver, Which
+from lightning_subspace.space_source import SpaceSource
+from lightning_subspace.step_hooks import StepHooks
+from lightning_subspace.tracker import Plan
+from lightning_subspace.training_loss import Mode
+
+NAME = "SubspaceProjection"
+INSTEAD = "the last good space stays in use, and where there is none the optimizer's step is left as it is"
+# States of another format are not used.
+FORMAT = 1
+
+
+class SubspaceProjection(Callback):
+    """Keep, of every optimizer step, the part inside the top eigenspace of the Hessian, or the part outside of it.
+
+    After a step of any optimizer, with P the projector on the top k eigenvectors of the Hessian of the training loss,
+
+        keep="top":   theta_{t+1} <- theta_t + P (theta_{t+1} - theta_t)
+        keep="bulk":  theta_{t+1} <- theta_t + (I - P) (theta_{t+1} - theta_t)
+
+    One rule for all there is in a step: clipping, momentum, preconditioning, weight decay. With plain SGD it is descent
+    along the projected gradient: Dom-SGD and Bulk-SGD of Song, Ahn and Yun, "Does SGD really happen in tiny subspaces?"
+    (arXiv 2405.16002), who find that the loss falls with "bulk" as without a projection, and not with "top". States of
+    the optimizer, such as momentum, are those of the whole gradient.
+
+    *Parameters*: those of `params`, by default all trainable ones, make up the space. Frozen ones are not touched;
+    trainable ones outside of `params` take the full step. When the set changes in mid-run, the space is computed anew.
+
+    *The space* is that of theta_t at the last refresh. One that is not trusted (the solver did not converge, or there
+    is no gap behind eigenvalue k) is not used, nor is a probe that fails: the last good one stays in use, and while
+    there is none, as before the sample of an iterable dataset is full, the step is left as it is. One warning says so.
+
+    *A `SubspaceMonitor`* beside it that has just probed theta_t with the same arguments lends its space at no cost. The
+    two agree to the tolerance of the solver, so such a monitor changes training by as much. It sees updates projected.
+
+    *Ranks*: under DDP the basis is dealt to ranks; a step takes one sum of k numbers and one all-gather of n. All have
+    the same parameters to the bit. FSDP2 is refused.
+
+    *Checkpoints* hold the schedule, whether projection has begun and the average of chi, but not the k * n floats of
+    the basis, which is computed anew where the run goes on. Resumed at a refresh step it is the straight run, to the
+    tolerance of the solver; elsewhere it differs by how far the space has turned since the last refresh.
+
+    *Logged*, at x = t and every `trainer.log_every_n_steps`: `projection/removed`, the share |u - u'|^2 / |u|^2 in
+    [0, 1] that was taken from the update u; until a `StartWhenAligned` begins, at every refresh, `projection/chi`.
+
+    A refresh costs what a probe of the monitor costs; (k + 2) n floats are held, divided by the number of ranks.
+
+    Args:
+        keep: "top" or "bulk".
+        k: number of top eigenvectors; the number of classes is the natural choice.
+        refresh_every_n_steps: optimizer steps between two computations of the space; 1 is what the paper does.
+        start_when: number of optimizer steps that are taken before the first one is projected, or a `StartWhenAligned`.
+        sample: examples for the Hessian: a number, "all", "current" (the batch just trained on), or a loader or a list
+            of batches or of (batch, weight) pairs. An iterable dataset gives the first ones seen in training.
+        gradient_sample: examples for the gradient of chi, which contain the former: a number or "all". Used with
+            `StartWhenAligned`, where `sample` is a number.
+        batch_size: of the micro-batches; by default that of training.
+        weight: `weight(batch)` is the share of a batch in averages, by default its number of examples.
+        which: end of the spectrum: "LA" (largest algebraic, the paper's "top"), "SA", "LM", "BE".
+        tol: residual of the eigenpairs relative to the largest |eigenvalue|.
+        max_matvecs: Hessian products a refresh may take.
+        ncv: largest number of basis vectors, by default min(n, 2k + 10).
+        params: shell-style patterns of parameter names; by default all trainable ones.
+        loss_fn: `loss_fn(pl_module, batch, batch_idx) -> scalar` in place of `training_step`.
+        mode: "train" (the objective that is being descended) or "eval".
+        dtype: narrowest type computed in, "float32" or "float64"; or "native", the loss as it is trained.
+        curvature: "hessian" or "finite-difference"; see `SubspaceMonitor`.
+        on_check_fail: where second derivatives turn out wrong: "warn", "raise" or "finite-difference".
+        on_failure: "warn" or "raise" when the space cannot be computed.
+        name: prefix of all keys, to be chosen where there are several projections.
+        seed: of the sample, the dropout masks and the start vectors.
+
+    Raises:
+        MisconfigurationException: from `__init__`, `setup` or the start of training, naming the argument, what was
+            expected, what came, and the way out.
+
+    Example:
+        >>> projection = SubspaceProjection("bulk", k=10, refresh_every_n_steps=2, start_when=500)
+        >>> projection.is_active
+        False
+    """
+
+    def __init__(
+        self,
+        keep: Keep,
+        k: int = 10,
+        *,
+        refresh_every_n_steps: int = 1,
+        start_when: int | StartWhenAligned = 0,
+        sample: int | str | Iterable[Any] = 1024,
+        gradient_sample: int | str = 8192,
+        batch_size: int | None = None,
+        weight: Weight | None = None,
+        which: Which = "LA",
+        tol: float = 1e-3,
+        max_matvecs: int = 200,
+        ncv: int | None = None,
+        params: Sequence[str] | None = None,
+        loss_fn: Callable[..., Any] | None = None,  # LightningCLI would refuse one without annotations as LossFunction
+        mode: Mode = "train",
+        dtype: Precision = "float32",
+        curvature: Curvature = "hessian",
+        on_check_fail: OnCheckFail = "warn",
+        on_failure: Literal["warn", "raise"] = "warn",
+        name: str = "projection",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        with check.speaking_for(NAME):
+            check.check_projection(locals())
+        self.name = name
+        self._keep: Keep = keep
+        self._start_when = start_when
+        self._start = Start(start_when)
+        self._schedule = Schedule(refresh_every_n_steps, max_overhead=None)
+        self._messages = Messages(on_failure, NAME)
+        plan = Plan(
+            solver=Solver(k, which, tol, ncv, max_matvecs, seed),
+            measurements=(GradientFraction(),) if isinstance(start_when, StartWhenAligned) else (),
+            params=params,
+            loss_fn=loss_fn,
+            mode=mode,
+            dtype=dtype,
+            curvature=curvature,
+            on_check_fail=on_check_fail,
+        )
+        request = SampleRequest(sample, gradient_sample, batch_size, weight, seed)
+        self._source = SpaceSource(plan, request, self._messages, INSTEAD)
+        self._reporter = Reporter()
+        self._ranks = Ranks()
+        self._saved: Mapping[str, Any] | None = None  # from a checkpoint, until training goes on from it
+        self._seen_step = -1
+        self._wants_space = False
+        self._projector: Projector | None = None
+        self._theta: Tensor | None = None  # of the step that is being taken
+        self._removed: dict[int, float] = {}  # by step, to be logged
+        self._hooks = StepHooks(_nothing, _nothing)
+
+    # -- what a user reads --------------------------------------------------------------------------------------------
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the next optimizer step will be projected."""
+        return self._projector is not None
+
+    @property
+    def chi(self) -> float | None:
+        """The average that `StartWhenAligned` watches; None before the first refresh, and without it."""
+        return self._start.average
+
+    # -- hooks, in the order of a run ---------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot work, before anything has run."""
+        if stage != "fit":
+            return
+        if is_a(trainer.strategy, "ModelParallelStrategy"):
+            raise MisconfigurationException(
+                f"{NAME}: writes whole parameters, and {type(trainer.strategy).__name__} has shards of them; use "
+                "strategy='ddp', or devices=1."
+            )
+        with check.speaking_for(NAME):
+            check.check_names([c.name for c in trainer.callbacks if isinstance(c, SubspaceProjection)])
+            check.check_project(trainer, pl_module, self._source.plan.loss_fn)
+
+    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Plan, draw the sample, and hang on to the optimizers."""
+        step = trainer.global_step
+        saved, self._saved = self._saved, None
+        ranks = ranks_of(trainer)
+        is_same_run = saved is None and self._source.tracker is not None and step > 0 and self._seen_step <= step
+        continues = is_same_run and ranks.count == self._ranks.count
+        self._ranks = ranks
+        self._messages.begin()
+        if not continues:
+            self._start = Start(self._start_when)
+            self._schedule.begin(step)
+            self._seen_step, self._projector = -1, None
+        elif self._projector is not None:
+            self._projector.join(ranks)
+        try:
+            self._source.begin(trainer, pl_module, ranks, continues=continues)
+            if saved is not None:
+                self._go_on(saved, step)
+            self._hooks = StepHooks(lambda: self._keep_theta(pl_module), lambda: self._project(trainer, pl_module))
+            self._hooks.attach(trainer.optimizers)
+        except (ValueError, TypeError) as error:
+            raise MisconfigurationException(f"{NAME}: {error}") from error
+        self._wants_space = self._projector is None and (self._start.begun or self._start.average is None)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
+        """Compute the space for the step to come, if it is time."""
+        step = trainer.global_step
+        self._hooks.attach(trainer.optimizers)  # a callback may have put others in their place
+        if step != self._seen_step:  # otherwise gradients are being accumulated
+            self._seen_step = step
+            is_due, begins = self._schedule.is_due(step), self._start.see_step(step)
+            is_needed = self._start.begun or self._start.watches
+            if is_needed and self._source.has_changed(pl_module, step):
+                self._projector, is_due = None, True
+            self._wants_space = is_needed and (self._wants_space or is_due or begins)
+        self._refresh(trainer, pl_module, step)
+        if self._source.see(batch, trainer.current_epoch):
+            self._refresh(trainer, pl_module, step)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log what was removed."""
+        removed, self._removed = self._removed, {}
+        for step, share in removed.items():
+            self._log(trainer, "removed", share, step)
+
+    def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Leave the optimizers as they were."""
+        self._hooks.release()
+        self._source.release()
+
+    def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
+        """Leave the optimizers as they were."""
+        self.on_train_end(trainer, pl_module)
+
+    # -- helpers ------------------------------------------------------------------------------------------------------
+
+    def _refresh(self, trainer: Any, module: nn.Module, step: int) -> None:
+        if not self._wants_space or not self._source.is_ready():
+            return
+        self._wants_space = False
+        record = self._source.take(trainer, module, step)
+        if record is None or record.subspace is None:
+            return
+        if self._start.watches and "gradient_fraction" in record.metrics:
+            self._start.see_chi(math.sqrt(record.metrics["gradient_fraction"]))
+            assert self._start.average is not None, "it has just been given"
+            self._log(trainer, "chi", self._start.average, step)
+        if self._start.begun:
+            assert record.subspace.partition is not None, "taken by a probe"
+            self._projector = Projector(record.subspace.basis, record.subspace.partition, keep=self._keep)
+
+    def _keep_theta(self, module: nn.Module) -> None:
+        """Directly before an optimizer step."""
+        self._theta = None if self._projector is None else self._projector.theta(module)
+
+    def _project(self, trainer: Any, module: nn.Module) -> None:
+        """Directly after it."""
+        if self._projector is None or self._theta is None:
+            return
+        theta, self._theta = self._theta, None
+        step, every = trainer.global_step, trainer.log_every_n_steps
+        is_logged = every > 0 and step % every == 0
+        removed = self._projector.project(module, theta, measured=is_logged)
+        if is_logged:
+            self._removed[step] = removed
+
+    def _log(self, trainer: Any, key: str, value: float, step: int) -> None:
+        named = {logged_name(self.name, key): value}
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in named.items()})
+        self._reporter.scalars(trainer.loggers, named, step)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Tells the projections of a Trainer apart in its checkpoints."""
+        return self._generate_state_key(name=self.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run is; no eigenvectors, which are computed anew where it goes on."""
+        tracker, solver = self._source.tracker, self._source.plan.solver
+        if tracker is None:
+            return dict(self._saved or {})
+        return {
+            "format": FORMAT,
+            "k": solver.k,
+            "which": solver.which,
+            "schedule": self._schedule.state(),
+            "start_when": repr(self._start_when),
+            "start": self._start.state(),
+            "num_probes": tracker.num_probes,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until training starts."""
+        self._saved = state_dict
+
+    def _go_on(self, saved: Mapping[str, Any], step: int) -> None:
+        solver, tracker = self._source.plan.solver, self._source.tracker
+        for name, now in (("format", FORMAT), ("k", solver.k), ("which", solver.which)):
+            if saved.get(name) != now:
+                rank_zero_warn(
+                    f"{NAME}: the state {self.name!r} of the checkpoint is not used: it was written with {name}="
+                    f"{saved.get(name)!r}, and this projection has {name}={now!r}. It starts anew."
+                )
+                return
+        self._schedule.resume(saved["schedule"], step)
+        if saved["start_when"] == repr(self._start_when):  # another condition is waited for anew
+            self._start.resume(saved["start"])
+        if tracker is not None:
+            tracker.num_probes = saved["num_probes"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the methods that Lightning attaches for logging, and what belongs to a step or to optimizers."""
+        own = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
+        return {**own, "_hooks": StepHooks(_nothing, _nothing), "_theta": None, "_removed": {}}
+
+
+def _nothing() -> None:
+    """What is done around a step outside of a run."""

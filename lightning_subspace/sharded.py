@@ -1,0 +1,281 @@
+"""What is known about modules that FSDP2 (`fully_shard`, Lightning's `ModelParallelStrategy`) has sharded.
+
+Each rank holds a part of every parameter, a DTensor, and hooks on the forward pass gather the whole. There are two ways
+to a Hessian:
+
+Exact. Double backward does not go through the gathering (`autograd.grad` by a shard gives nothing, silently). So the
+whole parameters are gathered once, stand in for the shards as leaves, and FSDP's hooks are off for as long.
+
+    memory a rank      4 n bytes beside the retained graphs, and one parameter more while gathering; a float64
+                       self-check another 24 n
+    communication      4 n bytes once a probe, and a gather and a reduce-scatter of a flat vector, 8 n bytes, a product
+
+By differences of gradients on the shards, where FSDP does the communication: see `sharded_loss`.
+
+FSDP2 modules are told by the public `FSDPModule`; the policy of mixed precision, which has no public reader, is the one
+private attribute that is looked at. Seen working with torch 2.14.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from lightning_subspace.collectives import Ranks
+from lightning_subspace.parameters import ParameterSpace
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
+
+FSDP = "torch.distributed.fsdp"
+
+
+def is_sharded(tensor: object) -> TypeGuard[DTensor]:
+    """Whether a tensor is distributed over ranks.
+
+    Example:
+        >>> is_sharded(nn.Linear(1, 1).weight)
+        False
+    """
+    tensors = sys.modules.get("torch.distributed.tensor")  # not imported here: it takes half a second
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
+def fsdp_modules(module: nn.Module) -> list[Any]:
+    """The modules in the tree that `fully_shard` was applied to, outermost first."""
+    fsdp = sys.modules.get(FSDP)
+    return [] if fsdp is None else [m for m in module.modules() if isinstance(m, fsdp.FSDPModule)]
+
+
+def reshard(module: nn.Module) -> None:
+    """Part with whole parameters that a forward pass without a backward one has left, as after a validation.
+
+    Until then the shards are not among the module's parameters. FSDP does the same after every backward pass, and its
+    next forward pass gathers them again.
+    """
+    for m in fsdp_modules(module):
+        m.reshard()
+
+
+def sharded_parameters(module: nn.Module) -> dict[str, DTensor]:
+    """The parameters that are sharded, frozen ones included, by name and in order."""
+    reshard(module)
+    return {name: p for name, p in module.named_parameters() if is_sharded(p)}
+
+
+def full_tensors(module: nn.Module, narrowest: torch.dtype | None = torch.float32) -> dict[int, Tensor]:
+    """The whole of every sharded parameter, by the id of the parameter. A collective: one all-gather a parameter.
+
+    Args:
+        module: the module; {} where nothing is sharded.
+        narrowest: what is narrower is widened at once, so that no second copy is needed; None keeps all.
+    """
+    whole = {}
+    with torch.no_grad():
+        for parameter in sharded_parameters(module).values():
+            tensor = parameter.full_tensor()
+            if narrowest is not None and (tensor.is_floating_point() or tensor.is_complex()):
+                tensor = tensor.to(torch.promote_types(tensor.dtype, narrowest))
+            # On one rank alone, gathering copies nothing.
+            own = local_part(parameter).untyped_storage().data_ptr()
+            is_alias = tensor.untyped_storage().data_ptr() == own
+            whole[id(parameter)] = tensor.clone() if is_alias else tensor.contiguous()
+    return whole
+
+
+def stand_ins(
+    module: nn.Module, ranks: Ranks, *, whole: bool = True, narrowest: torch.dtype | None = torch.float32
+) -> dict[int, Tensor]:
+    """What the copies of buffers, and of sharded parameters, are made from: see `TrainingLoss`. A collective.
+
+    Args:
+        module: the module.
+        ranks: the processes that measure together.
+        whole: whether whole parameters are needed.
+        narrowest: see `full_tensors`.
+    """
+    found = {} if ranks.count == 1 else rank_zero_buffers(module, lambda tensor: ranks.broadcast([tensor]))
+    return {**found, **full_tensors(module, narrowest)} if whole else found
+
+
+def rank_zero_buffers(module: nn.Module, broadcast: Callable[[Tensor], object]) -> dict[int, Tensor]:
+    """Copies of all buffers with the values of rank 0, by the id of the buffer. A collective.
+
+    Batch-norm statistics differ between ranks; in eval mode the loss has to be one function all the same.
+
+    Args:
+        module: the module.
+        broadcast: overwrites a contiguous tensor with that of rank 0.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> copies = rank_zero_buffers(norm, lambda tensor: None)
+        >>> copies[id(norm.running_var)].tolist(), copies[id(norm.running_var)] is norm.running_var
+        ([1.0, 1.0], False)
+    """
+    copies = {}
+    for buffer in module.buffers():
+        if is_sharded(buffer) or buffer.layout is not torch.strided:
+            continue
+        copy = buffer.detach().clone()
+        if copy.numel():
+            parts = torch.view_as_real(copy.resolve_conj()) if copy.is_complex() else copy
+            sent = parts.to(torch.uint8) if copy.dtype is torch.bool else parts.contiguous()
+            broadcast(sent)
+            if sent is not copy:
+                parts.copy_(sent)
+        copies[id(buffer)] = copy
+    return copies
+
+
+@contextmanager
+def without_fsdp(module: nn.Module) -> Iterator[None]:
+    """Take FSDP off the forward passes, so that they use the parameters that are there; put it back as it was.
+
+    Its hooks leave the dicts of the modules and come back in the same order. `register_fsdp_forward_method` covers a
+    method on the instance; there, the attribute leaves.
+    """
+    with ExitStack() as stack:
+        for m in fsdp_modules(module):
+            own = vars(m)
+            for name, value in [*own.items()]:
+                if (original := _covered_method(value)) is not None:
+                    stack.callback(own.__setitem__, name, value)
+                    own[name] = original
+        for m in module.modules():
+            for hooks in (m._forward_pre_hooks, m._forward_hooks):
+                items = list(hooks.items())
+                kept = [(key, hook) for key, hook in items if not _is_of_fsdp(hook)]
+                if len(kept) < len(items):
+                    stack.callback(_refill, hooks, items)
+                    _refill(hooks, kept)
+        yield
+
+
+def refusal_of_differences(module: nn.Module) -> str | None:
+    """Why differences of float32 gradients cannot be taken on these shards, or None."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter.dtype.to_real() not in (torch.float32, torch.float64):
+            return (
+                f"curvature: expected parameters of float32 for finite differences on the shards of FSDP2, got "
+                f"{parameter.dtype} for {name!r}; with curvature='hessian' every rank makes a float32 copy."
+            )
+    for m in fsdp_modules(module):
+        policy = getattr(m._get_fsdp_state(), "_mp_policy", None)
+        for field in ("param_dtype", "reduce_dtype"):
+            dtype = getattr(policy, field, None)
+            if dtype is not None and dtype not in (torch.float32, torch.float64):
+                return (
+                    "curvature: finite differences on the shards of FSDP2 need gradients in float32, but its "
+                    f"MixedPrecisionPolicy has {field}={dtype}; use curvature='hessian', which computes in float32."
+                )
+    return None
+
+
+def shards(space: ParameterSpace, module: nn.Module) -> tuple[tuple[range, ...], ...] | None:
+    """For every rank of the mesh, the ranges of flat coordinates that it holds, one a parameter in the space's order.
+
+    A range may be empty. A parameter that is not sharded, in a module where others are, is cut evenly.
+
+    Returns:
+        None where no parameter of the space is sharded.
+
+    Raises:
+        ValueError: when a parameter is sharded other than along dimension 0 over one mesh of one dimension.
+    """
+    sharded = sharded_parameters(module)
+    mesh = _mesh(space, sharded)
+    if mesh is None:
+        return None
+    held: list[list[range]] = [[] for _ in range(mesh.size())]
+    start = 0
+    for name, shape, numel in zip(space.names, space.shapes, space.numels, strict=True):
+        rows = shape[0] if name in sharded else numel
+        size = -(-rows // mesh.size())  # the first ranks hold the larger parts, the last one perhaps nothing
+        for rank, ranges in enumerate(held):
+            first, last = (min(k * size, rows) * (numel // max(rows, 1)) for k in (rank, rank + 1))
+            ranges.append(range(start + first, start + last))
+        start += numel
+    return tuple(tuple(ranges) for ranges in held)
+
+
+def shard_group(space: ParameterSpace, module: nn.Module) -> ProcessGroup | None:
+    """The ranks that the parameters are sharded over, in the order of `shards`; None where nothing is.
+
+    Raises:
+        ValueError: see `shards`.
+    """
+    mesh = _mesh(space, sharded_parameters(module))
+    return None if mesh is None else mesh.get_group()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor, not a copy; of one that is not sharded, the tensor."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():  # else it would be a node of a graph
+        return tensor.to_local()
+
+
+def own_part(
+    whole: Tensor,  # of the shape of the parameter
+    parameter: Tensor,
+) -> Tensor | None:
+    """This rank's shard within the whole of a parameter, a view; None for another placement than `Shard(0)`."""
+    assert is_sharded(parameter)
+    if not _is_plain(parameter):
+        return None
+    size = -(-parameter.shape[0] // parameter.device_mesh.size())
+    first = min(parameter.device_mesh.get_local_rank() * size, parameter.shape[0])
+    return whole[first : first + size]
+
+
+def _mesh(space: ParameterSpace, sharded: dict[str, DTensor]) -> Any:
+    """The one mesh of all sharded parameters of the space, or None."""
+    found = None
+    for name in space.names:
+        if name not in sharded:
+            continue
+        parameter = sharded[name]
+        if not _is_plain(parameter):
+            raise ValueError(
+                f"{name!r} is placed as {tuple(parameter.placements)} on a mesh of shape "
+                f"{tuple(parameter.device_mesh.shape)}; expected (Shard(0),) on a mesh of one dimension, as "
+                "fully_shard does by default: tensor parallelism, replicated groups (HSDP) and other dimensions are "
+                "not measured."
+            )
+        if found is not None and found != parameter.device_mesh:
+            raise ValueError(
+                f"{name!r} is sharded over another mesh than the parameters before it; expected one mesh for all."
+            )
+        found = parameter.device_mesh
+    return found
+
+
+def _is_plain(parameter: DTensor) -> bool:
+    return parameter.device_mesh.ndim == 1 and all(
+        placement.is_shard(0) and type(placement).__name__ == "Shard" for placement in parameter.placements
+    )
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith(FSDP)
+
+
+def _covered_method(value: Any) -> Any:
+    """The method below the one that `register_fsdp_forward_method` has set; None for anything else."""
+    function = getattr(value, "__func__", None)
+    # `functools.wraps` gives it the name and the module of the method, but its code is FSDP's own.
+    is_cover = function is not None and function.__globals__.get("__name__", "").startswith(FSDP)
+    return getattr(function, "__wrapped__", None) if is_cover else None
+
+
+def _refill(target: dict[Any, Any], items: list[tuple[Any, Any]]) -> None:
+    target.clear()
+    target.update(items)

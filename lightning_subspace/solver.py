@@ -1,0 +1,97 @@
+"""How the eigenpairs of a probe are computed: the settings, and one call of the eigensolver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_subspace.curvature import Operator
+from lightning_subspace.linalg import eigsh
+from lightning_subspace.subspace import Subspace, inner_products
+
+Which = Literal["LA", "SA", "LM", "BE"]
+# Beyond that an eigenvector has hardly begun to show.
+MAX_TOL = 0.1
+# The number of the random vector that a warm start is mixed with, far from those that the solver draws.
+WARM_START = 1_000
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How the eigenpairs are computed; see `lightning_subspace.linalg.eigsh` for the arguments."""
+
+    k: int = 10
+    which: Which = "LA"
+    tol: float = 1e-3
+    ncv: int | None = None
+    max_matvecs: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.tol <= MAX_TOL:
+            raise ValueError(f"tol: expected a number in (0, {MAX_TOL}], relative to lambda_1, got {self.tol!r}.")
+
+    def solve(
+        self,
+        operator: Operator,
+        matvec: Callable[[Tensor], Tensor] | None = None,
+        *,
+        start: Tensor | None = None,  # (k, n)
+        verify: bool = True,
+        on_matvec: Callable[[int, float], None] | None = None,
+    ) -> Subspace:
+        """The eigenspace of an operator.
+
+        Args:
+            operator: gives dtype, device, and how vectors are dealt to ranks.
+            matvec: a product in place of the operator's own.
+            start: eigenvectors of a nearby operator; their sum plus a random vector is the start, which saves a few
+                products. Never the gradient: an unconverged space would then contain it.
+            verify: exclude missed copies of equal eigenvalues.
+            on_matvec: called with (number of products, worst relative residual).
+        """
+        partition = operator.partition
+
+        def product(vector: Tensor) -> Tensor:
+            if matvec is None and operator.fails_as_nan:
+                return operator.matvec(vector)
+            with partition.ranks.together():  # on one rank it may fail, and anywhere
+                return (operator.matvec if matvec is None else matvec)(vector)
+
+        v0 = None if start is None else self._warm_start(operator, start)
+        with partition.ranks.bare():
+            result = eigsh(
+                product,
+                operator.n,
+                self.k,
+                which=self.which,
+                tol=self.tol,
+                ncv=self.ncv,
+                max_matvecs=self.max_matvecs,
+                v0=v0,
+                verify="always" if verify else "never",
+                seed=self.seed,
+                dtype=operator.dtype,
+                device=operator.device,
+                all_sum=partition.ranks.all_sum if partition.ranks.count > 1 else None,
+                random=partial(partition.random, dtype=operator.dtype),
+                on_matvec=on_matvec,
+                dimension=partition.n,
+                max_asymmetry=operator.max_asymmetry,
+            )
+        return Subspace.of(result, partition)
+
+    def _warm_start(self, operator: Operator, vectors: Tensor) -> Tensor:
+        noise = operator.partition.random(self.seed, WARM_START, operator.dtype).to(operator.device)
+        # Rounding decides the signs of eigenvectors: taken towards the noise, they are those of any number of ranks.
+        towards = inner_products(vectors, noise[None], operator.partition.ranks)[:, 0]
+        total = (torch.where(towards < 0.0, -1.0, 1.0).to(vectors) @ vectors).to(noise)
+        parts = torch.stack([total, noise])
+        squares = operator.partition.ranks.all_sum(torch.linalg.vector_norm(parts, dim=1, dtype=torch.float64).square())
+        start: Tensor = (parts / squares.sqrt()[:, None].to(parts)).sum(dim=0)
+        return start

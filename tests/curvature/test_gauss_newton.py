@@ -1,0 +1,226 @@
+"""The Gauss-Newton product against J^T H_L J, dense, from Jacobians that are taken one output at a time."""
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lightning_subspace import measure_subspace
+from lightning_subspace.curvature import CheckError, CheckOutcome, Choice, GaussNewton, Hessian, gauss_newton_check
+from lightning_subspace.parameters import ParameterSpace
+from lightning_subspace.sample import sample_of_batches
+from lightning_subspace.training_loss import LossError, TrainingLoss
+from tests.oracles import EPS, dense_gradient, dense_hessian, top_eigenspace
+
+ROUNDING = 1e4 * EPS
+CLASSES = 3
+
+
+def net(seed=0, act=nn.Tanh):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(4, 5), act(), nn.Dropout(0.0), nn.Linear(5, CLASSES)).double()
+
+
+def batches(sizes=(6, 4)):
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(size, 4, generator=generator, dtype=torch.float64) for size in sizes]
+    return [(x, torch.randint(CLASSES, (len(x),), generator=generator)) for x in inputs]
+
+
+def one_hot(labels):
+    return F.one_hot(labels, CLASSES).double()
+
+
+# Each with the loss as a function of the output and the labels, written without the function that is caught.
+LOSSES = {
+    "cross-entropy": (
+        lambda m, b, i: F.cross_entropy(m(b[0]), b[1]),
+        lambda z, y: (torch.logsumexp(z, 1) - z[torch.arange(len(y)), y]).mean(),
+    ),
+    "its module, by keyword, smoothed": (
+        lambda m, b, i: nn.CrossEntropyLoss(label_smoothing=0.3)(input=m(b[0]), target=b[1]),
+        lambda z, y: ((0.7 * one_hot(y) + 0.1) * (torch.logsumexp(z, 1, keepdim=True) - z)).sum(1).mean(),
+    ),
+    "nll of log-softmax": (
+        lambda m, b, i: F.nll_loss(m(b[0]).log_softmax(dim=-1), b[1]),
+        lambda z, y: (torch.logsumexp(z, 1) - z[torch.arange(len(y)), y]).mean(),
+    ),
+    "masked mean of single losses": (
+        lambda m, b, i: 2.0 * F.cross_entropy(m(b[0]), b[1], reduction="none")[1:].mean(),
+        lambda z, y: 2.0 * (torch.logsumexp(z, 1) - z[torch.arange(len(y)), y])[1:].mean(),
+    ),
+    "mean square": (
+        lambda m, b, i: F.mse_loss(m(b[0]), one_hot(b[1])),
+        lambda z, y: (z - one_hot(y)).square().mean(),
+    ),
+    "logistic": (
+        lambda m, b, i: F.binary_cross_entropy_with_logits(m(b[0]), one_hot(b[1])),
+        lambda z, y: ((1 + z.exp()).log() - z * one_hot(y)).mean(),
+    ),
+    "Poisson": (
+        lambda m, b, i: F.poisson_nll_loss(m(b[0]), one_hot(b[1])),
+        lambda z, y: (z.exp() - z * one_hot(y)).mean(),
+    ),
+}
+
+
+def dense_gauss_newton(module, batches, of_output):
+    total = sum(len(labels) for _, labels in batches)
+    matrix = 0.0
+    parameters = list(module.parameters())
+    for inputs, labels in batches:
+        z = module(inputs)
+        rows = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in z.reshape(-1)]
+        jacobian = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+        inner = torch.autograd.functional.hessian(lambda z, y=labels: of_output(z, y), z.detach())
+        matrix = matrix + len(labels) / total * jacobian.T @ inner.reshape(2 * [z.numel()]) @ jacobian
+    return matrix
+
+
+def opened(module, loss_fn, **options):
+    return TrainingLoss(module, ParameterSpace.of(module), loss_fn, **{"dtype": torch.float64} | options)
+
+
+def as_matrix(operator):
+    return torch.stack([operator.matvec(column) for column in torch.eye(operator.n, dtype=torch.float64)], dim=1)
+
+
+@pytest.mark.parametrize("memory", [None, 0.0], ids=["retained", "rebuilt"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_products_and_gradient_are_dense_ones(name, memory):
+    loss_fn, of_output = LOSSES[name]
+    module = net()
+    expected = dense_gauss_newton(module, batches(), of_output)
+    with opened(module, loss_fn) as loss:
+        operator = GaussNewton(loss, sample_of_batches(batches()).hessian, memory=memory)
+        matrix, gradient = as_matrix(operator), operator.gradient()
+    torch.testing.assert_close(matrix, expected, rtol=0, atol=ROUNDING * float(expected.abs().max()))
+    objective = lambda m: sum(len(y) * of_output(m(x), y) for x, y in batches()) / 10  # noqa: E731
+    torch.testing.assert_close(gradient, dense_gradient(module, objective), rtol=0, atol=ROUNDING)
+
+
+def test_without_curvature_of_the_network_it_is_the_hessian():
+    module = nn.Linear(4, CLASSES).double()
+    loss_fn, _ = LOSSES["cross-entropy"]
+    with opened(module, loss_fn) as loss:
+        sample = sample_of_batches(batches()).hessian
+        expected = as_matrix(Hessian(loss, sample))
+        torch.testing.assert_close(as_matrix(GaussNewton(loss, sample)), expected, rtol=0, atol=ROUNDING)
+
+
+def test_parameters_that_the_output_does_not_depend_on_have_zeros():
+    module = nn.ModuleDict({"used": net(), "unused": nn.Linear(2, 2).double()})
+    loss_fn = lambda m, b, i: F.cross_entropy(m["used"](b[0]), b[1])  # noqa: E731
+    with opened(module, loss_fn) as loss:
+        operator = GaussNewton(loss, sample_of_batches(batches()).hessian)
+        image = operator.matvec(torch.ones(operator.n, dtype=torch.float64))
+    assert image[:-6].all()
+    assert not image[-6:].any()
+
+
+def test_sparse_gradients_of_an_embedding():
+    module = nn.Sequential(nn.Embedding(6, CLASSES, sparse=True)).double()
+    loss_fn = lambda m, b, i: F.cross_entropy(m(b[0]), b[1])  # noqa: E731
+    data = [(torch.tensor([0, 2, 2, 5]), torch.tensor([0, 1, 2, 0]))]
+    with opened(module, loss_fn) as loss:
+        sample = sample_of_batches(data).hessian
+        dense = nn.Sequential(nn.Embedding(6, CLASSES, _weight=module[0].weight.detach().clone()))
+        expected = dense_hessian(dense, lambda m: loss_fn(m, data[0], 0))  # linear in its parameters
+        torch.testing.assert_close(as_matrix(GaussNewton(loss, sample)), expected, rtol=0, atol=ROUNDING)
+
+
+def test_a_loss_logged_without_a_graph_is_none():
+    def loss_fn(module, batch, batch_idx):
+        output = module(batch[0])
+        F.cross_entropy(output.detach(), batch[1])
+        return F.mse_loss(output, one_hot(batch[1]))
+
+    with opened(net(), loss_fn) as loss:
+        assert float(GaussNewton(loss, sample_of_batches(batches()).hessian).gradient().norm()) > 0.0
+
+
+REFUSED = {
+    "none": (lambda m, b, i: m(b[0]).square().mean(), "it called: none"),
+    "two": (
+        lambda m, b, i: F.cross_entropy(m(b[0]), b[1]) + F.mse_loss(m(b[0]), one_hot(b[1])),
+        "it called: cross_entropy, mse_loss",
+    ),
+    "penalty": (
+        lambda m, b, i: F.cross_entropy(m(b[0]), b[1]) + 0.1 * m[0].weight.square().sum(),
+        "also in another way",
+    ),
+    "second use of the output": (
+        lambda m, b, i: (lambda z: F.cross_entropy(z, b[1]) + z.square().mean())(m(b[0])),
+        "also in another way",
+    ),
+    "linear": (lambda m, b, i: F.nll_loss(m(b[0]), b[1]), "linear in the first argument of nll_loss"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_output_is_refused(name):
+    loss_fn, message = REFUSED[name]
+    with opened(net(), loss_fn) as loss, pytest.raises(LossError, match=message):
+        GaussNewton(loss, sample_of_batches(batches()).hessian)
+    with pytest.raises(LossError, match=message):
+        measure_subspace(net(), batches(), k=2, loss_fn=loss_fn, curvature="ggn")
+
+
+def test_a_probe_finds_its_top_space():
+    loss_fn, of_output = LOSSES["cross-entropy"]
+    module = net(act=nn.ReLU)
+    values, vectors = top_eigenspace(dense_gauss_newton(module, batches(), of_output), 3)
+    record = measure_subspace(module, batches(), k=3, tol=1e-6, loss_fn=loss_fn, curvature="ggn", dtype="float64")
+    torch.testing.assert_close(record.subspace.eigenvalues, values.detach(), rtol=1e-8, atol=0)
+    overlap = (record.subspace.basis @ vectors.T).square().sum() / 3
+    assert float(overlap) == pytest.approx(1.0, abs=1e-8)
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].cos()
+
+
+class OnCtx(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.x = x.detach()
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.x.cos()
+
+
+class Through(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function.apply(x)
+
+
+def test_the_check():
+    loss_fn, _ = LOSSES["cross-entropy"]
+    batch = sample_of_batches(batches()).hessian[0]
+    for act, outcome in (
+        (nn.ReLU, CheckOutcome.PASSED),
+        (lambda: Through(OnCtx), CheckOutcome.PASSED),  # only the Hessian needs what is missing there
+        (lambda: Through(OnceDifferentiable), CheckOutcome.FAILED),
+    ):
+        assert gauss_newton_check(opened(net(act=act), loss_fn), batch).outcome is outcome
+    choice = Choice(loss_fn, curvature="ggn")
+    broken = net(act=lambda: Through(OnceDifferentiable))
+    check = choice.check(broken, sample_of_batches(batches()))
+    with pytest.raises(CheckError, match="curvature='hessian'"):
+        choice.after(check)

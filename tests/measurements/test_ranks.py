@@ -1,0 +1,196 @@
+"""Two ranks measure what one does, on a module that each has whole, and on the shards of FSDP2."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.optim import SGD, Adam
+
+from lightning_subspace import (
+    BatchSharpness,
+    Chi,
+    Control,
+    CriticalSharpness,
+    Density,
+    GradientNoise,
+    LossChange,
+    Measurement,
+    Stability,
+    Trace,
+    measure_subspace,
+)
+from tests.processes import run
+
+from .probes import F64, data, loss_fn, metrics, net, objective, step, stepped
+
+OPTIMIZERS = {
+    "sgd": lambda module: SGD(module.parameters(), lr=0.1, momentum=0.5),
+    "adam": lambda module: Adam(module.parameters(), lr=0.01),
+    "groups": lambda module: Adam(
+        [{"params": module[0].parameters()}, {"params": [module[2].weight], "lr": 0.03}], lr=0.01
+    ),
+}
+
+
+class AfterSteps(Measurement):
+    """What the measurements say after a step."""
+
+    def measure(self, probe):
+        update = probe.partition.cut(torch.linspace(-1.0, 1.0, 57, dtype=F64))
+        metrics = {}
+        for measurement in (Chi(), LossChange()):
+            metrics.update(measurement.after_step(probe, None, update))
+        return metrics
+
+
+class ControlTwice(Measurement):
+    """The control compared with spaces that are turned a little, since there is one probe."""
+
+    def measure(self, probe):
+        control = Control()
+        control.measure(probe)
+        held = control._previous
+        noise = probe.partition.random(0, 0, F64)
+        top, after = (rows + 0.3 * noise / 57**0.5 * rows for rows in (held.top, held.next))
+        control._previous = replace(held, top=top / 2, next=after / 2)
+        return control.measure(replace(probe, number=1))
+
+
+def everything():
+    return [
+        AfterSteps(),
+        BatchSharpness(),
+        Chi(),
+        ControlTwice(),
+        CriticalSharpness(),
+        Density(steps=12),
+        GradientNoise(),
+        LossChange(),
+        Stability(),
+    ]
+
+
+def measured(module, optimizer, extra=()):
+    record = measure_subspace(
+        module,
+        data(),
+        k=4,
+        tol=1e-10,
+        dtype="float64",
+        loss_fn=loss_fn,
+        max_matvecs=500,
+        optimizer=optimizer,
+        measurements=[*everything(), *extra],
+        group=dist.group.WORLD,
+    )
+    return dict(record.metrics)
+
+
+def on_whole_modules(name):
+    return measured(*stepped(OPTIMIZERS[name], 5))
+
+
+def on_shards(name):
+    torch.manual_seed(0)
+    module = net()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(module[0], mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    optimizer = OPTIMIZERS[name](module)
+    for _ in range(5):
+        step(module, optimizer)
+    return measured(module, optimizer)
+
+
+@pytest.mark.parametrize("function", [on_whole_modules, on_shards])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_two_ranks_measure_what_one_does(name, function):
+    module, optimizer = stepped(OPTIMIZERS[name], 5)
+    alone = metrics(module, *everything(), optimizer=optimizer)
+    assert len(alone) > 30
+    assert "stability" in alone
+    first, second = run(function, 2, name)
+    assert first == second
+    left_out = {"solver/residual", "solver/subspace_error", "eigenvalues/05"}  # of the last matvec
+    assert first.keys() == alone.keys()
+    for key in alone.keys() - left_out:
+        assert first[key] == pytest.approx(alone[key], rel=1e-6, abs=1e-8), key
+
+
+def by_differences():
+    module = net()
+    fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = OPTIMIZERS["adam"](module)
+    for _ in range(5):
+        step(module, optimizer)
+    record = measure_subspace(
+        module,
+        data(),
+        k=2,
+        dtype="float64",
+        curvature="finite-difference",
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        measurements=[CriticalSharpness(), Stability(), BatchSharpness(), Trace()],
+        group=dist.group.WORLD,
+    )
+    return dict(record.metrics)
+
+
+def test_differences_on_the_shards_measure_the_same():
+    module, optimizer = stepped(OPTIMIZERS["adam"], 5)
+    alone = metrics(module, CriticalSharpness(), Stability(), BatchSharpness(), Trace(), k=2, optimizer=optimizer)
+    first, second = run(by_differences, 2)
+    assert first == second
+    for key in ("critical_sharpness", "critical_step", "stability", "batch_sharpness", "trace", "frobenius_norm"):
+        assert first[key] == pytest.approx(alone[key], rel=2e-3), key
+
+
+def failing(place):
+    """One rank's loss fails at displaced points, or in a product of the density."""
+
+    class Breaks(Measurement):
+        def measure(self, probe):
+            index = probe.partition.ranks.index
+            if place == "value":
+                loss = probe.operator._loss
+                own = loss.value_at
+                loss.value_at = (lambda *args: 1 / 0) if index else own
+                return {"value": probe.operator.value(None)}
+            own = probe.operator.matvec
+            probe.operator.matvec = lambda v: own(v) * (float("nan") if index else 1.0)
+            return Trace().measure(probe)
+
+    module, optimizer = stepped(OPTIMIZERS["sgd"], 1)
+    try:
+        record = measure_subspace(
+            module, data(), k=2, loss_fn=loss_fn, measurements=[Breaks()], optimizer=optimizer, group=dist.group.WORLD
+        )
+    except Exception as error:
+        return type(error).__name__
+    return sorted(key for key in record.metrics if key in ("value", "trace"))
+
+
+def test_a_rank_that_fails_takes_the_others_along():
+    assert run(failing, 2, "value") == ["PeerError", "ZeroDivisionError"]
+    assert run(failing, 2, "product") == [[], []]
+
+
+def test_the_loss_of_two_ranks_is_the_mean_of_all():
+    module = net()
+    expected = float(objective(module).detach())
+    assert run(value, 2) == pytest.approx([expected] * 2, rel=1e-12)
+
+
+def value():
+    class Value(Measurement):
+        def measure(self, probe):
+            return {"value": probe.operator.value(None)}
+
+    record = measure_subspace(
+        net(), data(), k=2, loss_fn=loss_fn, dtype="float64", measurements=[Value()], group=dist.group.WORLD
+    )
+    return record.metrics["value"]

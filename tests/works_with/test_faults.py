@@ -1,0 +1,379 @@
+"""One rank fails, anywhere: all ranks skip that probe together, and training goes on as it would have.
+
+No process waits for another longer than `faults.SECONDS`, and weights, buffers, the optimizer's state and the random
+generators are on every rank, after every batch, bit for bit those of a run without the monitor. What is not promised: a
+fault inside of a collective of the user's own, such as `self.all_gather` or a SyncBatchNorm in the training step, where
+the other ranks wait for as long as the process group lets them; and what is no `Exception`, such as an interrupt.
+
+Many fits share their processes; see `check`.
+"""
+
+from collections.abc import Sequence
+from itertools import product
+
+import pytest
+import torch
+
+import lightning_subspace.report.figures  # noqa: F401  # takes a while, so before the processes are forked
+from tests.works_with.faults import (
+    ERRORS,
+    MEASURED,
+    Case,
+    Deciding,
+    Fault,
+    Fit,
+    Solving,
+    Stubborn,
+    Text,
+    project_updates,
+    run_cases,
+    weigh,
+)
+
+STEPS = [1, 2]
+DIFFERENT = "the ranks have come to different places"
+FAILED = "the probe at step 1 failed and is left out"
+
+
+def check(cases: Sequence[Case], steps: Sequence[int] = (2,), told: str | None = FAILED, ranks: int = 2) -> None:
+    """Run cases and compare what they came to with what it has to be.
+
+    Args:
+        cases: the fits.
+        steps: of the probes that are taken nevertheless.
+        told: of the one warning, before its cause; None: there is none.
+        ranks: the number of processes.
+    """
+    wrong = {}
+    for (name, fits), case in zip(run_cases(cases, ranks).items(), cases, strict=True):
+        differing = [*problems(case, fits, list(steps), told)]
+        if differing:
+            wrong[name] = differing
+    assert not wrong, "\n".join(f"{name}: {'; '.join(texts)}" for name, texts in wrong.items())
+
+
+def problems(case: Case, fits: list[Fit], steps: list[int], told: str | None):
+    """Sentences on what is not as it has to be."""
+    fault = case.faults[0]
+    parts = [] if told is None else [told, *cause(fault)]
+    for rank, fit in enumerate(fits):
+        if fit.changed:
+            yield f"training on rank {rank} is another: {fit.changed}"
+        if fit.error is not None:
+            yield f"rank {rank} raised {fit.error}"
+        if fit.steps != steps:
+            yield f"the records on rank {rank} are of the steps {fit.steps}"
+        for what in ("rows", "verified", "num_probes", "overlaps"):
+            if getattr(fit, what) != getattr(fits[0], what):
+                yield f"{what} on rank {rank}: {getattr(fit, what)}, and on rank 0: {getattr(fits[0], what)}"
+        if fit.num_probes != len(steps):
+            yield f"num_probes is {fit.num_probes}"
+        if steps and fault.kind != "nan" and fit.verified != [True] + [False] * (len(steps) - 1):
+            yield f"verified are the probes {fit.verified}"
+        if steps and "gradient_fraction" not in fit.rows[-1]:
+            yield f"the last record on rank {rank} is {fit.rows[-1]}"
+        if len(fit.told) != (rank == 0 and told is not None):
+            yield f"rank {rank} has told {fit.told}"
+        if rank == 0 and fit.told and not all(part in fit.told[0] for part in parts):
+            yield f"rank 0 has told {fit.told}, which lacks some of {parts}"
+        if has_not_happened(fault, fit, rank):
+            yield f"nothing has happened on rank {rank}"
+
+
+def has_not_happened(fault: Fault, fit: Fit, rank: int) -> bool:
+    is_elsewhere = fault.place in ("item", "collate", "nothing")  # in a worker, which nobody asks
+    return not is_elsewhere and fault.rank in (rank, None) and fault in fit.left
+
+
+def cause(fault: Fault) -> list[str]:
+    """Parts of the warning."""
+    if fault.kind == "different":
+        return [DIFFERENT]
+    if fault.kind in ERRORS:
+        return [f"rank {fault.rank or 0}: {ERRORS[fault.kind].__name__}: ", f"at {fault.place}"]
+    return [f"rank {fault.rank}: LossError: the loss of "] if fault.place.endswith("forward") else []
+
+
+def cases(*places: str, kinds: Sequence[str] = ("exception",), ranks: Sequence[int | None] = (0, 1), **options):
+    """One case for each place, kind and rank."""
+    step, operation = options.pop("step", 1), options.pop("operation", 0)
+    faults = [Fault(place, rank, kind, step, operation) for place, kind, rank in product(places, kinds, ranks)]
+    return [Case([fault], **options) for fault in faults]
+
+
+FROM_THE_START = {"every_n_steps": [0, 1, 2]}
+
+# -- the sample -------------------------------------------------------------------------------------------------------
+
+
+def test_reading_the_sample():
+    found = [
+        *cases("item", "collate", step=None),
+        *cases("item", kinds=["value"], ranks=[1], step=None),  # no mistake in the arguments
+        *cases("item", kinds=["memory"], ranks=[0], step=None),
+        *cases("weight", "begin", kinds=["memory"], step=None, monitor={"weight": weigh}),
+    ]
+    check(found, steps=[], told="nothing is measured, training goes on")
+
+
+def test_copying_the_current_batch():
+    found = cases("copy", kinds=["exception", "memory"], step=None, monitor={"sample": "current"})
+    check(found, told="the batch could not be copied, so nothing is measured")
+
+
+def test_gathering_from_a_stream():
+    sizes = {"sample": 8, "gradient_sample": 8, "every_n_steps": 1}
+    found = cases("copy", step=None, project="stream", monitor=sizes)
+    check(found, steps=[1, 2], told="the batch could not be copied, so nothing is measured")
+
+
+# -- the probe --------------------------------------------------------------------------------------------------------
+
+
+def test_what_comes_before_the_eigensolver():
+    check(
+        [
+            *cases("adapt space", "second evaluation forward", "enter", "theta", "build forward", "extra forward"),
+            *cases("build backward", "extra backward", kinds=["device memory"]),
+            *cases("build forward", "extra forward", kinds=["nan"]),
+        ]
+    )
+
+
+def test_the_self_check_asks_the_first_rank_and_takes_what_it_can():
+    check(cases("self-check forward", "self-check backward"), steps=[1, 2], told=None)
+
+
+def test_the_eigensolver():
+    places = ("matvec 1 backward", "matvec 10 backward", "matvec after a restart backward")
+    check(
+        [
+            *cases(*places, "random vector 0", "random vector 1", "forecast", "progress"),
+            *cases(*places[1:], kinds=["memory"]),
+            *cases("an operation of restart", kinds=["device memory"], operation=2),
+        ]
+    )
+
+
+def test_the_start_from_an_earlier_space():
+    check(cases("warm start", "random vector 1000", "SubspaceOverlap", monitor=FROM_THE_START), steps=[0, 2])
+
+
+def test_products_that_are_no_numbers():
+    """On one rank: all withhold what follows from them."""
+    found = cases("matvec 1 backward", "matvec 10 backward", kinds=["nan"])
+    check(found, steps=[1, 2], told="at step 1, eigenvalues, fractions and overlaps are left out")
+
+
+def test_forward_differences():
+    options = {"monitor": {"curvature": "finite-difference", "k": 3, "ncv": 6}, "project": "smooth"}
+    check(cases("build forward", "matvec after a restart backward", "matvec 10 backward", **options))
+
+
+def test_central_differences():
+    options = {"monitor": {"curvature": "finite-difference", "k": 3, "ncv": 6}, "project": "kinked"}
+    check(
+        [
+            *cases("matvec 1 backward", "matvec 10 backward", **options),
+            *cases("extra forward", ranks=[0], **options),
+            *cases("matvec 10 forward", kinds=["nan"], ranks=[1], **options),
+            *cases("an operation of matvec 3", kinds=["device memory"], operation=2, **options),
+        ]
+    )
+
+
+def test_the_measurements():
+    half, passed = "Reliability matvec 3 backward", "Reliability forward"
+    check(cases(*MEASURED, "GradientCurvature matvec 1 backward", half, passed))
+
+
+def test_what_is_kept_of_a_probe():
+    check(cases("sketch", "compare sketches", "complete", "probe finite", kinds=["memory"]))
+
+
+def test_a_measurement_of_the_users():
+    check(
+        [
+            *cases("measure before", "measure between", "measure behind"),
+            *cases("measure between", kinds=["device memory"], ranks=[1]),
+            *cases("text", kinds=["nan"], measurements=lambda: [Text()], ranks=[0]),
+        ]
+    )
+
+
+def test_an_operator_of_the_users():
+    places = [f"own product {place}" for place in ("1 before", "3 before", "3 behind")]
+    check(cases(*places, measurements=lambda: [Solving()]))
+
+
+def test_numbers_of_the_users_that_are_none():
+    """A nan on the first rank is withheld on all of them; that of another rank is none of the record."""
+    solved = cases("own product 3 behind", kinds=["nan"], measurements=lambda: [Solving()])
+    check([*cases("measure behind", kinds=["nan"]), *solved], [1, 2], None)
+
+
+def test_a_measurement_that_hears_of_no_exception():
+    check(cases("stubborn measure", measurements=lambda: [Stubborn()]))
+
+
+def test_a_batch_that_cannot_be_sent_to_the_others():
+    found = Case([Fault("nothing", 0)], {"sample": "current"}, project="unpicklable")
+    (fits,) = run_cases([found], 2).values()
+    for rank, fit in enumerate(fits):
+        assert (fit.changed, fit.steps, len(fit.told)) == ([], [], rank == 0)
+    assert f"{FAILED}, training goes on. rank 0: " in fits[0].told[0]
+    assert "pickle" in fits[0].told[0]
+
+
+# -- the step from the probe's point ----------------------------------------------------------------------------------
+
+
+def test_what_the_step_tells():
+    told = "what the step from 1 tells is left out"
+    found = [
+        *cases("see gradient tensors", step=None, kinds=["exception", "memory"]),
+        *cases("UpdateFraction", "after_step before", "after_step behind", "close tensors"),
+        *cases("stubborn after_step", measurements=lambda: [Stubborn()]),
+        *cases("text after step", kinds=["nan"], ranks=[1], measurements=lambda: [Text()]),
+    ]
+    check(found, steps=[1, 2], told=told)
+    for fits in run_cases(found[4:6], 2).values():
+        assert all("update_fraction" not in fit.rows[0] and "gradient_fraction" in fit.rows[0] for fit in fits)
+
+
+def test_a_rank_without_a_gradient():
+    check(cases("nothing", ranks=[1], project="hidden gradient"), steps=[1, 2], told=None)
+
+
+# -- what becomes of a record -----------------------------------------------------------------------------------------
+
+
+def test_a_logger():
+    for place in ("scalars", "histogram", "figure"):
+        told = f"TensorBoardLogger raised InjectedError: at {place}"
+        (fits,) = run_cases(cases(place, ranks=[0], project="logged"), 2).values()
+        for rank, fit in enumerate(fits):
+            assert (fit.changed, fit.error, fit.steps, len(fit.told)) == ([], None, [1, 2], rank == 0)
+        assert fits[0].left == []
+        assert told in fits[0].told[0]
+
+
+def test_a_checkpoint():
+    options = {"step": None, "project": "saved"}
+    check(cases("state", ranks=[0], **options), [1, 2], "a checkpoint was written without what was measured")
+    check(cases("state", ranks=[1], **options), [1, 2], None)  # which is not what is written
+
+
+def test_a_run_that_goes_on():
+    found = cases("restore", step=None, resumes=True, max_steps=3, monitor={"every_n_steps": 1})
+    check(found, steps=[1, 2, 3], told="the state in the checkpoint is not used, history and overlaps start anew")
+
+
+# -- what ranks decide ------------------------------------------------------------------------------------------------
+
+
+def test_a_schedule_of_the_users():
+    check(cases("should_measure", step=None, callback=Deciding), told="should_measure(1) failed")
+
+
+def test_answers_of_the_ranks_that_differ():
+    """The first rank's counts."""
+    different = {"kinds": ["different"], "step": None, "callback": Deciding, "monitor": {"every_n_steps": [2]}}
+    check(cases("should_measure", ranks=[0], **different), [1, 2], None)
+    check(cases("should_measure", ranks=[1], **different), [2], None)
+
+
+def test_ranks_that_go_different_ways():
+    """None has failed, but they do not belong together any more: told, and no hang."""
+    solved = {"measurements": lambda: [Solving()]}
+    check(
+        [
+            *cases("measure more", kinds=["different"]),
+            *cases("own product 2 more", kinds=["different"], **solved),
+        ]
+    )
+    found = cases("after_step behind", kinds=["different"])
+    check(found, steps=[1, 2], told="what the step from 1 tells is left out")
+
+
+# -- what is raised ---------------------------------------------------------------------------------------------------
+
+
+def test_on_failure_raise_raises_on_every_rank():
+    options = {"monitor": {"on_failure": "raise"}}
+    within = ("build forward", "extra forward", "matvec 3 backward", "measure between", "after_step before")
+    found = [
+        *cases(*within, **options),
+        *cases("item", "begin", "see gradient tensors", step=None, **options),
+        *cases("copy", step=None, monitor={"on_failure": "raise", "sample": "current"}),
+        *cases("should_measure", step=None, callback=Deciding, **options),
+        *cases("own product 2 before", measurements=lambda: [Solving()], **options),
+    ]
+    wrong = {}
+    for (name, fits), case in zip(run_cases(found, 2).items(), found, strict=True):
+        (fault,) = case.faults
+        raised, heard = fits[fault.rank].error, fits[1 - fault.rank].error
+        is_right = str(raised).startswith("InjectedError: ") and f"at {fault.place}" in str(raised)
+        if not is_right or not str(heard).startswith(f"PeerError: rank {fault.rank}: InjectedError: "):
+            wrong[name] = raised, heard
+    assert not wrong
+
+
+def test_a_sample_that_cannot_be_is_refused_on_every_rank():
+    for name, fits in run_cases(cases("weight", kinds=["nan"], step=None, monitor={"weight": weigh}), 2).items():
+        for fit in fits:
+            assert str(fit.error).startswith("MisconfigurationException: SubspaceMonitor: "), name
+            assert "weight: expected a positive finite number" in str(fit.error), name
+
+
+# -- a projection -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["copy", "item", "adapt space", "build forward"])
+def test_a_projection_without_its_space(place):
+    """The ranks go on together: with the last good space or without one, and with equal parameters."""
+    options = {"sample": "current"} if place == "copy" else {}
+    for rank in (0, 1):
+        fault = Fault(place, rank, "value" if place == "item" else "exception", step=None)
+        (error, told, theta), (other_error, nothing, other_theta) = project_updates(fault, 2, **options)
+        assert (error, other_error, nothing, len(told)) == (None, None, [], 1)
+        assert all(part in told[0] for part in ["left as it is, training goes on", *cause(fault)])
+        assert torch.equal(theta, other_theta)
+
+
+# -- more ranks, and everywhere ---------------------------------------------------------------------------------------
+
+
+def test_three_ranks():
+    places = ("extra forward", "matvec 3 backward", "measure between", "own product 2 before")
+    found = [
+        *cases(places[0], places[2], ranks=[0, 1, 2, None]),
+        *cases(places[1], ranks=[2]),
+        *cases(places[3], ranks=[1], measurements=lambda: [Solving()]),
+        *cases("build forward", kinds=["nan"], ranks=[2]),
+    ]
+    check(found, ranks=3)
+    check(cases("after_step before", ranks=[1]), [1, 2], "what the step from 1 tells is left out", ranks=3)
+    check(cases("copy", ranks=[2], step=None, monitor={"sample": "current"}), told="could not be copied", ranks=3)
+
+
+def test_memory_that_runs_out_anywhere():
+    """In one run every other probe fails for want of memory: at some operation of it that takes any, on some rank."""
+    (fits,) = run_cases([Case([Fault("an operation of probe", None, step=2, operation=10**9)])], 2).values()
+    count = fits[0].num_operations
+    assert count > 200
+    chosen = [*range(1, 9), *range(9, count - 6, count // 12), *range(count - 6, count + 1)]
+    faults = [
+        Fault("an operation of probe", i % 2, "device memory", step=2 * i + 1, operation=operation)
+        for i, operation in enumerate(chosen)
+    ]
+    steps = 2 * len(faults)
+    case = Case(faults, {"every_n_steps": 1}, max_steps=steps)
+    (fits,) = run_cases([case], 2).values()
+    failed = {fault.step for fault in faults if fault not in fits[fault.rank].left}
+    assert len(failed) > len(faults) - 10  # not every probe has that many
+    for fit in fits:
+        assert (fit.changed, fit.error) == ([], None)
+        assert fit.steps == [step for step in range(steps + 1) if step not in failed]
+        assert (fit.rows, fit.verified, fit.num_probes) == (fits[0].rows, fits[0].verified, len(fit.steps))
+        assert fit.overlaps == fits[0].overlaps

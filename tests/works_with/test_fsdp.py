@@ -1,0 +1,240 @@
+"""Training under FSDP2, Lightning's ModelParallelStrategy: nothing of it changes, whatever is evaluated in between."""
+
+import contextlib
+import io
+import logging
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightning_subspace.collectives import Ranks
+from lightning_subspace.curvature import Hessian
+from lightning_subspace.curvature.sharded_difference import ShardedDifferenceHessian
+from lightning_subspace.parameters import ParameterSpace
+from lightning_subspace.partition import Partition
+from lightning_subspace.sharded import fsdp_modules, full_tensors, rank_zero_buffers, shards
+from lightning_subspace.sharded_loss import ShardedLoss
+from lightning_subspace.training_loss import MicroBatch, TrainingLoss
+from tests.modules import BATCH, CLASSES, FEATURES, differences, examples, fingerprint, random_bytes
+from tests.oracles import dense_hessian
+from tests.processes import run
+
+
+class Classifier(LightningModule):
+    """With batch-norm, dropout, a frozen layer, an attribute that counts and logged values."""
+
+    def __init__(self, reshard_after_forward=None):
+        super().__init__()
+        self.reshard_after_forward, self.count = reshard_after_forward, 0
+        self.net = None
+
+    def configure_model(self):
+        if self.net is not None:
+            return
+        torch.manual_seed(3)
+        self.net = nn.Sequential(
+            nn.Linear(FEATURES, 7),
+            nn.BatchNorm1d(7),
+            nn.Tanh(),
+            nn.Dropout(0.2),
+            nn.Linear(7, 7).requires_grad_(False),
+            nn.GELU(),
+            nn.Linear(7, CLASSES),
+        )
+        if self.device_mesh is not None:
+            mesh = self.device_mesh["data_parallel"]
+            for layer in (self.net[0], self.net[4]):
+                fully_shard(layer, mesh=mesh, reshard_after_forward=self.reshard_after_forward)
+            fully_shard(self.net, mesh=mesh)
+
+    def training_step(self, batch, batch_idx):
+        self.count += 1
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
+        return {"loss": loss}
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]), sync_dist=True)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+
+def local(value):
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
+def seen(trainer, module):
+    """Everything of training that could have changed, as bytes."""
+    with torch.no_grad():
+        found = {f"parameter {n}": local(p).clone() for n, p in module.named_parameters()}
+        found |= {f"gradient {n}": None if p.grad is None else local(p.grad) for n, p in module.named_parameters()}
+        found |= {f"buffer {n}": b.clone() for n, b in module.named_buffers()}
+        for i, state in enumerate(trainer.optimizers[0].state.values()):
+            found |= {f"optimizer {i} {k}": local(v).clone() for k, v in state.items()}
+    found |= {"random": random_bytes(), "count": module.count, "flags": [p.requires_grad for p in module.parameters()]}
+    metrics = {name: value.clone() for name, value in trainer.callback_metrics.items()}
+    return fingerprint({**found, "metrics": metrics}, f"step {trainer.global_step}")
+
+
+def settings(module):
+    """What FSDP keeps of a module, by identity: its hooks, its states, its groups and their parameters."""
+    found = {}
+    for name, m in module.named_modules():
+        found[name] = [
+            (key, id(hook)) for hooks in (m._forward_pre_hooks, m._forward_hooks) for key, hook in hooks.items()
+        ]
+        if isinstance(m, FSDPModule):
+            state = m._get_fsdp_state()
+            found[f"{name} state"] = [(k, id(v)) for k, v in vars(state).items()]
+            for group in state._fsdp_param_groups:
+                found[f"{name} group"] = [
+                    (k, id(v)) for k, v in vars(group).items() if k not in ("_all_reduce_state", "_post_reduce_event")
+                ]
+                found[f"{name} sharded"] = (group.is_sharded, group._reshard_after_forward)
+                for i, p in enumerate(group.fsdp_params):
+                    where = (id(p.sharded_param), p._sharded_param_data.data_ptr(), p.sharded_state)
+                    found[f"{name} parameter {i}"] = where
+    return found
+
+
+class Evaluate(Callback):
+    """Evaluates the loss in one of the two ways, before training and after every step."""
+
+    def __init__(self, way):
+        self.way, self.products, self.models, self.changes = way, [], [], []
+
+    def on_train_start(self, trainer, pl_module):
+        self.look(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.look(trainer, pl_module)
+
+    def look(self, trainer, module):
+        for m in fsdp_modules(module):  # a validation leaves the outermost gathered
+            m.reshard()
+        before, objects = seen(trainer, module), settings(module)
+        self.products.append(self.product(module))
+        self.models.append({f"net.{name}": value for name, value in whole_state(module.net).items()})
+        self.changes += differences(before, seen(trainer, module)) + differences(objects, settings(module))
+
+    def product(self, module):
+        space, rank = ParameterSpace.of(module), dist.get_rank()
+        buffers = rank_zero_buffers(module, partial(dist.broadcast, src=0))
+        held = [piece.cpu() for piece in batch_of(rank)]
+        batch = MicroBatch(held, 1.0, rank)
+        if self.way == "exact":
+            with TrainingLoss(module, space, mode="eval", stand_ins={**full_tensors(module), **buffers}) as loss:
+                product = Hessian(loss, [batch]).matvec(torch.ones(space.n)) / 2
+            dist.all_reduce(product)
+            return product
+        with ShardedLoss(module, space, mode="eval", stand_ins=buffers) as loss:
+            partition = Partition.of(space, module, Ranks(dist.group.WORLD))
+            both = [batch if i == rank else replace(batch, index=i, held=False) for i in (0, 1)]
+            part = ShardedDifferenceHessian(loss, both, partition).matvec(torch.ones(loss.n))
+        whole = torch.zeros(space.n)
+        for piece, values in zip(held_by(space, module), part.split(list(loss.local_numels)), strict=True):
+            whole[piece.start : piece.stop] = values
+        dist.all_reduce(whole)
+        return whole
+
+
+def held_by(space, module):
+    return shards(space, module)[dist.get_rank()]
+
+
+def batch_of(index):
+    x, y = examples().tensors
+    return x[index * BATCH : (index + 1) * BATCH], y[index * BATCH : (index + 1) * BATCH]
+
+
+class Observe(Callback):
+    def __init__(self):
+        self.seen = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen |= seen(trainer, pl_module)
+
+
+def whole_state(net):
+    whole = {}
+    for name, value in net.state_dict().items():
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+        if "running" in name:
+            dist.broadcast(value, 0)
+        whole[name] = value
+    return whole
+
+
+def trained(way, folder, reshard_after_forward):
+    seed_everything(1, verbose=False)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    observe, evaluate = Observe(), Evaluate(way)
+    trainer = Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        devices=2,
+        strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo"),
+        callbacks=[*([] if way == "alone" else [evaluate]), observe],
+        max_steps=3,
+        num_sanity_val_steps=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    loader = DataLoader(examples(), batch_size=BATCH)
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.fit(Classifier(reshard_after_forward), loader, loader)
+    return observe.seen, evaluate.changes, evaluate.products, evaluate.models
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    cache = {}
+
+    def result(reshard_after_forward):
+        if reshard_after_forward not in cache:
+            folder = tmp_path_factory.mktemp("alone")
+            cache[reshard_after_forward] = run(trained, 2, "alone", folder, reshard_after_forward, group=False)
+        return cache[reshard_after_forward]
+
+    return result
+
+
+@pytest.mark.parametrize(("way", "reshard"), [("exact", None), ("differences", None), ("differences", False)])
+def test_training_and_the_sharding_are_untouched_and_products_are_right(way, reshard, alone, tmp_path):
+    expected = alone(reshard)
+    runs = run(trained, 2, way, tmp_path, reshard, group=False)
+    for (seen_alone, *_), (seen_watched, changes, products, models) in zip(expected, runs, strict=True):
+        assert differences(seen_alone, seen_watched) == []
+        assert changes == []
+        assert len(products) == 4
+        for product, state in zip(products, models, strict=True):
+            plain = Plain(state)
+            hessian = dense_hessian(plain, Plain.mean_loss)
+            exact = hessian @ torch.ones(len(hessian), dtype=torch.float64)
+            assert (product - exact).norm() < (1e-5 if way == "exact" else 5e-3) * exact.norm()
+
+
+class Plain(Classifier):
+    """The same in one process, in eval mode and float64."""
+
+    def __init__(self, state):
+        super().__init__()
+        self.configure_model()
+        self.load_state_dict(state)
+        self.double().eval()
+
+    def mean_loss(self):
+        losses = [F.cross_entropy(self.net(x.double()), y) for x, y in map(batch_of, (0, 1))]
+        return torch.stack(losses).mean()

@@ -27,8 +27,12 @@ from lightning_subspace.sample import Sample
 from lightning_subspace.solver import Solver
 from lightning_subspace.training_loss import LossFunction, Mode
 
-# Every tenth probe, beginning with the first, excludes missed copies of equal eigenvalues.
+# Every tenth probe, beginning with the first, excludes missed copies of equal eigenvalues; and all those after one that
+# found some, since a warm start does not remember them.
 VERIFY_EVERY = 10
+# Neighbours closer than this, in units of the largest |eigenvalue|, are taken for copies: an eigenvalue converged to tol
+# is off by about tol^2 / gap, 1e-6 by default, and to take two for copies by chance costs a few products.
+COPIES = 1e-5
 
 
 @dataclass(frozen=True)
@@ -243,7 +247,7 @@ class Tracker:
                 partition=self.partition,
                 step=step,
                 number=number,
-                verify=number % VERIFY_EVERY == 0,
+                verify=number % VERIFY_EVERY == 0 or has_copies(self.history),
                 previous=self._previous,
                 reference=self._reference,
                 history=self.history,
@@ -293,6 +297,15 @@ class Tracker:
         self.overlaps = OverlapHistory()
         self._previous = self._reference = None
         self._resumed = Resumed()
+
+
+def has_copies(history: Sequence[Record]) -> bool:
+    """Whether the last probe that excluded missed copies found eigenvalues that occur more than once."""
+    last = next((r.subspace for r in reversed(history) if r.subspace is not None and r.subspace.verified), None)
+    if last is None or last.k < 2:
+        return False
+    values = last.eigenvalues.sort().values
+    return bool((values.diff() <= COPIES * values.abs().max()).any())
 
 
 class _Over:

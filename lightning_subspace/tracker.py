@@ -30,8 +30,8 @@ from lightning_subspace.training_loss import LossFunction, Mode
 # Every tenth probe, beginning with the first, excludes missed copies of equal eigenvalues; and all those after one that
 # found some, since a warm start does not remember them.
 VERIFY_EVERY = 10
-# Neighbours closer than this, in units of the largest |eigenvalue|, are taken for copies: an eigenvalue converged to tol
-# is off by about tol^2 / gap, 1e-6 by default, and to take two for copies by chance costs a few products.
+# Neighbours closer than this, in units of the largest |eigenvalue|, are taken for copies: a converged eigenvalue is off
+# by about tol^2 / gap, 1e-6 by default, and to take two for copies by chance costs a few products.
 COPIES = 1e-5
 
 

@@ -29,8 +29,8 @@ INTRODUCTION = """\
 # Reproductions
 
 What the paper reports, and what came after it, each by one script: the claim, the number in the paper, the number here,
-and whether the condition in the claim is met. Made by `gallery.py` from the results of full runs, with seconds of one core; with
-`--quick` a script checks less and takes a minute at most.
+and whether the condition in the claim is met. Made by `gallery.py` from the results of full runs, with the seconds of
+one core; with `--quick` a script checks less and takes a minute at most.
 """
 
 

@@ -11,7 +11,8 @@ scikit-learn's digits: a 64-20-20-10 tanh network, half the sum of squared error
    iterates oscillate along what is too sharp (Song, Ahn and Yun, arXiv 2405.16002, section 5).
 2. Adam with betas (.9, .999) and eps 1e-7: what rises to its edge, 38/lr, is the largest eigenvalue of the
    preconditioned Hessian. The papers do not have this network; 0.005 is taken because the edge is then reached within
-   300 of 1,500 steps. At 0.001 the ratio is still rising at 1,500.
+   300 of 1,500 steps. At 0.001 the ratio is still rising at 1,500. It is measured from step 20 on: before, P is made of
+   a few gradients and (1 - b1^t) is small, and the ratio may be far above 1.
 
 With --quick descent and Adam take 700 steps each.
 """
@@ -46,9 +47,9 @@ from lightning_subspace import SubspaceMonitor
 from lightning_subspace.measurements import Stability
 
 LEARNING_RATE = 0.2
-STEPS = [0, 50, 100, 200, 300, 500, 700, 1000, 1500, 2000, 3000, 4000, 5000]
+STEPS = [0, 50, 100, 150, 200, 300, 500, 700, 1000, 1500, 2000, 3000, 4000, 5000]
 ADAM_RATE = 0.005
-ADAM_STEPS = [1, 20, 50, 100, 150, 200, 250, 300, 400, 500, 600, 700, 900, 1100, 1300, 1500]
+ADAM_STEPS = [20, 50, 100, 150, 200, 250, 300, 400, 500, 600, 700, 900, 1100, 1300, 1500]
 LATE = 500  # Adam's steps from here on
 
 
@@ -101,12 +102,22 @@ def claim_descent(reproduction: Reproduction, monitor: SubspaceMonitor) -> None:
         f"from {first:.2f} to {min(at_edge):.3f} ... {max(at_edge):.3f}",
         all(0.95 <= ratio <= 1.1 for ratio in at_edge),
     )
-    before = from_step(fractions, 50, 300)
+    crossing = min(step for step, ratio in ratios.items() if ratio > 1.0)
+    before = from_step(fractions, 50, crossing - 1)
+    reproduction.claim(
+        "gradient descent: f_top < .01 at every measured step from 50 until lambda_1 exceeds 2/lr",
+        "below the edge the gradient is not in the top space",
+        f"at most {max(before):.2g}; lambda_1 exceeds 2/lr first at step {crossing}",
+        max(before) < 0.01,
+    )
+    early = {step: value for step, value in fractions.items() if 50 <= step <= 300}
     reproduction.claim(
         "gradient descent: f_top < .01 at every measured step from 50 to 300",
         "below the edge the gradient is not in the top space",
-        f"at most {max(before):.2g}",
-        max(before) < 0.01,
+        ", ".join(f"{value:.2g} at {step}" for step, value in early.items()),
+        max(early.values()) < 0.01,
+        why_not="the window was set before the run, for other initial weights; "
+        "with these the edge is reached inside of it",
     )
     aligned = from_step(fractions, 500, 3000)
     reproduction.claim(
@@ -143,12 +154,12 @@ def draw(descent: SubspaceMonitor, adam: SubspaceMonitor) -> Figure:
     plot(fractions, curve(descent, "gradient_fraction"), BLUE, "f_top, 10 directions")
     plot(fractions, curve(descent, "stability"), ORANGE, "lambda_1 over 2 / learning rate")
     fractions.set_title("the gradient turns into the top space at the edge", fontsize=10)
-    fractions.set_ylabel("f_top; lambda_1 over its edge")
+    fractions.set_ylabel("ratio")
 
-    plot(preconditioned, curve(adam, "stability"), GREEN, "of the preconditioned Hessian, over 38 / learning rate")
+    plot(preconditioned, curve(adam, "stability"), GREEN, "preconditioned lambda_1 over 38 / learning rate")
     preconditioned.axhline(1.0, color=ORANGE, linestyle="--", label="the edge")
     preconditioned.set_title(f"Adam, learning rate {ADAM_RATE}", fontsize=10)
-    preconditioned.set_ylabel("largest eigenvalue over its edge")
+    preconditioned.set_ylabel("ratio")
 
     for axes in (sharpness, fractions, preconditioned):
         axes.set_xlabel("step")

@@ -104,7 +104,7 @@ def draw(top: Curves, following: Curves) -> Figure:
         axes.set_xlabel("t2, optimizer step")
         axes.set_ylim(-0.03, 1.03)
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=8, loc="upper right")
+        axes.legend(fontsize=8, loc="lower right" if curves is top else "upper right")
     panels[0].set_ylabel("overlap of the spaces at t1 and t2")
     return figure
 

@@ -3,15 +3,15 @@
     python examples/reproduce/outliers.py [--quick]
 
 The handwritten digits of scikit-learn, a 64-20-20-10 ReLU network, cross-entropy, SGD with learning rate 0.1 and batch
-size 64; then with 5 classes, with squared loss, and with a width of 100. Sagun et al. 2017 (arXiv 1706.04454): few
-outliers, about as many as classes, above a bulk near zero; more parameters only add to the bulk. The outliers end where
-lambda_i / lambda_{i+1} is largest among the first 15 (`gap_index`): for K classes behind the K-1-th with cross-entropy,
-whose outputs have one direction without effect, behind the K-th with squared loss. So that k = number of classes is not
-quite at the gap does not matter to the share of the gradient: it is the same for K-1, K and K+1.
+size 64; then with 5 classes, with squared loss, and with a width of 100. Sagun et al. 2017 (arXiv 1706.04454): outliers
+about as many as classes above a bulk near zero; more parameters only add to the bulk. The outliers end where
+lambda_i / lambda_{i+1} is largest among the first 15 (`gap_index`): for K classes that should be behind the K-1-th with
+cross-entropy, whose outputs have one direction without effect, and behind the K-th with squared loss. That k = K is not
+at the gap does not matter to the share of the gradient: it is the same for K-1, K and K+1.
 
-Then what is compared with 2/lr: the trace (Wu and Su 2023, arXiv 2305.17490), checked against a Hessian written out in
-float64, the gradient-noise interaction, and the curvature that mini-batches have along their own gradient against that
-of the whole loss (Lee and Jang 2023; Andreyev and Beneventano, arXiv 2412.20553).
+Then what is compared with 2/lr: the trace (Wu and Su 2023, arXiv 2305.17490), the estimate of which is checked against
+a Hessian written out in float64; the gradient-noise interaction; and the curvature that mini-batches have along their
+own gradient against that of the whole loss (Lee and Jang 2023; Andreyev and Beneventano, arXiv 2412.20553).
 """
 
 from __future__ import annotations

@@ -108,21 +108,24 @@ class Recorder:
     def _measure(
         self, tracker: Tracker, trainer: Any, module: nn.Module, sample: Sample, step: int, line: ProgressLine
     ) -> OpenRecord:
+        ranks = tracker.ranks  # only the first one warns, and a warning may be an error there
         if tracker.adapt(module):
-            rank_zero_warn(
-                f"SubspaceMonitor: the set of measured parameters has changed by step {step}; overlaps start anew."
-            )
+            with ranks.together():
+                rank_zero_warn(
+                    f"SubspaceMonitor: the set of measured parameters has changed by step {step}; overlaps start anew."
+                )
         solver = tracker.plan.solver
         if tracker.self_check is None:
             with self._schedule.aside():
                 tracker.check(module, sample)
-            if tracker.notice is not None:
-                self._messages.once("self-check", tracker.notice)
-            if solver.k and len(sample.hessian) == 1 and sample.hessian_share < 1.0:
-                self._messages.note(
-                    "the sample is one micro-batch, which cannot be halved, so the gradient fraction gets no error "
-                    "bar; pass a larger sample or a smaller batch_size."
-                )
+            with ranks.together():
+                if tracker.notice is not None:
+                    self._messages.once("self-check", tracker.notice)
+                if solver.k and len(sample.hessian) == 1 and sample.hessian_share < 1.0:
+                    self._messages.note(
+                        "the sample is one micro-batch, which cannot be halved, so the gradient fraction gets no error "
+                        "bar; pass a larger sample or a smaller batch_size."
+                    )
         times = [time.monotonic()]
 
         def on_matvec(count: int, residual: float) -> None:

@@ -69,23 +69,24 @@ def sharded_parameters(module: nn.Module) -> dict[str, DTensor]:
     return {name: p for name, p in module.named_parameters() if is_sharded(p)}
 
 
-def full_tensors(module: nn.Module, narrowest: torch.dtype | None = torch.float32) -> dict[int, Tensor]:
+def full_tensors(
+    module: nn.Module, narrowest: torch.dtype | None = torch.float32, ranks: Ranks | None = None
+) -> dict[int, Tensor]:
     """The whole of every sharded parameter, by the id of the parameter. A collective: one all-gather a parameter.
 
     Args:
         module: the module; {} where nothing is sharded.
         narrowest: what is narrower is widened at once, so that no second copy is needed; None keeps all.
+        ranks: that the parameters are sharded over. Within their `together`, one that runs out of memory tells the
+            others.
     """
     whole = {}
     with torch.no_grad():
         for parameter in sharded_parameters(module).values():
-            tensor = parameter.full_tensor()
+            tensor = _gathered(parameter, ranks)
             if narrowest is not None and (tensor.is_floating_point() or tensor.is_complex()):
                 tensor = tensor.to(torch.promote_types(tensor.dtype, narrowest))
-            # On one rank alone, gathering copies nothing.
-            own = local_part(parameter).untyped_storage().data_ptr()
-            is_alias = tensor.untyped_storage().data_ptr() == own
-            whole[id(parameter)] = tensor.clone() if is_alias else tensor.contiguous()
+            whole[id(parameter)] = tensor
     return whole
 
 
@@ -96,12 +97,12 @@ def stand_ins(
 
     Args:
         module: the module.
-        ranks: the processes that measure together.
+        ranks: the processes that measure together; the parameters are sharded over them.
         whole: whether whole parameters are needed.
         narrowest: see `full_tensors`.
     """
     found = {} if ranks.count == 1 else rank_zero_buffers(module, lambda tensor: ranks.broadcast([tensor]))
-    return {**found, **full_tensors(module, narrowest)} if whole else found
+    return {**found, **full_tensors(module, narrowest, ranks)} if whole else found
 
 
 def rank_zero_buffers(module: nn.Module, broadcast: Callable[[Tensor], object]) -> dict[int, Tensor]:
@@ -234,6 +235,30 @@ def own_part(
     size = -(-parameter.shape[0] // parameter.device_mesh.size())
     first = min(parameter.device_mesh.get_local_rank() * size, parameter.shape[0])
     return whole[first : first + size]
+
+
+def _gathered(parameter: DTensor, ranks: Ranks | None) -> Tensor:
+    """The whole of a parameter, in memory of its own.
+
+    By `Ranks`, whose comparison of notes stands between all that takes memory here and the collective; inside of
+    `DTensor.full_tensor` a rank that fails would leave the others waiting. That remains for a frozen parameter that is
+    placed in another way, which `shards` does not refuse.
+    """
+    mesh = parameter.device_mesh
+    if not _is_plain(parameter):
+        return parameter.full_tensor().clone(memory_format=torch.contiguous_format)
+    if ranks is None or ranks.count != mesh.size():
+        ranks = Ranks(mesh.get_group(), parameter.device)
+    own, shape = local_part(parameter), parameter.shape
+    size = -(-shape[0] // ranks.count)
+    received = own.new_empty(ranks.count * size, *shape[1:])
+    sent = own.contiguous()
+    if len(own) < size:  # all send equally much
+        sent = own.new_zeros(size, *shape[1:])
+        sent[: len(own)] = own
+    # As bytes: not every backend takes every type.
+    ranks.all_gather(sent.view(-1).view(torch.uint8), received.view(-1).view(torch.uint8))
+    return received[: shape[0]]
 
 
 def _mesh(space: ParameterSpace, sharded: dict[str, DTensor]) -> Any:

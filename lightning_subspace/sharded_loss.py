@@ -11,8 +11,10 @@ FSDP divides the sum of the gradients by the number of ranks. Scaled by that num
 the mean over all ranks, unequal micro-batches are averaged exactly. A loss that is not finite is not refused here,
 since the other ranks are waiting: it comes to all of them through the sum, as a gradient that is not finite.
 
-What an exception in the training step of one rank leaves to the others, waiting in FSDP's own collectives, is the time
-limit of the process group; the shards of every rank that leaves the context are put back.
+The ranks compare notes at the last moment before each training step, so that one whose memory is used up by the copies
+made here does not leave the others waiting in FSDP's first all-gather. What an exception in the training step of one
+rank, or in its backward pass, leaves to the others, waiting in FSDP's own collectives, is the time limit of the process
+group; the shards of every rank that leaves the context are put back.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_subspace._lightning import bystanders
+from lightning_subspace.collectives import Ranks
 from lightning_subspace.containment import Shadow
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.sharded import fsdp_modules, is_sharded, local_part, refusal_of_differences, reshard
@@ -52,6 +55,7 @@ class ShardedLoss(TrainingLoss):
         mode: see `TrainingLoss`.
         seed: see `TrainingLoss`.
         stand_ins: for buffers; see `TrainingLoss`.
+        ranks: that the parameters are sharded over; they compare notes within their `together`. None: they do not.
 
     Attributes:
         n: number of coordinates that this rank holds.
@@ -70,6 +74,7 @@ class ShardedLoss(TrainingLoss):
         mode: Mode = "train",
         seed: int = 0,
         stand_ins: Mapping[int, Tensor] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         reshard(module)
         super().__init__(module, space, loss_fn, mode=mode, seed=seed, order=1, stand_ins=stand_ins)
@@ -82,7 +87,8 @@ class ShardedLoss(TrainingLoss):
                     "fully_shard to the whole module, or use curvature='hessian'."
                 )
         self._parameters: list[Any] = [*space.tensors(module)]  # DTensors
-        self._ranks: int = self._parameters[0].device_mesh.size()
+        self._count: int = self._parameters[0].device_mesh.size()
+        self._step = _begun_together(self._step, Ranks() if ranks is None else ranks)
         self._offset_local: Tensor | None = None
         self.local_numels = tuple(len(part) for part in self._local_parts())
         self.n = sum(self.local_numels)
@@ -118,7 +124,7 @@ class ShardedLoss(TrainingLoss):
             for batch, share in turns:
                 output, _ = self._evaluate(batch)
                 loss = _scalar(output, type(self.module).__name__, finite=False)
-                (loss * (share * self._ranks)).backward()
+                (loss * (share * self._count)).backward()
                 value += share * float(loss.detach())
             # A parameter that the loss does not depend on has none; but with all ranks' losses there is one somewhere.
             gradients = [parameter.grad for parameter in self._parameters]
@@ -159,6 +165,16 @@ class ShardedLoss(TrainingLoss):
             raise
         finally:
             _put_back(self.module, self._kept)
+
+
+def _begun_together(step: LossFunction, ranks: Ranks) -> LossFunction:
+    """The loss function, evaluated by all ranks or by none; its collectives are FSDP's."""
+
+    def begun_together(module: nn.Module, batch: Any, batch_idx: int) -> Tensor:
+        with ranks.bare():
+            return step(module, batch, batch_idx)
+
+    return begun_together
 
 
 @contextmanager

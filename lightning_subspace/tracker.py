@@ -150,8 +150,8 @@ class Tracker:
     def adapt(self, module: nn.Module) -> bool:
         """Start the overlaps anew if the set of trainable parameters has changed; whether it has. A collective."""
         with self.ranks.together():
-            has_changed = ParameterSpace.of(module, self.plan.params) != self.space
-            partition = self._partition_of(module) if has_changed else self.partition
+            partition = self._partition_of(module)
+        has_changed = partition != self.partition  # also where the next fit deals them otherwise
         if has_changed:
             self.partition, self.self_check = partition, None
             self._start_overlaps()
@@ -237,6 +237,8 @@ class Tracker:
         on_matvec: Callable[[int, float], None] | None,
     ) -> tuple[Probe, Record]:
         number = self.num_probes
+        # Read off eigenvalues, which are equal on all ranks as far as their processors are: the first one decides.
+        verify = self.ranks.first(number % VERIFY_EVERY == 0 or has_copies(self.history))
         with self._choice.loss(module, self.space, self.ranks) as loss:
             return take_probe(
                 loss,
@@ -247,7 +249,7 @@ class Tracker:
                 partition=self.partition,
                 step=step,
                 number=number,
-                verify=number % VERIFY_EVERY == 0 or has_copies(self.history),
+                verify=verify,
                 previous=self._previous,
                 reference=self._reference,
                 history=self.history,

@@ -94,7 +94,9 @@ class Choice:
         ranks = Ranks() if ranks is None else ranks
         if self._is_on_shards(module):
             buffers = stand_ins(module, ranks, whole=False)
-            return ShardedLoss(module, space, self.loss_fn, mode=self.mode, seed=self.seed, stand_ins=buffers)
+            return ShardedLoss(
+                module, space, self.loss_fn, mode=self.mode, seed=self.seed, stand_ins=buffers, ranks=ranks
+            )
         if self.is_smooth:
             return self._loss(module, space, ranks, self._narrowest, order=1)
         is_wide = self.curvature == "finite-difference"

@@ -78,6 +78,12 @@ class OutputGraph(GradientGraph):
         gradients = torch.autograd.grad(output, leaves, slope.detach(), retain_graph=True, allow_unused=True)
         return cls(leaves, list(gradients), output, place, slope, cotangent, list(pullback))
 
+    @property
+    def held(self) -> list[Tensor]:
+        """Tensors kept as long as this is, beside what autograd saves for backward and beside the leaves."""
+        images = [image for image in self.pullback if image is not None]
+        return [*super().held, *images, self.output, self.place, self.slope, self.cotangent]
+
     def product(self, direction: list[Tensor]) -> list[Tensor | None]:
         """J^T H_L J v by leaf; None where the output does not depend on the leaf."""
         pairs = [(p, v) for p, v in zip(self.pullback, direction, strict=True) if p is not None]

@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -29,6 +30,8 @@ from lightning_subspace.transfers import Transfers
 
 # Share of the free memory that retained graphs may take.
 MEMORY_SHARE = 0.5
+# Where a container finds what it may take and what it has taken (cgroup v2).
+CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ class GradientGraph:
         evaluation = loss(batch)
         gradients = torch.autograd.grad(evaluation.value, evaluation.leaves, create_graph=True, allow_unused=True)
         return cls(evaluation.leaves, list(gradients))
+
+    @property
+    def held(self) -> list[Tensor]:
+        """Tensors kept as long as this is, beside what autograd saves for backward and beside the leaves."""
+        return [gradient for gradient in self.gradients if gradient is not None]
 
     def product(self, direction: list[Tensor]) -> list[Tensor | None]:
         """Derivative of gradient . direction by every leaf; None where it does not depend on the leaf."""
@@ -188,14 +196,14 @@ class Hessian:
 
     def _retain(self, memory: float) -> None:
         """Build every graph once, for the gradient; keep those that fit, on all ranks equally many."""
-        used = 0.0
+        used = 0
 
         def built() -> Iterator[GradientGraph]:
             nonlocal used
             for batch, _ in self._turns:
                 with _SavedBytes() as saved:
                     graph = self._graph_class.build(self._loss, batch)
-                used += saved.bytes
+                used += saved.bytes(graph)
                 self._graphs.append(graph if used <= memory else None)
                 yield graph
 
@@ -246,11 +254,15 @@ class Hessian:
 
 
 class _SavedBytes:
-    """Count what autograd keeps for backward while open, without parameters and without counting storage twice."""
+    """Count what a graph that is built while this is open keeps, each storage once.
+
+    Parameters are left out, also where a view of one is saved (the transposed weight of a linear layer): the graphs of
+    all micro-batches share them.
+    """
 
     def __init__(self) -> None:
-        self.bytes = 0
-        self._seen: set[int] = set()
+        self._storages: dict[int, int] = {}  # bytes by address; what takes the place of something freed counts alone
+        self._parameters: set[int] = set()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def __enter__(self) -> _SavedBytes:
@@ -260,15 +272,26 @@ class _SavedBytes:
     def __exit__(self, *exc_info: object) -> None:
         self._hooks.__exit__(*exc_info)
 
+    def bytes(self, graph: GradientGraph) -> int:
+        """Bytes of what autograd has saved and of what the graph holds by itself."""
+        for tensor in graph.held:
+            self._add(tensor)
+        shared = self._parameters.union(leaf.untyped_storage().data_ptr() for leaf in graph.leaves)
+        return sum(size for address, size in self._storages.items() if address not in shared)
+
     def _pack(self, tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            # A sparse gradient (of nn.Embedding) has no storage of its own.
-            for piece in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
-                storage = piece.untyped_storage()
-                if storage.data_ptr() not in self._seen:
-                    self._seen.add(storage.data_ptr())
-                    self.bytes += storage.nbytes()
+        base = tensor if tensor._base is None else tensor._base
+        if isinstance(base, torch.nn.Parameter):
+            self._parameters.add(base.untyped_storage().data_ptr())
+        else:
+            self._add(tensor)
         return tensor.detach()  # autograd attaches the graph again; returning the tensor itself would be a cycle
+
+    def _add(self, tensor: Tensor) -> None:
+        # A sparse gradient (of nn.Embedding) has no storage of its own.
+        for piece in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+            storage = piece.untyped_storage()
+            self._storages[storage.data_ptr()] = storage.nbytes()
 
 
 def _memory_budget(device: torch.device, num_ranks: int) -> float:
@@ -276,6 +299,16 @@ def _memory_budget(device: torch.device, num_ranks: int) -> float:
     if device.type == "cuda":  # untested: no GPU was available
         return MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
     try:
-        return MEMORY_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / num_ranks
+        free = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):  # not Linux
-        return float(2 << 30) / num_ranks
+        free = float(4 << 30)
+    return MEMORY_SHARE * min(free, _left_in_container()) / num_ranks
+
+
+def _left_in_container() -> float:
+    """What the limit of this process's container leaves, of which the host knows nothing; infinite without one."""
+    try:
+        limit, taken = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no cgroup v2, or no limit: "max"
+        return math.inf
+    return float(max(limit - taken, 0))

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_subspace.curvature import Hessian, mean_gradient
+from lightning_subspace.curvature import GaussNewton, Hessian, mean_gradient
+from lightning_subspace.curvature import hessian as hessian_module
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.sample import sample_of_batches
 from lightning_subspace.training_loss import TrainingLoss
@@ -359,6 +360,46 @@ def test_retained_and_rebuilt_graphs_give_the_same_bits(name):
     assert results.keys() == {0, 1, 2, 3}
     for pieces in zip(*results.values(), strict=True):
         assert all(torch.equal(pieces[0], piece) for piece in pieces[1:])
+
+
+WIDE = in_batches(normal(8, 200).float(), integers(50, 8, seed=1), sizes=2)  # four, of two examples each
+
+
+def num_retained(kind, module, memory):
+    with TrainingLoss(module, ParameterSpace.of(module), classify) as loss:
+        return kind(loss, sample_of_batches(WIDE).hessian, memory=memory).num_retained
+
+
+@pytest.mark.parametrize(("kind", "vectors"), [(Hessian, 1), (GaussNewton, 2)])
+def test_the_memory_budget_counts_gradients(kind, vectors):
+    module = nn.Linear(200, 50)  # what autograd saves, two examples and what they give, is a tenth of n numbers
+    size = vectors * 4 * ParameterSpace.of(module).n
+    for count in range(1, 5):
+        assert num_retained(kind, module, count * size) == count - 1
+        assert num_retained(kind, module, count * 1.1 * size) == count
+
+
+def test_the_memory_budget_does_not_count_parameters_nor_views_of_them():
+    trained = nn.Sequential(nn.Linear(200, 50), nn.Tanh(), nn.Linear(50, 400))  # saved: the second weight, transposed
+    frozen = nn.Sequential(nn.Linear(200, 50), nn.Linear(50, 200).requires_grad_(False))
+    for module in (trained, frozen):
+        size = 4 * ParameterSpace.of(module).n
+        assert num_retained(Hessian, module, 4 * 1.3 * size) == 4
+
+
+def test_the_memory_budget_is_what_the_limit_of_a_container_leaves(tmp_path, monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(hessian_module, "CGROUP", tmp_path)
+    host = hessian_module._memory_budget(cpu, 1)
+    assert host > 3_000  # no such files
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert hessian_module._memory_budget(cpu, 1) > 3_000
+    (tmp_path / "memory.max").write_text("7000\n")
+    assert hessian_module._memory_budget(cpu, 1) == 3_000
+    assert hessian_module._memory_budget(cpu, 2) == 1_500
+    (tmp_path / "memory.max").write_text("500\n")
+    assert hessian_module._memory_budget(cpu, 1) == 0
 
 
 def test_part_is_the_hessian_of_some_batches():

@@ -28,6 +28,9 @@ MatVec = Callable[[Tensor], Tensor]
 # all it bounds the rounding of inner products: a CPU adds float32 one after the other, and loses 1e-4 of |v|^2 in
 # vectors of a million.
 _CHUNK = 1 << 13
+# Where columns are copied in float64 that is done in at least so many parts, so that the copies of a short basis are
+# small beside it.
+_PARTS, _SMALLEST_CHUNK = 32, 256
 _MIN_PASSES, _MAX_PASSES = 2, 4
 _SHRINKAGE = 0.7  # a vector that loses more than this in a pass has lost digits too: orthogonalise it again
 _BREAKDOWN = 20  # in units of eps * scale: what is left of a vector after cancellation is rounding
@@ -214,7 +217,7 @@ class Lanczos:
         with self.agreement.local():
             exact = _exact(self.basis)
             weights = rotation.T.to(self.basis.device, exact)
-            for block in _blocks(self.basis):
+            for block in _blocks(self.basis, _PARTS):
                 columns = self.basis[:, block]
                 columns[:kept] = weights @ columns[:m].to(exact)
             if kept < m:
@@ -228,7 +231,7 @@ class Lanczos:
         """V V^T, shape ``(m, m)``, float64."""
         gram = torch.zeros(self.size, self.size, dtype=_exact(self.basis), device=self.basis.device)
         with self.agreement.local():
-            for block in _blocks(self.vectors):
+            for block in _blocks(self.vectors, _PARTS):
                 columns = self.vectors[:, block].to(gram.dtype)
                 gram += columns @ columns.T
         return self.agreement.sum(gram)
@@ -284,9 +287,10 @@ def _exact(tensor: Tensor) -> torch.dtype:
     return tensor.dtype if tensor.device.type == "mps" else torch.float64
 
 
-def _blocks(matrix: Tensor) -> Iterator[slice]:
-    """A few columns at a time."""
+def _blocks(matrix: Tensor, parts: int = 1) -> Iterator[slice]:
+    """A few columns at a time, in at least about so many parts."""
     chunk = _CHUNK if matrix.is_cpu else 8 * _CHUNK  # other devices add in parallel, but are slow to begin
+    chunk = min(chunk, max(_SMALLEST_CHUNK, matrix.shape[1] // parts))
     for start in range(0, matrix.shape[1], chunk):
         yield slice(start, start + chunk)
 

@@ -5,11 +5,12 @@
 An MLP of one width after another on images of MNIST at its initialisation; every probe in a process of its own, whose
 peak memory is then its own too. Products are stopped at 20, since their number depends on the spectrum and not on n.
 
-Time is divided into that inside of products with the Hessian, of which the median is given, and that outside (the Krylov
-basis and the decisions). Memory beside the graphs, which depend on the sample, is given in vectors of n numbers:
-(ncv + k + 8) are allowed. They are counted in a run of their own, through a restart and to an answer of k vectors, by a
-dispatch mode, which follows the storages that torch makes; the peak of the process is given beside. Graphs are what is
-alive with them and not without them: the mean gradient and the copies of the parameters are vectors.
+Time is that of the process on its core, which a busy machine changes less than that by the clock. It is divided into
+that inside of products with the Hessian, of which the median is given, and that outside (the Krylov basis and the
+decisions). Memory beside the graphs, which depend on the sample, is given in vectors of n numbers: (ncv + k + 8) are
+allowed. They are counted in a run of their own, through a restart and to an answer of k vectors, by a dispatch mode,
+which follows the storages that torch makes; the peak of the process is given beside. Graphs are what is alive with them
+and not without them: the mean gradient and the copies of the parameters are vectors.
 """
 
 from __future__ import annotations
@@ -71,8 +72,9 @@ def main() -> None:
     large = [row for row in by_n if row["n"] > 5e4]  # at fewer parameters calls of torch take the time
     for against, slopes in (("n", slopes_of("n", large)), ("sample", slopes_of("sample", by_sample[-2:]))):
         failures += [f"slope {slope:.2f} against {against}" for slope in slopes if not LINEAR[0] <= slope <= LINEAR[1]]
-    assert not failures, failures
-    assert default["outside"] < 0.1
+    if default["outside"] >= 0.1:
+        failures.append(f"{default['outside']:.1%} outside of products with the default sample")
+    assert not failures, "\n".join(failures)
 
 
 def fits(row: dict[str, float]) -> bool:
@@ -107,19 +109,19 @@ def measured(n: int, sample: int) -> dict[str, float]:
     products: list[float] = []
 
     def probe() -> None:
-        started = time.perf_counter()
+        started = time.process_time()
         with TrainingLoss(net, ParameterSpace.of(net), cross_entropy) as loss:
             hessian = Hessian(loss, sample_of_batches(batches).hessian)
-            spent["graphs"] = time.perf_counter() - started
+            spent["graphs"] = time.process_time() - started
 
             def product(v: Tensor) -> Tensor:
-                begun = time.perf_counter()
+                begun = time.process_time()
                 image = hessian.matvec(v)
-                products.append(time.perf_counter() - begun)
+                products.append(time.process_time() - begun)
                 return image
 
             eigsh(product, hessian.n, K, ncv=NCV, max_matvecs=PRODUCTS, verify="never", tol=1e-5)
-        spent["all"] = time.perf_counter() - started
+        spent["all"] = time.process_time() - started
 
     probe()
     peak = peak_mb()

@@ -1,4 +1,4 @@
-"""Training under DDP in which one rank fails at a chosen place of a probe, once.
+"""Training under DDP, or FSDP2, in which one rank fails at a chosen place of a probe, once.
 
 A place is a function of the package ("warm start"), something that the user's own code does meanwhile ("matvec 3
 backward" is the backward pass in the third product of a probe), or an operation of torch that takes memory. `rig` makes
@@ -24,10 +24,12 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from lightning_subspace import (
@@ -39,6 +41,7 @@ from lightning_subspace import (
     monitor,
     probe,
     recorder,
+    sharded,
     tracker,
 )
 from lightning_subspace import measurements as default
@@ -46,6 +49,7 @@ from lightning_subspace.collectives import Ranks
 from lightning_subspace.curvature import Choice, FiniteDifferenceHessian, Hessian
 from lightning_subspace.curvature.displaced import DisplacedGradients
 from lightning_subspace.curvature.forward_difference import ForwardDifferenceHessian
+from lightning_subspace.curvature.sharded_difference import ShardedDifferenceHessian
 from lightning_subspace.linalg.lanczos import Lanczos
 from lightning_subspace.linalg.search import Search
 from lightning_subspace.messages import Messages
@@ -55,7 +59,7 @@ from lightning_subspace.partition import Partition
 from lightning_subspace.report.progress import ProgressLine
 from lightning_subspace.solver import Solver
 from lightning_subspace.training_loss import TrainingLoss
-from tests.modules import Observer, differences
+from tests.modules import Observer, differences, fingerprint, random_bytes
 from tests.processes import RankErrorsError, run
 
 SECONDS = 30  # that one fit may take
@@ -184,6 +188,8 @@ PLACES: list[tuple[Any, str, str | Callable[..., str]]] = [
     (DisplacedGradients, "mean_gradient", _in_a_probe("extra")),
     (FiniteDifferenceHessian, "matvec", _product),
     (ForwardDifferenceHessian, "matvec", _product),
+    (ShardedDifferenceHessian, "matvec", _product),
+    (sharded, "full_tensors", _in_a_probe("gather")),
     (Solver, "solve", lambda self, operator, matvec=None, **kwargs: "solve" if matvec is None else here.phase),
     (Solver, "_warm_start", "warm start"),
     (Lanczos, "contract", _within("contract")),
@@ -194,7 +200,7 @@ PLACES: list[tuple[Any, str, str | Callable[..., str]]] = [
     (ProgressLine, "update", "progress"),
     (Messages, "forecast", "forecast"),
     (tracker.Tracker, "adapt", "adapt"),
-    (tracker.Tracker, "_partition_of", "begin"),
+    (tracker.Tracker, "_partition_of", lambda *args: here.phase or "begin"),
     (tracker.Tracker, "_theta", "theta"),
     (tracker.Tracker, "measure", "probe"),
     (tracker.Tracker, "close", "close"),
@@ -353,6 +359,41 @@ class Normed(Net):
 class Kinked(Net):
     def activation(self, hidden: Tensor) -> Tensor:
         return torch.relu(hidden)
+
+
+class Layered(Net):
+    """Large enough for a rank's shard to be `LARGE`; FSDP2 goes by forward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 16), nn.Linear(16, 3)
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.training_step(batch, 0)
+
+
+class Sharded(Net):
+    """The same, by FSDP2."""
+
+    def __init__(self) -> None:
+        LightningModule.__init__(self)
+        self.net = Layered()
+
+    def configure_model(self) -> None:
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])  # type: ignore[index]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss: Tensor = self.net(batch)
+        return loss
+
+
+class OfShards(Observer):
+    """This rank's shards, without what FSDP keeps beside them."""
+
+    def _look(self, trainer: Trainer, module: LightningModule, when: str) -> None:
+        gradients = {name: p.grad for name, p in module.named_parameters()}
+        states = [module.state_dict(), gradients, *(o.state_dict() for o in trainer.optimizers)]
+        self.seen.update(fingerprint([tree_map(sharded.local_part, states), random_bytes()], when))
 
 
 class Numbers(Dataset[Any]):
@@ -518,13 +559,16 @@ class Hiding(Callback):
 def project(name: str, folder: Path) -> dict[str, Any]:
     """The module, the data, the callbacks before and behind the monitor, and the arguments of the Trainer."""
     kept: list[Any] = []
+    fsdp = ModelParallelStrategy(data_parallel_size=dist.get_world_size(), tensor_parallel_size=1)
     return {
-        "module": {"smooth": Net, "kinked": Kinked}.get(name, Normed),
+        "module": {"smooth": Net, "kinked": Kinked, "sharded": Sharded}.get(name, Normed),
+        "observer": OfShards() if name == "sharded" else Observer(),
         "data": Stream() if name == "stream" else Numbers(),
         "collate": unpicklable if name == "unpicklable" else collate,
         "before": [Hiding(kept, takes=True)] if name == "hidden gradient" else [],
         "behind": [Hiding(kept, takes=False)] if name == "hidden gradient" else [],
         "options": {
+            "strategy": fsdp if name == "sharded" else "ddp",
             "logger": TensorBoardLogger() if name == "logged" else False,
             "enable_checkpointing": name == "saved",
             "callbacks": [ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1)] if name == "saved" else [],
@@ -641,14 +685,13 @@ def train(
 ) -> tuple[Observer, str | None]:
     """One fit: what was seen of it, and what it raised."""
     seed_everything(7, verbose=False)
-    observer, its = Observer(), project(case.project, folder)
-    options = its["options"]
+    its = project(case.project, folder)
+    observer, options = its["observer"], its["options"]
     ours = [] if callback is None else [callback]
     options["callbacks"] = [*its["before"], *ours, *its["behind"], *options["callbacks"], observer]
     trainer = Trainer(
         accelerator="cpu",
         devices=dist.get_world_size(),
-        strategy="ddp",
         default_root_dir=folder,
         max_steps=case.max_steps,
         enable_progress_bar=False,

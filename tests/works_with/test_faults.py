@@ -10,6 +10,7 @@ Many fits share their processes; see `check`.
 
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def problems(case: Case, fits: list[Fit], steps: list[int], told: str | None):
             yield f"num_probes is {fit.num_probes}"
         if steps and fault.kind != "nan" and fit.verified != [True] + [False] * (len(steps) - 1):
             yield f"verified are the probes {fit.verified}"
-        if steps and "gradient_fraction" not in fit.rows[-1]:
+        if steps and fit.rows and "gradient_fraction" not in fit.rows[-1]:
             yield f"the last record on rank {rank} is {fit.rows[-1]}"
         if len(fit.told) != (rank == 0 and told is not None):
             yield f"rank {rank} has told {fit.told}"
@@ -223,6 +224,35 @@ def test_a_batch_that_cannot_be_sent_to_the_others():
         assert (fit.changed, fit.steps, len(fit.told)) == ([], [], rank == 0)
     assert f"{FAILED}, training goes on. rank 0: " in fits[0].told[0]
     assert "pickle" in fits[0].told[0]
+
+
+# -- shards -----------------------------------------------------------------------------------------------------------
+
+SHARDED: dict[str, Any] = {"project": "sharded", "kinds": ["device memory"]}
+
+
+def test_whole_parameters_of_shards():
+    """Memory that runs out between two parameters: the others are gathering the next one."""
+    options = {"monitor": {"k": 3, "ncv": 6}, **SHARDED}
+    check(
+        [
+            *cases("an operation of gather", operation=2, **options),
+            *cases("an operation of self-check gather", operation=2, ranks=[1], **options),
+            *cases("matvec 1 backward", "matvec 10 backward", "measure between", ranks=[0], **options),
+        ]
+    )
+
+
+def test_differences_on_shards():
+    """Memory that runs out before a training step: the others are in FSDP's first all-gather."""
+    options = {"monitor": {"curvature": "finite-difference", "k": 3, "ncv": 6}, **SHARDED}
+    check(
+        [
+            *cases("an operation of enter", operation=1, **options),
+            *cases("an operation of matvec 3", operation=3, ranks=[1], **options),
+            *cases("matvec 1", "matvec 10", "measure between", ranks=[0], **options),
+        ]
+    )
 
 
 # -- the step from the probe's point ----------------------------------------------------------------------------------

@@ -3,30 +3,37 @@
 import contextlib
 import io
 import logging
+import warnings
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from lightning_subspace import SubspaceMonitor
 from lightning_subspace.collectives import Ranks
 from lightning_subspace.curvature import Hessian
 from lightning_subspace.curvature.sharded_difference import ShardedDifferenceHessian
+from lightning_subspace.linalg.lanczos import Lanczos
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.partition import Partition
-from lightning_subspace.sharded import fsdp_modules, full_tensors, rank_zero_buffers, shards
+from lightning_subspace.recorder import Recorder
+from lightning_subspace.sharded import full_tensors, rank_zero_buffers, reshard, shards
 from lightning_subspace.sharded_loss import ShardedLoss
 from lightning_subspace.training_loss import MicroBatch, TrainingLoss
 from tests.modules import BATCH, CLASSES, FEATURES, differences, examples, fingerprint, random_bytes
 from tests.oracles import dense_hessian
 from tests.processes import run
+from tests.works_with import test_ddp as ddp
 
 
 class Classifier(LightningModule):
@@ -82,7 +89,7 @@ def seen(trainer, module):
         for i, state in enumerate(trainer.optimizers[0].state.values()):
             found |= {f"optimizer {i} {k}": local(v).clone() for k, v in state.items()}
     found |= {"random": random_bytes(), "count": module.count, "flags": [p.requires_grad for p in module.parameters()]}
-    metrics = {name: value.clone() for name, value in trainer.callback_metrics.items()}
+    metrics = {k: v.clone() for k, v in trainer.callback_metrics.items() if not k.startswith("subspace")}
     return fingerprint({**found, "metrics": metrics}, f"step {trainer.global_step}")
 
 
@@ -107,6 +114,15 @@ def settings(module):
     return found
 
 
+@contextlib.contextmanager
+def watched(trainer, module, changes):
+    """What a block changes of training and of FSDP is added to the list."""
+    reshard(module)  # a validation leaves the outermost gathered
+    before, objects = seen(trainer, module), settings(module)
+    yield
+    changes += differences(before, seen(trainer, module)) + differences(objects, settings(module))
+
+
 class Evaluate(Callback):
     """Evaluates the loss in one of the two ways, before training and after every step."""
 
@@ -120,12 +136,9 @@ class Evaluate(Callback):
         self.look(trainer, pl_module)
 
     def look(self, trainer, module):
-        for m in fsdp_modules(module):  # a validation leaves the outermost gathered
-            m.reshard()
-        before, objects = seen(trainer, module), settings(module)
-        self.products.append(self.product(module))
-        self.models.append({f"net.{name}": value for name, value in whole_state(module.net).items()})
-        self.changes += differences(before, seen(trainer, module)) + differences(objects, settings(module))
+        with watched(trainer, module, self.changes):
+            self.products.append(self.product(module))
+            self.models.append({f"net.{name}": value for name, value in whole_state(module.net).items()})
 
     def product(self, module):
         space, rank = ParameterSpace.of(module), dist.get_rank()
@@ -176,16 +189,23 @@ def whole_state(net):
 
 
 def trained(way, folder, reshard_after_forward):
+    evaluate = Evaluate(way)
+    observed = fitted(Classifier(reshard_after_forward), folder, [] if way == "alone" else [evaluate])
+    return observed, evaluate.changes, evaluate.products, evaluate.models
+
+
+def fitted(module, folder, callbacks=(), steps=3, ranks=2):
+    """What is observed of a fit."""
     seed_everything(1, verbose=False)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    observe, evaluate = Observe(), Evaluate(way)
+    observe = Observe()
     trainer = Trainer(
         default_root_dir=folder,
         accelerator="cpu",
-        devices=2,
-        strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo"),
-        callbacks=[*([] if way == "alone" else [evaluate]), observe],
-        max_steps=3,
+        devices=ranks,
+        strategy=ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1, process_group_backend="gloo"),
+        callbacks=[*callbacks, observe],
+        max_steps=steps,
         num_sanity_val_steps=1,
         logger=False,
         enable_progress_bar=False,
@@ -194,8 +214,8 @@ def trained(way, folder, reshard_after_forward):
     )
     loader = DataLoader(examples(), batch_size=BATCH)
     with contextlib.redirect_stdout(io.StringIO()):
-        trainer.fit(Classifier(reshard_after_forward), loader, loader)
-    return observe.seen, evaluate.changes, evaluate.products, evaluate.models
+        trainer.fit(module, loader, loader)
+    return observe.seen
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +258,147 @@ class Plain(Classifier):
     def mean_loss(self):
         losses = [F.cross_entropy(self.net(x.double()), y) for x, y in map(batch_of, (0, 1))]
         return torch.stack(losses).mean()
+
+
+# -- the monitor ------------------------------------------------------------------------------------------------------
+
+CURVATURES = ["hessian", "finite-difference"]
+K, NCV = 2, 8
+
+
+def monitor(**arguments):
+    settings = {"k": K, "ncv": NCV, "every_n_steps": 1, "max_overhead": None, "sample": 16, "gradient_sample": 24}
+    return SubspaceMonitor(**{**settings, "on_failure": "raise", **arguments})
+
+
+def monitored(ranks, curvature, folder):
+    """A fit without the monitor and one with it: their differences, and what the probes changed, held and recorded."""
+    alone, one = fitted(Classifier(), folder, ranks=ranks), monitor(curvature=curvature)
+    changes, bases, numbers = [], [], []
+
+    def take(self, tracker, trainer, module, *args, original=Recorder.take):
+        with watched(trainer, module, changes):
+            original(self, tracker, trainer, module, *args)
+        numbers.append(sum(local(p).numel() for p in module.parameters() if p.requires_grad))
+
+    def made(self, *args, original=Lanczos.__init__, **kwargs):
+        original(self, *args, **kwargs)
+        bases.append((self.basis.shape, self.basis.untyped_storage().nbytes() // 4, self.basis.dtype))
+
+    with mock.patch.object(Recorder, "take", take), mock.patch.object(Lanczos, "__init__", made):
+        observed = fitted(Classifier(), folder, [one], ranks=ranks)
+    return len(alone), differences(alone, observed), changes, bases, numbers, ddp.rows(one)
+
+
+@pytest.mark.parametrize(("ranks", "curvature"), [(2, "hessian"), (2, "finite-difference"), (3, "hessian")])
+def test_a_monitored_run_is_untouched_and_a_rank_holds_its_shards_of_the_basis(ranks, curvature, tmp_path):
+    """Weights, gradients, buffers, the optimizer, random numbers and metrics; FSDP's hooks, states and settings."""
+    found = run(monitored, ranks, ranks, curvature, tmp_path, group=False)
+    ddp.assert_equal_on_all([rows for *_, rows in found])
+    for size, differing, changes, bases, numbers, rows in found:
+        assert size > 50
+        assert differing == []
+        assert changes == []
+        assert len(rows) >= 3
+        (own,) = set(numbers)
+        assert len(bases) >= len(numbers) == len(rows)
+        for shape, held, dtype in bases:
+            assert dtype is torch.float32
+            assert shape[1] == own
+            assert held <= (NCV + 1) * own
+
+
+class Sharded(ddp.Net):
+    def configure_model(self):
+        for layer in (self.net[0], self.net[2], self.net):
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+def measured(ranks, curvature):
+    """In float64, where training in several processes is that in one."""
+    strategy = "auto"
+    if ranks > 1:
+        strategy = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
+    one = ddp.monitor(every_n_steps=1, curvature=curvature, tol=1e-5)
+    make = Sharded if ranks > 1 else ddp.Net
+    ddp.fit(make(), ddp.in_turn(ranks), one, ranks=ranks, strategy=strategy, steps=3)
+    return ddp.rows(one), [record.subspace.eigenvalues.tolist() for record in one.history]
+
+
+@pytest.mark.parametrize(("ranks", "curvatures"), [(2, CURVATURES), (3, ["hessian"])])
+def test_records_are_those_of_one_process(ranks, curvatures):
+    """Differences of gradients on the shards too, which are another approximation there."""
+    ((expected, eigenvalues),) = ddp.on(1, measured, "hessian")
+    for curvature in curvatures:
+        found = ddp.on(ranks, measured, curvature)
+        ddp.assert_equal_on_all(found)
+        rows, values = found[0]
+        assert len(rows) >= 3
+        exact = curvature == "hessian"
+        for one, other, theirs, own in zip(rows, expected, eigenvalues, values, strict=True):
+            assert own == pytest.approx(theirs, rel=0, abs=(1e-9 if exact else 1e-5) * theirs[0])
+            for key in ("gradient_fraction", "overlap_previous"):
+                assert (key in one) == (key in other)
+                if key in other:
+                    assert one[key] == pytest.approx(other[key], abs=1e-9 if exact else 1e-4, nan_ok=True)
+        assert "overlap_previous" in rows[-1]
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+class Kinked(Classifier):
+    def configure_model(self):
+        if self.net is None:
+            super().configure_model()
+            self.net[2] = nn.ReLU()
+
+
+class Narrow(Classifier):
+    def configure_model(self):
+        if self.net is None:
+            policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16)
+            with mock.patch(f"{__name__}.fully_shard", partial(fully_shard, mp_policy=policy)):
+                super().configure_model()
+
+
+def refused(folder):
+    """Of a loss with kinks: the differences that a monitor makes, its records, and what it tells."""
+    alone = fitted(Kinked(), folder, steps=2)
+    one = monitor(curvature="finite-difference", on_failure="warn", every_n_steps=[0])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        observed = fitted(Kinked(), folder, [one], steps=2)
+    told = [str(warning.message) for warning in caught if "SubspaceMonitor" in str(warning.message)]
+    return differences(alone, observed), len(one.history), told
+
+
+def test_differences_of_a_loss_with_kinks_are_refused(tmp_path):
+    for rank, (differing, num_records, told) in enumerate(run(refused, 2, tmp_path, group=False)):
+        assert differing == []
+        assert num_records == 0
+        assert bool(told) == (rank == 0)
+        for text in told:
+            assert "the loss has kinks (relu)" in text
+            assert "use curvature='hessian'" in text
+
+
+def refused_at_once(folder):
+    found = []
+    for curvature in reversed(CURVATURES):
+        module, one = Narrow(), monitor(curvature=curvature)
+        try:
+            observed = fitted(module, folder, [one], steps=2)
+            found.append((len(one.history), differences(fitted(Narrow(), folder, steps=2), observed)))
+        except MisconfigurationException as error:
+            found.append((str(error), module.count))
+    return found
+
+
+def test_differences_of_narrow_gradients_are_refused_before_training(tmp_path):
+    """The Hessian is measured all the same, in float32."""
+    for (message, num_steps), (num_records, differing) in run(refused_at_once, 2, tmp_path, group=False):
+        assert "MixedPrecisionPolicy has reduce_dtype=torch.bfloat16; use curvature='hessian'" in message
+        assert num_steps == 0
+        assert num_records >= 2
+        assert differing == []

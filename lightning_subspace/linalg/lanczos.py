@@ -83,7 +83,7 @@ class Lanczos:
     ) -> None:
         self.basis = torch.zeros(max_size + 1, 0, dtype=dtype, device=device)
         with agreement.local():
-            self.basis = torch.zeros(max_size + 1, n, dtype=dtype, device=device)
+            self.basis = torch.empty(max_size + 1, n, dtype=dtype, device=device)  # read where it was written
         self.agreement = agreement
         self.size = 0
         self.invariant = True
@@ -272,8 +272,9 @@ class Lanczos:
         products = torch.zeros(rows.shape[0] + 1, dtype=_exact(rows), device=rows.device)
         # The caller may be in an autocast region, which would round these to half precision.
         with self.agreement.local(), torch.autocast(vector.device.type, enabled=False):
-            for block in _blocks(rows):
-                products[:-1] += torch.mv(rows[:, block], vector[block])
+            parts = [torch.mv(rows[:, block], vector[block]) for block in _blocks(rows)]
+            if parts:
+                products[:-1] = torch.stack(parts).sum(dim=0, dtype=products.dtype)
             products[-1] = torch.linalg.vector_norm(vector, dtype=products.dtype).square()
         return self.agreement.sum(products)
 

@@ -222,6 +222,8 @@ def plot(by_n: list[dict[str, float]], by_sample: list[dict[str, float]], path: 
         axis.loglog(places, [row["rss_mb"] / 1e3 for row in rows], "s-", label="peak memory, GB")
         axis.loglog(places, [rows[-1]["product"] * place / places[-1] for place in places], "k:", label="linear")
         axis.set_xlabel({"n": "parameters", "sample": "examples"}[key])
+        axis.set_xticks(places, [f"{place:,.0f}" for place in places])
+        axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axis.legend()
     figure.savefig(path, dpi=120)
     print(f"\nfigure: {path}")

@@ -16,7 +16,6 @@ does not change, is the control in which the gradient leaves the top space.
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
@@ -61,6 +60,10 @@ def softmax_regression(num_inputs: int, num_classes: int, *, bias: bool = False)
 
 def points(num_classes: int) -> TensorDataset:
     return TensorDataset(torch.eye(num_classes, dtype=torch.float64), torch.arange(num_classes))
+
+
+def cross_entropy(module: nn.Module, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1])
 
 
 def task(net: nn.Module, lr: float = LEARNING_RATE) -> BaseTask:
@@ -149,12 +152,12 @@ def check_biases(reproduction: Reproduction, num_classes: int) -> None:
     model = task(net)
     fit(model, dataset, steps=100, batch_size="all", callbacks=[monitor], double=True)
     fewer = measure_subspace(
-        copy.deepcopy(net),
+        net,
         [tuple(dataset.tensors)],
         k=num_classes - 1,
         tol=1e-10,
         dtype="float64",
-        loss_fn=lambda module, batch, batch_idx: F.cross_entropy(module(batch[0]), batch[1]),
+        loss_fn=cross_entropy,
     ).metrics["gradient_fraction"]
     enough = min(curve(monitor, "gradient_fraction").values())
     reproduction.claim(
@@ -181,7 +184,7 @@ def check_noise(reproduction: Reproduction) -> None:
             k=3,
             tol=1e-8,
             dtype="float64",
-            loss_fn=lambda module, batch, batch_idx: F.cross_entropy(module(batch[0]), batch[1]),
+            loss_fn=cross_entropy,
         )
         assert wide.subspace is not None
         ratios.append(float(wide.subspace.eigenvalues[2]) / sigma**2)

@@ -61,7 +61,7 @@ def edge(probe: Probe) -> Edge | None:
     kind = type(view.optimizer)
     if kind is SGD:
         divisor: Diagonal = 1.0
-        thresholds = view.setting(_sgd_threshold)
+        thresholds = view.setting(sgd_group_threshold)
     elif kind is RMSprop:
         divisor = (view.state("square_avg") - view.state("grad_avg").square()).clamp(min=0.0).sqrt()
         divisor += view.setting("eps")
@@ -139,7 +139,8 @@ def _rate(group: Group) -> float:
     return float(group["lr"]) or 1.0
 
 
-def _sgd_threshold(group: Group) -> float:
+def sgd_group_threshold(group: Group) -> float:
+    """What the curvature has to stay below under SGD, see `edge`, for a group that it moves."""
     momentum = float(group["momentum"])
     return (2.0 + 2.0 * momentum) / (_rate(group) * (1.0 + 2.0 * momentum if group["nesterov"] else 1.0))
 

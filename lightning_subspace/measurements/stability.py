@@ -9,7 +9,7 @@ from torch.optim import SGD, Optimizer
 
 from lightning_subspace.curvature.preconditioned import Preconditioned
 from lightning_subspace.measurements.measurement import Measurement, Needs, Probe
-from lightning_subspace.measurements.optimizer import Edge, Notice, edge, why_unknown
+from lightning_subspace.measurements.optimizer import Edge, Notice, edge, sgd_group_threshold, why_unknown
 
 
 class SharpnessOverThreshold(Measurement):
@@ -100,12 +100,10 @@ def sgd_threshold(optimizer: Optimizer | None) -> float | None:
         return None
     thresholds = []
     for group in optimizer.param_groups:
-        lr, momentum = float(group["lr"]), float(group["momentum"])
-        if lr <= 0.0:
+        if float(group["lr"]) <= 0.0:
             continue
-        if group["maximize"] or (momentum and group["dampening"]):
+        if group["maximize"] or (group["momentum"] and group["dampening"]):
             return None
-        edge = (2 + 2 * momentum) / (lr * (1 + 2 * momentum if group["nesterov"] else 1))
-        thresholds.append(edge - float(group["weight_decay"]))
+        thresholds.append(sgd_group_threshold(group) - float(group["weight_decay"]))
     threshold = min(thresholds, default=0.0)
     return threshold if threshold > 0.0 else None

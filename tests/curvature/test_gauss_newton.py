@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lightning_subspace import measure_subspace
@@ -11,6 +10,7 @@ from lightning_subspace.curvature import CheckError, CheckOutcome, Choice, Gauss
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.sample import sample_of_batches
 from lightning_subspace.training_loss import LossError, TrainingLoss
+from tests.custom_functions import KeepsInput, OnceDifferentiable
 from tests.oracles import EPS, dense_gradient, dense_hessian, top_eigenspace
 
 ROUNDING = 1e4 * EPS
@@ -178,29 +178,6 @@ def test_a_probe_finds_its_top_space():
     assert float(overlap) == pytest.approx(1.0, abs=1e-8)
 
 
-class OnceDifferentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0].cos()
-
-
-class OnCtx(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.x = x.detach()
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.x.cos()
-
-
 class Through(nn.Module):
     def __init__(self, function):
         super().__init__()
@@ -215,7 +192,7 @@ def test_the_check():
     batch = sample_of_batches(batches()).hessian[0]
     for act, outcome in (
         (nn.ReLU, CheckOutcome.PASSED),
-        (lambda: Through(OnCtx), CheckOutcome.PASSED),  # only the Hessian needs what is missing there
+        (lambda: Through(KeepsInput), CheckOutcome.PASSED),  # only the Hessian needs what is missing there
         (lambda: Through(OnceDifferentiable), CheckOutcome.FAILED),
     ):
         assert gauss_newton_check(opened(net(act=act), loss_fn), batch).outcome is outcome

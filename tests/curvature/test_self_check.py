@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +18,7 @@ from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.probe import measure_subspace
 from lightning_subspace.sample import sample_of_batches
 from lightning_subspace.training_loss import TrainingLoss
+from tests.custom_functions import KeepsInput, OnceDifferentiable
 from tests.oracles import EPS, dense_hessian_by_differences
 
 SEEDS = range(3)
@@ -58,30 +58,6 @@ def around(make_middle):
 
 
 # Functions whose first derivative is right
-
-
-class OnceDifferentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return grad * x.cos()
-
-
-class KeepsInput(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.x = x.detach()
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.x.cos()
 
 
 class KeepsIntermediate(torch.autograd.Function):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -19,35 +18,13 @@ from lightning_subspace.sample import sample_of_batches
 from lightning_subspace.solver import Solver
 from lightning_subspace.tracker import Plan, Tracker
 from lightning_subspace.training_loss import LossError
+from tests.custom_functions import KeepsInput, OnceDifferentiable
 from tests.oracles import dense_hessian, dense_hessian_by_differences, top_eigenspace
 
 K = 3
 INPUTS = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randint(6, (12, 5), generator=torch.Generator().manual_seed(1))
 LABELS = torch.randint(3, (12,), generator=torch.Generator().manual_seed(2))
-
-
-class OnceDifferentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0].cos()
-
-
-class OnCtx(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.x = x.detach()
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.x.cos()
 
 
 class Net(LightningModule):
@@ -106,7 +83,7 @@ class Ctc(Net):
 # name -> (module, inputs)
 WRONG = {
     "once-differentiable": lambda: Net(Apply(OnceDifferentiable.apply)),
-    "tensors-on-ctx": lambda: Net(Apply(OnCtx.apply)),
+    "tensors-on-ctx": lambda: Net(Apply(KeepsInput.apply)),
 }
 MISSING = {
     "embedding-bag": (Bags, TOKENS),

@@ -185,9 +185,14 @@ class Lanczos:
             image.copy_(_checked(self._matvec(self.basis[m]), image))
         # All that is large of A q lies along q and along what is coupled to it: but after a restart one vector.
         near = m + 1 if self._coupling[:-1].any() else min(m + 1, 2)
-        _, column, norm = self._orthogonalise(image, vectors, near)
+        column = _zeros(m + 1)
+        column[-near:] = self._subtract(image, vectors[-near:], normed=False)[0]
         if not self.agreement.finite:
             return None
+        _, rest, norm = self._orthogonalise(image, vectors, least=_MIN_PASSES - 1)
+        if not self.agreement.finite:
+            return None
+        column += rest
         # v_i . A q was foretold by b when v_i was expanded, up to what has been dropped since.
         surprise = (column[:m] - self._coupling).abs() - self._dropped.abs().sum(dim=0)
         self.asymmetry = max(self.asymmetry, float(surprise.max())) if m else self.asymmetry
@@ -215,11 +220,7 @@ class Lanczos:
         """
         m, kept = rotation.shape
         with self.agreement.local():
-            exact = _exact(self.basis)
-            weights = rotation.T.to(self.basis.device, exact)
-            for block in _blocks(self.basis, _PARTS):
-                columns = self.basis[:, block]
-                columns[:kept] = weights @ columns[:m].to(exact)
+            self._rotate(rotation, self.basis[:kept])
             if kept < m:
                 self.basis[kept].copy_(self.basis[m])
         self._projected[:kept, :kept] = rotation.T @ self.projected @ rotation
@@ -227,22 +228,36 @@ class Lanczos:
         self._dropped = self._dropped @ rotation
         self.size = kept
 
-    def gram(self) -> Tensor:
-        """V V^T, shape ``(m, m)``, float64."""
-        gram = torch.zeros(self.size, self.size, dtype=_exact(self.basis), device=self.basis.device)
-        with self.agreement.local():
-            for block in _blocks(self.vectors, _PARTS):
-                columns = self.vectors[:, block].to(gram.dtype)
-                gram += columns @ columns.T
-        return self.agreement.sum(gram)
+    def rotated(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of ``rotation^T V`` in memory of their own, shape ``(c, n)``, and their Gram matrix, float64.
 
-    def _orthogonalise(self, vector: Tensor, rows: Tensor, near: int | None = None) -> tuple[float, Tensor, float]:
+        Args:
+            rotation: Columns, shape ``(m, c)``, float64.
+        """
+        count = rotation.shape[1]
+        vectors = self.basis[:count]  # in their place, where there is no memory for them
+        gram = torch.zeros(count, count, dtype=_exact(self.basis), device=self.basis.device)
+        with self.agreement.local():
+            vectors = self.basis.new_empty(count, self.basis.shape[1])
+            self._rotate(rotation, vectors)
+            for block in _blocks(vectors, _PARTS):
+                columns = vectors[:, block].to(gram.dtype)
+                gram += columns @ columns.T
+        return vectors, self.agreement.sum(gram)
+
+    def _rotate(self, rotation: Tensor, out: Tensor) -> None:
+        """Write the rows of ``rotation^T V`` into ``out``, which may be the first rows of the basis."""
+        weights = rotation.T.to(out.device, _exact(out))
+        for block in _blocks(out, _PARTS):
+            out[:, block] = weights @ self.vectors[:, block].to(weights.dtype)
+
+    def _orthogonalise(self, vector: Tensor, rows: Tensor, least: int = _MIN_PASSES) -> tuple[float, Tensor, float]:
         """Subtract from ``vector``, in place, its part in the span of ``rows``; one host synchronisation a pass.
 
         Args:
             vector: Shape ``(n,)``.
             rows: Orthonormal.
-            near: The first pass takes this many of the last rows alone, where most of that part lies.
+            least: Number of passes at least.
 
         Returns:
             The norm before, the coefficients of the part subtracted, the norm after; they mean nothing if a sum was not
@@ -251,32 +266,34 @@ class Lanczos:
         coefficients = _zeros(rows.shape[0])
         initial = remaining = 0.0
         for num_pass in range(1, _MAX_PASSES + 1):
-            taken = rows[-near:] if near and num_pass == 1 else rows
-            products = self._products(taken, vector)
+            part, square = self._subtract(vector, rows)
             if not self.agreement.finite:
                 break
-            part, square = products[:-1], float(products[-1])
             if num_pass == 1:
                 initial = square**0.5
-            coefficients[-len(part) :] += part
-            with self.agreement.local():
-                vector.addmv_(taken.T, part.to(vector), alpha=-1)
+            coefficients += part
             # By Pythagoras: accurate in the last pass, which takes away little.
             remaining = max(0.0, square - float(part.square().sum())) ** 0.5
-            if num_pass >= _MIN_PASSES and remaining >= _SHRINKAGE * square**0.5:
+            if num_pass >= least and remaining >= _SHRINKAGE * square**0.5:
                 break
         return initial, coefficients, remaining
 
-    def _products(self, rows: Tensor, vector: Tensor) -> Tensor:
-        """Inner products of ``vector`` with ``rows`` and, last, with itself; shape ``(rows + 1,)``."""
+    def _subtract(self, vector: Tensor, rows: Tensor, *, normed: bool = True) -> tuple[Tensor, float]:
+        """One pass: the coefficients of what was subtracted, and |vector|^2 before (zero if not ``normed``)."""
         products = torch.zeros(rows.shape[0] + 1, dtype=_exact(rows), device=rows.device)
         # The caller may be in an autocast region, which would round these to half precision.
         with self.agreement.local(), torch.autocast(vector.device.type, enabled=False):
             parts = [torch.mv(rows[:, block], vector[block]) for block in _blocks(rows)]
             if parts:
                 products[:-1] = torch.stack(parts).sum(dim=0, dtype=products.dtype)
-            products[-1] = torch.linalg.vector_norm(vector, dtype=products.dtype).square()
-        return self.agreement.sum(products)
+            if normed:
+                products[-1] = torch.linalg.vector_norm(vector, dtype=products.dtype).square()
+        products = self.agreement.sum(products)
+        part = products[:-1]
+        if self.agreement.finite:
+            with self.agreement.local():
+                vector.addmv_(rows.T, part.to(vector), alpha=-1)
+        return part, float(products[-1])
 
     def _divide(self, vector: Tensor, norm: float) -> None:
         with self.agreement.local():

@@ -264,7 +264,7 @@ class Search:
             self.on_matvec(self.num_matvecs, worst / scale if scale else worst)
 
     def _result(self, outcome: Outcome, ritz: Ritz, verified: bool = False) -> EigshResult:
-        """The record of the run. Its last act: the basis is rotated in place."""
+        """The record of the run."""
         lanczos, rules = self.lanczos, self.rules
         num_pairs = min(lanczos.size, rules.k)
         exact = lanczos.size == rules.dimension
@@ -274,12 +274,9 @@ class Search:
         # Whatever was dropped on the way, nothing of it lies outside a basis of the whole space.
         estimates = torch.zeros_like(ritz.residuals) if exact else ritz.residuals
         rounding = max(lanczos.asymmetry, _ROUNDING * torch.finfo(lanczos.basis.dtype).eps * lanczos.scale)
-        lanczos.contract(ritz.rotation[:, order])
-        eigenvectors = lanczos.vectors
-        with lanczos.agreement.local():
-            eigenvectors = eigenvectors.clone()
-        # The last sum, behind all that may fail: whoever could not form its part of the answer says so in it.
-        deviation = (lanczos.gram() - torch.eye(num_pairs, dtype=torch.float64, device="cpu")).abs()
+        # With the last sum, behind all that may fail: whoever could not form its part of the answer says so in it.
+        eigenvectors, gram = lanczos.rotated(ritz.rotation[:, order])
+        deviation = (gram - torch.eye(num_pairs, dtype=torch.float64, device="cpu")).abs()
         if not lanczos.agreement.finite:
             outcome, verified = Outcome.NONFINITE, False
         return EigshResult(

@@ -60,7 +60,7 @@ class NextEigenvectors(Measurement):
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """One more eigensolve, for twice as many pairs."""
-        wide = probe.solve(probe.operator.matvec, k=2 * K)
+        wide = probe.solve(probe.operator, k=2 * K)
         if not wide.converged:
             return {}
         following = wide.basis[K:]

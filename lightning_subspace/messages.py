@@ -13,8 +13,14 @@ from lightning_subspace.solver import Solver
 
 # Hessian products a probe takes for each wanted pair, beside the ten of the certificate: measured 2 to 4.
 EXPECTED_MATVECS = 3
-# The same for the first probe, of an untrained network, with the certificate and the two halves: measured 12 to 15.
-FIRST_MATVECS = 13
+# The same for the first probe, of an untrained network: its own with the certificate, and those of both halves of the
+# sample, each of which is half of the work but, where there are several ranks, as many messages.
+FIRST_MATVECS, FIRST_OF_HALVES = 7, 12
+
+
+def enough_products(k: int) -> int:
+    """How many products to look at before one says what a probe will take: no solve for k > 1 takes fewer."""
+    return max(2, min(k, 10))
 
 
 class Messages:
@@ -60,16 +66,17 @@ class Messages:
     def forecast(
         self, solver: Solver, partition: Partition, first: float, product: float, held: int, max_overhead: float | None
     ) -> None:
-        """What a probe will cost, from the seconds up to the first product and those of the second."""
+        """What a probe will cost, from the seconds up to the first product and the mean of those behind it."""
         if "forecast" not in self._told:
             self._told.add("forecast")
             seconds = first + product * (EXPECTED_MATVECS * solver.k + 10)
+            half = 0.5 if partition.ranks.count == 1 else 0.75
             text = forecast(
                 n=partition.n,
                 k=solver.k,
                 ncv=solver.ncv,
                 seconds=seconds,
-                first=first + product * FIRST_MATVECS * solver.k,
+                first=first + product * (FIRST_MATVECS + half * FIRST_OF_HALVES) * solver.k,
                 held=held,
                 max_overhead=max_overhead,
                 num_ranks=partition.ranks.count,

@@ -169,10 +169,12 @@ def take_probe(
     if solver.k > 0:
         subspace = solver.solve(hessian, start=previous, verify=verify, on_matvec=on_matvec)
 
-    def solve(matvec: Callable[[Tensor], Tensor], k: int | None = None) -> Subspace:
+    def solve(other: Operator | Callable[[Tensor], Tensor], k: int | None = None) -> Subspace:
         start = subspace.eigenvectors if subspace is not None and subspace.converged else None
         asked = solver if k is None else replace(solver, k=k, ncv=None)
-        return asked.solve(hessian, matvec, start=start, verify=False)
+        if callable(other):
+            return asked.solve(hessian, other, start=start, verify=False)
+        return asked.solve(other, start=start, verify=False)
 
     def batch_gradients() -> Iterator[tuple[MicroBatch, Tensor]]:
         yield from hessian.batch_gradients()

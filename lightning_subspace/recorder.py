@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_subspace._lightning import rank_zero_warn
 from lightning_subspace.curvature.choice import CheckError
-from lightning_subspace.messages import Messages
+from lightning_subspace.messages import Messages, enough_products
 from lightning_subspace.report import ProgressLine, Publisher
 from lightning_subspace.sample import Sample
 from lightning_subspace.schedule import Schedule
@@ -127,11 +127,12 @@ class Recorder:
                         "bar; pass a larger sample or a smaller batch_size."
                     )
         times = [time.monotonic()]
+        enough = enough_products(solver.k)
 
         def on_matvec(count: int, residual: float) -> None:
             times.append(time.monotonic())
-            if count == 2 and tracker.num_probes == 0:
-                seconds = (times[1] - times[0], times[2] - times[1])
+            if count == enough and tracker.num_probes == 0:
+                seconds = (times[1] - times[0], (times[-1] - times[1]) / (count - 1))
                 self._messages.forecast(solver, tracker.partition, *seconds, sample.nbytes, self._max_overhead)
             line.update(f"{self._name}: {count} Hessian products, residual {residual:.0e}")
 

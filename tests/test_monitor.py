@@ -7,6 +7,7 @@ import pickle
 import re
 import signal
 from datetime import timedelta
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -18,8 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_subspace import Measurement, Needs, SubspaceMonitor
+from lightning_subspace import Measurement, Needs, SubspaceMonitor, recorder
+from lightning_subspace.messages import Messages
 from lightning_subspace.report import logged_name, progress, select
+from lightning_subspace.solver import Solver
 
 # The first is raised by torch's own pytree, in Lightning's CombinedLoader; the second depends on the machine, the third
 # on the length of the run.
@@ -521,6 +524,23 @@ def test_the_forecast_is_printed_once(caplog):
     (line,) = [message for message in caplog.messages if "s a probe, " in message]
     seconds = float(re.fullmatch(r"SubspaceMonitor: n = 57, k = 3: about (\S+) s a probe, .*", line)[1])
     assert 0.0 < seconds < 60.0
+
+
+def test_the_forecast_is_made_of_several_products(monkeypatch):
+    moments = iter([0.0, 5.0, 6.0, 9.0])  # until the first product, and until two behind it
+    told = []
+    monkeypatch.setattr(recorder, "time", SimpleNamespace(monotonic=lambda: next(moments, 100.0)))
+    monkeypatch.setattr(Messages, "forecast", lambda self, solver, partition, *seconds: told.append(seconds[:2]))
+    fit(probing(1), max_steps=2)
+    assert told == [(5.0, 2.0)]
+
+
+@pytest.mark.parametrize(("count", "first"), [(1, "83.0"), (2, "101.0")])
+def test_the_forecast_of_the_first_probe_knows_the_messages_between_ranks(count, first, caplog):
+    partition = SimpleNamespace(n=57, ranks=SimpleNamespace(count=count))
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        Messages("warn").forecast(Solver(k=3), partition, 5.0, 2.0, held=0, max_overhead=None)
+    assert f"about 43.00 s a probe, {first} s the first" in caplog.text
 
 
 def test_a_long_probe_shows_its_progress(monkeypatch):

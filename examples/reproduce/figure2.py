@@ -46,7 +46,7 @@ class Eigenvectors(Measurement):
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """One more eigensolve, for twice as many pairs."""
-        wide = probe.solve(probe.operator.matvec, k=2 * K)
+        wide = probe.solve(probe.operator, k=2 * K)
         if wide.converged:
             self.kept[probe.step] = wide.basis.clone()
         return {}

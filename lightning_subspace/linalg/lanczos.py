@@ -14,23 +14,17 @@ Source: K. Wu and H. Simon, Thick-restart Lanczos method for large symmetric eig
 Appl. 22 (2000), 602-616. Differences: full reorthogonalisation, at least twice; T is kept as a dense matrix.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_subspace.linalg import rows as blockwise
 from lightning_subspace.linalg.agreement import Agreement
 
 MatVec = Callable[[Tensor], Tensor]
 
-# Columns of the basis worked on at a time. It bounds the extra memory of a restart and, on a CPU, fits a cache. Above
-# all it bounds the rounding of inner products: a CPU adds float32 one after the other, and loses 1e-4 of |v|^2 in
-# vectors of a million.
-_CHUNK = 1 << 13
-# Where columns are copied in float64 that is done in at least so many parts, so that the copies of a short basis are
-# small beside it.
-_PARTS, _SMALLEST_CHUNK = 32, 256
 _MIN_PASSES, _MAX_PASSES = 2, 4
 _SHRINKAGE = 0.7  # a vector that loses more than this in a pass has lost digits too: orthogonalise it again
 _BREAKDOWN = 20  # in units of eps * scale: what is left of a vector after cancellation is rounding
@@ -187,8 +181,6 @@ class Lanczos:
         near = m + 1 if self._coupling[:-1].any() else min(m + 1, 2)
         column = _zeros(m + 1)
         column[-near:] = self._subtract(image, vectors[-near:], normed=False)[0]
-        if not self.agreement.finite:
-            return None
         _, rest, norm = self._orthogonalise(image, vectors, least=_MIN_PASSES - 1)
         if not self.agreement.finite:
             return None
@@ -220,7 +212,7 @@ class Lanczos:
         """
         m, kept = rotation.shape
         with self.agreement.local():
-            self._rotate(rotation, self.basis[:kept])
+            blockwise.rotate(self.vectors, rotation, self.basis[:kept])
             if kept < m:
                 self.basis[kept].copy_(self.basis[m])
         self._projected[:kept, :kept] = rotation.T @ self.projected @ rotation
@@ -236,20 +228,12 @@ class Lanczos:
         """
         count = rotation.shape[1]
         vectors = self.basis[:count]  # in their place, where there is no memory for them
-        gram = torch.zeros(count, count, dtype=_exact(self.basis), device=self.basis.device)
+        gram = _zeros(count, count)
         with self.agreement.local():
             vectors = self.basis.new_empty(count, self.basis.shape[1])
-            self._rotate(rotation, vectors)
-            for block in _blocks(vectors, _PARTS):
-                columns = vectors[:, block].to(gram.dtype)
-                gram += columns @ columns.T
+            blockwise.rotate(self.vectors, rotation, vectors)
+            gram = blockwise.gram(vectors)
         return vectors, self.agreement.sum(gram)
-
-    def _rotate(self, rotation: Tensor, out: Tensor) -> None:
-        """Write the rows of ``rotation^T V`` into ``out``, which may be the first rows of the basis."""
-        weights = rotation.T.to(out.device, _exact(out))
-        for block in _blocks(out, _PARTS):
-            out[:, block] = weights @ self.vectors[:, block].to(weights.dtype)
 
     def _orthogonalise(self, vector: Tensor, rows: Tensor, least: int = _MIN_PASSES) -> tuple[float, Tensor, float]:
         """Subtract from ``vector``, in place, its part in the span of ``rows``; one host synchronisation a pass.
@@ -280,14 +264,9 @@ class Lanczos:
 
     def _subtract(self, vector: Tensor, rows: Tensor, *, normed: bool = True) -> tuple[Tensor, float]:
         """One pass: the coefficients of what was subtracted, and |vector|^2 before (zero if not ``normed``)."""
-        products = torch.zeros(rows.shape[0] + 1, dtype=_exact(rows), device=rows.device)
-        # The caller may be in an autocast region, which would round these to half precision.
-        with self.agreement.local(), torch.autocast(vector.device.type, enabled=False):
-            parts = [torch.mv(rows[:, block], vector[block]) for block in _blocks(rows)]
-            if parts:
-                products[:-1] = torch.stack(parts).sum(dim=0, dtype=products.dtype)
-            if normed:
-                products[-1] = torch.linalg.vector_norm(vector, dtype=products.dtype).square()
+        products = _zeros(rows.shape[0] + 1)
+        with self.agreement.local():
+            products = blockwise.products(rows, vector, normed=normed)
         products = self.agreement.sum(products)
         part = products[:-1]
         if self.agreement.finite:
@@ -298,19 +277,6 @@ class Lanczos:
     def _divide(self, vector: Tensor, norm: float) -> None:
         with self.agreement.local():
             vector.div_(norm)
-
-
-def _exact(tensor: Tensor) -> torch.dtype:
-    """float64, which is also out of reach of TF32 and autocast; Apple's devices have none."""
-    return tensor.dtype if tensor.device.type == "mps" else torch.float64
-
-
-def _blocks(matrix: Tensor, parts: int = 1) -> Iterator[slice]:
-    """A few columns at a time, in at least about so many parts."""
-    chunk = _CHUNK if matrix.is_cpu else 8 * _CHUNK  # other devices add in parallel, but are slow to begin
-    chunk = min(chunk, max(_SMALLEST_CHUNK, matrix.shape[1] // parts))
-    for start in range(0, matrix.shape[1], chunk):
-        yield slice(start, start + chunk)
 
 
 def _zeros(*shape: int) -> Tensor:

@@ -64,7 +64,7 @@ class Control(Measurement):
         k = probe.top.k
         if probe.number % self.every or 2 * k > probe.partition.n:
             return {}
-        found = probe.solve(probe.operator.matvec, k=2 * k)
+        found = probe.solve(probe.operator, k=2 * k)
         error = _mean_sine(found, k) if found.converged else math.inf
         if not error <= TRUSTED_ERROR:
             self._previous = None

@@ -31,8 +31,8 @@ class Needs(Enum):
 class Solve(Protocol):
     """See `Probe.solve`."""
 
-    def __call__(self, matvec: Callable[[Tensor], Tensor], k: int | None = None) -> Subspace:
-        """The eigenspace of `matvec`, of the probe's k by default."""
+    def __call__(self, other: Operator | Callable[[Tensor], Tensor], k: int | None = None) -> Subspace:
+        """The eigenspace of `other`, of the probe's k by default."""
         ...
 
 
@@ -63,7 +63,8 @@ class Probe:
         history: the records so far, oldest first.
         optimizer: the optimizer in use; None without a Trainer or with several.
         which: the end of the spectrum that `subspace` belongs to, "LA" for the algebraically largest.
-        solve: run the probe's eigensolver on another `matvec`, optionally with another `k=`; without the certificate.
+        solve: run the probe's eigensolver on another operator, or on a function v -> A v, optionally with another `k=`;
+            without the certificate. An operator takes fewer messages between ranks, which need not compare notes in it.
     """
 
     step: int

@@ -50,7 +50,7 @@ class Reliability(Measurement):
         if probe.number % self.every or count < 2 or probe.sample.hessian_share >= 1.0:
             return {}
         even, odd = (probe.operator.part(range(start, count, 2)) for start in (0, 1))
-        halves = [probe.solve(half.matvec) for half in (even, odd)]
+        halves = [probe.solve(half) for half in (even, odd)]
         if not all(half.converged for half in halves):
             return {}
         measured = probe.top.fraction(probe.gradient)

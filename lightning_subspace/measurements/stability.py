@@ -80,7 +80,7 @@ def _ratio(probe: Probe, limit: Edge) -> float | None:
     if not isinstance(limit.scale, float) or not isinstance(limit.shift, float):
         found = probe.solve(Preconditioned(probe.operator.matvec, limit.scale, limit.shift).matvec, k=1)
         return float(found.eigenvalues[0]) if found.converged else None
-    space = probe.solve(probe.operator.matvec, k=1) if probe.subspace is None else probe.subspace
+    space = probe.solve(probe.operator, k=1) if probe.subspace is None else probe.subspace
     return (float(space.eigenvalues[0]) + limit.shift) * limit.scale if space.converged else None
 
 

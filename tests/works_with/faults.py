@@ -190,7 +190,7 @@ PLACES: list[tuple[Any, str, str | Callable[..., str]]] = [
     (ForwardDifferenceHessian, "matvec", _product),
     (ShardedDifferenceHessian, "matvec", _product),
     (sharded, "full_tensors", _in_a_probe("gather")),
-    (Solver, "solve", lambda self, operator, matvec=None, **kwargs: "solve" if matvec is None else here.phase),
+    (Solver, "solve", lambda self, operator, matvec=None, **kwargs: "solve" if here.phase == "probe" else here.phase),
     (Solver, "_warm_start", "warm start"),
     (Lanczos, "contract", _within("contract")),
     (Search, "_restart", _restart),

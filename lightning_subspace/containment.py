@@ -26,7 +26,6 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
@@ -35,7 +34,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_subspace.containers import Container, Found, explore, own_caches, own_generators, own_packages
-from lightning_subspace.sharded import is_sharded, local_part, own_part
+from lightning_subspace.leaf import Leaf, are_intact
+from lightning_subspace.sharded import is_sharded
 
 # What stands for something else inside a shadow; a tuple or a read-only dict only if it holds any.
 COPIED = (Tensor, np.ndarray, tuple, types.MappingProxyType)
@@ -82,7 +82,7 @@ class Shadow:
         self._stand_ins = {} if stand_ins is None else stand_ins
         self._copies_parameters = parameters
         self._displacement = displacement if displacement is not None else lambda parameter: None
-        self._leaves: dict[int, _Leaf] = {}  # by the id of the original
+        self._leaves: dict[int, Leaf] = {}  # by the id of the original
         self._written: set[int] = set()  # ids of the originals whose copies were written to
         self._round = 0
         self._caches = [(cache, cache.cache_info().misses) for cache in own_caches(module)]
@@ -121,16 +121,19 @@ class Shadow:
             RuntimeError: when the graph of an earlier evaluation, which did not write to it, uses the same copy; when
                 the copy is the whole of a sharded parameter.
         """
-        for key, leaf in list(self._leaves.items()):
+        leaves = list(self._leaves.items())
+        intact = are_intact(
+            leaf.evidence(None if leaf.is_whole_of_shards else self._value(leaf.original, leaf.offset))
+            for _, leaf in leaves
+        )
+        for (key, leaf), is_intact in zip(leaves, intact, strict=True):
+            if is_intact and (leaf.is_whole_of_shards or key not in self._written):
+                continue
             if leaf.is_whole_of_shards:
-                if not leaf.is_intact(None):
-                    raise RuntimeError(
-                        "the training step writes to a parameter that FSDP2 has sharded, of which there is one copy a "
-                        "rank, made once a probe; pass loss_fn=, a loss without that."
-                    )
-                continue
-            if key not in self._written and leaf.is_intact(self._value(leaf.original, leaf.offset)):
-                continue
+                raise RuntimeError(
+                    "the training step writes to a parameter that FSDP2 has sharded, of which there is one copy a "
+                    "rank, made once a probe; pass loss_fn=, a loss without that."
+                )
             del self._leaves[key]
             self._written.add(key)
             if leaf.round < self._round:
@@ -193,7 +196,7 @@ class Shadow:
             value = self._value(original, offset, clone=not is_sharded(original))
             cls = type(original) if issubclass(type(original), nn.Parameter) else nn.Parameter
             leaf = nn.Parameter.__new__(cls, value, requires_grad=original.requires_grad)
-            self._leaves[id(original)] = _Leaf(original, leaf, offset, self._round)
+            self._leaves[id(original)] = Leaf(original, leaf, offset, self._round)
         return self._leaves[id(original)].copy
 
     def _copy_tensor(self, original: Tensor, memo: dict[int, Any]) -> Tensor:
@@ -254,39 +257,6 @@ def copied(data: Any, copy_tensor: Callable[[Tensor], Tensor]) -> Any:
 
     apply_to_collection(data, Tensor, remember, allow_frozen=True)
     return copy.deepcopy(data, memo)
-
-
-@dataclass
-class _Leaf:
-    """A parameter and its copy, made in some round of `renew` with some displacement."""
-
-    original: nn.Parameter
-    copy: nn.Parameter
-    offset: Tensor | None
-    round: int
-
-    def __post_init__(self) -> None:
-        self.is_whole_of_shards = is_sharded(self.original)
-        self._made = (self.copy._version, self.copy.data_ptr())
-
-    def is_intact(self, value: Tensor | None) -> bool:
-        """Whether nobody has written to the copy, which held `value`; not needed for the whole of a sharded one."""
-        if self.copy.requires_grad != self.original.requires_grad:
-            return False
-        if value is not None:
-            # By value: writes through `.data` (a clamp, a momentum teacher) leave no trace in the version counter.
-            return torch.equal(self.copy.detach(), value)
-        return (self.copy._version, self.copy.data_ptr()) == self._made and self._is_own_part_intact()
-
-    def _is_own_part_intact(self) -> bool:
-        """The same by value, for this rank's shard: each rank guards its own, with neither a copy nor a collective."""
-        part = own_part(self.copy.detach(), self.original)
-        if part is None:
-            return True
-        value = local_part(self.original).detach().to(part.dtype)
-        if self.offset is not None:
-            value = value + own_part(self.offset, self.original).to(value)  # type: ignore[union-attr]
-        return torch.equal(part, value)
 
 
 class _Sealed:

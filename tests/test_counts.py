@@ -4,13 +4,18 @@ The counts are upper bounds. Where a residual falls just below or just above its
 can move a single probe by one product: so bounds on one probe leave one more than was measured, and medians leave none.
 """
 
+import itertools
 import statistics
+from contextlib import ExitStack
+from unittest import mock
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_subspace.curvature import FiniteDifferenceHessian, ForwardDifferenceHessian, GaussNewton, Hessian
 from lightning_subspace.linalg import eigsh
@@ -108,6 +113,81 @@ def test_evaluations_of_the_loss(operator, options, setup, each):
         for seed in range(4):
             hessian.matvec(torch.randn(hessian.n, generator=torch.Generator().manual_seed(seed)).to(hessian.dtype))
         assert loss.evaluations - before == 4 * each
+
+
+class Reads(TorchDispatchMode):
+    """Counts what waits for a device: to read numbers from it, or a shape that depends on numbers."""
+
+    OPERATIONS = frozenset({"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2"})
+    METHODS = ("tolist", "numpy", "cpu")  # on a CPU these are no operations
+
+    def __enter__(self):
+        self.count = 0
+        self._patches = ExitStack()
+        for name in self.METHODS:
+            self._patches.enter_context(mock.patch.object(torch.Tensor, name, self._counted(name)))
+        return super().__enter__()
+
+    def __exit__(self, *exc_info):
+        self._patches.close()
+        return super().__exit__(*exc_info)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        is_masked = name.startswith("index") and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in tree_leaves(args[1:])
+        )
+        self.count += is_masked or name in self.OPERATIONS
+        return func(*args, **(kwargs or {}))
+
+    def _counted(self, name):
+        original = getattr(torch.Tensor, name)
+
+        def method(tensor, *args):
+            self.count += 1
+            return original(tensor, *args)
+
+        return method
+
+
+@pytest.mark.parametrize(
+    ("operator", "options", "reads"),
+    [
+        (Hessian, {}, 0),  # kernels of all micro-batches are queued one after another, and nothing waits for them
+        (GaussNewton, {}, 0),
+        # An evaluation: whether the copies of the parameters are intact, before and behind it, and the loss finite.
+        (Hessian, {"memory": 0.0}, 2 * 3),
+        (ForwardDifferenceHessian, {}, 2 * 3 + 1),  # and |v|
+    ],
+)
+def test_what_a_product_reads_from_the_device(operator, options, reads):
+    """Whatever the number of parameters."""
+    images, labels = digits()
+    batches = [(images[start : start + 64], labels[start : start + 64]) for start in (0, 64)]
+    for widths in ((64, 10), (64, 8, 8, 8, 10)):
+        net = nn.Sequential(*(nn.Linear(*pair) for pair in itertools.pairwise(widths)))
+        with TrainingLoss(net, ParameterSpace.of(net), cross_entropy) as loss:
+            hessian = operator(loss, sample_of_batches(batches).hessian, **options)
+            direction = torch.ones(hessian.n)
+            hessian.matvec(direction)
+            with Reads() as seen:
+                hessian.matvec(direction)
+            assert seen.count == reads
+
+
+def test_reads_are_seen():
+    with Reads() as seen:
+        for number, read in enumerate(
+            [
+                lambda: float(torch.ones(1)),
+                lambda: bool(torch.ones(2).any()),
+                lambda: torch.ones(2).tolist(),
+                lambda: torch.equal(torch.ones(2), torch.ones(2)),
+                lambda: torch.ones(2)[torch.ones(2) > 0],
+            ]
+        ):
+            read()
+            assert seen.count == number + 1
 
 
 @pytest.mark.parametrize("verify", ["never", "always"])

@@ -24,7 +24,7 @@ from lightning_subspace.linalg.lanczos import Lanczos
 from lightning_subspace.measurements import Reliability, default_measurements
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.partition import Partition
-from lightning_subspace.probe import measure_subspace
+from lightning_subspace.probe import measure_subspace, take_probe
 from lightning_subspace.rounds import by_rounds
 from lightning_subspace.sample import Sample, sample_of_batches
 from lightning_subspace.sketch import CELLS
@@ -420,6 +420,28 @@ def test_a_solve_moves_two_vectors_a_product_and_a_few_numbers():
         assert nbytes["all_reduce"] <= calls["all_reduce"] * 8 * (2 * 3 + 10 + 2) ** 2
         assert set(calls) == {"all_gather", "reduce_scatter", "all_reduce", "meet"}
         assert calls["meet"] <= 5  # none in the inner loop
+
+    run(in_a_process, 2)
+
+
+def test_a_measurement_that_solves_for_an_operator_compares_no_notes_in_its_products():
+    """As for the halves of the sample; a function v -> A v may fail anywhere, and is a block of its own."""
+    module = UNEVEN["make"]()
+
+    def in_a_process():
+        ranks = world()
+        sample = sample_of_batches(UNEVEN["batches"], ranks=ranks)
+        space = ParameterSpace.of(module)
+        with TrainingLoss(module, space, cross_entropy) as loss, ranks.together():
+            probe, _ = take_probe(loss, sample, Solver(3), [], partition=Partition.even(space, ranks))
+            half = probe.operator.part(range(0, 5, 2))
+            for other, notes in ((half, 0), (half.matvec, 3)):  # at the all-gather, the reduce-scatter and the end
+                found = []
+                calls, _ = counted(ranks, lambda: found.append(probe.solve(other)))  # noqa: B023
+                matvecs = found[0].num_matvecs
+                assert matvecs > 3
+                assert calls["all_gather"] == calls["reduce_scatter"] == matvecs
+                assert calls["meet"] - notes * matvecs <= 5
 
     run(in_a_process, 2)
 

@@ -146,7 +146,7 @@ def without_fsdp(module: nn.Module) -> Iterator[None]:
         for m in fsdp_modules(module):
             own = vars(m)
             for name, value in [*own.items()]:
-                if (original := _covered_method(value)) is not None:
+                if (original := covered_method(value)) is not None:
                     stack.callback(own.__setitem__, name, value)
                     own[name] = original
         for m in module.modules():
@@ -293,7 +293,7 @@ def _is_of_fsdp(hook: Any) -> bool:
     return (getattr(hook, "__module__", None) or "").startswith(FSDP)
 
 
-def _covered_method(value: Any) -> Any:
+def covered_method(value: Any) -> Any:
     """The method below the one that `register_fsdp_forward_method` has set; None for anything else."""
     function = getattr(value, "__func__", None)
     # `functools.wraps` gives it the name and the module of the method, but its code is FSDP's own.

@@ -34,7 +34,7 @@ from lightning_subspace._lightning import attached_trainer, bystanders, move_dat
 from lightning_subspace.containment import Shadow, copied
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.random_state import RandomState, preserved_random_state, seed_generators
-from lightning_subspace.sharded import reshard, without_fsdp
+from lightning_subspace.sharded import covered_method, reshard, without_fsdp
 
 Mode = Literal["train", "eval"]
 LossFunction = Callable[[nn.Module, Any, int], Tensor]
@@ -265,15 +265,19 @@ def _training_step(module: nn.Module) -> LossFunction:
             f"{type(module).__name__} has no training_step; pass loss_fn=, a function (module, batch, batch_idx) -> "
             "scalar tensor."
         )
-    declared = inspect.signature(step).parameters
+    declared = inspect.signature(covered_method(step) or step).parameters  # FSDP's own has lost one
     if "dataloader_iter" in declared:
         raise TypeError(
             f"{type(module).__name__}.training_step takes a dataloader_iter, so it cannot be evaluated on a fixed "
             "batch; pass loss_fn=, a function (module, batch, batch_idx) -> scalar tensor."
         )
-    if len(declared) == 1 and not any(p.kind is p.VAR_POSITIONAL for p in declared.values()):
-        return lambda _, batch, batch_idx: step(batch)
-    return lambda _, batch, batch_idx: step(batch, batch_idx)
+    takes_index = len(declared) > 1 or any(p.kind is p.VAR_POSITIONAL for p in declared.values())
+
+    def evaluate(module: Any, batch: Any, batch_idx: int) -> Any:
+        # Looked up at each call: in a probe FSDP's own method has given way to the one below.
+        return module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
+
+    return evaluate
 
 
 def _scalar(output: Any, owner: str, *, finite: bool = True) -> Tensor:

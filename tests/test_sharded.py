@@ -231,6 +231,40 @@ def test_other_forward_methods_and_what_a_forward_pass_has_gathered():
         assert is_same_method
 
 
+class Trained(Encoder):
+    """A whole module that is sharded, with a training step of its own: with the number of the batch and without."""
+
+    def training_step(self, batch, batch_idx):
+        return (1.0 + batch_idx) * self.encode(batch).square().mean()
+
+
+class TrainedByBatch(Encoder):
+    def training_step(self, batch):
+        return self.encode(batch).square().mean()
+
+
+def step_of_a_sharded_module(kind, factor):
+    torch.manual_seed(0)
+    module = kind()
+    matrix = dense_hessian(module.double(), lambda m: factor * m.encode(images(0)[0].double()).square().mean())
+    module = module.float()
+    fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    register_fsdp_forward_method(module, "training_step")
+    before = vars(module)["training_step"]
+    space, batch = ParameterSpace.of(module), MicroBatch(images(0)[0], 1.0, 2)
+    with TrainingLoss(module, space, stand_ins=full_tensors(module)) as loss:
+        product = Hessian(loss, [batch]).matvec(torch.ones(space.n))
+    expected = matrix.sum(dim=1)
+    return float((product - expected).norm() / expected.norm()), before is module.training_step
+
+
+@pytest.mark.parametrize(("kind", "factor"), [(Trained, 3.0), (TrainedByBatch, 1.0)])
+def test_a_training_step_that_fsdp_takes_for_a_forward_method(kind, factor):
+    for error, is_same_method in run(step_of_a_sharded_module, 2, kind, factor):
+        assert error < 1e-5
+        assert is_same_method
+
+
 def checked(name):
     module, data = made(name)
     module = shard(module)

@@ -11,9 +11,9 @@ from torch import nn
 
 from lightning_subspace._lightning import MisconfigurationException, is_a, rank_zero_warn, ranks_of
 from lightning_subspace.alignment import StartWhenAligned
+from lightning_subspace.loss_function import LossFunction, check_loss_function
 from lightning_subspace.measurements import Measurement
 from lightning_subspace.solver import MAX_TOL
-from lightning_subspace.training_loss import LossFunction, check_loss_function
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:

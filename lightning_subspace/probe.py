@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from lightning_subspace.collectives import Ranks
 from lightning_subspace.curvature import Choice, Operator, SelfCheck, exact_hessian
+from lightning_subspace.loss_function import LossError, LossFunction
 from lightning_subspace.measurements import Measurement, Probe, default_measurements
 from lightning_subspace.measurements.measurement import Needs, checked_measurements
 from lightning_subspace.measurements.solver import solver_metrics
@@ -33,7 +34,7 @@ from lightning_subspace.sharded import is_sharded
 from lightning_subspace.sketch import sketch
 from lightning_subspace.solver import Solver, Which
 from lightning_subspace.subspace import Subspace
-from lightning_subspace.training_loss import LossError, LossFunction, MicroBatch, Mode, TrainingLoss
+from lightning_subspace.training_loss import MicroBatch, Mode, TrainingLoss
 
 
 def measure_subspace(

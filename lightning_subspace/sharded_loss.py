@@ -29,17 +29,10 @@ from torch import Tensor, nn
 from lightning_subspace._lightning import bystanders
 from lightning_subspace.collectives import Ranks
 from lightning_subspace.containment import Shadow
+from lightning_subspace.loss_function import LossError, LossFunction, as_scalar
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.sharded import fsdp_modules, is_sharded, local_part, refusal_of_differences, reshard
-from lightning_subspace.training_loss import (
-    Evaluation,
-    LossError,
-    LossFunction,
-    MicroBatch,
-    Mode,
-    TrainingLoss,
-    _scalar,
-)
+from lightning_subspace.training_loss import Evaluation, MicroBatch, Mode, TrainingLoss
 
 
 class ShardedLoss(TrainingLoss):
@@ -123,7 +116,7 @@ class ShardedLoss(TrainingLoss):
         with self._displaced():
             for batch, share in turns:
                 output, _ = self._evaluate(batch)
-                loss = _scalar(output, type(self.module).__name__, finite=False)
+                loss = as_scalar(output, type(self.module).__name__, finite=False)
                 (loss * (share * self._count)).backward()
                 value += share * float(loss.detach())
             # A parameter that the loss does not depend on has none; but with all ranks' losses there is one somewhere.

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_subspace.checkpoint import Resumed
 from lightning_subspace.collectives import Ranks
 from lightning_subspace.curvature import Choice, SelfCheck
+from lightning_subspace.loss_function import LossFunction
 from lightning_subspace.measurements import Measurement, Probe
 from lightning_subspace.overlap_history import OverlapHistory
 from lightning_subspace.parameters import ParameterSpace
@@ -25,7 +26,7 @@ from lightning_subspace.probe import check_once, checked_k, choice_after, finite
 from lightning_subspace.record import Record
 from lightning_subspace.sample import Sample
 from lightning_subspace.solver import Solver
-from lightning_subspace.training_loss import LossFunction, Mode
+from lightning_subspace.training_loss import Mode
 
 # Every tenth probe, beginning with the first, excludes missed copies of equal eigenvalues; and all those after one that
 # found some, since a warm start does not remember them.

@@ -18,7 +18,6 @@ Where FSDP2 has sharded the parameters, whole ones stand in for them, and FSDP i
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -32,16 +31,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_subspace._lightning import attached_trainer, bystanders, move_data_to_device, muted, transfer
 from lightning_subspace.containment import Shadow, copied
+from lightning_subspace.loss_function import LossFunction, as_scalar, loss_of_training
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.random_state import RandomState, preserved_random_state, seed_generators
-from lightning_subspace.sharded import covered_method, reshard, without_fsdp
+from lightning_subspace.sharded import reshard, without_fsdp
 
 Mode = Literal["train", "eval"]
-LossFunction = Callable[[nn.Module, Any, int], Tensor]
-
-
-class LossError(RuntimeError):
-    """The training loss could not be evaluated as a finite scalar that depends on the parameters."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +128,7 @@ class TrainingLoss:
         self._order = order
         self._stand_ins = {} if stand_ins is None else stand_ins
         self.device = space.tensors(module)[0].device
-        self._step = loss_fn if loss_fn is not None else _training_step(module)
+        self._step = loss_fn if loss_fn is not None else loss_of_training(module)
         self.originals: tuple[Tensor, ...] = ()
         self._displacement: dict[int, Tensor] = {}
         self._stack = ExitStack()
@@ -186,7 +181,7 @@ class TrainingLoss:
         self.displace(offset)
         try:
             for batch, share in turns:
-                value = _scalar(self._evaluate(batch)[0], type(self.module).__name__, finite=False)
+                value = as_scalar(self._evaluate(batch)[0], type(self.module).__name__, finite=False)
                 total += share * float(value.detach()) if share else 0.0
         finally:
             self.displace(None)
@@ -203,7 +198,7 @@ class TrainingLoss:
             RuntimeError: when the context is not open.
         """
         output, leaves = self._evaluate(batch)
-        return Evaluation(_scalar(output, type(self.module).__name__), leaves)
+        return Evaluation(as_scalar(output, type(self.module).__name__), leaves)
 
     def _evaluate(self, batch: MicroBatch) -> tuple[Any, list[Tensor]]:
         """What the training step returned, and the leaves of its graph."""
@@ -245,58 +240,6 @@ class TrainingLoss:
             return
         with trainer.precision_plugin.train_step_context():
             yield trainer.precision_plugin.convert_input
-
-
-def check_loss_function(module: nn.Module, loss_fn: LossFunction | None) -> None:
-    """Whether there is a loss to evaluate.
-
-    Raises:
-        TypeError: without `loss_fn`, when the module has no `training_step` that takes a batch.
-    """
-    if loss_fn is None:
-        _training_step(module)
-
-
-def _training_step(module: nn.Module) -> LossFunction:
-    """`module.training_step` with the arguments that it declares."""
-    step = getattr(module, "training_step", None)
-    if step is None:
-        raise TypeError(
-            f"{type(module).__name__} has no training_step; pass loss_fn=, a function (module, batch, batch_idx) -> "
-            "scalar tensor."
-        )
-    declared = inspect.signature(covered_method(step) or step).parameters  # FSDP's own has lost one
-    if "dataloader_iter" in declared:
-        raise TypeError(
-            f"{type(module).__name__}.training_step takes a dataloader_iter, so it cannot be evaluated on a fixed "
-            "batch; pass loss_fn=, a function (module, batch, batch_idx) -> scalar tensor."
-        )
-    takes_index = len(declared) > 1 or any(p.kind is p.VAR_POSITIONAL for p in declared.values())
-
-    def evaluate(module: Any, batch: Any, batch_idx: int) -> Any:
-        # Looked up at each call: in a probe FSDP's own method has given way to the one below.
-        return module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
-
-    return evaluate
-
-
-def _scalar(output: Any, owner: str, *, finite: bool = True) -> Tensor:
-    """The loss in what training_step returned."""
-    if isinstance(output, Mapping):
-        output = output.get("loss")
-    if output is None:
-        raise LossError(
-            f"the training step of {owner} returned no loss for this batch; return a tensor or {{'loss': ...}}."
-        )
-    if not isinstance(output, Tensor) or output.numel() != 1:
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise LossError(f"the loss of {owner} must be a scalar tensor, got {shape}; average it over the batch.")
-    value = output.reshape(())
-    if not value.requires_grad:
-        raise LossError(f"the loss of {owner} does not depend on the parameters (it has no graph); was it detached?")
-    if finite and not bool(torch.isfinite(value)):
-        raise LossError(f"the loss of {owner} is {value.item()} on the fixed sample; nothing can be measured here.")
-    return value
 
 
 @contextmanager

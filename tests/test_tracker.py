@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_subspace.loss_function import LossError
 from lightning_subspace.measurements import Measurement, UpdateFraction, default_measurements
 from lightning_subspace.measurements.measurement import Needs
 from lightning_subspace.overlap_history import OverlapHistory
@@ -15,7 +16,6 @@ from lightning_subspace.sample import sample_of_batches
 from lightning_subspace.solver import Solver
 from lightning_subspace.subspace import fraction, overlap
 from lightning_subspace.tracker import VERIFY_EVERY, Plan, Tracker
-from lightning_subspace.training_loss import LossError
 
 K = 3
 

@@ -164,6 +164,10 @@ def failing_at(function: Callable, count: int, error: type[BaseException] = Deli
     return wrapper
 
 
+def failing_evaluation(call):
+    return lambda patch: patch.setattr(training_loss, "as_scalar", failing_at(training_loss.as_scalar, call))
+
+
 class FailingMeasurement(Measurement):
     needs = Needs.NOTHING
 
@@ -183,8 +187,12 @@ class FailingMeasurement(Measurement):
 FAILURES = {
     "self-check": lambda patch: patch.setattr(tracker, "check_once", failing_at(tracker.check_once, 1)),
     # the self-check evaluates nine times before, and takes one product
-    "first evaluation": lambda patch: patch.setattr(training_loss, "_scalar", failing_at(training_loss._scalar, 10)),
-    "fifth evaluation": lambda patch: patch.setattr(training_loss, "_scalar", failing_at(training_loss._scalar, 14)),
+    "first evaluation": lambda patch: patch.setattr(
+        training_loss, "as_scalar", failing_at(training_loss.as_scalar, 10)
+    ),
+    "fifth evaluation": lambda patch: patch.setattr(
+        training_loss, "as_scalar", failing_at(training_loss.as_scalar, 14)
+    ),
     "transfer": lambda patch: patch.setattr(training_loss, "transfer", failing_at(training_loss.transfer, 11)),
     "first product": lambda patch: patch.setattr(Hessian, "matvec", failing_at(Hessian.matvec, 2)),
     "tenth product": lambda patch: patch.setattr(Hessian, "matvec", failing_at(Hessian.matvec, 11)),
@@ -204,7 +212,7 @@ def test_a_failing_probe_is_told_and_changes_nothing(failure, alone, tmp_path, m
 
 
 def test_a_self_check_that_fails_inside_is_inconclusive_and_changes_nothing(alone, tmp_path, monkeypatch):
-    monkeypatch.setattr(training_loss, "_scalar", failing_at(training_loss._scalar, 3))
+    failing_evaluation(3)(monkeypatch)
     assert differences(alone("Everything"), watched("Everything", tmp_path, monitor())) == []
 
 
@@ -269,7 +277,7 @@ def test_a_failing_logger_is_told_and_changes_nothing(alone, tmp_path, monkeypat
 @pytest.mark.filterwarnings("ignore:The second derivatives of this model are not those")
 @pytest.mark.parametrize("name", ["Everything", "Teacher", "Hooks"])
 @pytest.mark.parametrize(
-    ("owner", "function"), [(Hessian, "matvec"), (training_loss, "_scalar"), (containment.Shadow, "renew")]
+    ("owner", "function"), [(Hessian, "matvec"), (training_loss, "as_scalar"), (containment.Shadow, "renew")]
 )
 def test_an_interrupted_probe_leaves_every_object_in_place(name, owner, function, monkeypatch):
     module = PROJECTS[name]()

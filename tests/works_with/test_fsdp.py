@@ -344,6 +344,33 @@ def test_records_are_those_of_one_process(ranks, curvatures):
         assert "overlap_previous" in rows[-1]
 
 
+def resumed(ranks, folder, resume):
+    """Train to step 7, from the start or from a checkpoint of shards, and leave one behind every step."""
+    strategy = "auto"
+    if ranks > 1:
+        strategy = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
+    one, data = ddp.monitor(every_n_steps=2, reference_step=2), ddp.in_turn(ranks, ddp.COUNT)  # one step an epoch
+    make, callbacks = (Sharded, [ddp.Saving(folder)]) if ranks > 1 else (ddp.Net, [])
+    ddp.fit(make(), data, one, *callbacks, ranks=ranks, strategy=strategy, steps=7, max_epochs=-1, ckpt_path=resume)
+    return ddp.rows(one), *one.overlap_matrix()
+
+
+@pytest.mark.parametrize(("before", "at", "after"), [(2, 5, 3), (3, 4, 2)])
+def test_a_checkpoint_of_shards_can_be_resumed_on_another_number_of_ranks(before, at, after, tmp_path):
+    """Behind a probe, whose record is open, and between two: as the straight run of one process."""
+    ((history, steps, matrix),) = ddp.on(1, resumed, tmp_path / "alone", None)
+    ddp.on(before, resumed, tmp_path / "before", None)
+    found = ddp.on(after, resumed, tmp_path / "after", tmp_path / "before" / f"{at}.ckpt")
+    ddp.assert_equal_on_all([rows for rows, *_ in found])
+    rows, steps_then, overlaps = found[0]
+    assert steps_then == steps == [0, 2, 4, 6, 7]
+    torch.testing.assert_close(torch.as_tensor(overlaps), torch.as_tensor(matrix), rtol=0, atol=1e-6)
+    for one, expected in zip(rows, history, strict=True):
+        assert one.keys() == expected.keys()
+        for key in (key for key in expected if not key.startswith("solver/")):
+            assert one[key] == pytest.approx(expected[key], rel=1e-6, abs=1e-6, nan_ok=True), (expected["step"], key)
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ is given in seconds, in products and in gradients: floating-point operations ove
 loss, counted by torch, which no machine and no load changes. Every answer is judged in float64 by independent code
 (`accuracy.py`), and one that does not reach the tolerance is marked as such and not compared.
 
+"later": of the network ten steps further on, which has another spectrum; warm from the space of ten steps before.
 "residuals alone": without the gap behind the k-th eigenvalue, which a probe looks at too and no peer does.
 "tuned": the smallest budget that reaches the tolerance, found beforehand at no charge; nobody has it in practice.
 "as documented": hessian-eigenthings has no stopping rule, so its default budget is doubled until its own flags say
@@ -147,7 +148,8 @@ def contestants(case: Case, k: int, tol: float) -> Iterator[tuple[str, Contestan
     yield f"{OURS}, cold", Contestant(lambda: ways.ours(case, k, tol), exact)
     yield f"{OURS}, cold, residuals alone", Contestant(lambda: ways.ours_as_the_peers(case, k, tol), exact)
     yield f"{OURS}, cold, verified", Contestant(lambda: ways.ours(case, k, tol, verify=True), exact)
-    yield f"{OURS}, warm", Contestant(lambda: ways.ours(later, k, tol, start=before), exact, is_later=True)
+    yield f"{OURS}, cold, later", Contestant(lambda: ways.ours(later, k, tol), exact, is_later=True)
+    yield f"{OURS}, warm, later", Contestant(lambda: ways.ours(later, k, tol, start=before), exact, is_later=True)
     if case.workload.is_smooth:
         choice = ways.choice_of(case, "finite-difference")
         cost = our_operations(case, choice)

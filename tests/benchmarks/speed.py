@@ -30,7 +30,7 @@ from typing import TypeVar
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_subspace.curvature import Choice, Operator
+from lightning_subspace.curvature import Choice, Hessian, Operator
 from tests.benchmarks import competitors as ways
 from tests.benchmarks.accuracy import Answer, Judge
 from tests.benchmarks.workloads import WORKLOADS, Case, colour_images, cross_entropy, digits, trained
@@ -86,7 +86,7 @@ def main() -> None:
         case = trained(workload, (data[0][order], data[1][order]))
         later = Case(workload, case.later, case.later, case.batch)
         judges = [Judge(at, max(asked.k)) for at in (case, later)]
-        print(f"\n### {workload.name}, n = {case.space.n:,}\n", flush=True)
+        print(f"\n### {workload.name}, n = {case.space.n:,}\n\n{prices(case)}\n", flush=True)
         for k in asked.k:
             for tol in asked.tol:
                 new = list(compare(name, case, judges, k, tol, asked.rounds))
@@ -201,6 +201,21 @@ def our_operations(case: Case, choice: Choice) -> Callable[[int], float]:
         setup += operations(made[0].gradient)
         product = operations(lambda: made[0].matvec(torch.ones(made[0].n, dtype=made[0].dtype)))
     return lambda count: setup + count * product
+
+
+def prices(case: Case) -> str:
+    """What a product costs, in gradients of operations."""
+    one = operations(lambda: gradient(case))
+    found = {}
+    for what, curvature in (("exact", "hessian"), ("Gauss-Newton", "ggn"), ("by differences", "finite-difference")):
+        if curvature != "finite-difference" or case.workload.is_smooth:
+            cost = our_operations(case, ways.choice_of(case, curvature))
+            found[what] = (cost(1) - cost(0)) / one
+    with Choice(cross_entropy).loss(case.module, case.space) as loss:
+        rebuilding = Hessian(loss, case.sample.hessian, memory=0.0)
+        product = operations(lambda: rebuilding.matvec(torch.ones(rebuilding.n)))
+    found["exact with the graph rebuilt"] = product / one
+    return "Gradients a product, by operations: " + ", ".join(f"{what} {price:.2f}" for what, price in found.items())
 
 
 def peer_operations(product: Callable[[], object]) -> Callable[[int], float]:

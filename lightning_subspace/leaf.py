@@ -1,7 +1,7 @@
 """The copy of a parameter that graphs end in, and whether it still is what it was made as.
 
 Compared are values: writes through `.data` (a clamp, a momentum teacher) leave no trace in the version counter. All
-leaves are compared at once, so that a device is waited for once and not for every parameter.
+leaves are compared at once, so that a device is waited for once and not for every parameter. A nan is equal to a nan.
 """
 
 from __future__ import annotations
@@ -59,14 +59,20 @@ def are_intact(evidence: Iterable[tuple[Tensor, Tensor] | None]) -> list[bool]:
         >>> are_intact([(one, torch.ones(2)), (one, torch.zeros(2)), (one, torch.ones(3)), None])
         [True, False, False, False]
     """
-    flags = [None if pair is None else _is_equal(*pair) for pair in evidence]  # one pair at a time takes memory
-    asked = [flag for flag in flags if flag is not None]
-    answers = iter(torch.stack([flag.to(asked[0].device) for flag in asked]).tolist() if asked else [])
-    return [flag is not None and next(answers) for flag in flags]
+    flags = [pair is not None and _is_equal(*pair) for pair in evidence]  # one pair at a time takes memory
+    asked = [flag for flag in flags if isinstance(flag, Tensor)]
+    answers = iter(torch.stack([flag.to(asked[-1].device) for flag in asked]).tolist() if asked else [])
+    return [next(answers) if isinstance(flag, Tensor) else flag for flag in flags]
 
 
-def _is_equal(a: Tensor, b: Tensor) -> Tensor | None:
-    """A flag on the device; None where the two are of different kinds."""
+def _is_equal(a: Tensor, b: Tensor) -> Tensor | bool:
+    """A flag on the device, where it is not known at once."""
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
-        return None
-    return (a == b).all()
+        return False
+    if _is_on_host(a) and torch.equal(a, b):  # twice as fast as what follows
+        return True
+    return ((a == b) | ((a != a) & (b != b))).all()
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    return tensor.is_cpu

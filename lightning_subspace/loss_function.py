@@ -42,7 +42,8 @@ def loss_of_training(module: nn.Module) -> LossFunction:
             f"{type(module).__name__}.training_step takes a dataloader_iter, so it cannot be evaluated on a fixed "
             "batch; pass loss_fn=, a function (module, batch, batch_idx) -> scalar tensor."
         )
-    takes_index = len(declared) > 1 or any(p.kind is p.VAR_POSITIONAL for p in declared.values())
+    positional = [p for p in declared.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    takes_index = len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in declared.values())
 
     def evaluate(module: Any, batch: Any, batch_idx: int) -> Any:
         # Looked up at each call: in a probe FSDP's own method has given way to the one below.

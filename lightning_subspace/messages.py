@@ -11,17 +11,6 @@ from lightning_subspace.partition import Partition
 from lightning_subspace.schedule import forecast
 from lightning_subspace.solver import Solver
 
-# Hessian products a probe takes for each wanted pair, beside the ten of the certificate: measured 2 to 4.
-EXPECTED_MATVECS = 3
-# The same for the first probe, of an untrained network: its own with the certificate, and those of both halves of the
-# sample, each of which is half of the work but, where there are several ranks, as many messages.
-FIRST_MATVECS, FIRST_OF_HALVES = 7, 12
-
-
-def enough_products(k: int) -> int:
-    """How many products to look at before one says what a probe will take: no solve for k > 1 takes fewer."""
-    return max(2, min(k, 10))
-
 
 class Messages:
     """Tells each thing once a run.
@@ -64,19 +53,23 @@ class Messages:
         self.once(cause, f"{what}, training goes on. {cause} (on_failure='raise' shows where.)")
 
     def forecast(
-        self, solver: Solver, partition: Partition, first: float, product: float, held: int, max_overhead: float | None
+        self,
+        solver: Solver,
+        partition: Partition,
+        seconds: tuple[float, float],
+        held: int,
+        max_overhead: float | None,
     ) -> None:
-        """What a probe will cost, from the seconds up to the first product and the mean of those behind it."""
+        """What the first probe will take, and one later on, in seconds."""
         if "forecast" not in self._told:
             self._told.add("forecast")
-            seconds = first + product * (EXPECTED_MATVECS * solver.k + 10)
-            half = 0.5 if partition.ranks.count == 1 else 0.75
+            first, later = seconds
             text = forecast(
                 n=partition.n,
                 k=solver.k,
                 ncv=solver.ncv,
-                seconds=seconds,
-                first=first + product * (FIRST_MATVECS + half * FIRST_OF_HALVES) * solver.k,
+                seconds=later,
+                first=first,
                 held=held,
                 max_overhead=max_overhead,
                 num_ranks=partition.ranks.count,

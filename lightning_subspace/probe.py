@@ -170,12 +170,17 @@ def take_probe(
     if solver.k > 0:
         subspace = solver.solve(hessian, start=previous, verify=verify, on_matvec=on_matvec)
 
-    def solve(other: Operator | Callable[[Tensor], Tensor], k: int | None = None) -> Subspace:
+    def solve(matvec: Operator | Callable[[Tensor], Tensor], k: int | None = None) -> Subspace:
         start = subspace.eigenvectors if subspace is not None and subspace.converged else None
         asked = solver if k is None else replace(solver, k=k, ncv=None)
-        if callable(other):
-            return asked.solve(hessian, other, start=start, verify=False)
-        return asked.solve(other, start=start, verify=False)
+        if isinstance(matvec, Operator):
+            return asked.solve(matvec, start=start, verify=False)
+        if not callable(matvec):
+            raise TypeError(
+                "matvec: expected a function v -> A v, or a part of the probe's operator, got an object of type "
+                f"{type(matvec).__name__}; pass its method."
+            )
+        return asked.solve(hessian, matvec, start=start, verify=False)
 
     def batch_gradients() -> Iterator[tuple[MicroBatch, Tensor]]:
         yield from hessian.batch_gradients()
@@ -259,10 +264,16 @@ def _require_the_same(ranks: Ranks, module: nn.Module, arguments: object) -> Non
     Raises:
         ValueError: when the arguments differ, or the values of parameters that are not sharded.
     """
-    own = [float(p.detach().abs().double().sum()) for p in module.parameters() if not is_sharded(p)]
+    if ranks.count == 1:
+        return
+    own = [float(_widest(p.detach()).abs().sum()) for p in module.parameters() if not is_sharded(p)]
     for what, given in (("arguments", repr(arguments)), ("modules", own)):
         if any(other != given for other in ranks.listed(given)):
             raise ValueError(f"group: expected the same {what} on all ranks, got different ones.")
+
+
+def _widest(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _trusted_basis(previous: Record | None, partition: Partition) -> Tensor | None:  # (k, n)

@@ -13,11 +13,15 @@ from torch import nn
 
 from lightning_subspace._lightning import rank_zero_warn
 from lightning_subspace.curvature.choice import CheckError
-from lightning_subspace.messages import Messages, enough_products
+from lightning_subspace.measurements.measurement import Prospect
+from lightning_subspace.messages import Messages
 from lightning_subspace.report import ProgressLine, Publisher
 from lightning_subspace.sample import Sample
 from lightning_subspace.schedule import Schedule
 from lightning_subspace.tracker import OpenRecord, Tracker
+
+# What a forecast is made of: at most so many products, or as many as take so long.
+ENOUGH_PRODUCTS, ENOUGH_SECONDS = 10, 5.0
 
 
 class Recorder:
@@ -127,14 +131,27 @@ class Recorder:
                         "bar; pass a larger sample or a smaller batch_size."
                     )
         times = [time.monotonic()]
-        enough = enough_products(solver.k)
+        optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
+        prospect = Prospect(tracker.num_probes, solver, sample, optimizer, ranks.count)
+        tells = tracker.num_probes == 0
 
         def on_matvec(count: int, residual: float) -> None:
+            nonlocal tells
             times.append(time.monotonic())
-            if count == enough and tracker.num_probes == 0:
-                seconds = (times[1] - times[0], (times[-1] - times[1]) / (count - 1))
-                self._messages.forecast(solver, tracker.partition, *seconds, sample.nbytes, self._max_overhead)
+            if tells and is_enough(count, solver.k, times[-1] - times[1]):
+                tells = False
+                # Up to the first product, and the mean of those behind it: between ranks they vary.
+                begun, product = times[1] - times[0], (times[-1] - times[1]) / (count - 1)
+                first, later = (begun + product * number for number in tracker.plan.expected_products(prospect))
+                self._messages.forecast(solver, tracker.partition, (first, later), sample.nbytes, self._max_overhead)
             line.update(f"{self._name}: {count} Hessian products, residual {residual:.0e}")
 
-        optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
         return tracker.measure(module, sample, step, optimizer=optimizer, on_matvec=on_matvec)
+
+
+def is_enough(count: int, k: int, seconds: float) -> bool:
+    """Whether so many products, the first apart in so many seconds, tell what a probe will take.
+
+    Ten do, or as many as every solve takes, or two where they take long.
+    """
+    return count >= 2 and (count >= min(k, ENOUGH_PRODUCTS) or seconds >= ENOUGH_SECONDS)

@@ -187,7 +187,7 @@ def forecast(
 
     Example:
         >>> forecast(n=1_930, k=10, ncv=None, seconds=0.5, first=1.5, held=460_000, max_overhead=None)
-        'n = 1,930, k = 10: about 0.50 s a probe, 1.5 s the first, 0.2 MB of basis, 0.5 MB of examples; as scheduled'
+        'n = 1,930, k = 10: about 0.50 s a probe, 1.50 s the first, 0.2 MB of basis, 0.5 MB of examples; as scheduled'
     """
     vectors = min(n, 2 * k + 10 if ncv is None else ncv) + 1
     pace = "as scheduled"
@@ -196,4 +196,4 @@ def forecast(
     memory = f"{vectors * -(-n // num_ranks) * 4 / 1e6:.1f} MB of basis, {held / 1e6:.1f} MB of examples"
     if num_ranks > 1:
         memory += f" on each of {num_ranks} ranks"
-    return f"n = {n:,}, k = {k}: about {seconds:.2f} s a probe, {first:.1f} s the first, {memory}; {pace}"
+    return f"n = {n:,}, k = {k}: about {seconds:.2f} s a probe, {first:.2f} s the first, {memory}; {pace}"

@@ -294,11 +294,17 @@ def _is_of_fsdp(hook: Any) -> bool:
 
 
 def covered_method(value: Any) -> Any:
-    """The method below the one that `register_fsdp_forward_method` has set; None for anything else."""
-    function = getattr(value, "__func__", None)
+    """The method below those that `register_fsdp_forward_method` has set; None for anything else."""
+    found = None
     # `functools.wraps` gives it the name and the module of the method, but its code is FSDP's own.
-    is_cover = function is not None and function.__globals__.get("__name__", "").startswith(FSDP)
-    return getattr(function, "__wrapped__", None) if is_cover else None
+    while (function := getattr(value, "__func__", None)) is not None and _is_of_fsdp_itself(function):
+        found = value = getattr(function, "__wrapped__", None)
+    return found
+
+
+def _is_of_fsdp_itself(function: Any) -> bool:
+    module: str = getattr(function, "__globals__", {}).get("__name__", "")
+    return module.startswith(FSDP)
 
 
 def _refill(target: dict[Any, Any], items: list[tuple[Any, Any]]) -> None:

@@ -6,6 +6,7 @@ the parameters, the gradient and the eigenvectors of its probe; the graphs of th
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from lightning_subspace.collectives import Ranks
 from lightning_subspace.curvature import Choice, SelfCheck
 from lightning_subspace.loss_function import LossFunction
 from lightning_subspace.measurements import Measurement, Probe
+from lightning_subspace.measurements.measurement import Prospect
 from lightning_subspace.overlap_history import OverlapHistory
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.partition import Partition
@@ -49,6 +51,17 @@ class Plan:
     dtype: str = "float32"
     curvature: str = "hessian"
     on_check_fail: str = "warn"
+
+    def expected_products(self, prospect: Prospect) -> tuple[float, float]:
+        """About how many products the probe will take, and on average one later on."""
+
+        def of(number: int) -> float:
+            then = replace(prospect, number=number)
+            own = self.solver.expected_products(trained=number > 0, verify=number % VERIFY_EVERY == 0)
+            return own + sum(measurement.expected_products(then) for measurement in self.measurements)
+
+        later = range(prospect.number + 1, prospect.number + 1 + VERIFY_EVERY)
+        return of(prospect.number), statistics.fmean(map(of, later))
 
     def finds_the_space_of(self, other: Plan) -> bool:
         """Whether the two compute the same subspace, whatever they measure in it."""

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_subspace import leaf
 from lightning_subspace.curvature import FiniteDifferenceHessian, ForwardDifferenceHessian, GaussNewton, Hessian
 from lightning_subspace.linalg import eigsh
 from lightning_subspace.parameters import ParameterSpace
@@ -160,8 +161,9 @@ class Reads(TorchDispatchMode):
         (ForwardDifferenceHessian, {}, 2 * 3 + 1),  # and |v|
     ],
 )
-def test_what_a_product_reads_from_the_device(operator, options, reads):
+def test_what_a_product_reads_from_the_device(operator, options, reads, monkeypatch):
     """Whatever the number of parameters."""
+    monkeypatch.setattr(leaf, "_is_on_host", lambda tensor: False)
     images, labels = digits()
     batches = [(images[start : start + 64], labels[start : start + 64]) for start in (0, 64)]
     for widths in ((64, 10), (64, 8, 8, 8, 10)):

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_subspace import Measurement, Needs, SubspaceMonitor, recorder
 from lightning_subspace.messages import Messages
 from lightning_subspace.report import logged_name, progress, select
-from lightning_subspace.solver import Solver
+from lightning_subspace.tracker import Plan
 
 # The first is raised by torch's own pytree, in Lightning's CombinedLoader; the second depends on the machine, the third
 # on the length of the run.
@@ -530,17 +530,17 @@ def test_the_forecast_is_made_of_several_products(monkeypatch):
     moments = iter([0.0, 5.0, 6.0, 9.0])  # until the first product, and until two behind it
     told = []
     monkeypatch.setattr(recorder, "time", SimpleNamespace(monotonic=lambda: next(moments, 100.0)))
-    monkeypatch.setattr(Messages, "forecast", lambda self, solver, partition, *seconds: told.append(seconds[:2]))
+    monkeypatch.setattr(Messages, "forecast", lambda self, solver, partition, seconds, *rest: told.append(seconds))
+    monkeypatch.setattr(Plan, "expected_products", lambda self, prospect: (100.0 * prospect.number + 10.0, 3.0))
     fit(probing(1), max_steps=2)
-    assert told == [(5.0, 2.0)]
+    assert told == [(5.0 + 2.0 * 10.0, 5.0 + 2.0 * 3.0)]
 
 
-@pytest.mark.parametrize(("count", "first"), [(1, "83.0"), (2, "101.0")])
-def test_the_forecast_of_the_first_probe_knows_the_messages_between_ranks(count, first, caplog):
-    partition = SimpleNamespace(n=57, ranks=SimpleNamespace(count=count))
-    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
-        Messages("warn").forecast(Solver(k=3), partition, 5.0, 2.0, held=0, max_overhead=None)
-    assert f"about 43.00 s a probe, {first} s the first" in caplog.text
+def test_as_many_products_are_enough_as_every_solve_takes_or_two_that_take_long():
+    for k, enough in ((1, 2), (2, 2), (3, 3), (10, 10), (50, 10)):
+        assert [recorder.is_enough(count, k, 0.1) for count in range(1, 60)].index(True) + 1 == enough
+        assert recorder.is_enough(2, k, 10.0)
+        assert not recorder.is_enough(1, k, 10.0)
 
 
 def test_a_long_probe_shows_its_progress(monkeypatch):

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_subspace import solver as solver_module
+from lightning_subspace.curvature.preconditioned import Preconditioned
 from lightning_subspace.linalg import Outcome, eigsh
 from lightning_subspace.measurements import Measurement, Probe
 from lightning_subspace.measurements.measurement import Needs
@@ -63,6 +64,40 @@ def cosine(a, b):
 
 
 # What is reported
+
+
+class Halves(Measurement):
+    """Solves for a part of the sample: as an operator, and as a function."""
+
+    def __init__(self, *solved):
+        self.solved = solved
+
+    def measure(self, probe):
+        half = probe.operator.part([0, 2])
+        found = [probe.solve(kind(half), k=3) for kind in self.solved]
+        return {f"{i}/{j}": float(value) for i, part in enumerate(found) for j, value in enumerate(part.eigenvalues)}
+
+
+def test_a_measurement_solves_for_an_operator_or_a_function(module):
+    metrics = measure(module, measurements=[Halves(lambda part: part, lambda part: part.matvec)]).metrics
+    inputs, labels = (torch.cat([BATCHES[i][j] for i in (0, 2)]) for j in (0, 1))
+    values, _ = top_eigenspace(dense_hessian(module, lambda m: classify(m, (inputs, labels), 0)), 3)
+    for way in range(2):
+        assert [metrics[f"{way}/{j}"] for j in range(3)] == pytest.approx(values.tolist(), abs=CLOSE)
+
+
+def test_what_is_neither_is_named(module):
+    with pytest.raises(
+        TypeError, match=r"matvec: expected a function v -> A v, .* type Preconditioned; pass its method"
+    ):
+        measure(module, measurements=[Halves(lambda part: Preconditioned(part.matvec, 1.0))])
+
+
+def test_frozen_parameters_may_be_of_any_type():
+    module = nn.Linear(4, 3).double()
+    for name, values in (("flags", [True, False]), ("numbers", [1, 2]), ("missing", [math.nan, 1.0])):
+        module.register_parameter(name, nn.Parameter(torch.tensor(values), requires_grad=False))
+    assert measure(module).subspace.trusted
 
 
 @pytest.mark.parametrize("k", [1, 4, 11])

@@ -220,7 +220,7 @@ def test_shares_are_zero_before_anything_has_happened_and_keep_their_value_after
 def test_the_forecast_names_the_size_the_price_and_the_pace(max_overhead):
     text = forecast(n=1_000_000, k=10, ncv=None, held=0, seconds=3.0, first=9.0, max_overhead=max_overhead)
     assert text.startswith(
-        "n = 1,000,000, k = 10: about 3.00 s a probe, 9.0 s the first, 124.0 MB of basis, "
+        "n = 1,000,000, k = 10: about 3.00 s a probe, 9.00 s the first, 124.0 MB of basis, "
     )  # 31 vectors
     if max_overhead is None:
         assert text.endswith("as scheduled")

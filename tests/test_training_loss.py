@@ -417,6 +417,13 @@ class ThreeArguments(Project):
         return super().training_step(batch, batch_idx)
 
 
+class OneAndOptions(Project):
+    """Lightning counts positional arguments, and gives the number of the batch to the second one."""
+
+    def training_step(self, batch, *, scale=1.0, **options):
+        return scale * super().training_step(batch, 0)
+
+
 class DataloaderIter(Project):
     def training_step(self, dataloader_iter):
         return super().training_step(next(dataloader_iter), 0)
@@ -430,13 +437,15 @@ class Bare(LightningModule):
         self.net = nn.Linear(1, 1)
 
 
-@pytest.mark.parametrize("make", [OneArgument, AnyArguments, ThreeArguments])
+@pytest.mark.parametrize("make", [OneArgument, OneAndOptions, AnyArguments, ThreeArguments])
 def test_signatures(make):
     module = make()
     check_loss_function(module, None)
     with TrainingLoss(module, ParameterSpace.of(module)) as loss:
         value = loss(batch_of()).value
-    assert torch.equal(value, module.training_step(batch_of().data, *([] if make is OneArgument else [0])))
+    assert torch.equal(
+        value, module.training_step(batch_of().data, *([] if make in (OneArgument, OneAndOptions) else [0]))
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from lightning_subspace.partition import Partition
 from lightning_subspace.training_loss import MicroBatch
 
 
+@runtime_checkable
 class Operator(Protocol):
     """A symmetric operator on the parameter space, with the gradients that come with it.
 

@@ -11,7 +11,8 @@ it is full, and so will be the next row of T. Where the pending vector was repla
 estimate.
 
 Source: K. Wu and H. Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems, SIAM J. Matrix Anal.
-Appl. 22 (2000), 602-616. Differences: full reorthogonalisation, at least twice; T is kept as a dense matrix.
+Appl. 22 (2000), 602-616. Differences: an image is orthogonalised at least twice, first against what it is
+coupled to and then against the whole basis; T is kept as a dense matrix.
 """
 
 from collections.abc import Callable
@@ -181,7 +182,7 @@ class Lanczos:
         near = m + 1 if self._coupling[:-1].any() else min(m + 1, 2)
         column = _zeros(m + 1)
         column[-near:] = self._subtract(image, vectors[-near:], normed=False)[0]
-        _, rest, norm = self._orthogonalise(image, vectors, least=_MIN_PASSES - 1)
+        _, rest, norm = self._orthogonalise(image, vectors, done=1)
         if not self.agreement.finite:
             return None
         column += rest
@@ -235,13 +236,13 @@ class Lanczos:
             gram = blockwise.gram(vectors)
         return vectors, self.agreement.sum(gram)
 
-    def _orthogonalise(self, vector: Tensor, rows: Tensor, least: int = _MIN_PASSES) -> tuple[float, Tensor, float]:
+    def _orthogonalise(self, vector: Tensor, rows: Tensor, done: int = 0) -> tuple[float, Tensor, float]:
         """Subtract from ``vector``, in place, its part in the span of ``rows``; one host synchronisation a pass.
 
         Args:
             vector: Shape ``(n,)``.
             rows: Orthonormal.
-            least: Number of passes at least.
+            done: Number of passes made before.
 
         Returns:
             The norm before, the coefficients of the part subtracted, the norm after; they mean nothing if a sum was not
@@ -249,16 +250,16 @@ class Lanczos:
         """
         coefficients = _zeros(rows.shape[0])
         initial = remaining = 0.0
-        for num_pass in range(1, _MAX_PASSES + 1):
+        for num_pass in range(done + 1, _MAX_PASSES + 1):
             part, square = self._subtract(vector, rows)
             if not self.agreement.finite:
                 break
-            if num_pass == 1:
+            if num_pass == done + 1:
                 initial = square**0.5
             coefficients += part
             # By Pythagoras: accurate in the last pass, which takes away little.
             remaining = max(0.0, square - float(part.square().sum())) ** 0.5
-            if num_pass >= least and remaining >= _SHRINKAGE * square**0.5:
+            if num_pass >= _MIN_PASSES and remaining >= _SHRINKAGE * square**0.5:
                 break
         return initial, coefficients, remaining
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_subspace.measurements.measurement import Measurement, Probe
+from lightning_subspace.measurements.measurement import Measurement, Probe, Prospect
 from lightning_subspace.measurements.noise import positive
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.subspace import TRUSTED_ERROR, Subspace, overlap
@@ -56,6 +56,10 @@ class Control(Measurement):
         self.reference_step = reference_step
         self._previous: _Held | None = None
         self._reference: _Held | None = None
+
+    def expected_products(self, prospect: Prospect) -> float:
+        """An eigensolve for 2k pairs."""
+        return 0.0 if prospect.number % self.every else prospect.solve(2 * prospect.solver.k)
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """An eigensolve for 2k pairs."""

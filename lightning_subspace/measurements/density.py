@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_subspace.linalg import Quadrature, quadrature
-from lightning_subspace.measurements.measurement import Measurement, Needs, Probe
+from lightning_subspace.measurements.measurement import Measurement, Needs, Probe, Prospect
 from lightning_subspace.measurements.noise import positive
 
 if TYPE_CHECKING:
@@ -109,6 +109,10 @@ class Density(Measurement):
         """The densities of this run, oldest first."""
         return tuple(self._history)
 
+    def expected_products(self, prospect: Prospect) -> float:
+        """`steps * vectors`."""
+        return 0.0 if prospect.number % self.every else float(self.steps * self.vectors)
+
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """`steps * vectors` products."""
         if probe.number == 0:
@@ -165,6 +169,10 @@ class Trace(Measurement):
         self.vectors = positive("vectors", vectors)
         self.every = positive("every", every)
         self.seed = seed
+
+    def expected_products(self, prospect: Prospect) -> float:
+        """2 `vectors`."""
+        return 0.0 if prospect.number % self.every else 2.0 * self.vectors
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """Two products a vector."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from lightning_subspace.measurements.measurement import Measurement, Needs, Probe
+from lightning_subspace.measurements.measurement import Measurement, Needs, Probe, Prospect
 
 
 class GradientFraction(Measurement):
@@ -31,6 +31,10 @@ class GradientCurvature(Measurement):
     """
 
     needs: ClassVar[Needs] = Needs.NOTHING
+
+    def expected_products(self, prospect: Prospect) -> float:
+        """One."""
+        return 1.0
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """One Hessian product."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, ClassVar, Protocol
 
@@ -16,6 +16,7 @@ from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.partition import Partition
 from lightning_subspace.record import Record
 from lightning_subspace.sample import Sample
+from lightning_subspace.solver import Solver
 from lightning_subspace.subspace import Subspace, inner_products
 from lightning_subspace.training_loss import MicroBatch
 
@@ -31,9 +32,33 @@ class Needs(Enum):
 class Solve(Protocol):
     """See `Probe.solve`."""
 
-    def __call__(self, other: Operator | Callable[[Tensor], Tensor], k: int | None = None) -> Subspace:
-        """The eigenspace of `other`, of the probe's k by default."""
+    def __call__(self, matvec: Operator | Callable[[Tensor], Tensor], k: int | None = None) -> Subspace:
+        """The eigenspace of `matvec`, of the probe's k by default."""
         ...
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What is known of a probe to come, from which a measurement tells what it will cost.
+
+    Attributes:
+        number: how many probes the run will have had before.
+        solver: the settings of the eigensolver.
+        sample: the micro-batches.
+        optimizer: the optimizer in use; None with several.
+        num_ranks: the processes that measure together.
+    """
+
+    number: int
+    solver: Solver
+    sample: Sample
+    optimizer: Optimizer | None = None
+    num_ranks: int = 1
+
+    def solve(self, k: int | None = None) -> float:
+        """Products that `Probe.solve` will probably take."""
+        solver = self.solver if k is None else replace(self.solver, k=k)
+        return solver.expected_products(trained=self.number > 0)
 
 
 @dataclass(frozen=True)
@@ -63,8 +88,9 @@ class Probe:
         history: the records so far, oldest first.
         optimizer: the optimizer in use; None without a Trainer or with several.
         which: the end of the spectrum that `subspace` belongs to, "LA" for the algebraically largest.
-        solve: run the probe's eigensolver on another operator, or on a function v -> A v, optionally with another `k=`;
-            without the certificate. An operator takes fewer messages between ranks, which need not compare notes in it.
+        solve: run the probe's eigensolver on a function v -> A v, or on another operator of the same parameters (a
+            `part`), optionally with another `k=`; without the certificate. An operator takes fewer messages between
+            ranks, which need not compare notes in it.
     """
 
     step: int
@@ -148,6 +174,10 @@ class Measurement:
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """Numbers known at theta_t."""
         return {}
+
+    def expected_products(self, prospect: Prospect) -> float:
+        """About how many products with the Hessian of the whole sample `measure` will take; for the forecast."""
+        return 0.0
 
     def after_step(
         self,

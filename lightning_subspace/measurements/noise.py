@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_subspace.curvature import Operator
-from lightning_subspace.measurements.measurement import Measurement, Needs, Probe
+from lightning_subspace.measurements.measurement import Measurement, Needs, Probe, Prospect
 
 
 class BatchSharpness(Measurement):
@@ -36,6 +36,10 @@ class BatchSharpness(Measurement):
     def __init__(self, batches: int = 16, every: int = 1) -> None:
         self.batches = positive("batches", batches)
         self.every = positive("every", every)
+
+    def expected_products(self, prospect: Prospect) -> float:
+        """A gradient and a product over some of the micro-batches."""
+        return 0.0 if prospect.number % self.every else 2.0 * min(1.0, self.batches / len(prospect.sample.hessian))
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """A gradient and a product a micro-batch."""
@@ -82,6 +86,10 @@ class GradientNoise(Measurement):
     def __init__(self, batches: int = 8, every: int = 1) -> None:
         self.batches = positive("batches", batches)
         self.every = positive("every", every)
+
+    def expected_products(self, prospect: Prospect) -> float:
+        """One a micro-batch."""
+        return 0.0 if prospect.number % self.every else float(min(self.batches, len(prospect.sample.hessian)))
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """A product over the sample for each micro-batch."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lightning_subspace.measurements.measurement import Measurement, Probe
+from lightning_subspace.measurements.measurement import Measurement, Probe, Prospect
 from lightning_subspace.measurements.optimizer import next_step
 from lightning_subspace.subspace import inner_products
 
@@ -62,6 +62,10 @@ class LossChange(Measurement):
         >>> from lightning_subspace import SubspaceMonitor
         >>> monitor = SubspaceMonitor(k=10, measurements=[LossChange()])
     """
+
+    def expected_products(self, prospect: Prospect) -> float:
+        """One."""
+        return 1.0
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """One product, where the rule of the optimizer is known."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch.optim import SGD, Optimizer
 
 from lightning_subspace.curvature.preconditioned import Preconditioned
-from lightning_subspace.measurements.measurement import Measurement, Needs, Probe
+from lightning_subspace.measurements.measurement import Measurement, Needs, Probe, Prospect
 from lightning_subspace.measurements.optimizer import Edge, Notice, edge, sgd_group_threshold, why_unknown
 
 
@@ -57,6 +57,10 @@ class Stability(Measurement):
 
     def __init__(self) -> None:
         self._notice = Notice()
+
+    def expected_products(self, prospect: Prospect) -> float:
+        """None for SGD, an eigensolve for one pair elsewhere."""
+        return 0.0 if type(prospect.optimizer) is SGD and prospect.solver.k else prospect.solve(k=1)
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """Nothing, or an eigensolve for one pair."""

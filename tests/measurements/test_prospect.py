@@ -1,0 +1,140 @@
+"""What a forecast is made of: the products that a probe and its measurements are expected to take, and take."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from lightning_subspace.curvature import Hessian
+from lightning_subspace.measurements import (
+    Chi,
+    Control,
+    Density,
+    GradientCurvature,
+    GradientNoise,
+    LossChange,
+    Measurement,
+    Reliability,
+    Stability,
+    Trace,
+    default_measurements,
+)
+from lightning_subspace.measurements.measurement import Prospect
+from lightning_subspace.parameters import ParameterSpace
+from lightning_subspace.probe import take_probe
+from lightning_subspace.sample import Sample, sample_of_batches
+from lightning_subspace.solver import Solver
+from lightning_subspace.tracker import Plan
+from lightning_subspace.training_loss import TrainingLoss
+from tests.measurements.probes import data, loss_fn, stepped
+
+K = 4
+
+
+def adam(module):
+    return torch.optim.Adam(module.parameters(), lr=0.01)
+
+
+def sgd(module):
+    return torch.optim.SGD(module.parameters(), lr=0.01)
+
+
+def part_of_a_set(batches, share=0.5):
+    """A sample that is so much of a training set."""
+    found = tuple(replace(batch, size=int(batch.weight)) for batch in sample_of_batches(batches).hessian)
+    return Sample(found, population=sum(batch.size for batch in found) / share)
+
+
+class Products:
+    """Counts those with the whole sample; one with a part of it counts as that part."""
+
+    def __init__(self, monkeypatch, total):
+        self.count = 0.0
+        original = Hessian.matvec
+
+        def matvec(hessian, v):
+            self.count += sum(batch.weight for batch in hessian.batches) / total
+            return original(hessian, v)
+
+        monkeypatch.setattr(Hessian, "matvec", matvec)
+
+
+def expected_and_taken(measurement, monkeypatch, optimizer=sgd, number=0, k=K):
+    module, optimizer = stepped(optimizer, count=3)
+    sample = part_of_a_set(data())
+    solver = Solver(k)
+    with TrainingLoss(module, ParameterSpace.of(module), loss_fn) as loss:
+        probe, _ = take_probe(loss, sample, solver, [], optimizer=optimizer, number=number)
+        products = Products(monkeypatch, sum(batch.weight for batch in sample.hessian))
+        measurement.measure(probe)
+    return measurement.expected_products(Prospect(number, solver, sample, optimizer)), products.count
+
+
+@pytest.mark.parametrize(
+    "measurement",
+    [
+        Chi(),
+        Density(steps=5, vectors=3),
+        Trace(vectors=4),
+        GradientCurvature(),
+        GradientNoise(batches=3),
+        GradientNoise(batches=100),
+        LossChange(),
+        Stability(),
+        Control(every=2),
+        Density(every=2),
+        Reliability(every=2),
+    ],
+    ids=lambda measurement: type(measurement).__name__,
+)
+def test_products_that_are_known_beforehand(measurement, monkeypatch):
+    expected, taken = expected_and_taken(measurement, monkeypatch, number=1)
+    assert expected == taken
+
+
+@pytest.mark.parametrize(
+    ("measurement", "optimizer"), [(Control(), sgd), (Reliability(), sgd), (Stability(), adam)], ids=lambda a: str(a)
+)
+def test_eigensolves_are_guessed_within_a_factor(measurement, optimizer, monkeypatch):
+    expected, taken = expected_and_taken(measurement, monkeypatch, optimizer)
+    assert taken / 2 <= expected <= 2 * taken
+
+
+def test_there_is_no_error_bar_for_all_of_the_training_set_nor_for_one_batch():
+    for sample in (part_of_a_set(data(), share=1.0), part_of_a_set(data()[:1])):
+        assert Reliability().expected_products(Prospect(0, Solver(K), sample)) == 0.0
+
+
+def test_ranks_exchange_as_many_messages_for_a_half():
+    alone, together = (Prospect(0, Solver(K), part_of_a_set(data()), num_ranks=ranks) for ranks in (1, 2))
+    assert Reliability().expected_products(together) > 1.5 * Reliability().expected_products(alone)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 10])
+def test_the_first_probe_of_a_classifier_is_guessed_within_a_factor(k, monkeypatch):
+    images, labels = load_digits(return_X_y=True)
+    images, labels = torch.tensor(images / 16.0, dtype=torch.float32), torch.tensor(labels)
+    batches = [(images[start : start + 64], labels[start : start + 64]) for start in range(0, 1024, 64)]
+    sample, solver = part_of_a_set(batches), Solver(k)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 10))
+    plan = Plan(solver, tuple(default_measurements(k)))
+    expected, later = plan.expected_products(Prospect(0, solver, sample))
+    products = Products(monkeypatch, 1024.0)
+    with TrainingLoss(module, ParameterSpace.of(module), loss_fn) as loss:
+        take_probe(loss, sample, solver, plan.measurements)
+    assert products.count / 2 <= expected <= 2 * products.count
+    assert later < expected
+
+
+def test_later_probes_are_averaged_and_nothing_is_solved_for_without_pairs():
+    class Sixth(Measurement):
+        def expected_products(self, prospect):
+            return 60.0 if prospect.number % 6 == 0 else 0.0
+
+    sample = part_of_a_set(data())
+    first, later = Plan(Solver(0), (Sixth(),)).expected_products(Prospect(0, Solver(0), sample))
+    assert (first, later) == (60.0, 6.0)  # of the probes 1 to 10 one is a sixth one

@@ -155,7 +155,8 @@ def checked_measurements(measurements: Iterable[Any]) -> list[Measurement]:
 
 
 class Measurement:
-    """Base of all measurements; override `measure`, and `after_step` for what the next step decides.
+    """Base of all measurements; override `measure`, `after_step` for what the next step decides, and
+    `expected_products` if `measure` takes products, for the forecast.
 
     Keys are logged behind the monitor's name. A nan means "not defined here" and is left out.
 

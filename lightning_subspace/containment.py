@@ -122,12 +122,9 @@ class Shadow:
                 the copy is the whole of a sharded parameter.
         """
         leaves = list(self._leaves.items())
-        intact = are_intact(
-            leaf.evidence(None if leaf.is_whole_of_shards else self._value(leaf.original, leaf.offset))
-            for _, leaf in leaves
-        )
+        intact = are_intact(None if key in self._written else self._evidence(leaf) for key, leaf in leaves)
         for (key, leaf), is_intact in zip(leaves, intact, strict=True):
-            if is_intact and (leaf.is_whole_of_shards or key not in self._written):
+            if is_intact:
                 continue
             if leaf.is_whole_of_shards:
                 raise RuntimeError(
@@ -209,6 +206,9 @@ class Shadow:
         start = original.storage_offset() - owner.storage_offset()
         view: Tensor = self._copy(owner, memo).as_strided(original.size(), original.stride(), start)
         return view if original.requires_grad else view.detach()
+
+    def _evidence(self, leaf: Leaf) -> tuple[Tensor, Tensor] | None:
+        return leaf.evidence(None if leaf.is_whole_of_shards else self._value(leaf.original, leaf.offset))
 
     def _value(self, original: nn.Parameter, offset: Tensor | None, *, clone: bool = False) -> Tensor:
         """What the copy of a parameter holds when nobody has written to it."""

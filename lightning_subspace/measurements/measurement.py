@@ -155,10 +155,9 @@ def checked_measurements(measurements: Iterable[Any]) -> list[Measurement]:
 
 
 class Measurement:
-    """Base of all measurements; override `measure`, `after_step` for what the next step decides, and
-    `expected_products` if `measure` takes products, for the forecast.
+    """Base of all measurements; override `measure`, and `after_step` for what the next step decides.
 
-    Keys are logged behind the monitor's name. A nan means "not defined here" and is left out.
+    Where `measure` takes products, `expected_products` tells the forecast. Keys are logged behind the monitor's name. A nan means "not defined here" and is left out.
 
     Attributes:
         needs: the measurement is skipped at probes whose eigenpairs are worse than this.

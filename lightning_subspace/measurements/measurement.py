@@ -157,7 +157,8 @@ def checked_measurements(measurements: Iterable[Any]) -> list[Measurement]:
 class Measurement:
     """Base of all measurements; override `measure`, and `after_step` for what the next step decides.
 
-    Where `measure` takes products, `expected_products` tells the forecast. Keys are logged behind the monitor's name. A nan means "not defined here" and is left out.
+    Where `measure` takes products, `expected_products` tells the forecast how many. Keys are logged behind the name of
+    the monitor. A nan means "not defined here" and is left out.
 
     Attributes:
         needs: the measurement is skipped at probes whose eigenpairs are worse than this.

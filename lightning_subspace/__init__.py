@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_subspace.measurements.measurement import Measurement as Measurement
     from lightning_subspace.measurements.measurement import Needs as Needs
     from lightning_subspace.measurements.measurement import Probe as Probe
+    from lightning_subspace.measurements.measurement import Prospect as Prospect
     from lightning_subspace.measurements.noise import BatchSharpness as BatchSharpness
     from lightning_subspace.measurements.noise import GradientNoise as GradientNoise
     from lightning_subspace.measurements.split import Chi as Chi
@@ -50,6 +51,7 @@ _HOMES = {
     "Needs": "measurements.measurement",
     "Outcome": "linalg",
     "Probe": "measurements.measurement",
+    "Prospect": "measurements.measurement",
     "Record": "record",
     "SpectralDensity": "measurements.density",
     "Stability": "measurements.stability",

@@ -47,6 +47,13 @@ class Prospect:
         sample: the micro-batches.
         optimizer: the optimizer in use; None with several.
         num_ranks: the processes that measure together.
+
+    Example:
+        >>> class Steepest(Measurement):
+        ...     def expected_products(self, prospect):
+        ...         return prospect.solve(k=1)
+        ...     def measure(self, probe):
+        ...         return {"steepest": float(probe.solve(probe.operator, k=1).eigenvalues[0])}
     """
 
     number: int

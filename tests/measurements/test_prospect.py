@@ -95,7 +95,9 @@ def test_products_that_are_known_beforehand(measurement, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("measurement", "optimizer"), [(Control(), sgd), (Reliability(), sgd), (Stability(), adam)], ids=lambda a: str(a)
+    ("measurement", "optimizer"),
+    [(Control(), sgd), (Reliability(), sgd), (Stability(), adam)],
+    ids=["Control", "Reliability", "Stability"],
 )
 def test_eigensolves_are_guessed_within_a_factor(measurement, optimizer, monkeypatch):
     expected, taken = expected_and_taken(measurement, monkeypatch, optimizer)

@@ -58,6 +58,8 @@ def are_intact(evidence: Iterable[tuple[Tensor, Tensor] | None]) -> list[bool]:
         >>> one = torch.ones(2)
         >>> are_intact([(one, torch.ones(2)), (one, torch.zeros(2)), (one, torch.ones(3)), None])
         [True, False, False, False]
+        >>> are_intact([(one * torch.nan, one * torch.nan), (one * torch.nan, one)])
+        [True, False]
     """
     flags = [pair is not None and _is_equal(*pair) for pair in evidence]  # one pair at a time takes memory
     asked = [flag for flag in flags if isinstance(flag, Tensor)]

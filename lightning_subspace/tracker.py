@@ -57,7 +57,7 @@ class Plan:
 
         def of(number: int) -> float:
             then = replace(prospect, number=number)
-            own = self.solver.expected_products(trained=number > 0, verify=number % VERIFY_EVERY == 0)
+            own = then.solve(verify=number % VERIFY_EVERY == 0)
             return own + sum(measurement.expected_products(then) for measurement in self.measurements)
 
         later = range(prospect.number + 1, prospect.number + 1 + VERIFY_EVERY)

@@ -62,10 +62,10 @@ class Prospect:
     optimizer: Optimizer | None = None
     num_ranks: int = 1
 
-    def solve(self, k: int | None = None) -> float:
-        """Products that `Probe.solve` will probably take."""
+    def solve(self, k: int | None = None, *, verify: bool = False) -> float:
+        """Products that `Probe.solve` will probably take; with `verify` those of a solve with the certificate."""
         solver = self.solver if k is None else replace(self.solver, k=k)
-        return solver.expected_products(trained=self.number > 0)
+        return solver.expected_products(trained=self.number > 0, verify=verify)
 
 
 @dataclass(frozen=True)

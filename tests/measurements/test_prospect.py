@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
-from torch import nn
 
 from lightning_subspace.curvature import Hessian
 from lightning_subspace.measurements import (
@@ -29,6 +27,7 @@ from lightning_subspace.solver import Solver
 from lightning_subspace.tracker import Plan
 from lightning_subspace.training_loss import TrainingLoss
 from tests.measurements.probes import data, loss_fn, stepped
+from tests.test_counts import digits, network
 
 K = 4
 
@@ -116,13 +115,12 @@ def test_ranks_exchange_as_many_messages_for_a_half():
 
 @pytest.mark.parametrize("k", [1, 2, 5, 10])
 def test_the_first_probe_of_a_classifier_is_guessed_within_a_factor(k, monkeypatch):
-    images, labels = load_digits(return_X_y=True)
-    images, labels = torch.tensor(images / 16.0, dtype=torch.float32), torch.tensor(labels)
+    images, labels = digits()
     batches = [(images[start : start + 64], labels[start : start + 64]) for start in range(0, 1024, 64)]
     sample, solver = part_of_a_set(batches), Solver(k)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module = nn.Sequential(nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 10))
+        module = network()
     plan = Plan(solver, tuple(default_measurements(k)))
     expected, later = plan.expected_products(Prospect(0, solver, sample))
     products = Products(monkeypatch, 1024.0)

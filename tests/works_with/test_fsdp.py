@@ -314,14 +314,17 @@ class Sharded(ddp.Net):
             fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
 
+def fit_in_shards(ranks, data, *callbacks, **options):
+    """On several ranks sharded; in float64, where that is training in one process."""
+    if ranks == 1:
+        return ddp.fit(ddp.Net(), data, *callbacks, strategy="auto", **options)
+    strategy = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
+    return ddp.fit(Sharded(), data, *callbacks, ranks=ranks, strategy=strategy, **options)
+
+
 def measured(ranks, curvature):
-    """In float64, where training in several processes is that in one."""
-    strategy = "auto"
-    if ranks > 1:
-        strategy = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
     one = ddp.monitor(every_n_steps=1, curvature=curvature, tol=1e-5)
-    make = Sharded if ranks > 1 else ddp.Net
-    ddp.fit(make(), ddp.in_turn(ranks), one, ranks=ranks, strategy=strategy, steps=3)
+    fit_in_shards(ranks, ddp.in_turn(ranks), one, steps=3)
     return ddp.rows(one), [record.subspace.eigenvalues.tolist() for record in one.history]
 
 
@@ -346,12 +349,8 @@ def test_records_are_those_of_one_process(ranks, curvatures):
 
 def resumed(ranks, folder, resume):
     """Train to step 7, from the start or from a checkpoint of shards, and leave one behind every step."""
-    strategy = "auto"
-    if ranks > 1:
-        strategy = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
     one, data = ddp.monitor(every_n_steps=2, reference_step=2), ddp.in_turn(ranks, ddp.COUNT)  # one step an epoch
-    make, callbacks = (Sharded, [ddp.Saving(folder)]) if ranks > 1 else (ddp.Net, [])
-    ddp.fit(make(), data, one, *callbacks, ranks=ranks, strategy=strategy, steps=7, max_epochs=-1, ckpt_path=resume)
+    fit_in_shards(ranks, data, one, ddp.Saving(folder), steps=7, max_epochs=-1, ckpt_path=resume)
     return ddp.rows(one), *one.overlap_matrix()
 
 

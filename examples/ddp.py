@@ -98,10 +98,6 @@ def main() -> None:
         late = [record.metrics["gradient_fraction"] for record in monitor.history if record.step >= 300]
         assert late, "no probe after step 300 had a subspace to trust"
         assert min(late) >= 0.8, "after the transient nearly all of the gradient lies in 10 of 1,930 directions"
-    if num_ranks > 1:
-        # Threads of gloo may still hold tensors of the last collective, and abort the process when they let go of them
-        # while the interpreter ends; Lightning does this for nccl only.
-        distributed.destroy_process_group()
 
 
 def strategy(name: str, num_ranks: int) -> Strategy:

@@ -14,11 +14,14 @@ A process alone (`group=None`) takes the same path with no communication.
 
 from __future__ import annotations
 
+import atexit
 import pickle
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -64,6 +67,8 @@ class Ranks:
     def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> None:
         self._group = group
         is_gloo = group is not None and dist.get_backend(group) == "gloo"
+        if is_gloo:
+            _wait_for_gloo_at_exit()
         self._device = torch.device("cpu" if is_gloo else device)
         self._compares_notes = False
         self._ended = ""  # why the block that compares notes is over; nobody answers in it any more
@@ -253,6 +258,14 @@ class Ranks:
             )
         if self._ended and error is None:
             raise PeerError(self._ended)
+
+
+@cache  # once a process
+def _wait_for_gloo_at_exit() -> None:
+    # A thread of gloo drops the tensors of a collective after the collective has returned, and needs the GIL for it. If
+    # it gets no turn before the interpreter ends, it aborts the process (pytorch issue 190489). Destroying the group
+    # does not help as long as something refers to it, and DDP does. Who sleeps gives the GIL away: ten turns.
+    atexit.register(time.sleep, 0.05)
 
 
 def in_words(error: Exception) -> str:

@@ -177,6 +177,8 @@ def check_measurements(name: str, value: Any) -> None:
         return
     if not isinstance(value, Sequence) or not all(isinstance(item, Measurement) for item in value):
         raise _wrong(name, "a list of instances of lightning_subspace.Measurement, or None", value)
+    for item in value:
+        check_number(f"{type(item).__name__}.every", item.every, least=1)
 
 
 def check_project(trainer: Any, module: nn.Module, loss_fn: LossFunction | None) -> None:

@@ -205,15 +205,17 @@ def take_probe(
     )
     metrics = {} if subspace is None else solver_metrics(subspace)
     for measurement in measurements:
-        if is_measurable(measurement, subspace):
+        if is_taken(measurement, number, subspace):
             metrics.update(measurement.measure(probe))
     trusted = subspace is not None and subspace.trusted
     image = sketch(subspace.basis, partition) if subspace is not None and trusted else None
     return probe, Record(step, partition.ranks.first(finite(metrics)), subspace, image)
 
 
-def is_measurable(measurement: Measurement, subspace: Subspace | None) -> bool:
-    """Whether the eigenpairs are good enough for this measurement."""
+def is_taken(measurement: Measurement, number: int, subspace: Subspace | None) -> bool:
+    """Whether the measurement is due, and the eigenpairs are good enough for it."""
+    if not measurement.is_due(number):
+        return False
     match measurement.needs:
         case Needs.NOTHING:
             return True

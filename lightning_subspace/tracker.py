@@ -24,7 +24,7 @@ from lightning_subspace.measurements.measurement import Prospect
 from lightning_subspace.overlap_history import OverlapHistory
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.partition import Partition
-from lightning_subspace.probe import check_once, checked_k, choice_after, finite, is_measurable, take_probe
+from lightning_subspace.probe import check_once, checked_k, choice_after, finite, is_taken, take_probe
 from lightning_subspace.record import Record
 from lightning_subspace.sample import Sample
 from lightning_subspace.solver import Solver
@@ -58,7 +58,7 @@ class Plan:
         def of(number: int) -> float:
             then = replace(prospect, number=number)
             own = then.solve(verify=number % VERIFY_EVERY == 0)
-            return own + sum(measurement.expected_products(then) for measurement in self.measurements)
+            return own + sum(m.expected_products(then) for m in self.measurements if m.is_due(number))
 
         later = range(prospect.number + 1, prospect.number + 1 + VERIFY_EVERY)
         return of(prospect.number), statistics.fmean(map(of, later))
@@ -280,7 +280,7 @@ class Tracker:
         probe = opened.probe
         update = probe.partition.flatten(probe.space.tensors(module), like=opened.theta).sub_(opened.theta)
         for measurement in self.plan.measurements:
-            if is_measurable(measurement, probe.subspace):
+            if is_taken(measurement, probe.number, probe.subspace):
                 metrics.update(measurement.after_step(probe, opened.gradient, update))
         return self.ranks.first(finite(metrics))
 

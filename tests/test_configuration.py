@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_subspace import Measurement, SubspaceMonitor
+from lightning_subspace import Measurement, SubspaceMonitor, measure_subspace
 from lightning_subspace.configuration import check_project, warn_of_missing_keys
 
 # The first is raised by torch's own pytree, in Lightning's CombinedLoader; the second depends on the machine.
@@ -97,6 +97,20 @@ RIGHT = {
     "name": ["subspace", "2nd-run_v1.0"],
     "seed": [0, 7],
 }
+
+
+@pytest.mark.parametrize("every", [0, 2.0, None])
+def test_how_often_a_measurement_is_taken_is_a_positive_integer(every):
+    class Seldom(Measurement):
+        pass
+
+    Seldom.every = every
+    with pytest.raises(
+        MisconfigurationException, match=f"`Seldom.every` must be an integer of at least 1; got {every}"
+    ):
+        SubspaceMonitor(measurements=[Seldom()])
+    with pytest.raises(ValueError, match=f"Seldom.every: expected a positive integer, got {every}"):
+        measure_subspace(nn.Linear(2, 1), [torch.ones(1, 2)], loss_fn=Net.training_step, measurements=[Seldom()])
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in RIGHT.items() for value in values])

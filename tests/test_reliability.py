@@ -146,5 +146,5 @@ def test_it_is_taken_at_every_fifth_probe(trained: dict[int, nn.Module], digits:
 
 
 def test_the_interval_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="every"):
+    with pytest.raises(ValueError, match="every: expected a positive integer, got 0"):
         Reliability(every=0)

@@ -248,6 +248,24 @@ def test_measurements_see_the_number_and_the_history():
     assert all("undefined" not in record.metrics for record in tracker.history)
 
 
+class Third(Growing):
+    """Taken at each third probe."""
+
+    every = 3
+
+    def after_step(self, probe, gradient, update):
+        return {"after": probe.number}
+
+
+def test_a_measurement_is_taken_at_every_so_many_probes():
+    module, third = network(), Third()
+    tracker = Tracker(plan(third), module)
+    take(tracker, module, range(5))
+    assert [number for _, number, _, _ in third.seen] == [0, 3]
+    taken = [{"number", "after"} & record.metrics.keys() for record in tracker.history]
+    assert taken == [{"number", "after"}, set(), set(), {"number", "after"}, set()]
+
+
 def test_the_cheap_tier_has_no_subspace():
     module = network()
     tracker = Tracker(plan(UpdateFraction(), k=0), module)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_subspace.measurements.measurement import Measurement, Probe, Prospect
-from lightning_subspace.measurements.noise import positive
+from lightning_subspace.measurements.measurement import Measurement, Probe, Prospect, positive
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.subspace import TRUSTED_ERROR, Subspace, overlap
 
@@ -59,14 +58,14 @@ class Control(Measurement):
 
     def expected_products(self, prospect: Prospect) -> float:
         """An eigensolve for 2k pairs."""
-        return 0.0 if prospect.number % self.every else prospect.solve(2 * prospect.solver.k)
+        return prospect.solve(2 * prospect.solver.k)
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """An eigensolve for 2k pairs."""
         if probe.number == 0:
             self._previous = self._reference = None
         k = probe.top.k
-        if probe.number % self.every or 2 * k > probe.partition.n:
+        if 2 * k > probe.partition.n:
             return {}
         found = probe.solve(probe.operator, k=2 * k)
         error = _mean_sine(found, k) if found.converged else math.inf

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_subspace.linalg import Quadrature, quadrature
-from lightning_subspace.measurements.measurement import Measurement, Needs, Probe, Prospect
-from lightning_subspace.measurements.noise import positive
+from lightning_subspace.measurements.measurement import Measurement, Needs, Probe, Prospect, positive
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,14 +110,12 @@ class Density(Measurement):
 
     def expected_products(self, prospect: Prospect) -> float:
         """`steps * vectors`."""
-        return 0.0 if prospect.number % self.every else float(self.steps * self.vectors)
+        return float(self.steps * self.vectors)
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """`steps * vectors` products."""
         if probe.number == 0:
             self._history.clear()
-        if probe.number % self.every:
-            return {}
         spectrum = spectrum_of(probe, self.steps, self.vectors, self.seed)
         if not spectrum.finite:
             return {}
@@ -172,12 +169,10 @@ class Trace(Measurement):
 
     def expected_products(self, prospect: Prospect) -> float:
         """2 `vectors`."""
-        return 0.0 if prospect.number % self.every else 2.0 * self.vectors
+        return 2.0 * self.vectors
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """Two products a vector."""
-        if probe.number % self.every:
-            return {}
         return trace_metrics(spectrum_of(probe, 2, self.vectors, self.seed))
 
 

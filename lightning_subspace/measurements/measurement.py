@@ -153,12 +153,25 @@ def checked_measurements(measurements: Iterable[Any]) -> list[Measurement]:
 
     Raises:
         TypeError: for anything but instances of `Measurement`.
+        ValueError: for one whose `every` is not a positive integer.
     """
     found = list(measurements)
     for item in found:
         if not isinstance(item, Measurement):
             raise TypeError(f"measurements: expected instances of lightning_subspace.Measurement, got {item!r}.")
+        positive(f"{type(item).__name__}.every", item.every)
     return found
+
+
+def positive(name: str, value: int) -> int:
+    """A positive integer, or an error that names it.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}.")
+    return value
 
 
 class Measurement:
@@ -169,6 +182,7 @@ class Measurement:
 
     Attributes:
         needs: the measurement is skipped at probes whose eigenpairs are worse than this.
+        every: it is taken at each probe whose number is a multiple of this, and thus at the first of a run.
 
     Example:
         >>> class GradientNorm(Measurement):
@@ -178,6 +192,11 @@ class Measurement:
     """
 
     needs: ClassVar[Needs] = Needs.SUBSPACE
+    every: int = 1
+
+    def is_due(self, number: int) -> bool:
+        """Whether it is taken at the probe of this number; at others no other method is called."""
+        return number % self.every == 0
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """Numbers known at theta_t."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_subspace.curvature import Operator
-from lightning_subspace.measurements.measurement import Measurement, Needs, Probe, Prospect
+from lightning_subspace.measurements.measurement import Measurement, Needs, Probe, Prospect, positive
 
 
 class BatchSharpness(Measurement):
@@ -39,12 +39,10 @@ class BatchSharpness(Measurement):
 
     def expected_products(self, prospect: Prospect) -> float:
         """A gradient and a product over some of the micro-batches."""
-        return 0.0 if prospect.number % self.every else 2.0 * min(1.0, self.batches / len(prospect.sample.hessian))
+        return 2.0 * min(1.0, self.batches / len(prospect.sample.hessian))
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """A gradient and a product a micro-batch."""
-        if probe.number % self.every:
-            return {}
         weights = ratios = curvature = square = 0.0
         for weight, gradient, batch in _micro_batches(probe, self.batches):
             own = probe.dot(gradient, gradient)
@@ -89,12 +87,10 @@ class GradientNoise(Measurement):
 
     def expected_products(self, prospect: Prospect) -> float:
         """One a micro-batch."""
-        return 0.0 if prospect.number % self.every else float(min(self.batches, len(prospect.sample.hessian)))
+        return float(min(self.batches, len(prospect.sample.hessian)))
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """A product over the sample for each micro-batch."""
-        if probe.number % self.every:
-            return {}
         weights = curvature = square = 0.0
         for weight, gradient, _ in _micro_batches(probe, self.batches):
             weights += weight
@@ -116,14 +112,3 @@ def _micro_batches(probe: Probe, count: int) -> Iterator[tuple[float, Tensor, Op
         position = number * len(batches) // min(count, len(batches))
         part = probe.operator.part([position])
         yield batches[position].weight, part.gradient(), part
-
-
-def positive(name: str, value: int) -> int:
-    """A positive integer, or an error that names it.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value!r}.")
-    return value

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_subspace.measurements.measurement import Measurement, Probe, Prospect
+from lightning_subspace.measurements.measurement import Measurement, Probe, Prospect, positive
 from lightning_subspace.sample import Sample
 
 # Standard errors of the gradient's noise that the band is wide, and multiples of what halving the sample changes; more
@@ -43,14 +43,12 @@ class Reliability(Measurement):
     """
 
     def __init__(self, every: int = 5) -> None:
-        if every < 1:
-            raise ValueError(f"every: expected a positive number of probes, got {every}.")
-        self.every = every
+        self.every = positive("every", every)
 
     def expected_products(self, prospect: Prospect) -> float:
         """Two eigensolves, each half of the work but as many messages between ranks, and the gradients."""
         sample = prospect.sample
-        if not self._is_due(prospect.number, sample):
+        if not _can_be_halved(sample):
             return 0.0
         half = 0.5 if prospect.num_ranks == 1 else 1.0  # at most, where messages take longer than the work
         passes = 1.0 + len(sample.extra) / len(sample.hessian)
@@ -58,7 +56,7 @@ class Reliability(Measurement):
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """Two eigensolves on halves of the sample, and a pass over the gradient sample."""
-        if not self._is_due(probe.number, probe.sample):
+        if not _can_be_halved(probe.sample):
             return {}
         count = len(probe.operator.batches)
         even, odd = (probe.operator.part(range(start, count, 2)) for start in (0, 1))
@@ -75,8 +73,9 @@ class Reliability(Measurement):
             "gradient_fraction_high": min(1.0, high + margin),
         }
 
-    def _is_due(self, number: int, sample: Sample) -> bool:
-        return not number % self.every and len(sample.hessian) >= 2 and sample.hessian_share < 1.0
+
+def _can_be_halved(sample: Sample) -> bool:
+    return len(sample.hessian) >= 2 and sample.hessian_share < 1.0
 
 
 def _range_of_noise(probe: Probe, measured: float) -> tuple[float, float]:

@@ -25,9 +25,8 @@ def products(
     """Inner products of a vector with all rows, and its own square behind them (zero if not ``normed``)."""
     found = torch.zeros(rows.shape[0] + 1, dtype=_exact(rows), device=rows.device)
     with torch.autocast(vector.device.type, enabled=False):  # it would round these to half precision
-        parts = [torch.mv(rows[:, block], vector[block]) for block in _blocks(rows)]
-        if parts:
-            found[:-1] = torch.stack(parts).sum(dim=0, dtype=found.dtype)
+        pieces = zip(rows.split(_chunk(rows), dim=1), vector.split(_chunk(rows)), strict=True)
+        found[:-1] = torch.stack([torch.mv(*piece) for piece in pieces]).sum(dim=0, dtype=found.dtype)
         if normed:
             found[-1] = torch.linalg.vector_norm(vector, dtype=found.dtype).square()
     return found
@@ -40,7 +39,7 @@ def rotate(
 ) -> None:
     """Write ``rotation^T rows`` into ``out``, which may be the first of the rows."""
     weights = rotation.T.to(out.device, _exact(out))
-    for block in _blocks(out, _PARTS):
+    for block in _blocks(out):
         out[:, block] = weights @ rows[:, block].to(weights.dtype)
 
 
@@ -49,7 +48,7 @@ def gram(
 ) -> Tensor:  # (m, m)
     """All inner products of the rows."""
     total = torch.zeros(rows.shape[0], rows.shape[0], dtype=_exact(rows), device=rows.device)
-    for block in _blocks(rows, _PARTS):
+    for block in _blocks(rows):
         columns = rows[:, block].to(total.dtype)
         total += columns @ columns.T
     return total
@@ -59,9 +58,12 @@ def _exact(tensor: Tensor) -> torch.dtype:
     return tensor.dtype if tensor.device.type == "mps" else torch.float64
 
 
-def _blocks(matrix: Tensor, parts: int = 1) -> Iterator[slice]:
-    """A few columns at a time, in at least about so many parts."""
-    chunk = _CHUNK if matrix.is_cpu else 8 * _CHUNK  # other devices add in parallel, but are slow to begin
-    chunk = min(chunk, max(_SMALLEST_CHUNK, matrix.shape[1] // parts))
+def _blocks(matrix: Tensor) -> Iterator[slice]:
+    """A few columns at a time, in parts that are small beside the matrix."""
+    chunk = min(_chunk(matrix), max(_SMALLEST_CHUNK, matrix.shape[1] // _PARTS))
     for start in range(0, matrix.shape[1], chunk):
         yield slice(start, start + chunk)
+
+
+def _chunk(matrix: Tensor) -> int:
+    return _CHUNK if matrix.is_cpu else 8 * _CHUNK  # other devices add in parallel, but are slow to begin

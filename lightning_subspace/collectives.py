@@ -67,7 +67,7 @@ class Ranks:
     def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> None:
         self._group = group
         is_gloo = group is not None and dist.get_backend(group) == "gloo"
-        if is_gloo:
+        if group is not None and "gloo" in dist.get_backend_config(group):  # perhaps one of several
             _wait_for_gloo_at_exit()
         self._device = torch.device("cpu" if is_gloo else device)
         self._compares_notes = False

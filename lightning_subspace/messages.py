@@ -29,15 +29,19 @@ class Messages:
         """A new run begins."""
         self._told.clear()
 
+    def is_new(self, cause: str) -> bool:
+        """Whether nothing has been told of it in this run."""
+        return cause not in self._told
+
     def once(self, cause: str, text: str) -> None:
         """One warning a run and cause; the history has the rest."""
-        if cause not in self._told:
+        if self.is_new(cause):
             self._told.add(cause)
             rank_zero_warn(f"{self._speaker}: {text} Later ones like it are not told.")
 
     def note(self, text: str) -> None:
         """Something to know, not to worry about."""
-        if text not in self._told:
+        if self.is_new(text):
             self._told.add(text)
             rank_zero_info(f"{self._speaker}: {text}")
 
@@ -60,8 +64,8 @@ class Messages:
         held: int,
         max_overhead: float | None,
     ) -> None:
-        """What the first probe will take, and one later on, in seconds."""
-        if "forecast" not in self._told:
+        """What this probe will take, and one later on, in seconds."""
+        if self.is_new("forecast"):
             self._told.add("forecast")
             first, later = seconds
             text = forecast(

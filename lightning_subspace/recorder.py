@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from lightning_subspace._lightning import rank_zero_warn
+from lightning_subspace.collectives import in_words
 from lightning_subspace.curvature.choice import CheckError
 from lightning_subspace.measurements.measurement import Prospect
 from lightning_subspace.messages import Messages
@@ -133,7 +134,7 @@ class Recorder:
         times = [time.monotonic()]
         optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
         prospect = Prospect(tracker.num_probes, solver, sample, optimizer, ranks.count)
-        tells = tracker.num_probes == 0
+        tells = self._messages.is_new("forecast")
 
         def on_matvec(count: int, residual: float) -> None:
             nonlocal tells
@@ -142,8 +143,13 @@ class Recorder:
                 tells = False
                 # Up to the first product, and the mean of those behind it: between ranks they vary.
                 begun, product = times[1] - times[0], (times[-1] - times[1]) / (count - 1)
-                first, later = (begun + product * number for number in tracker.plan.expected_products(prospect))
-                self._messages.forecast(solver, tracker.partition, (first, later), sample.nbytes, self._max_overhead)
+                try:
+                    first, later = (begun + product * number for number in tracker.plan.expected_products(prospect))
+                except Exception as error:  # of a measurement, which may be right in all that it measures
+                    self._messages.note(f"no forecast, a measurement cannot tell what it takes: {in_words(error)}")
+                else:
+                    seconds, held = (first, later), sample.nbytes
+                    self._messages.forecast(solver, tracker.partition, seconds, held, self._max_overhead)
             line.update(f"{self._name}: {count} Hessian products, residual {residual:.0e}")
 
         return tracker.measure(module, sample, step, optimizer=optimizer, on_matvec=on_matvec)

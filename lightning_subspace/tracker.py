@@ -53,12 +53,16 @@ class Plan:
     on_check_fail: str = "warn"
 
     def expected_products(self, prospect: Prospect) -> tuple[float, float]:
-        """About how many products the probe will take, and on average one later on."""
+        """About how many products the probe will take, and on average one later on.
+
+        Raises:
+            TypeError: when a measurement tells something else than a number.
+        """
 
         def of(number: int) -> float:
             then = replace(prospect, number=number)
             own = then.solve(verify=number % VERIFY_EVERY == 0)
-            return own + sum(m.expected_products(then) for m in self.measurements if m.is_due(number))
+            return own + sum(_expected_products(m, then) for m in self.measurements if m.is_due(number))
 
         later = range(prospect.number + 1, prospect.number + 1 + VERIFY_EVERY)
         return of(prospect.number), statistics.fmean(map(of, later))
@@ -68,6 +72,13 @@ class Plan:
         return replace(self, measurements=(), reference_step=None) == replace(
             other, measurements=(), reference_step=None
         )
+
+
+def _expected_products(measurement: Measurement, prospect: Prospect) -> float:
+    found = measurement.expected_products(prospect)
+    if not isinstance(found, (int, float)):
+        raise TypeError(f"{type(measurement).__name__}.expected_products: expected a number, got {found!r}.")
+    return found
 
 
 @dataclass

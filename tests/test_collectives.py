@@ -600,21 +600,26 @@ import torch
 import torch.distributed as dist
 from lightning_subspace.collectives import Ranks
 
-sys.setswitchinterval(100.0)  # the main thread gives the GIL away only where it waits
-dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 2), rank=int(sys.argv[2]), world_size=2)
+path, rank, backend, end = sys.argv[1:]
+dist.init_process_group(backend or None, store=dist.FileStore(path, 2), rank=int(rank), world_size=2)
 ranks = Ranks(dist.group.WORLD)
 for _ in range(5):
     ranks.all_sum(torch.ones(100_000))
-dist.destroy_process_group()
+if end == "destroyed":
+    dist.destroy_process_group()
+else:
+    ranks.listed("the last")
 """
 
 
-def test_a_process_may_end_right_after_a_collective(tmp_path):
-    # A thread of gloo comes too late in about half of the pairs when nobody waits for it.
+@pytest.mark.parametrize(("backend", "end"), [("gloo", "destroyed"), ("", "left")])
+def test_a_process_may_end_right_after_a_collective(backend, end, tmp_path):
+    # Where nobody waits for them, threads of gloo come too late in about half of such pairs on two cores.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ends = []
-    for number in range(4):
-        commands = [[sys.executable, "-c", ENDING, str(tmp_path / str(number)), str(rank)] for rank in range(2)]
+    for number in range(3):
+        path = str(tmp_path / str(number))
+        commands = [[sys.executable, "-c", ENDING, path, str(rank), backend, end] for rank in range(2)]
         pair = [subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
         ends += [(process.communicate(timeout=120)[1], process.returncode) for process in pair]
-    assert [code for _, code in ends] == [0] * 8, ends
+    assert [code for _, code in ends] == [0] * 6, ends

@@ -532,8 +532,39 @@ def test_the_forecast_is_made_of_several_products(monkeypatch):
     monkeypatch.setattr(recorder, "time", SimpleNamespace(monotonic=lambda: next(moments, 100.0)))
     monkeypatch.setattr(Messages, "forecast", lambda self, solver, partition, seconds, *rest: told.append(seconds))
     monkeypatch.setattr(Plan, "expected_products", lambda self, prospect: (100.0 * prospect.number + 10.0, 3.0))
-    fit(probing(1), max_steps=2)
-    assert told == [(5.0 + 2.0 * 10.0, 5.0 + 2.0 * 3.0)]
+    fit(probing(1), max_steps=1)
+    assert told[0] == (5.0 + 2.0 * 10.0, 5.0 + 2.0 * 3.0)
+
+
+@pytest.mark.parametrize("answer", [None, "raises"])
+def test_a_measurement_that_cannot_tell_what_it_takes_costs_the_forecast_alone(answer, caplog):
+    class Vague(Measurement):
+        def expected_products(self, prospect):
+            if answer == "raises":
+                raise ValueError("on purpose")
+            return answer
+
+        def measure(self, probe):
+            return {"vague": 1.0}
+
+    monitor = probing(1, measurements=[Vague()])
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        fit(monitor, max_steps=2)
+    assert [record.metrics["vague"] for record in monitor.history] == [1.0, 1.0, 1.0]
+    (line,) = [message for message in caplog.messages if "forecast" in message]
+    assert ("ValueError: on purpose" if answer else "Vague.expected_products: expected a number, got None") in line
+    assert not any("s a probe, " in message for message in caplog.messages)
+
+
+def test_a_run_that_goes_on_has_a_forecast_of_its_own(tmp_path, caplog):
+    monitor, again = probing(4), probing(4)
+    fit(monitor, max_epochs=1).save_checkpoint(tmp_path / "epoch.ckpt")
+    trainer = make(again, max_epochs=2)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        trainer.fit(net(), data(), ckpt_path=tmp_path / "epoch.ckpt")
+    assert len(again.history) > len(monitor.history)
+    assert len([message for message in caplog.messages if "s a probe, " in message]) == 1
 
 
 def test_as_many_products_are_enough_as_every_solve_takes_or_two_that_take_long():

@@ -7,6 +7,7 @@ import torch
 
 from lightning_subspace.curvature import Hessian
 from lightning_subspace.measurements import (
+    BatchSharpness,
     Chi,
     Control,
     Density,
@@ -125,6 +126,17 @@ def test_the_first_probe_of_a_classifier_is_guessed_within_a_factor(k, monkeypat
         take_probe(loss, sample, solver, plan.measurements)
     assert products.count / 2 <= expected <= 2 * products.count
     assert later < expected
+
+
+@pytest.mark.parametrize("kind", [BatchSharpness, Control, Density, GradientNoise, Reliability, Trace])
+def test_what_is_taken_seldom_is_expected_seldom(kind):
+    sample = part_of_a_set(data())
+    prospect = Prospect(0, Solver(K), sample)
+    own, every, seldom = (Plan(Solver(K), tuple(m)) for m in ([], [kind(every=1)], [kind(every=2)]))
+    first, later = ([plan.expected_products(prospect)[i] for plan in (own, every, seldom)] for i in (0, 1))
+    assert first[1] == first[2] > first[0]
+    assert later[2] - later[0] == pytest.approx((later[1] - later[0]) / 2)
+    assert later[1] > later[0]
 
 
 def test_later_probes_are_averaged_and_nothing_is_solved_for_without_pairs():

@@ -21,6 +21,7 @@ from lightning_subspace.curvature.choice import Curvature, OnCheckFail, Precisio
 from lightning_subspace.joint import NOT_COPIED, Joint
 from lightning_subspace.measurements import Measurement, default_measurements
 from lightning_subspace.messages import Messages
+from lightning_subspace.plan import Plan
 from lightning_subspace.readings import Readings
 from lightning_subspace.record import Record
 from lightning_subspace.recorder import Recorder
@@ -29,7 +30,7 @@ from lightning_subspace.sample import SampleError, Weight
 from lightning_subspace.sample_source import SampleRequest, SampleSource
 from lightning_subspace.schedule import Schedule
 from lightning_subspace.solver import Solver, Which
-from lightning_subspace.tracker import Plan, Tracker
+from lightning_subspace.tracker import Tracker
 from lightning_subspace.training_loss import Mode
 
 

@@ -25,6 +25,7 @@ from lightning_subspace.collectives import Ranks
 from lightning_subspace.curvature.choice import Curvature, OnCheckFail, Precision
 from lightning_subspace.measurements import GradientFraction
 from lightning_subspace.messages import Messages
+from lightning_subspace.plan import Plan
 from lightning_subspace.projector import Keep, Projector
 from lightning_subspace.report.loggers import Reporter, logged_name
 from lightning_subspace.sample import Weight
@@ -33,7 +34,6 @@ from lightning_subspace.schedule import Schedule
 from lightning_subspace.solver import Solver, Which
 from lightning_subspace.space_source import SpaceSource
 from lightning_subspace.step_hooks import StepHooks
-from lightning_subspace.tracker import Plan
 from lightning_subspace.training_loss import Mode
 
 NAME = "SubspaceProjection"

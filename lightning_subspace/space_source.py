@@ -11,11 +11,12 @@ from lightning_subspace.collectives import Ranks
 from lightning_subspace.curvature.choice import CheckError
 from lightning_subspace.messages import Messages
 from lightning_subspace.monitor import SubspaceMonitor
+from lightning_subspace.plan import Plan
 from lightning_subspace.pool import SampleError
 from lightning_subspace.record import Record
 from lightning_subspace.sample_source import SampleRequest, SampleSource
 from lightning_subspace.subspace import TRUSTED_ERROR, Subspace
-from lightning_subspace.tracker import Plan, Tracker
+from lightning_subspace.tracker import Tracker
 
 
 class SpaceSource:

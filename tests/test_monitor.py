@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import Measurement, Needs, SubspaceMonitor, recorder
 from lightning_subspace.messages import Messages
+from lightning_subspace.plan import Plan
 from lightning_subspace.report import logged_name, progress, select
-from lightning_subspace.tracker import Plan
 
 # The first is raised by torch's own pytree, in Lightning's CombinedLoader; the second depends on the machine, the third
 # on the length of the run.

@@ -24,13 +24,14 @@ from lightning_subspace.linalg.lanczos import Lanczos
 from lightning_subspace.measurements import Reliability, default_measurements
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.partition import Partition
+from lightning_subspace.plan import Plan
 from lightning_subspace.probe import measure_subspace, take_probe
 from lightning_subspace.rounds import by_rounds
 from lightning_subspace.sample import Sample, sample_of_batches
 from lightning_subspace.sketch import CELLS
 from lightning_subspace.solver import Solver
 from lightning_subspace.subspace import inner_products
-from lightning_subspace.tracker import Plan, Tracker
+from lightning_subspace.tracker import Tracker
 from lightning_subspace.training_loss import TrainingLoss
 from tests.oracles import dense_gradient, dense_hessian, projected_share, top_eigenspace
 from tests.processes import run

@@ -12,10 +12,11 @@ from lightning_subspace.loss_function import LossError
 from lightning_subspace.measurements import Measurement, UpdateFraction, default_measurements
 from lightning_subspace.measurements.measurement import Needs
 from lightning_subspace.overlap_history import OverlapHistory
+from lightning_subspace.plan import VERIFY_EVERY, Plan
 from lightning_subspace.sample import sample_of_batches
 from lightning_subspace.solver import Solver
 from lightning_subspace.subspace import fraction, overlap
-from lightning_subspace.tracker import VERIFY_EVERY, Plan, Tracker
+from lightning_subspace.tracker import Tracker
 
 K = 3
 

@@ -22,10 +22,10 @@ from lightning_subspace.measurements import (
 )
 from lightning_subspace.measurements.measurement import Prospect
 from lightning_subspace.parameters import ParameterSpace
+from lightning_subspace.plan import Plan
 from lightning_subspace.probe import take_probe
 from lightning_subspace.sample import Sample, sample_of_batches
 from lightning_subspace.solver import Solver
-from lightning_subspace.tracker import Plan
 from lightning_subspace.training_loss import TrainingLoss
 from tests.measurements.probes import data, loss_fn, stepped
 from tests.test_counts import digits, network

@@ -17,9 +17,10 @@ from lightning_subspace import measure_subspace
 from lightning_subspace.curvature import Choice, Hessian
 from lightning_subspace.measurements import default_measurements
 from lightning_subspace.parameters import ParameterSpace
+from lightning_subspace.plan import Plan
 from lightning_subspace.sample import sample_of_batches, sample_of_current
 from lightning_subspace.solver import Solver
-from lightning_subspace.tracker import Plan, Tracker
+from lightning_subspace.tracker import Tracker
 from tests.oracles import dense_hessian
 
 PRECISIONS = ["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"]

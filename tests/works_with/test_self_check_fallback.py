@@ -15,9 +15,10 @@ from lightning_subspace.curvature import CheckError, CheckOutcome
 from lightning_subspace.curvature.self_check import THRESHOLD
 from lightning_subspace.loss_function import LossError
 from lightning_subspace.measurements import default_measurements
+from lightning_subspace.plan import Plan
 from lightning_subspace.sample import sample_of_batches
 from lightning_subspace.solver import Solver
-from lightning_subspace.tracker import Plan, Tracker
+from lightning_subspace.tracker import Tracker
 from tests.custom_functions import KeepsInput, OnceDifferentiable
 from tests.oracles import dense_hessian, dense_hessian_by_differences, top_eigenspace
 

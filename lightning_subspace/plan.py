@@ -40,11 +40,15 @@ class Plan:
 
         def of(number: int) -> float:
             then = replace(prospect, number=number)
-            own = then.solve(verify=number % VERIFY_EVERY == 0)
+            own = then.solve(verify=self.verifies(number))
             return own + sum(_expected_products(m, then) for m in self.measurements if m.is_due(number))
 
         later = range(prospect.number + 1, prospect.number + 1 + VERIFY_EVERY)
         return of(prospect.number), statistics.fmean(map(of, later))
+
+    def verifies(self, number: int) -> bool:
+        """Whether the probe of this number excludes missed copies, whatever was found before it."""
+        return number % VERIFY_EVERY == 0
 
     def finds_the_space_of(self, other: Plan) -> bool:
         """Whether the two compute the same subspace, whatever they measure in it."""

@@ -21,7 +21,7 @@ from lightning_subspace.measurements import Probe
 from lightning_subspace.overlap_history import OverlapHistory
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.partition import Partition
-from lightning_subspace.plan import VERIFY_EVERY, Plan
+from lightning_subspace.plan import Plan
 from lightning_subspace.probe import check_once, checked_k, choice_after, finite, is_taken, take_probe
 from lightning_subspace.record import Record
 from lightning_subspace.sample import Sample
@@ -213,7 +213,7 @@ class Tracker:
     ) -> tuple[Probe, Record]:
         number = self.num_probes
         # Read off eigenvalues, which are equal on all ranks as far as their processors are: the first one decides.
-        verify = self.ranks.first(number % VERIFY_EVERY == 0 or has_copies(self.history))
+        verify = self.ranks.first(self.plan.verifies(number) or has_copies(self.history))
         with self._choice.loss(module, self.space, self.ranks) as loss:
             return take_probe(
                 loss,

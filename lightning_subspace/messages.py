@@ -39,10 +39,11 @@ class Messages:
             self._told.add(cause)
             rank_zero_warn(f"{self._speaker}: {text} Later ones like it are not told.")
 
-    def note(self, text: str) -> None:
-        """Something to know, not to worry about."""
-        if self.is_new(text):
-            self._told.add(text)
+    def note(self, text: str, cause: str | None = None) -> None:
+        """Something to know, not to worry about; once a run and cause, which is by default the text."""
+        cause = text if cause is None else cause
+        if self.is_new(cause):
+            self._told.add(cause)
             rank_zero_info(f"{self._speaker}: {text}")
 
     def failure(self, what: str, error: Exception, ranks: Ranks) -> None:
@@ -65,20 +66,18 @@ class Messages:
         max_overhead: float | None,
     ) -> None:
         """What this probe will take, and one later on, in seconds."""
-        if self.is_new("forecast"):
-            self._told.add("forecast")
-            first, later = seconds
-            text = forecast(
-                n=partition.n,
-                k=solver.k,
-                ncv=solver.ncv,
-                seconds=later,
-                first=first,
-                held=held,
-                max_overhead=max_overhead,
-                num_ranks=partition.ranks.count,
-            )
-            rank_zero_info(f"{self._speaker}: {text}")
+        first, later = seconds
+        text = forecast(
+            n=partition.n,
+            k=solver.k,
+            ncv=solver.ncv,
+            seconds=later,
+            first=first,
+            held=held,
+            max_overhead=max_overhead,
+            num_ranks=partition.ranks.count,
+        )
+        self.note(text, "forecast")
 
     def passed_over(self, count: int, first: Sequence[int], max_overhead: float | None) -> None:
         """The budget has left out `count` steps that were asked for, of which a few are named."""

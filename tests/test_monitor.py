@@ -19,8 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_subspace import Measurement, Needs, SubspaceMonitor, recorder
-from lightning_subspace.messages import Messages
+from lightning_subspace import Measurement, Needs, SubspaceMonitor, messages, recorder
 from lightning_subspace.plan import Plan
 from lightning_subspace.report import logged_name, progress, select
 
@@ -530,10 +529,10 @@ def test_the_forecast_is_made_of_several_products(monkeypatch):
     moments = iter([0.0, 5.0, 6.0, 9.0])  # until the first product, and until two behind it
     told = []
     monkeypatch.setattr(recorder, "time", SimpleNamespace(monotonic=lambda: next(moments, 100.0)))
-    monkeypatch.setattr(Messages, "forecast", lambda self, solver, partition, seconds, *rest: told.append(seconds))
+    monkeypatch.setattr(messages, "forecast", lambda *, first, seconds, **rest: told.append((first, seconds)))
     monkeypatch.setattr(Plan, "expected_products", lambda self, prospect: (100.0 * prospect.number + 10.0, 3.0))
-    fit(probing(1), max_steps=1)
-    assert told[0] == (5.0 + 2.0 * 10.0, 5.0 + 2.0 * 3.0)
+    fit(probing(1), max_steps=2)
+    assert told == [(5.0 + 2.0 * 10.0, 5.0 + 2.0 * 3.0)]
 
 
 @pytest.mark.parametrize("answer", [None, "raises"])

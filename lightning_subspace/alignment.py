@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from lightning_subspace._lightning import MisconfigurationException
 
@@ -89,10 +87,6 @@ class Start:
         self.average = self._when.decay * past + (1.0 - self._when.decay) * chi
         self.begun = self.begun or self.average > self._when.chi
 
-    def state(self) -> dict[str, Any]:
-        """What `resume` needs."""
-        return {"begun": self.begun, "average": self.average}
-
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
-        self.begun, self.average = state["begun"], state["average"]
+    def resume(self, begun: bool, average: float | None) -> None:
+        """Go on from where another one was."""
+        self.begun, self.average = begun, average

@@ -7,17 +7,18 @@ does all of this; what a clock or an exception decides, ranks decide together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_subspace import configuration as check
-from lightning_subspace._lightning import Callback, ranks_of
-from lightning_subspace.checkpoint import resumed, tracker_state
+from lightning_subspace._lightning import Callback, rank_zero_warn, ranks_of
+from lightning_subspace.checkpoint import RunState, decode, decode_position, encode, encode_position, require_same
 from lightning_subspace.collectives import Ranks
 from lightning_subspace.curvature.choice import Curvature, OnCheckFail, Precision
+from lightning_subspace.entries import CheckpointError, Entries
 from lightning_subspace.joint import NOT_COPIED, Joint
 from lightning_subspace.measurements import Measurement, default_measurements
 from lightning_subspace.messages import Messages
@@ -28,10 +29,12 @@ from lightning_subspace.recorder import Recorder
 from lightning_subspace.report import Publisher, add_layout
 from lightning_subspace.sample import SampleError, Weight
 from lightning_subspace.sample_source import SampleRequest, SampleSource
-from lightning_subspace.schedule import Schedule
+from lightning_subspace.schedule import Position, Schedule
 from lightning_subspace.solver import Solver, Which
 from lightning_subspace.tracker import Tracker
 from lightning_subspace.training_loss import Mode
+
+NOT_RESUMED = "the state in the checkpoint is not used, history and overlaps start anew"
 
 
 class SubspaceMonitor(Readings, Callback):
@@ -134,7 +137,7 @@ class SubspaceMonitor(Readings, Callback):
         self._messages = Messages(on_failure)
         self._joint = Joint(Ranks(), self._schedule, self._messages)
         self._tracker: Tracker | None = None
-        self._saved: Mapping[str, Any] | None = None  # from a checkpoint, until training goes on from it
+        self._saved: Any = None  # from a checkpoint, until training goes on from it
         self._recorder = Recorder(name, self._schedule, self._messages, Publisher(name, log), max_overhead)
         self._seen_step = -1
         self._probed_step = -1
@@ -168,18 +171,19 @@ class SubspaceMonitor(Readings, Callback):
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Plan, draw the sample, and probe the point where training starts."""
         step = trainer.global_step
-        saved, self._saved = self._saved or {}, None
-        resumes = "schedule" in saved and saved["schedule"]["last_step"] <= step
+        saved, self._saved = self._saved, None
         last = self.history[-1].step if self.history else None
         ranks = ranks_of(trainer)
         continues = last is not None and step > 0 and last <= step and ranks.count == self._joint.ranks.count
         self._joint = Joint(ranks, self._schedule, self._messages)
         self._recorder.drop()
         self._seen_step = step
-        self._probed_step = step if continues and last == step and not resumes else -1
+        continues = continues and saved is None
+        self._probed_step = step if continues and last == step else -1
         self._messages.begin()
         self._schedule.begin(step)
-        old = None if resumes or not continues else self._tracker
+        state = None if saved is None else self._joint.do(NOT_RESUMED, lambda: self._read(saved, step))
+        old = self._tracker if continues else None
         self._tracker = self._joint.do(
             "nothing is measured", lambda: Tracker(self._plan, pl_module, ranks) if old is None else old, ValueError
         )
@@ -196,8 +200,8 @@ class SubspaceMonitor(Readings, Callback):
         if self._layout and trainer.is_global_zero:
             add_layout(trainer.loggers, self.name, self._plan.solver.k)
         self._awaits_first = True
-        if resumes and self._tracker is not None:
-            self._go_on(self._tracker, saved, step)
+        if state is not None and self._tracker is not None:
+            self._go_on(self._tracker, *state, step)
         self._take_first_probe(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
@@ -290,7 +294,8 @@ class SubspaceMonitor(Readings, Callback):
         if self._tracker is None:
             return dict(self._saved or {})
         try:
-            return {**tracker_state(self._tracker, self._recorder.open), "schedule": self._schedule.state()}
+            state = encode(self._tracker.state(self._recorder.open))
+            return {**state, "schedule": encode_position(self._schedule.position)}
         except Exception as error:  # a checkpoint is worth more than what the monitor has to add
             self._messages.failure("a checkpoint was written without what was measured", error, self._joint.ranks)
             return {}
@@ -299,19 +304,32 @@ class SubspaceMonitor(Readings, Callback):
         """Keep the state until training starts: there is no module yet to compare it with."""
         self._saved = state_dict
 
-    def _go_on(self, tracker: Tracker, saved: Mapping[str, Any], step: int) -> None:
-        """Put the new tracker where that of the checkpoint was, or say why not."""
-        last_step, has_sample = saved["schedule"]["last_step"], self._source.sample is not None
-        can_reopen = has_sample and last_step == step and self._schedule.probes_first_step
+    def _read(self, saved: Any, step: int) -> tuple[RunState, Position] | None:
+        """What the checkpoint holds of a run that can go on here, or None with a warning."""
+        solver = self._plan.solver
+        try:
+            state, position = decode(saved), decode_position(Entries(saved).below("schedule"))
+            require_same("monitor", {"k": solver.k, "which": solver.which}, {"k": state.k, "which": state.which})
+            last = max([position.last_step, *(record.step for record in state.records)])
+            if last > step:
+                raise CheckpointError(f"it is of step {last}, and training starts at step {step}")
+        except CheckpointError as error:
+            rank_zero_warn(
+                f"SubspaceMonitor: the state {self.name!r} of the checkpoint is not used: {error}. History and "
+                "overlaps start anew."
+            )
+            return None
+        return state, position
 
-        found = self._joint.do(
-            "the state in the checkpoint is not used, history and overlaps start anew",
-            lambda: resumed(tracker, saved, reopen=can_reopen, name=self.name),
-        )
+    def _go_on(self, tracker: Tracker, state: RunState, position: Position, step: int) -> None:
+        """Put the new tracker where that of the checkpoint was."""
+        last_step, has_sample = position.last_step, self._source.sample is not None
+        reopen = has_sample and last_step == step and self._schedule.probes_first_step
+        found = self._joint.do(NOT_RESUMED, lambda: tracker.resumed(state, reopen=reopen))
         if found is None:
             return
         self._tracker, is_reopened = found
-        self._schedule.resume(saved["schedule"], step)
+        self._schedule.resume(position, step)
         is_due = last_step < step and self._agreed_to_measure(step)  # the checkpoint was written before our hook
         self._awaits_first = is_reopened or is_due
         self._probed_step = -1 if self._awaits_first or not self.history else self.history[-1].step

@@ -12,7 +12,7 @@ whatever their order, to have ended that step, so that a monitor which has just 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from lightning_subspace import configuration as check
 from lightning_subspace._lightning import Callback, MisconfigurationException, is_a, rank_zero_warn, ranks_of
 from lightning_subspace.alignment import Start, StartWhenAligned
+from lightning_subspace.checkpoint import FORMAT, decode_position, encode_position, require_same, up_to_date
 from lightning_subspace.collectives import Ranks
 from lightning_subspace.curvature.choice import Curvature, OnCheckFail, Precision
+from lightning_subspace.entries import CheckpointError
 from lightning_subspace.measurements import GradientFraction
 from lightning_subspace.messages import Messages
 from lightning_subspace.plan import Plan
@@ -38,8 +40,7 @@ from lightning_subspace.training_loss import Mode
 
 NAME = "SubspaceProjection"
 INSTEAD = "the last good space stays in use, and where there is none the optimizer's step is left as it is"
-# States of another format are not used.
-FORMAT = 1
+AVERAGE = "a number in [0, 1], or None"
 
 
 class SubspaceProjection(Callback):
@@ -160,7 +161,7 @@ class SubspaceProjection(Callback):
         self._source = SpaceSource(plan, request, self._messages, INSTEAD)
         self._reporter = Reporter()
         self._ranks = Ranks()
-        self._saved: Mapping[str, Any] | None = None  # from a checkpoint, until training goes on from it
+        self._saved: Any = None  # from a checkpoint, until training goes on from it
         self._seen_step = -1
         self._wants_space = False
         self._projector: Projector | None = None
@@ -303,9 +304,9 @@ class SubspaceProjection(Callback):
             "format": FORMAT,
             "k": solver.k,
             "which": solver.which,
-            "schedule": self._schedule.state(),
+            "schedule": encode_position(self._schedule.position),
             "start_when": repr(self._start_when),
-            "start": self._start.state(),
+            "start": {"begun": self._start.begun, "average": self._start.average},
             "num_probes": tracker.num_probes,
         }
 
@@ -313,20 +314,24 @@ class SubspaceProjection(Callback):
         """Keep the state until training starts."""
         self._saved = state_dict
 
-    def _go_on(self, saved: Mapping[str, Any], step: int) -> None:
-        solver, tracker = self._source.plan.solver, self._source.tracker
-        for name, now in (("format", FORMAT), ("k", solver.k), ("which", solver.which)):
-            if saved.get(name) != now:
-                rank_zero_warn(
-                    f"{NAME}: the state {self.name!r} of the checkpoint is not used: it was written with {name}="
-                    f"{saved.get(name)!r}, and this projection has {name}={now!r}. It starts anew."
-                )
-                return
-        self._schedule.resume(saved["schedule"], step)
-        if saved["start_when"] == repr(self._start_when):  # another condition is waited for anew
-            self._start.resume(saved["start"])
-        if tracker is not None:
-            tracker.num_probes = saved["num_probes"]
+    def _go_on(self, saved: Any, step: int) -> None:
+        """Go on where the run of the checkpoint was, or say why not."""
+        try:
+            entries, solver = up_to_date(saved), self._source.plan.solver
+            position, start = decode_position(entries.below("schedule")), entries.below("start")
+            average = start.any("average")
+            start.require(average is None or (isinstance(average, float) and 0.0 <= average <= 1.0), "average", AVERAGE)
+            start_when, begun, number = entries.text("start_when"), start.flag("begun"), entries.integer("num_probes")
+            then = {"k": entries.integer("k"), "which": entries.text("which")}
+            require_same("projection", {"k": solver.k, "which": solver.which}, then)
+        except CheckpointError as error:
+            rank_zero_warn(f"{NAME}: the state {self.name!r} of the checkpoint is not used: {error}. It starts anew.")
+            return
+        self._schedule.resume(position, step)
+        if start_when == repr(self._start_when):  # another condition is waited for anew
+            self._start.resume(begun, average)
+        if self._source.tracker is not None:
+            self._source.tracker.num_probes = number
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the methods that Lightning attaches for logging, and what belongs to a step or to optimizers."""

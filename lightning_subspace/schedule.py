@@ -9,15 +9,30 @@ out of this account: it bears the set-up, looks closer, and is what the price of
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 # An ordinary probe over the first one, which looks at an untrained network (58 products for k = 10 on digits, where
 # later ones take 16), verifies it, and solves for two halves of the sample besides: measured .1 to .5, so this waits.
 LATER_SHARE = 0.5
 # How many of the steps that were passed over are kept by name.
 NAMED_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a schedule is among the steps. Time is counted anew in every process.
+
+    Attributes:
+        last_step: the step that was asked about last.
+        passed_over: the first few candidate steps that the budget did not allow.
+        num_passed_over: how many such steps there were.
+    """
+
+    last_step: int
+    passed_over: tuple[int, ...] = ()
+    num_passed_over: int = 0
 
 
 class Schedule:
@@ -61,15 +76,15 @@ class Schedule:
         self._first = 0.0  # of it on the first probe
         self._price = 0.0  # what the next probe is expected to take
 
-    def state(self) -> dict[str, Any]:
-        """The position among the steps. Time is counted anew in every process."""
-        passed_over = {"passed_over": list(self.passed_over), "num_passed_over": self.num_passed_over}
-        return {"last_step": self._last_step, **passed_over}
+    @property
+    def position(self) -> Position:
+        """Where it is among the steps."""
+        return Position(self._last_step, tuple(self.passed_over), self.num_passed_over)
 
-    def resume(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on at this step from a position."""
-        self.begin(min(step, state["last_step"]))
-        self.passed_over, self.num_passed_over = list(state["passed_over"]), state["num_passed_over"]
+    def resume(self, position: Position, step: int) -> None:
+        """Go on at this step from an earlier position."""
+        self.begin(min(step, position.last_step))
+        self.passed_over, self.num_passed_over = list(position.passed_over), position.num_passed_over
 
     def end(self) -> None:
         """Training has ended: the shares below stay what they are."""

@@ -6,6 +6,7 @@ the parameters, the gradient and the eigenvectors of its probe; the graphs of th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_subspace.checkpoint import Resumed
+from lightning_subspace.checkpoint import RunState
 from lightning_subspace.collectives import Ranks
 from lightning_subspace.curvature import Choice, SelfCheck
 from lightning_subspace.measurements import Probe
@@ -25,10 +26,42 @@ from lightning_subspace.plan import Plan
 from lightning_subspace.probe import check_once, checked_k, choice_after, finite, is_taken, take_probe
 from lightning_subspace.record import Record
 from lightning_subspace.sample import Sample
+from lightning_subspace.sketch import Sketch, sketch_overlap
 
 # Neighbours closer than this, in units of the largest |eigenvalue|, are taken for copies: a converged eigenvalue is off
 # by about tol^2 / gap, 1e-6 by default, and to take two for copies by chance costs a few products.
 COPIES = 1e-5
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What stands in, after a resume, for what a checkpoint does not hold.
+
+    Attributes:
+        previous: sketch of the last probe, until there is one with eigenvectors.
+        reference: sketch of the reference probe.
+        reopened: a record that was open when the checkpoint was written. Its probe is taken again at the same point for
+            the eigenvectors, which the numbers of the next step need; those it has already stay as they were.
+    """
+
+    previous: Sketch | None = None
+    reference: Sketch | None = None
+    reopened: Record | None = None
+
+    def complete(self, record: Record) -> Record:
+        """A new record with the overlaps that could not be taken from eigenvectors, estimated from sketches."""
+        metrics = dict(record.metrics)
+        if record.sketch is not None:
+            for key, other in (("overlap_previous", self.previous), ("overlap_reference", self.reference)):
+                if other is not None and key not in metrics:
+                    metrics[key] = sketch_overlap(other, record.sketch)
+        if self.reopened is not None and self.reopened.step == record.step:
+            metrics.update(self.reopened.metrics)
+        return replace(record, metrics=metrics)
+
+    def after(self, record: Record) -> Resumed:
+        """What is still needed when this record has been taken."""
+        return Resumed(self.previous if record.sketch is None else None, self.reference)
 
 
 @dataclass
@@ -169,13 +202,10 @@ class Tracker:
             module: after the optimizer step from the record's point; None when no step was taken.
         """
         metrics = dict(opened.record.metrics)
-        subspace = opened.probe.subspace
         if module is not None:
             with self.ranks.together():
                 metrics.update(self._after_step(opened, module))
-        record = replace(
-            opened.record, metrics=metrics, subspace=None if subspace is None else subspace.without_eigenvectors()
-        )
+        record = _without_eigenvectors(replace(opened.record, metrics=metrics))
         self.history.append(record)
         return record
 
@@ -183,19 +213,47 @@ class Tracker:
         """Go on in another fit, whose process group is a new one of as many ranks."""
         self.ranks, self.partition = ranks, replace(self.partition, ranks=ranks)
 
-    def go_on(self, space: ParameterSpace, overlaps: OverlapHistory, reopened: Record | None) -> None:
-        """Continue these overlaps from a checkpoint; see `checkpoint.restore`. Small sketches are eigenvectors."""
+    def state(self, opened: OpenRecord | None = None) -> RunState:
+        """What `resumed` needs; an open record goes in as it is, without its eigenvectors."""
+        solver = self.plan.solver
+        records = [*self.history, *([] if opened is None else [_without_eigenvectors(opened.record)])]
+        is_open = opened is not None
+        return RunState(
+            solver.k, solver.which, self.space, self.num_probes, tuple(records), is_open, copy.copy(self.overlaps)
+        )
+
+    def resumed(self, state: RunState, *, reopen: bool = False) -> tuple[Tracker, bool]:
+        """One like this, put where the one was that the state was taken from. This one stays as it is.
+
+        Args:
+            state: of a run with the same k and end of the spectrum.
+            reopen: whether a record that was open is to be taken again; otherwise it is kept without the numbers of the
+                step that followed.
+
+        Returns:
+            The other one, and whether it awaits that a record is taken again.
+        """
+        other, records, reopened = copy.copy(self), list(state.records), None
+        overlaps = copy.copy(state.overlaps)
+        if state.is_open and reopen:
+            reopened = records.pop()
+            if reopened.step in overlaps.sketches:
+                overlaps.forget(reopened.step)
         held = overlaps.sketches
         previous = list(held.values())[-1] if held else None
         reference = None if overlaps.reference_step is None else held[overlaps.reference_step]
-        self.overlaps = overlaps
-        if space != self.space:
-            self.partition = Partition.even(space, self.ranks)
-        self._resumed = Resumed(previous, reference, reopened)
-        self._previous, self._reference = (
-            self.partition.cut(sketch.basis) if sketch is not None and sketch.exact else None
+        # Where the module has other parameters now, `adapt` finds out at the next probe, and starts the overlaps anew.
+        if state.space != self.space:
+            other.partition = Partition.even(state.space, self.ranks)
+        # Sketches of small spaces are the eigenvectors themselves.
+        other._previous, other._reference = (
+            None if sketch is None or not sketch.exact else other.partition.cut(sketch.basis)
             for sketch in (previous, reference)
         )
+        other._resumed = Resumed(previous, reference, reopened)
+        other.overlaps, other.history = overlaps, records
+        other.num_probes = state.num_probes - (reopened is not None)
+        return other, reopened is not None
 
     def _theta(self, module: nn.Module) -> Tensor:
         """This rank's part of the parameters."""
@@ -283,6 +341,11 @@ def has_copies(history: Sequence[Record]) -> bool:
         return False
     values = last.eigenvalues.sort().values
     return bool((values.diff() <= COPIES * values.abs().max()).any())
+
+
+def _without_eigenvectors(record: Record) -> Record:
+    subspace = record.subspace
+    return record if subspace is None else replace(record, subspace=subspace.without_eigenvectors())
 
 
 class _Over:

@@ -1,5 +1,6 @@
 """Checkpoints: a resumed run is the straight run, and what cannot go on says so."""
 
+import copy
 import io
 
 import numpy as np
@@ -205,11 +206,12 @@ def test_the_sketch_of_the_reference_is_never_given_up():
         if step == 1:
             history.reference_step = 1
     assert list(history.sketches) == [0, 1, 19]
-    back = OverlapHistory.of_state(history.state(), 3)
+    back = copy.copy(history)
     np.testing.assert_array_equal(back.matrix()[1], history.matrix()[1])
     assert list(back.sketches) == [0, 1, 19]
     back.forget(19)
     assert (list(back.sketches), back.matrix()[0]) == ([0, 1], list(range(19)))
+    assert list(history.sketches) == [0, 1, 19]
 
 
 @pytest.mark.filterwarnings("ignore:.*is affected by:UserWarning")

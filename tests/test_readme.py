@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from lightning_subspace import SubspaceMonitor, SubspaceProjection, measure_subspace
+import lightning_subspace
+from lightning_subspace import Measurement, SubspaceMonitor, SubspaceProjection, measure_subspace
 from tests.processes import run
 
 ROOT = Path(__file__).parents[1]
@@ -164,6 +165,14 @@ def test_every_argument_of_the_callbacks_is_explained() -> None:
     assert [name for name in own if f"{name}=" not in projection] == []
 
 
+def test_every_measurement_on_request_is_in_the_table() -> None:
+    text = PAGES["lightning_subspace/measurements/README.md"]
+    named = re.findall(r"^\| `(\w+)\(\)` \|", text, flags=re.MULTILINE)
+    public = [getattr(lightning_subspace, name) for name in lightning_subspace.__all__]
+    ours = [item for item in public if inspect.isclass(item) and issubclass(item, Measurement)]
+    assert sorted(named) == sorted(item.__name__ for item in ours if item is not Measurement)
+
+
 def test_the_first_example_measures_a_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__readme__"}
@@ -172,6 +181,9 @@ def test_the_first_example_measures_a_curve(tmp_path: Path, monkeypatch: pytest.
     assert len(steps) >= 4
     assert steps[0] == 0
     assert (tmp_path / "subspace.png").exists()
+    keys = {key.split("/")[-1] for record in names["monitor"].history for key in record.metrics}
+    unnamed = {key for key in keys if f"{key}`" not in PAGES["README.md"] and not key.isdigit()}
+    assert unnamed == set(), "logged, and not in the table"
 
 
 def test_the_commands_of_the_readme_are_those_of_ci() -> None:

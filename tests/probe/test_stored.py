@@ -92,7 +92,7 @@ def test_the_state_of_a_complex_model_is_that_of_its_space():
     monitor, _ = stored.callbacks()
     stored.train(Net(), monitor)
     state = monitor.state_dict()
-    assert checkpoint.decode(state).space == monitor._tracker.space
+    assert checkpoint.decode(state).space == monitor._runner.run.space
 
 
 def test_a_state_of_an_older_format_is_brought_up_to_date(monkeypatch):
@@ -261,4 +261,4 @@ def test_a_damaged_state_of_a_projection_is_a_warning_that_names_the_entry(entry
             assert not warned, (path, warned)
         else:
             assert any(expected in text for text in warned), (path, warned)
-        assert projection._source.tracker.num_probes > 0, path
+        assert projection._runner.run.num_probes > 0, path

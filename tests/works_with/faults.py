@@ -37,6 +37,7 @@ from lightning_subspace import (
     Needs,
     SubspaceMonitor,
     SubspaceProjection,
+    forecast,
     monitor,
     probe,
     recorder,
@@ -51,7 +52,6 @@ from lightning_subspace.curvature.forward_difference import ForwardDifferenceHes
 from lightning_subspace.curvature.sharded_difference import ShardedDifferenceHessian
 from lightning_subspace.linalg.lanczos import Lanczos
 from lightning_subspace.linalg.search import Search
-from lightning_subspace.messages import Messages
 from lightning_subspace.overlap_history import OverlapHistory
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.partition import Partition
@@ -197,12 +197,12 @@ PLACES: list[tuple[Any, str, str | Callable[..., str]]] = [
     (ParameterSpace, "of", _within("space")),
     (ParameterSpace, "tensors", _within("tensors")),
     (ProgressLine, "update", "progress"),
-    (Messages, "forecast", "forecast"),
-    (tracker.Tracker, "adapt", "adapt"),
-    (tracker.Tracker, "_partition_of", lambda *args: here.phase or "begin"),
-    (tracker.Tracker, "_theta", "theta"),
-    (tracker.Tracker, "measure", "probe"),
-    (tracker.Tracker, "close", "close"),
+    (forecast, "forecast", "forecast"),
+    (tracker.ProbeRun, "refresh_parameters", "adapt"),
+    (tracker.ProbeRun, "_partition_of", lambda *args: here.phase or "begin"),
+    (tracker.ProbeRun, "_theta", "theta"),
+    (tracker.ProbeRun, "measure", "probe"),
+    (tracker.ProbeRun, "close", "close"),
     (tracker, "finite", _within("finite")),
     (probe, "finite", _within("finite")),
     (tracker.OpenRecord, "see_gradient", "see gradient"),
@@ -210,8 +210,9 @@ PLACES: list[tuple[Any, str, str | Callable[..., str]]] = [
     (OverlapHistory, "compare", "compare sketches"),
     (probe, "sketch", "sketch"),
     (monitor, "encode", "state"),
-    (tracker.Tracker, "resumed", "restore"),
+    (tracker.ProbeRun, "resumed", "restore"),
     *((getattr(default, name), "measure", name) for name in MEASURED),
+    (default.Trace, "measure", "Trace"),
     (default.UpdateFraction, "after_step", "UpdateFraction"),
 ]
 
@@ -265,7 +266,7 @@ def _follow_probes() -> None:
 
         setattr(recorder.Recorder, name, followed)
 
-    follow("take", lambda self, its, trainer, module, sample, step: step)
+    follow("take", lambda self, trainer, module, step: step)
     follow("close", lambda self, *args: None if self.open is None else self.open.record.step)
 
 
@@ -750,7 +751,7 @@ def _fit(case: Case, alone: Observer, folder: Path) -> Fit:
         observer, error = train(case, its_monitor, folder)
     left, here.faults = here.faults, []
     texts = [str(warning.message) for warning in caught]
-    its, records = its_monitor._tracker, its_monitor.history
+    its, records = its_monitor._runner.run, its_monitor.history
     return Fit(
         changed=differences(alone.seen, observer.seen)[:5],
         left=left,

@@ -14,11 +14,9 @@ from lightning_subspace import SubspaceMonitor, measure_subspace
 from lightning_subspace.curvature import CheckError, CheckOutcome
 from lightning_subspace.curvature.self_check import THRESHOLD
 from lightning_subspace.loss_function import LossError
-from lightning_subspace.measurements import default_measurements
-from lightning_subspace.plan import Plan
+from lightning_subspace.plan import ProbeSettings
 from lightning_subspace.sample import sample_of_batches
-from lightning_subspace.solver import Solver
-from lightning_subspace.tracker import Tracker
+from lightning_subspace.tracker import ProbeRun
 from tests.custom_functions import KeepsInput, OnceDifferentiable
 from tests.oracles import dense_hessian, dense_hessian_by_differences, top_eigenspace
 
@@ -198,10 +196,10 @@ class Probing(Callback):
 
     def __init__(self, inputs, **options):
         self.sample = sample_of_batches([(inputs, LABELS)])
-        self.plan = Plan(Solver(K), default_measurements(K), **options)
+        self.settings = ProbeSettings(k=K, **options)
 
     def on_train_start(self, trainer, pl_module):
-        self.tracker = Tracker(self.plan, pl_module)
+        self.tracker = ProbeRun(self.settings, pl_module)
         self.tracker.check(pl_module, self.sample)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

@@ -121,12 +121,12 @@ def test_a_checkpoint_is_no_larger_than_stated():
     one = monitor(k=k)
     run(one, steps=1, width=400)
     generator = torch.Generator().manual_seed(0)
-    overlaps, base = OverlapHistory(), one._tracker.history[-1]
-    one._tracker.history[:] = [base.__class__(step, base.metrics, base.subspace) for step in range(probes)]
+    overlaps, base = OverlapHistory(), one._runner.run.history[-1]
+    one._runner.run.history[:] = [base.__class__(step, base.metrics, base.subspace) for step in range(probes)]
     for step in range(probes):
         basis = torch.linalg.qr(torch.randn(cells, k, generator=generator))[0].T.contiguous()
         overlaps.add(step, Sketch(basis, exact=False))
-    one._tracker.overlaps = overlaps
+    one._runner.run.overlaps = overlaps
     buffer = io.BytesIO()
     torch.save(one.state_dict(), buffer)
     assert 64 * 4 * k * cells < buffer.tell() <= 256 * k * cells + 2_000 * probes + 20_000

@@ -10,4 +10,4 @@ from lightning_subspace.linalg.quadrature import Quadrature as Quadrature
 from lightning_subspace.linalg.quadrature import quadrature as quadrature
 from lightning_subspace.linalg.result import EigshResult as EigshResult
 from lightning_subspace.linalg.result import Outcome as Outcome
-from lightning_subspace.linalg.which import Which as Which
+from lightning_subspace.linalg.selection import Which as Which

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_subspace.linalg.agreement import Agreement, AllSum
 from lightning_subspace.linalg.lanczos import Lanczos
-from lightning_subspace.linalg.which import WHICH
+from lightning_subspace.linalg.selection import WHICH
 
 RandomVector = Callable[[int, int], Tensor]
 

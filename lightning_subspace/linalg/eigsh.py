@@ -22,9 +22,9 @@ from lightning_subspace.linalg import _arguments as arguments
 from lightning_subspace.linalg.agreement import Agreement, AllSum
 from lightning_subspace.linalg.lanczos import Lanczos, MatVec
 from lightning_subspace.linalg.result import EigshResult
-from lightning_subspace.linalg.rules import Rules
-from lightning_subspace.linalg.search import Progress, Search
-from lightning_subspace.linalg.which import Which
+from lightning_subspace.linalg.selection import Which
+from lightning_subspace.linalg.stopping import Rules
+from lightning_subspace.linalg.verification import Progress, Search
 
 RandomVector = arguments.RandomVector
 

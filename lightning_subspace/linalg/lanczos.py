@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_subspace.linalg import rows as blockwise
+from lightning_subspace.linalg import blocked as blockwise
 from lightning_subspace.linalg.agreement import Agreement
 
 MatVec = Callable[[Tensor], Tensor]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_subspace.linalg import EigshResult, Outcome, Which, eigsh
-from lightning_subspace.linalg.which import WHICH, report_order
+from lightning_subspace.linalg.selection import WHICH, report_order
 
 from .spectra import Operator, generator, mirrored, normal, num_missed, shortfall, spectra, uniform
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_subspace.linalg import rows as rows_module
+from lightning_subspace.linalg import blocked as rows_module
 from lightning_subspace.linalg.agreement import Agreement
 from lightning_subspace.linalg.lanczos import Lanczos
 

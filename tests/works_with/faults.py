@@ -51,7 +51,7 @@ from lightning_subspace.curvature.displaced import DisplacedGradients
 from lightning_subspace.curvature.forward_difference import ForwardDifferenceHessian
 from lightning_subspace.curvature.sharded_difference import ShardedDifferenceHessian
 from lightning_subspace.linalg.lanczos import Lanczos
-from lightning_subspace.linalg.search import Search
+from lightning_subspace.linalg.verification import Search
 from lightning_subspace.messages import Messages
 from lightning_subspace.overlap_history import OverlapHistory
 from lightning_subspace.parameters import ParameterSpace

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lightning_subspace.linalg import Which
-from lightning_subspace.linalg.which import (
+from lightning_subspace.linalg.selection import (
     WHICH,
     best_first,
     decisive_values,

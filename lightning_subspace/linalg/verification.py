@@ -18,8 +18,7 @@ from lightning_subspace.linalg.certificate import Certificate
 from lightning_subspace.linalg.lanczos import Lanczos
 from lightning_subspace.linalg.result import EigshResult, Outcome
 from lightning_subspace.linalg.ritz import UNSEEN, Neighbour, Ritz, beside_identity
-from lightning_subspace.linalg.rules import Rules
-from lightning_subspace.linalg.which import (
+from lightning_subspace.linalg.selection import (
     best_first,
     decisive_values,
     edge_values,
@@ -29,6 +28,7 @@ from lightning_subspace.linalg.which import (
     outward,
     report_order,
 )
+from lightning_subspace.linalg.stopping import Rules
 
 Progress = Callable[[int, float], None]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_subspace.linalg.which import Which
+from lightning_subspace.linalg.selection import Which
 
 _COPY_MARGIN = 0.03  # in units of scale
 # Looser ones are passed before all wanted pairs have appeared; for Hessians of trained networks 1e-2 often is.

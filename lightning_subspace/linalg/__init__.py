@@ -1,7 +1,7 @@
 """Linear algebra of symmetric operators that are known by their products with vectors. Pure torch.
 
-Reading order: `eigsh` (what it does), `search` (how it decides), `lanczos` (how a basis grows), `certificate` (why no
-copy of a multiple eigenvalue is missed), `quadrature` (sums over the whole spectrum).
+Reading order: `eigsh` (the loop), `lanczos` (how a basis grows and shrinks), `stopping` (when to stop), `verification`
+and `certificate` (why no copy of a multiple eigenvalue is missed), `quadrature` (sums over the whole spectrum).
 """
 
 from lightning_subspace.linalg.eigsh import eigsh as eigsh

@@ -1,28 +1,89 @@
-"""Which end of the spectrum is wanted, and what that makes of a list of Ritz values.
+"""Selection of the wanted Ritz pairs, from any end of the spectrum.
 
-All four choices become one rule. Values are listed *best first*: the first ``c`` of the list are the best choice of
-``c`` values, for every ``c``. Each has a *merit*, larger is better. For ``"BE"`` the places of the list alternate:
-highest, lowest, second highest, second lowest, ...
+All four choices become one rule. Values are listed *best first*: the first c of the list are the best choice of c
+values, for every c. Each has a *merit*, larger is better. For "BE" the places of the list alternate: highest, lowest,
+second highest, second lowest, ...
 """
 
-from typing import Literal, get_args
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+from lightning_subspace.linalg.lanczos import Lanczos
 
 Which = Literal["LA", "SA", "LM", "BE"]
 WHICH: tuple[str, ...] = get_args(Which)
 
 
+@dataclass(frozen=True)
+class Ritz:
+    """Ritz pairs, best first: the k wanted ones lead. All float64 on the CPU."""
+
+    values: Tensor  # (m,)
+    rotation: Tensor  # (m, m) columns: Ritz vectors in terms of the basis
+    reducible: Tensor  # (m,) the part of the residual estimates that further matvecs reduce
+    residuals: Tensor  # (m,) the residual estimates
+
+
+class Neighbour(NamedTuple):
+    """The unwanted Ritz value that is closest to the wanted ones at one end of the spectrum."""
+
+    gap: float  # its distance, in merit
+    value: float
+    residual: float
+
+
+def ritz_pairs(lanczos: Lanczos, which: Which, num_locked: int = 0) -> Ritz:
+    """Ritz pairs of a factorisation, best first; leading rows that are locked come first, as they are."""
+    if num_locked == 0:
+        values, rotation = lanczos.ritz()
+    else:
+        values, rotation = torch.linalg.eigh(lanczos.projected[num_locked:, num_locked:])
+    order = best_first(values, which)
+    values, rotation = values[order], rotation[:, order]
+    if num_locked > 0:
+        values = torch.cat([lanczos.projected.diagonal()[:num_locked], values])
+        rotation = torch.block_diag(torch.eye(num_locked, dtype=torch.float64, device="cpu"), rotation)
+    return Ritz(values, rotation, *lanczos.residuals(rotation))
+
+
+def neighbours(ritz: Ritz, k: int, which: Which, remembered: Sequence[Neighbour]) -> list[Neighbour]:
+    """The closest unwanted value at each end, seen now or remembered; none while there are no more than k."""
+    closest = []
+    for end, place in enumerate(last_places(k, which) if len(ritz.values) >= k else []):
+        merits = merit_in_place(ritz.values, place, which)
+        candidates = []
+        if merits.numel() > k:
+            i = k + int(merits[k:].argmax())
+            gap = float(merits[place] - merits[i])
+            candidates.append(Neighbour(gap, float(ritz.values[i]), float(ritz.residuals[i])))
+        for before in remembered[end : end + 1]:
+            merit_then = merit_in_place(ritz.values.new_tensor(before.value), place, which)
+            candidates.append(before._replace(gap=float(merits[place] - merit_then)))
+        closest += [min(candidates)] if candidates else []
+    return closest
+
+
+def closest_of(behind: Sequence[Neighbour], gap: float = math.nan) -> Neighbour:
+    """The neighbour with the smallest gap; one with the given gap if none was seen."""
+    return min(behind, default=Neighbour(gap, value=math.nan, residual=math.nan))
+
+
 def best_first(values: Tensor, which: Which) -> Tensor:
-    """Indices that list ``values`` best first.
+    """Indices that list values best first.
 
     Args:
-        values: Eigenvalues or Ritz values in any order, shape ``(m,)``.
-        which: ``"LA"`` largest, ``"SA"`` smallest, ``"LM"`` largest magnitude, ``"BE"`` both ends, alternating.
+        values: eigenvalues or Ritz values in any order, shape (m,).
+        which: "LA" largest, "SA" smallest, "LM" largest magnitude, "BE" both ends, alternating.
 
     Returns:
-        A permutation of ``range(m)``.
+        A permutation of `range(m)`.
 
     Example:
         >>> values = torch.tensor([1.0, -5.0, 3.0, 2.0])
@@ -45,12 +106,12 @@ def best_first(values: Tensor, which: Which) -> Tensor:
 
 
 def merit(values: Tensor, which: Which) -> Tensor:
-    """The merit of values that are listed best first, shape ``(m,)``: it falls along the list ("BE": at each end)."""
+    """The merit of values listed best first, shape (m,): it falls along the list ("BE": at each end)."""
     return values.abs() if which == "LM" else _signs(values.numel(), which) * values
 
 
 def ends(k: int, which: Which) -> list[slice]:
-    """The places of each end in a list of ``k`` values."""
+    """The places of each end in a list of k values."""
     return [slice(0, None, 2), slice(1, None, 2)][: min(k, 2)] if which == "BE" else [slice(None)]
 
 
@@ -59,24 +120,20 @@ def last_places(k: int, which: Which) -> list[int]:
     return [k - 1, k - 2] if which == "BE" and k > 1 else [k - 1]
 
 
-def outward(values: Tensor, place: int, which: Which) -> Tensor:
-    """The merit that ``values`` would have in one and the same ``place``, shape ``(m,)``."""
+def merit_in_place(values: Tensor, place: int, which: Which) -> Tensor:
+    """The merit that all values would have in the same place of the list, shape (m,)."""
     return values.abs() if which == "LM" else _sign(place, which) * values
 
 
-def decisive_values(wanted: Tensor, which: Which, margin: float) -> list[float]:
-    """The found eigenvalues whose missed copies would matter, one for each end that has any.
+def decisive_values(
+    wanted: Tensor,  # (k,) found eigenvalues, best first
+    which: Which,
+    margin: float,  # by which a copy has to improve on the last wanted value
+) -> list[float]:
+    """The found eigenvalues whose missed copies would matter, one an end.
 
-    A copy matters if its merit exceeds that of the last wanted value by more than ``margin``. Of all such values of an
-    end the innermost is returned: it is the hardest to exclude (see `Certificate`), so it speaks for those beyond it.
-
-    Args:
-        wanted: The found eigenvalues, best first, shape ``(k,)``.
-        which: Which ends are wanted.
-        margin: How much a copy has to improve on the last wanted value, in units of the eigenvalues.
-
-    Returns:
-        None, one or (``"LM"``, ``"BE"``) up to two eigenvalues.
+    A copy matters if its merit exceeds that of the last wanted value by more than `margin`. Of all such values of an
+    end the innermost is returned: it is the hardest to exclude (see `Certificate`), so it stands for those beyond it.
     """
     decisive = []
     for sign, merits, last in _by_end(wanted, which):
@@ -87,12 +144,12 @@ def decisive_values(wanted: Tensor, which: Which, margin: float) -> list[float]:
 
 
 def edge_values(wanted: Tensor, which: Which, margin: float) -> list[float]:
-    """Just beyond the last wanted value of each end that has any, by ``margin``; arguments as in `decisive_values`."""
+    """The last wanted value of each end, moved outward by `margin`; arguments as in `decisive_values`."""
     return [sign * (last + margin) for sign, _, last in _by_end(wanted, which)]
 
 
 def report_order(k: int, which: Which) -> list[int]:
-    """Places in the order they are reported: as they are, but with ``"BE"`` the high end first, then the low end."""
+    """Places in the order of the report: as listed, but for "BE" the high end, then the low end."""
     return [*range(0, k, 2), *range(1, k, 2)] if which == "BE" else list(range(k))
 
 
@@ -106,7 +163,7 @@ def _signs(size: int, which: Which) -> Tensor:
 
 
 def _by_end(wanted: Tensor, which: Which) -> list[tuple[float, Tensor, float]]:
-    """For each end of the spectrum with wanted values: its sign, their merits, and the merit of the last one."""
+    """Sign, merits, and merit of the last value, for each end that has wanted values."""
     signs = torch.sign(wanted) if which == "LM" else _signs(wanted.numel(), which)
     merits = wanted.abs() if which == "LM" else signs * wanted
     parts = [(sign, merits[signs == sign]) for sign in (1.0, -1.0)]

@@ -1,4 +1,4 @@
-"""Linear algebra of symmetric operators that are known by their products with vectors. Pure torch.
+"""Linear algebra of symmetric operators known by products with vectors; pure torch.
 
 Reading order: `eigsh` (the loop), `lanczos` (how a basis grows and shrinks), `stopping` (when to stop), `verification`
 and `certificate` (why no copy of a multiple eigenvalue is missed), `quadrature` (sums over the whole spectrum).

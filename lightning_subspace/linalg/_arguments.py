@@ -24,7 +24,7 @@ _SEED_STRIDE = 1_000_003  # so that neighbouring seeds share no vectors
 def random_vectors(
     all_sum: AllSum | None, random: RandomVector | None, n: int, seed: int, dtype: torch.dtype
 ) -> Callable[[int], Tensor]:
-    """A function `draw(i)` that gives this rank's slice of the i-th random vector."""
+    """A function i -> this rank's slice of the i-th random vector."""
     if all_sum is not None and random is None:
         raise ValueError(
             "random: expected a function along with all_sum, got None, with which all ranks draw the same slice; pass "
@@ -49,7 +49,7 @@ def random_vectors(
 
 
 def global_dimension(dimension: int | None, n: int, agreement: Agreement, device: torch.device) -> int:
-    """The dimension of the whole space; `n` differs between ranks, and may be wrong on one of them."""
+    """Dimension of the whole space; `n` may be wrong on one rank."""
     local = torch.zeros(1, dtype=torch.int64, device=device)
     with agreement.local():
         _check_count("n", n, 0)
@@ -71,10 +71,9 @@ def check(k: int, which: str, dimension: int, max_matvecs: int, verify: str, del
     _check_count("max_matvecs", max_matvecs, 1)
     if k > dimension:
         raise ValueError(f"k: expected at most the dimension of the space, {dimension}, got {k}; lower k.")
-    if which not in WHICH:
-        raise ValueError(f"which: expected one of {WHICH}, got {which!r}.")
-    if verify not in ("always", "never"):
-        raise ValueError(f"verify: expected 'always' or 'never', got {verify!r}.")
+    for name, value, choices in (("which", which, WHICH), ("verify", verify, ("always", "never"))):
+        if value not in choices:
+            raise ValueError(f"{name}: expected one of {choices}, got {value!r}.")
     if not 0 < delta < 1:
         raise ValueError(f"delta: expected a number in (0, 1), got {delta}; it is a probability.")
     if dtype not in SMALLEST_TOL:
@@ -82,7 +81,7 @@ def check(k: int, which: str, dimension: int, max_matvecs: int, verify: str, del
 
 
 def tolerances(tol: float, subspace_tol: float | None, dtype: torch.dtype) -> tuple[float, float]:
-    """`tol` within the dtype, and the smallest residual `subspace_tol` may ask for, relative to scale."""
+    """`tol` as the dtype allows, and the tightest residual for `subspace_tol`."""
     if not (math.isfinite(tol) and tol > 0):
         raise ValueError(f"tol: expected a positive finite number, got {tol}; it is relative to the largest |value|.")
     if subspace_tol is not None and not (math.isfinite(subspace_tol) and subspace_tol > 0):

@@ -1,4 +1,4 @@
-"""Agreement of ranks: sums over them, and a failure on one that all see.
+"""Sums over ranks, and failures on one rank that all see.
 
 A rank that stopped at an exception of its own would leave the others waiting for ever in their next sum. So it keeps
 the exception, goes on taking part in all communication, and contributes NaN. All ranks then see NaN in the same sum and
@@ -35,7 +35,7 @@ class Agreement:
 
     @contextmanager
     def local(self) -> Iterator[None]:
-        """Guard of code that may fail on this rank alone; what follows must not need its results."""
+        """Guard code that may fail on this rank; results may be missing."""
         try:
             yield
         except Exception as error:
@@ -47,7 +47,7 @@ class Agreement:
             traceback.clear_frames(error.__traceback__)
 
     def sum(self, local: Tensor) -> Tensor:
-        """Sum a small tensor over ranks, in float64; the result is on the CPU."""
+        """Sum a small tensor over ranks, in float64 on the CPU."""
         if local.device.type == "mps":  # has no float64
             local = local.cpu()
         local = local.to(torch.float64)
@@ -62,7 +62,7 @@ class Agreement:
         return total
 
     def settle(self) -> None:
-        """Raise the exception that was kept, once no rank waits for this one any more."""
+        """Raise the exception that was kept: no rank waits any more."""
         if self._failure is not None:
             try:
                 raise self._failure

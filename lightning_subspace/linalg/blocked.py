@@ -1,4 +1,4 @@
-"""Products with long vectors, the rows of a matrix, a few columns at a time.
+"""Products with long vectors as rows, a few columns at a time.
 
 That bounds the memory of what is done in float64, and it bounds the rounding of inner products: a CPU adds float32 one
 after the other, and loses 1e-4 of |v|^2 in vectors of a million. Accuracy does not depend on the caller's settings:
@@ -23,7 +23,7 @@ def products(
     *,
     normed: bool,
 ) -> Tensor:  # (m + 1,)
-    """Inner products of a vector with all rows, then its own square (zero if not `normed`)."""
+    """Inner products with all rows, then |vector|^2 (zero if not `normed`)."""
     found = torch.zeros(rows.shape[0] + 1, dtype=_exact(rows), device=rows.device)
     with torch.autocast(vector.device.type, enabled=False):  # it would round these to half precision
         pieces = zip(rows.split(_chunk(rows), dim=1), vector.split(_chunk(rows)), strict=True)
@@ -38,7 +38,7 @@ def rotate(
     rotation: Tensor,  # (m, c)
     out: Tensor,  # (c, n)
 ) -> None:
-    """Write rotation^T rows into `out`, which may be the first of the rows."""
+    """Write rotation^T rows into `out`, possibly the first rows themselves."""
     weights = rotation.T.to(out.device, _exact(out))
     for block in _blocks(out):
         out[:, block] = weights @ rows[:, block].to(weights.dtype)
@@ -58,7 +58,7 @@ def _exact(tensor: Tensor) -> torch.dtype:
 
 
 def _blocks(matrix: Tensor) -> Iterator[slice]:
-    """A few columns at a time, in parts that are small beside the matrix."""
+    """Blocks of columns that are small beside the matrix."""
     chunk = min(_chunk(matrix), max(_SMALLEST_CHUNK, matrix.shape[1] // _PARTS))
     for start in range(0, matrix.shape[1], chunk):
         yield slice(start, start + chunk)

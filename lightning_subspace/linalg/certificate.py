@@ -66,7 +66,7 @@ class Certificate:
         return bool((self._growth >= self._required).all())
 
     def follow(self, column: Tensor, norm: float) -> None:
-        """Update c after an expansion of the chain, A v_m = V column + norm v_(m+1).
+        """Update c after an expansion, A v_m = V column + norm v_(m+1).
 
         Args:
             column: shape (m + 1,), float64.
@@ -80,7 +80,7 @@ class Certificate:
         self._growth = torch.maximum(self._growth, self._components.square().sum(dim=1))
 
     def contract(self, rotation: Tensor) -> None:
-        """Update c after a restart, which replaces the basis V by the rows of rotation^T V.
+        """Update c after a restart, which replaces V by rotation^T V.
 
         Args:
             rotation: orthonormal columns, shape (m, kept), float64.

@@ -1,4 +1,4 @@
-"""A few extreme eigenpairs of a symmetric operator, known by its products with vectors only.
+"""A few extreme eigenpairs of a symmetric operator, from products with vectors.
 
 Thick-restart Lanczos. The loop is `_solve` below; how a basis grows and shrinks is in `lanczos.py`, when to stop in
 `stopping.py`, which missed copies are looked for in `verification.py`.
@@ -135,7 +135,7 @@ def eigsh(
 
 
 def _solve(lanczos: Lanczos, rules: Rules, draw: Callable[[int], Tensor], on_matvec: OnMatvec | None) -> EigshResult:
-    """The loop of the eigensolver, from a factorisation whose first vector is pending.
+    """Run the loop, from a factorisation whose first vector is pending.
 
     Invariant at its head: A V = T V + b q, V V^T = I, V q = 0, |q| = 1, up to rounding and to dropped residuals (see
     `lanczos.py`), unless q is not finite, which ends the run. V has fewer than ncv rows, so that the image of q fits;
@@ -162,7 +162,7 @@ def _solve(lanczos: Lanczos, rules: Rules, draw: Callable[[int], Tensor], on_mat
         closest = closest_of(behind)
         if verification.active:
             verification.follow(expansion, closest, scale)
-            # What improves less than a copy that is looked for is not waited for, nor passed over once it was seen.
+            # Until copies are excluded, only an improvement by their margin counts; after that, any beyond tol.
             if verification.misses(ritz, rules.tol * scale if verification.excluded else rules.copy_margin(scale)):
                 verification.active = False  # search on with the basis as it is, until the copy has converged too
                 progress.reset()
@@ -211,7 +211,7 @@ def _result(
 ) -> EigshResult:
     """The record of the run; spends the last sum over ranks."""
     num_pairs = min(lanczos.size, rules.k)
-    closest = closest_of(behind, gap=math.inf if rules.k == rules.dimension else 0.0)
+    closest = closest_of(behind, default_gap=math.inf if rules.k == rules.dimension else 0.0)
     order = report_order(num_pairs, rules.which)
     # Whatever was dropped on the way, nothing of it lies outside a basis of the whole space.
     estimates = torch.zeros_like(ritz.residuals) if lanczos.size == rules.dimension else ritz.residuals

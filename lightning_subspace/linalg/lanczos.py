@@ -1,4 +1,4 @@
-"""Lanczos factorisation of a symmetric operator: how it grows and how it shrinks.
+"""Lanczos factorisation of a symmetric operator, growing and shrinking.
 
 Nothing here decides when to do so.
 With the m vectors of the basis as *rows* of V (and A applied to each row) the factorisation reads
@@ -35,18 +35,19 @@ _BREAKDOWN = 20  # in units of eps * scale: what is left of a vector after cance
 
 
 class Expansion(NamedTuple):
-    """What one matvec added, A q = V column + norm q', where V already contains q."""
+    """Result of one matvec, A q = V column + norm q'; V contains q."""
 
     column: Tensor  # (m,) float64
     norm: float  # 0.0 if the basis became invariant
 
 
 class Lanczos:
-    """A factorisation that grows by one vector a matvec, in memory allocated at the start.
+    """A factorisation that grows by one vector a matvec.
 
-    Every number that leaves this class was summed over ranks, or follows from such sums by small matrices, so all ranks
-    see the same. This needs `torch.linalg.eigh` to give the same bits for the same matrix on all of them: one build of
-    torch, one kind of processor, one number of threads.
+    Its memory, `(max_size + 1) * n` numbers, is allocated at the start. Every number that leaves this class was summed
+    over ranks, or follows from such sums by small matrices, so all ranks see the same. This needs `torch.linalg.eigh`
+    to give the same bits for the same matrix on all of them: one build of torch, one kind of processor, one number of
+    threads.
 
     Args:
         matvec: maps this rank's slice of a vector, shape (n,), to the slice of its image. Must not write to it.
@@ -113,13 +114,13 @@ class Lanczos:
         return self._coupling
 
     def ritz(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues of T, ascending, (m,), and its eigenvectors as columns, (m, m); float64."""
+        """Eigenvalues of T, (m,) ascending, and eigenvectors as columns, (m, m)."""
         values, rotation = torch.linalg.eigh(self.projected)
         self.scale = max(self.scale, float(values.abs().max())) if self.size else self.scale
         return values, rotation
 
     def residuals(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """Residual norms |A x - theta x| of the Ritz vectors x, the rows of rotation^T V.
+        """Residual norms |A x - theta x| of the Ritz vectors rotation^T V.
 
         For eigenvectors of T as columns, (m, c), returns the part along the pending vector, which further expansions
         reduce, and all of it; both (c,), float64.
@@ -134,9 +135,9 @@ class Lanczos:
         values: Tensor,  # (k,)
         residuals: Tensor,  # (k,)
     ) -> None:
-        """Begin with the Ritz pairs of an earlier run; the chain behind them is orthogonal to them.
+        """Begin with Ritz pairs of an earlier run; what follows is orthogonal.
 
-        Its block of T is that of the operator without them, (I - P) A (I - P) with their projector P.
+        The block of T behind them is that of (I - P) A (I - P), with the projector P on them.
         """
         k = len(values)
         with self.agreement.local():
@@ -221,7 +222,7 @@ class Lanczos:
         self.size = kept
 
     def rotated(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of rotation^T V in memory of their own, (c, n), and their Gram matrix.
+        """A copy of the rows rotation^T V, (c, n), and its Gram matrix.
 
         Args:
             rotation: columns, shape (m, c), float64.
@@ -236,7 +237,7 @@ class Lanczos:
         return vectors, self.agreement.sum(gram)
 
     def _orthogonalise(self, vector: Tensor, rows: Tensor, done: int = 0) -> tuple[float, Tensor, float]:
-        """Subtract from a vector, in place, its part in the span of orthonormal rows.
+        """Subtract from a vector, in place, its part along orthonormal rows.
 
         One host synchronisation a pass, of which `done` were made before. Returns the norm before, the coefficients of
         the part subtracted and the norm after; they mean nothing if a sum was not finite.
@@ -274,12 +275,12 @@ class Lanczos:
 
 
 def _zeros(*shape: int) -> Tensor:
-    """A small tensor of the projected problem: on the CPU, also where another default device is set."""
+    """A small tensor on the CPU, also under another default device."""
     return torch.zeros(shape, dtype=torch.float64, device="cpu")
 
 
 def _checked(image: Tensor, expected: Tensor) -> Tensor:
-    """The image that the user's operator gave, refused if it is no vector of the same space."""
+    """The image given by the user's operator, refused if malformed."""
     if not isinstance(image, Tensor):
         raise TypeError(f"matvec: expected it to return a Tensor, got an object of type {type(image).__name__}.")
     if image.shape != expected.shape:

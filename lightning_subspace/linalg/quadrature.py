@@ -96,7 +96,7 @@ class Quadrature:
         return Estimate(total, self.rest * math.sqrt(2.0 * max(variance, 0.0) / ((self.rest + 2) * self.num_vectors)))
 
     def below(self, threshold: float) -> tuple[float, float]:
-        """Bounds of the share of the eigenvalues below a threshold, in [0, 1].
+        """Bounds of the share of eigenvalues below a threshold, in [0, 1].
 
         T can be continued by one row so that the threshold is a node. Then, by the inequalities of Chebyshev, Markov
         and Stieltjes, the spectral distribution of u is there at least the sum of the weights in front of that node,
@@ -136,7 +136,7 @@ def quadrature(
     random: arguments.RandomVector | None = None,
     dimension: int | None = None,
 ) -> Quadrature:
-    """Compute a Gauss quadrature of the spectrum by Lanczos runs from random vectors.
+    """Compute a Gauss quadrature of the spectrum by Lanczos from random vectors.
 
     Costs `steps * vectors` products. Memory: `(k + steps + 1) * n` numbers.
 

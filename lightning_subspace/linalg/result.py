@@ -1,4 +1,4 @@
-"""Result of a run of the eigensolver: the eigenpairs, and why it stopped."""
+"""Result of the eigensolver: the eigenpairs, and why it stopped."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True, eq=False)
 class EigshResult:
-    """Eigenpairs, best first, with what they cost and how far they can be trusted.
+    """Eigenpairs, best first, with their cost, errors and outcome.
 
     The order is by `which`: "LA" descending, "SA" ascending, "LM" by magnitude descending, "BE" the high end
     descending, then the low end ascending. Outcomes that are not `converged` come with the best pairs at hand, which
@@ -85,10 +85,10 @@ class EigshResult:
 
     @property
     def subspace_error(self) -> float:
-        """Largest residual / gap, about the sine of the angle to the true eigenspace.
+        """Estimate of the angle error of the eigenspace: largest residual / gap.
 
-        In [0, infinity]. The value behind the gap is a Ritz value that may still approach the wanted ones by as much
-        as its residual: this is subtracted from the gap. Infinity, then, if the wanted eigenvalues may split a cluster.
+        About the sine of the largest angle to the true eigenspace. The Ritz value behind the gap may still approach the
+        wanted ones by its residual, which is subtracted. Infinity if the wanted eigenvalues may split a cluster.
         """
         if math.isinf(self.gap):
             return 0.0

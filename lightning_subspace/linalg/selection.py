@@ -23,7 +23,7 @@ WHICH: tuple[str, ...] = get_args(Which)
 
 @dataclass(frozen=True)
 class Ritz:
-    """Ritz pairs, best first: the k wanted ones lead. All float64 on the CPU."""
+    """Ritz pairs, best first; all float64 on the CPU."""
 
     values: Tensor  # (m,)
     rotation: Tensor  # (m, m) columns: Ritz vectors in terms of the basis
@@ -32,7 +32,7 @@ class Ritz:
 
 
 class Neighbour(NamedTuple):
-    """The unwanted Ritz value that is closest to the wanted ones at one end of the spectrum."""
+    """The unwanted Ritz value closest to the wanted ones at one end."""
 
     gap: float  # its distance, in merit
     value: float
@@ -40,7 +40,7 @@ class Neighbour(NamedTuple):
 
 
 def ritz_pairs(lanczos: Lanczos, which: Which, num_locked: int = 0) -> Ritz:
-    """Ritz pairs of a factorisation, best first; leading rows that are locked come first, as they are."""
+    """Ritz pairs of a factorisation, best first, behind the locked rows."""
     if num_locked == 0:
         values, rotation = lanczos.ritz()
     else:
@@ -54,7 +54,7 @@ def ritz_pairs(lanczos: Lanczos, which: Which, num_locked: int = 0) -> Ritz:
 
 
 def neighbours(ritz: Ritz, k: int, which: Which, remembered: Sequence[Neighbour]) -> list[Neighbour]:
-    """The closest unwanted value at each end, seen now or remembered; none while there are no more than k."""
+    """The closest unwanted value at each end, seen now or remembered."""
     closest = []
     for end, place in enumerate(last_places(k, which) if len(ritz.values) >= k else []):
         merits = merit_in_place(ritz.values, place, which)
@@ -70,9 +70,9 @@ def neighbours(ritz: Ritz, k: int, which: Which, remembered: Sequence[Neighbour]
     return closest
 
 
-def closest_of(behind: Sequence[Neighbour], gap: float = math.nan) -> Neighbour:
-    """The neighbour with the smallest gap; one with the given gap if none was seen."""
-    return min(behind, default=Neighbour(gap, value=math.nan, residual=math.nan))
+def closest_of(behind: Sequence[Neighbour], default_gap: float = math.nan) -> Neighbour:
+    """The neighbour with the smallest gap, or one with `default_gap`."""
+    return min(behind, default=Neighbour(default_gap, value=math.nan, residual=math.nan))
 
 
 def best_first(values: Tensor, which: Which) -> Tensor:
@@ -106,7 +106,7 @@ def best_first(values: Tensor, which: Which) -> Tensor:
 
 
 def merit(values: Tensor, which: Which) -> Tensor:
-    """The merit of values listed best first, shape (m,): it falls along the list ("BE": at each end)."""
+    """The merit, (m,), of values listed best first: it falls at each end."""
     return values.abs() if which == "LM" else _signs(values.numel(), which) * values
 
 
@@ -121,7 +121,7 @@ def last_places(k: int, which: Which) -> list[int]:
 
 
 def merit_in_place(values: Tensor, place: int, which: Which) -> Tensor:
-    """The merit that all values would have in the same place of the list, shape (m,)."""
+    """Merits, (m,), of values as if all stood in one place."""
     return values.abs() if which == "LM" else _sign(place, which) * values
 
 
@@ -144,17 +144,17 @@ def decisive_values(
 
 
 def edge_values(wanted: Tensor, which: Which, margin: float) -> list[float]:
-    """The last wanted value of each end, moved outward by `margin`; arguments as in `decisive_values`."""
+    """The last wanted value of each end, moved outward by `margin`."""
     return [sign * (last + margin) for sign, _, last in _by_end(wanted, which)]
 
 
 def report_order(k: int, which: Which) -> list[int]:
-    """Places in the order of the report: as listed, but for "BE" the high end, then the low end."""
+    """Places in the order of the report: for "BE" end by end."""
     return [*range(0, k, 2), *range(1, k, 2)] if which == "BE" else list(range(k))
 
 
 def _sign(place: int, which: Which) -> float:
-    """+1 if a larger value is better in this place of a best-first list, -1 if a smaller one is."""
+    """+1 if larger is better in this place, -1 if smaller is."""
     return -1.0 if which == "SA" or (which == "BE" and place % 2 == 1) else 1.0
 
 
@@ -163,7 +163,7 @@ def _signs(size: int, which: Which) -> Tensor:
 
 
 def _by_end(wanted: Tensor, which: Which) -> list[tuple[float, Tensor, float]]:
-    """Sign, merits, and merit of the last value, for each end that has wanted values."""
+    """Sign, merits and last merit of each end that has wanted values."""
     signs = torch.sign(wanted) if which == "LM" else _signs(wanted.numel(), which)
     merits = wanted.abs() if which == "LM" else signs * wanted
     parts = [(sign, merits[signs == sign]) for sign in (1.0, -1.0)]

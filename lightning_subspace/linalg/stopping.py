@@ -1,4 +1,4 @@
-"""Stopping criteria of the eigensolver, on numbers that are equal on all ranks.
+"""Stopping criteria, on numbers that are equal on all ranks.
 
 `Rules` are fixed for a run, `Progress` is what is remembered between matvecs, and `decide` is a pure function of both.
 """
@@ -23,7 +23,7 @@ _SMALLEST = 0.02  # in units of scale: eigenvalues below count as this large in 
 
 @dataclass(frozen=True)
 class Rules:
-    """The arguments of `eigsh` once they are checked, and the thresholds that follow from them."""
+    """The checked arguments of `eigsh`, and thresholds that follow from them."""
 
     k: int
     which: Which
@@ -63,7 +63,7 @@ class Rules:
         return (self.tol * wanted.abs().clamp(min=_SMALLEST * scale)).clamp(max=allowed)
 
     def copy_margin(self, scale: float) -> float:
-        """How much better than the last wanted eigenvalue a missed copy must be to be looked for."""
+        """How far beyond the last wanted value a copy matters."""
         return max(self.tol, _COPY_MARGIN) * scale
 
 
@@ -84,7 +84,7 @@ class Progress:
         return self.num_matvecs - self.best_matvec
 
     def reset(self) -> None:
-        """Forget what was reached: the search goes on from another basis, or for other pairs."""
+        """Forget the convergence: the basis, or what is wanted, has changed."""
         self.num_passes, self.best_residual, self.best_matvec = 0, math.inf, self.num_matvecs
 
     def test(self, rules: Rules, ritz: Ritz, gap: float, scale: float, *, invariant: bool, verifying: bool) -> bool:
@@ -110,7 +110,7 @@ class Progress:
 
 
 class Verdict(NamedTuple):
-    """Why a run stops, and whether missed copies are excluded from its answer."""
+    """Why a run stops, and whether missed copies are excluded."""
 
     outcome: Outcome
     verified: bool = False

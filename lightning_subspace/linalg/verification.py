@@ -1,4 +1,4 @@
-"""Verification that no copy of a multiple eigenvalue was missed: what to exclude, and whether it is.
+"""Verification that no copy of a multiple eigenvalue was missed.
 
 After convergence the wanted Ritz vectors are kept and the basis grows again from a random direction. A `Certificate`
 for each group of eigenvalues tells when a missed copy would have shown. If one shows, the search goes on with it.
@@ -64,7 +64,7 @@ class Verification:
             certificate.contract(rotation)
 
     def misses(self, ritz: Ritz, margin: float) -> bool:
-        """Whether more values lie beyond the last one found than when it began, by more than `margin`."""
+        """Whether more values lie `margin` beyond the last found than before."""
         # They are counted: in a dense list a missed copy of the first value moves every other one by very little.
         found, now = self._found, merit(ritz.values[: self._rules.k], self._rules.which)
         return any(
@@ -73,7 +73,7 @@ class Verification:
         )
 
     def is_certain(self, ritz: Ritz, closest: Neighbour, scale: float, *, invariant: bool) -> bool:
-        """Whether missed copies of converged pairs are excluded, could not matter, or are not asked about."""
+        """Whether missed copies are excluded, irrelevant, or not asked about."""
         if self.active:
             return self.excluded or invariant
         was_excluded = self.excluded and not self.misses(ritz, self._rules.copy_margin(scale))

@@ -161,8 +161,7 @@ class PrincipalAngles(_Mean):
         kwargs: additional arguments of `torchmetrics.Metric`.
 
     Raises:
-        ValueError: for a num_angles that is no positive integer, and in `update` for spaces with another number of
-            angles, or as its function.
+        ValueError: for a num_angles that is no positive integer, and in `update` for spaces with another number.
 
     Example:
         >>> metric = PrincipalAngles(2)

@@ -28,7 +28,7 @@ from lightning_subspace.checkpoint import RunState, decode, decode_position, enc
 from lightning_subspace.configuration import check_names, check_project, misconfiguration, warn_of_missing_keys
 from lightning_subspace.curvature.choice import Curvature, OnCheckFail, Precision
 from lightning_subspace.entries import CheckpointError, Entries
-from lightning_subspace.linalg.which import Which
+from lightning_subspace.linalg.selection import Which
 from lightning_subspace.measurements import Measurement
 from lightning_subspace.messages import Notices
 from lightning_subspace.plan import ProbeSettings

@@ -21,7 +21,7 @@ from lightning_subspace.arguments import (
 )
 from lightning_subspace.curvature import Choice
 from lightning_subspace.curvature.choice import Curvature, OnCheckFail, Precision
-from lightning_subspace.linalg.which import Which
+from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss_function import LossFunction
 from lightning_subspace.measurements import Measurement, default_measurements
 from lightning_subspace.sample import Weight

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from lightning_subspace.arguments import require_word
 from lightning_subspace.collectives import Ranks
 from lightning_subspace.curvature import Choice, Operator, SelfCheck, exact_hessian
+from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss_function import LossError, LossFunction
 from lightning_subspace.measurements import Measurement, Probe
 from lightning_subspace.measurements.measurement import Needs
@@ -34,7 +35,7 @@ from lightning_subspace.record import Record
 from lightning_subspace.sample import Sample, Weight, sample_of_batches
 from lightning_subspace.sharded import is_sharded
 from lightning_subspace.sketch import sketch
-from lightning_subspace.solver import Solver, Which
+from lightning_subspace.solver import Solver
 from lightning_subspace.subspace import Subspace
 from lightning_subspace.training_loss import MicroBatch, Mode, TrainingLoss
 

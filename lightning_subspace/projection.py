@@ -25,7 +25,7 @@ from lightning_subspace.checkpoint import FORMAT, decode_position, encode_positi
 from lightning_subspace.configuration import check_names, check_project, misconfiguration
 from lightning_subspace.curvature.choice import Curvature, OnCheckFail, Precision
 from lightning_subspace.entries import CheckpointError
-from lightning_subspace.linalg.which import Which
+from lightning_subspace.linalg.selection import Which
 from lightning_subspace.measurements import GradientFraction
 from lightning_subspace.messages import Notices
 from lightning_subspace.monitor import SubspaceMonitor

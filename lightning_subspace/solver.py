@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_subspace.curvature import Operator
 from lightning_subspace.linalg import eigsh
+from lightning_subspace.linalg.selection import Which
 from lightning_subspace.subspace import Subspace, inner_products
 
-Which = Literal["LA", "SA", "LM", "BE"]
 # Beyond that an eigenvector has hardly begun to show.
 MAX_TOL = 0.1
 # The number of the random vector that a warm start is mixed with, far from those that the solver draws.

@@ -51,7 +51,6 @@ from lightning_subspace.curvature.displaced import DisplacedGradients
 from lightning_subspace.curvature.forward_difference import ForwardDifferenceHessian
 from lightning_subspace.curvature.sharded_difference import ShardedDifferenceHessian
 from lightning_subspace.linalg.lanczos import Lanczos
-from lightning_subspace.linalg.search import Search
 from lightning_subspace.overlap_history import OverlapHistory
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.partition import Partition
@@ -163,7 +162,10 @@ def _product(self: Any, *args: Any) -> str:
     return f"{label} {here.counts[label]}"
 
 
-def _restart(self: Any, *args: Any) -> str:
+def _contract(self: Any, rotation: Tensor) -> str:
+    """A thick restart keeps more than the k wanted vectors, a fresh start does not; all fits here have ncv = k + 3."""
+    if rotation.shape[1] <= len(self.basis) - 4:
+        return f"{here.phase} contract"
     here.counts["restarts"] += 1
     return "restart"
 
@@ -191,8 +193,7 @@ PLACES: list[tuple[Any, str, str | Callable[..., str]]] = [
     (sharded, "full_tensors", _in_a_probe("gather")),
     (Solver, "solve", lambda self, operator, matvec=None, **kwargs: "solve" if here.phase == "probe" else here.phase),
     (Solver, "_warm_start", "warm start"),
-    (Lanczos, "contract", _within("contract")),
-    (Search, "_restart", _restart),
+    (Lanczos, "contract", _contract),
     (Partition, "random", lambda self, seed, number, *args, **kwargs: f"random vector {number}"),
     (ParameterSpace, "of", _within("space")),
     (ParameterSpace, "tensors", _within("tensors")),

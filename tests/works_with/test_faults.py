@@ -185,7 +185,7 @@ def test_central_differences():
 
 
 def test_a_trace_by_central_differences():
-    options = {"monitor": {"curvature": "finite-difference", "k": 3, "ncv": 6}, "project": "kinked"}
+    options = {"monitor": {"curvature": "finite-difference", "k": 3, "ncv": 6, "dtype": "float64"}, "project": "kinked"}
     check(cases("Trace matvec 2 backward", "Trace matvec 3 forward", measurements=lambda: [Trace(2)], **options))
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lightning_subspace.curvature.gradient import backward_gradient
 from lightning_subspace.curvature.hessian import Hessian
+from lightning_subspace.micro_batch import MicroBatch
 from lightning_subspace.partition import Partition
 from lightning_subspace.rounds import Turn
-from lightning_subspace.training_loss import MicroBatch, TrainingLoss
+from lightning_subspace.training_loss import TrainingLoss
 
 
 class DisplacedGradients(Hessian):

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_subspace.collectives import Ranks
+from lightning_subspace.micro_batch import MicroBatch
 from lightning_subspace.rounds import Turn, rounds
-from lightning_subspace.training_loss import MicroBatch, TrainingLoss
+from lightning_subspace.training_loss import TrainingLoss
 
 
 def mean_gradient(loss: TrainingLoss, batches: Iterable[MicroBatch]) -> Tensor:  # (n,)

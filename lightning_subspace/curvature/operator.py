@@ -8,8 +8,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from lightning_subspace.micro_batch import MicroBatch
 from lightning_subspace.partition import Partition
-from lightning_subspace.training_loss import MicroBatch
 
 
 @runtime_checkable

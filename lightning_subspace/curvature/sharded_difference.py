@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck
+from lightning_subspace.micro_batch import MicroBatch
 from lightning_subspace.partition import Partition
 from lightning_subspace.rounds import Turn, rounds
 from lightning_subspace.sharded_loss import ShardedLoss
-from lightning_subspace.training_loss import MicroBatch
 
 STEP = 1e-3
 # What the check compares along a random direction: large enough for many examples to cross kinks, if there are any.

@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from lightning_subspace._lightning import MisconfigurationException, is_a, rank_zero_warn, ranks_of
 from lightning_subspace.alignment import StartWhenAligned
+from lightning_subspace.curvature.choice import Curvature, OnCheckFail, Precision
 from lightning_subspace.loss_function import LossFunction, check_loss_function
 from lightning_subspace.measurements import Measurement
 from lightning_subspace.solver import MAX_TOL
+from lightning_subspace.training_loss import Mode
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
@@ -62,9 +64,9 @@ def check_probing(arguments: Mapping[str, Any]) -> None:
     check_number("ncv", given("ncv"), least=given("k") + 3, optional=True)
     check_patterns("params", given("params"))
     check_callable("loss_fn", given("loss_fn"))
-    check_choice("mode", given("mode"), ("train", "eval"))
+    check_choice("mode", given("mode"), get_args(Mode))
     check_derivatives(given("dtype"), given("curvature"))
-    check_choice("on_check_fail", given("on_check_fail"), ("warn", "raise", "finite-difference"))
+    check_choice("on_check_fail", given("on_check_fail"), get_args(OnCheckFail))
     check_choice("on_failure", given("on_failure"), ("warn", "raise"))
     check_name("name", given("name"))
     check_number("seed", given("seed"), least=0)
@@ -133,8 +135,8 @@ def check_sample(sample: Any, gradient_sample: Any) -> None:
 
 def check_derivatives(dtype: Any, curvature: Any) -> None:
     """Words, and no differences of what is computed in a narrow type."""
-    check_choice("dtype", dtype, ("float32", "float64", "native"))
-    check_choice("curvature", curvature, ("hessian", "ggn", "finite-difference"))
+    check_choice("dtype", dtype, get_args(Precision))
+    check_choice("curvature", curvature, get_args(Curvature))
     if dtype == "native" and curvature == "finite-difference":
         raise _wrong("dtype", "'float32' or 'float64' for finite differences, which are taken in float64", dtype)
 

@@ -39,6 +39,7 @@ __all__ = [
     "sample_of_batches",
     "sample_of_current",
     "sample_of_dataset",
+    "single_examples",
 ]
 
 Weight = Callable[[Any], float]
@@ -208,12 +209,23 @@ def micro_batch(
 
 def few_examples(batch: MicroBatch, count: int) -> MicroBatch:
     """The first `count` examples of a batch, where all its tensors share their first dimension; else the batch."""
-    lengths = {len(t) if t.ndim else 0 for t in _tensors(batch.data)}
-    if len(lengths) != 1 or next(iter(lengths)) <= count:
+    length = _common_length(batch.data)
+    if length is None or length <= count:
         return batch
-    return MicroBatch(
-        apply_to_collection(batch.data, Tensor, lambda t: t[:count]), float(count), batch.index, batch.transferred
-    )
+    data = apply_to_collection(batch.data, Tensor, lambda t: t[:count])
+    return MicroBatch(data, float(count), batch.index, batch.transferred)
+
+
+def single_examples(batch: MicroBatch) -> list[MicroBatch] | None:
+    """The examples of a batch as batches of one, with views of its tensors; None where they do not share a dimension.
+
+    Each has the index of the batch, and random numbers of its own.
+    """
+    length = _common_length(batch.data)
+    if length is None:
+        return None
+    pieces = [apply_to_collection(batch.data, Tensor, Tensor.__getitem__, slice(i, i + 1)) for i in range(length)]
+    return [MicroBatch(data, 1.0, batch.index, batch.transferred, size=1, draw=i) for i, data in enumerate(pieces)]
 
 
 def number_of_examples(batch: Any) -> int:
@@ -300,6 +312,12 @@ def _checked(weight: float) -> float:
 def _copied(data: Any, device: str | None = None) -> Any:
     """A copy that nobody else holds, on the given device or where it is."""
     return copied(data, lambda t: t.detach().to(device or t.device, copy=True))
+
+
+def _common_length(data: Any) -> int | None:
+    """The first dimension of all tensors, where they share one that is not 0."""
+    lengths = {len(t) if t.ndim else 0 for t in _tensors(data)}
+    return (lengths.pop() or None) if len(lengths) == 1 else None
 
 
 def _tensors(data: Any) -> list[Tensor]:

@@ -51,6 +51,7 @@ class MicroBatch:
         size: number of examples, where it is known; 0 elsewhere.
         held: whether this rank holds the data.
         checksum: of the data, where ranks compare what they have read.
+        draw: which random numbers its index gets; the examples of one batch have different ones.
     """
 
     data: Any
@@ -60,6 +61,7 @@ class MicroBatch:
     size: int = 0
     held: bool = True
     checksum: int = 0
+    draw: int = 0
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ class TrainingLoss:
         if self._random_state is not None:
             self._random_state.restore()
         else:  # one stream a micro-batch: the stride keeps the seeds of neighbouring monitors and batches apart
-            seed_generators(self.seed * 1_000_003 + batch.index)
+            seed_generators((self.seed + 7_919 * batch.draw) * 1_000_003 + batch.index)
         data = copied(batch.data, self._own_copy)
         data = (move_data_to_device if batch.transferred else partial(transfer, self.module))(data, self.device)
         with self._as_trained() as convert:

@@ -83,13 +83,13 @@ class FiniteDifferenceHessian(DisplacedGradients):
         length, centre = self._norms(wide, self._centre())
         if not 0.0 < length < float("inf"):
             return torch.zeros_like(v, dtype=self.dtype) * length  # nan stays nan
-        return self._slope(self._transfers.gather(wide), length, centre).mul_(length).to(self.dtype)
+        return self._slope(self._buffers.gather(wide), length, centre).mul_(length).to(self.dtype)
 
     def _slope(self, whole: Tensor, length: float, centre: float) -> Tensor:
         """This rank's part of H u along a whole vector of that length; `centre` is the length of the gradient."""
         found = []
         for step in self._steps:
-            plus, minus = (self._mean_at(whole, self._turns, sign * step / length) for sign in (1.0, -1.0))
+            plus, minus = (self._gradient_at(whole, sign * step / length) for sign in (1.0, -1.0))
             bend = (plus + minus).sub_(self._centre(), alpha=2.0).div_(step)
             slope = plus.sub_(minus).div_(2.0 * step)
             size, steepness = self._norms(bend, slope)

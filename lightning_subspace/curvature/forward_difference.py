@@ -83,8 +83,7 @@ class ForwardDifferenceHessian(DisplacedGradients):
             return torch.zeros_like(v) * length  # nan stays nan
         step = self._step / length
         centre = self._centre()
-        beyond = self._mean_at(self._transfers.gather(v), self._turns, step)
-        return beyond.sub_(centre).div_(step)
+        return self._gradient_at(self._buffers.gather(v), step).sub_(centre).div_(step)
 
 
 def smoothness_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfCheck:
@@ -119,9 +118,11 @@ def smoothness_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) ->
     except ValueError:
         raise
     except Exception as failure:  # float64 can fail in any way inside the user's code; that decides nothing
-        return SelfCheck(CheckOutcome.SKIPPED, float("nan"), "", f"{type(failure).__name__} in float64: {failure}")
+        return SelfCheck(CheckOutcome.SKIPPED, reason=f"{type(failure).__name__} in float64: {failure}")
     error = float(torch.tensor(errors).max() / torch.tensor(lengths).max())  # nan where one of them is
     if error <= SMOOTH:
-        return SelfCheck(CheckOutcome.PASSED, error, "", f"forward differences extrapolate to H v within {error:.1e}")
+        return SelfCheck(
+            CheckOutcome.PASSED, error, reason=f"forward differences extrapolate to H v within {error:.1e}"
+        )
     reason = f"the loss has kinks, or bends too much: forward differences miss H v by {error:.1e}"
-    return SelfCheck(CheckOutcome.SKIPPED, error, "", reason)
+    return SelfCheck(CheckOutcome.SKIPPED, error, reason=reason)

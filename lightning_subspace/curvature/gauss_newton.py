@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_subspace.curvature.hessian import GradientGraph, Hessian
+from lightning_subspace.curvature.hessian import GradientGraph, RetainedGraphs
 from lightning_subspace.curvature.self_check import JITTER, REFUSALS, THRESHOLD, CheckOutcome, SelfCheck, worst_part
 from lightning_subspace.loss_function import LossError
 from lightning_subspace.training_loss import MicroBatch, TrainingLoss
@@ -101,8 +101,8 @@ class OutputGraph(GradientGraph):
         )
 
 
-class GaussNewton(Hessian):
-    """The Gauss-Newton matrix of the mean loss over `batches`; everything else is as in `Hessian`.
+class GaussNewton(RetainedGraphs):
+    """The Gauss-Newton matrix of the mean loss over `batches`; arguments are those of `RetainedGraphs`.
 
     Raises:
         LossError: also where the training step has no single output (see above).
@@ -117,7 +117,8 @@ class GaussNewton(Hessian):
         tensor([1., 4.])
     """
 
-    _graph_class = OutputGraph
+    def _build(self, batch: MicroBatch) -> OutputGraph:
+        return OutputGraph.build(self._loss, batch)
 
 
 def gauss_newton_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfCheck:
@@ -148,12 +149,13 @@ def gauss_newton_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) 
     except Exception as failure:  # float64 can fail in any way inside the user's code
         refused = isinstance(failure, RuntimeError) and REFUSALS.search(str(failure))
         outcome = CheckOutcome.UNAVAILABLE if refused else CheckOutcome.INCONCLUSIVE
-        return SelfCheck(outcome, float("inf" if refused else "nan"), "", f"{type(failure).__name__}: {failure}")
+        error = float("inf" if refused else "nan")
+        return SelfCheck(outcome, error, reason=f"{type(failure).__name__}: {failure}")
     reason = f"G v and differences are apart by {error:.1e} in {name}, differences for two steps by {spread:.1e}"
     if error <= THRESHOLD:
         return SelfCheck(CheckOutcome.PASSED, error, name, reason)
     if spread > THRESHOLD:  # noise or kinks: nothing that could accuse the product
-        return SelfCheck(CheckOutcome.INCONCLUSIVE, float("nan"), "", reason)
+        return SelfCheck(CheckOutcome.INCONCLUSIVE, reason=reason)
     return SelfCheck(CheckOutcome.FAILED, error, name, reason)
 
 

@@ -17,18 +17,19 @@ examples), and by 3e-5 to 1.3e-2 for the smooth nets above; u.Hv and v.Hu of the
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_subspace._torch import DispatchMode
+from lightning_subspace.curvature.batch_mean import BatchMean
+from lightning_subspace.curvature.displaced import DisplacedGradients
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck
 from lightning_subspace.partition import Partition
-from lightning_subspace.rounds import Turn, rounds
+from lightning_subspace.rounds import Turn
 from lightning_subspace.sharded_loss import ShardedLoss
 from lightning_subspace.training_loss import MicroBatch
 
@@ -50,10 +51,11 @@ KINKED = frozenset((
 # fmt: on
 
 
-class ShardedDifferenceHessian:
-    """The Hessian of the mean loss over `batches`, as a product of this rank's parts of vectors.
+class ShardedDifferenceHessian(DisplacedGradients):
+    """The Hessian of the mean loss over `batches`, as a product of this rank's shards of vectors.
 
-    Every method is a collective: FSDP gathers parameters and scatters gradients in it.
+    Every method is a collective: FSDP gathers parameters and scatters gradients in it. It sums over ranks, so where
+    one micro-batch is evaluated alone, all ranks but its owner do so at weight zero.
 
     Args:
         loss: an open context; it must stay open as long as products are taken.
@@ -61,17 +63,11 @@ class ShardedDifferenceHessian:
         partition: the shards of the module, and the ranks that it is sharded over.
         step: length of the displacement in parameter space.
 
-    Attributes:
-        n: number of coordinates that this rank holds.
-        partition: which of them.
-        batches: the micro-batches, of all ranks.
-
     Raises:
         LossError: when a loss cannot be evaluated (see `ShardedLoss`).
         ValueError: for an empty sample.
     """
 
-    fails_as_nan = False
     max_asymmetry = 1e-3  # 1e-4 at most for the smooth networks named above
 
     def __init__(
@@ -82,24 +78,10 @@ class ShardedDifferenceHessian:
         *,
         step: float = STEP,
     ) -> None:
-        if not batches:
-            raise ValueError("batches: expected at least one micro-batch, got an empty sample.")
-        self.n = loss.n
-        self.dtype = loss.dtype
-        self.device = loss.device
-        self.batches = tuple(batches)
+        super().__init__(loss, batches, partition=partition)
         self.loss = loss
-        self.partition = partition
-        self._held = self.batches
         self._all_sum = partition.ranks.all_sum
         self._step = step
-        self._mean: Tensor | None = None  # the gradient, once it is known
-
-    def gradient(self) -> Tensor:  # (n,)
-        """Gradient of the mean loss over the sample."""
-        if self._mean is None:
-            self._mean, _ = self._at(None, self._rounds(self.batches))
-        return self._mean.clone()
 
     def matvec(
         self,
@@ -112,37 +94,30 @@ class ShardedDifferenceHessian:
         if not 0.0 < length < float("inf"):
             return torch.zeros_like(v, dtype=self.dtype) * length  # nan stays nan
         offset = v.to(self.dtype) * (step / length)
-        turns = self._rounds(self.batches)
-        plus, _ = self._at(offset, turns)
-        minus, _ = self._at(-offset, turns)
+        plus, minus = (self._evaluated(sign * offset, self._turns)[0] for sign in (1.0, -1.0))
         return plus.sub_(minus).mul_(length / (2.0 * step))
+
+    def mean_gradient(self, batches: Sequence[MicroBatch]) -> Tensor:  # (n,)
+        """Gradient of the mean loss over other micro-batches."""
+        return self._evaluated(None, self._rounds(batches))[0]
 
     def batch_gradients(self) -> Iterator[tuple[MicroBatch, Tensor]]:
         """Each micro-batch, of all ranks, with the gradient of its own mean loss, (n,)."""
         return self.other_gradients(self.batches)
 
     def other_gradients(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
-        """Each of other micro-batches, of all ranks, with the gradient of its own mean loss, (n,).
+        """Each of other micro-batches, of all ranks, with the gradient of its own mean loss, (n,)."""
+        return ((batch, self.mean_gradient([batch])) for batch in batches)
 
-        FSDP sums over ranks, so all but one keep company meanwhile.
-        """
-        for batch in batches:
-            yield batch, self.mean_gradient([batch])
-
-    def mean_gradient(self, batches: Sequence[MicroBatch]) -> Tensor:  # (n,)
-        """Gradient of the mean loss over other micro-batches."""
-        return self._at(None, self._rounds(batches))[0]
-
-    def part(self, positions: Iterable[int]) -> ShardedDifferenceHessian:
-        """The Hessian over some of the micro-batches."""
-        part = copy.copy(self)
-        part.batches = tuple(self.batches[position] for position in positions)
-        part._mean = None
+    def part(self, positions: Iterable[int]) -> BatchMean:
+        """The Hessian over some of the micro-batches, dealt anew: nothing is retained that ties them to a round."""
+        part = super().part(positions)
+        part._turns = part._rounds(part.batches)
         return part
 
     def value(self, offset: Tensor | None) -> float:
         """The mean loss at theta + offset."""
-        _, own = self._at(offset, self._rounds(self.batches))
+        _, own = self._evaluated(offset, self._turns)
         return float(self._all_sum(torch.tensor([own], dtype=torch.float64, device=self.device)))
 
     def dot(self, u: Tensor, v: Tensor) -> float:
@@ -158,10 +133,12 @@ class ShardedDifferenceHessian:
         pieces = torch.split(v.to(torch.float64), list(self.loss.local_numels))
         return self._all_sum(torch.stack([piece.square().sum() for piece in pieces])).sqrt()
 
-    def _rounds(self, batches: Sequence[MicroBatch]) -> list[Turn]:
-        return rounds(batches, self.partition.ranks, held=self._held)
+    def _centre(self) -> Tensor:
+        if self._mean is None:
+            self._mean, _ = self._evaluated(None, self._turns)
+        return self._mean
 
-    def _at(self, offset: Tensor | None, turns: Sequence[Turn]) -> tuple[Tensor, float]:
+    def _evaluated(self, offset: Tensor | None, turns: Sequence[Turn]) -> tuple[Tensor, float]:
         """The gradient of the mean loss at theta + offset, and this rank's share of the loss."""
         self.loss.displace(offset)
         try:
@@ -231,7 +208,7 @@ def _ratio(error: float, scale: float) -> float:
     return 0.0 if error == 0.0 else float("inf")
 
 
-class _KinkObserver(TorchDispatchMode):
+class _KinkObserver(DispatchMode):
     """Remember the operations whose derivative jumps."""
 
     def __init__(self) -> None:

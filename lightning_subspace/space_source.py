@@ -109,9 +109,9 @@ class SpaceSource:
         if record is None:
             try:
                 record = self._probe(module, step)
-            except CheckError:
-                raise  # as on_check_fail asks
             except Exception as error:
+                if isinstance(error, CheckError) and self.plan.on_check_fail == "raise":
+                    raise
                 self._messages.failure(
                     f"the space of step {step} could not be computed; {self._instead}", error, self._ranks
                 )

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_subspace.checkpoint import Resumed
 from lightning_subspace.collectives import Ranks
-from lightning_subspace.curvature import Choice, SelfCheck
+from lightning_subspace.curvature import CheckError, Choice, SelfCheck
 from lightning_subspace.measurements import Probe
 from lightning_subspace.overlap_history import OverlapHistory
 from lightning_subspace.parameters import ParameterSpace
@@ -88,6 +88,7 @@ class Tracker:
         self.num_probes = 0
         self.self_check: SelfCheck | None = None
         self.notice: str | None = None
+        self._refusal: str | None = None  # why the check lets nothing be measured
         self._choice = Choice(plan.loss_fn, plan.mode, plan.solver.seed, plan.dtype, plan.curvature, plan.on_check_fail)
         self._choice.require_no_obstacle(module)
         self.partition = self._partition_of(module)
@@ -103,7 +104,7 @@ class Tracker:
 
     @property
     def curvature(self) -> str:
-        """What the next probe is measured with: "hessian" or "finite-difference"."""
+        """What the next probe is measured with: a word as for `SubspaceMonitor`."""
         return self._choice.curvature
 
     def check(self, module: nn.Module, sample: Sample) -> SelfCheck:
@@ -112,13 +113,17 @@ class Tracker:
         Where there are none, or where they are wrong and the plan says so, the run goes on with differences.
 
         Raises:
-            CheckError: when they are wrong, with `on_check_fail="raise"`.
+            CheckError: when they are wrong, with `on_check_fail="raise"`, or where nothing else would do.
         """
         with self.ranks.together():
             result = check_once(self._choice, module, sample, self.partition)
-        self.self_check = result
+        self.self_check, self._refusal = result, None
         with self.ranks.together():
-            choice, notice = choice_after(self._choice, result, module, sample, self.partition)
+            try:
+                choice, notice = choice_after(self._choice, result, module, sample, self.partition)
+            except CheckError as error:
+                self._refusal = str(error)
+                raise
         self._choice, self.notice = choice, notice
         return result
 
@@ -128,7 +133,7 @@ class Tracker:
             partition = self._partition_of(module)
         has_changed = partition != self.partition  # also where the next fit deals them otherwise
         if has_changed:
-            self.partition, self.self_check = partition, None
+            self.partition, self.self_check, self._refusal = partition, None, None
             self._start_overlaps()
         return has_changed
 
@@ -146,8 +151,11 @@ class Tracker:
         A collective: what goes wrong on one rank goes wrong on all, and leaves all as they were.
 
         Raises:
+            CheckError: when the self-check has let nothing be measured; it is not made again.
             PeerError: when it went wrong on another rank.
         """
+        if self._refusal is not None:
+            raise CheckError(self._refusal)
         with self.ranks.together():
             theta = self._theta(module)
             probe, record = self._take(module, sample, step, optimizer, on_matvec)

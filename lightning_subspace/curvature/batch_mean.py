@@ -1,4 +1,4 @@
-"""The mean over the micro-batches of a fixed sample: what all operators have in common.
+"""Base of all operators: a mean over the micro-batches of a fixed sample.
 
     A v = sum_b s_b A_b v,    g = sum_b s_b grad L_b,    s_b = w_b / sum_b w_b
 
@@ -32,7 +32,7 @@ from lightning_subspace.transfers import Transfers
 
 
 class BatchMean(ABC):
-    """A symmetric operator that is a mean over micro-batches, at the parameters of an open `TrainingLoss`.
+    """Symmetric operator at the parameters of an open `TrainingLoss`.
 
     Under ranks every method is a collective, and vectors are this rank's part of them.
 
@@ -80,6 +80,8 @@ class BatchMean(ABC):
         self._together = by_rounds(self.batches, self.partition.ranks)  # what all ranks evaluate in each turn
         self._retained: list[Any] = [None] * len(self._turns)  # what a subclass keeps of each turn
         self._mean: Tensor | None = None  # the gradient, once it is known
+        if self.fails_as_nan:  # then no product may take memory between its collectives
+            _ = self._buffers
 
     @abstractmethod
     def matvec(
@@ -98,11 +100,11 @@ class BatchMean(ABC):
         return self._mean_of((self._gradient_of(batch) for batch, _ in turns), turns).to(self.dtype)
 
     def batch_gradients(self) -> Iterator[tuple[MicroBatch, Tensor]]:
-        """Each micro-batch, of all ranks, with the gradient of its own mean loss, (n,)."""
+        """Each micro-batch of all ranks, with the gradient of its loss, (n,)."""
         return self._by_batch(self._together, self._own_gradients())
 
     def other_gradients(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
-        """Each of other micro-batches, of all ranks, with the gradient of its own mean loss, (n,); taken once."""
+        """Each of other micro-batches of all ranks, with its gradient, (n,)."""
         own = (self._gradient_of(batch) for batch, _ in self._rounds(batches))
         return self._by_batch(by_rounds(batches, self.partition.ranks), own)
 
@@ -110,7 +112,7 @@ class BatchMean(ABC):
         self,
         offset: Tensor | None,  # (n,)
     ) -> float:
-        """The mean loss at theta + offset, which may be inf or nan.
+        """Mean loss at theta + offset; inf or nan where it is not finite.
 
         A forward pass of every micro-batch, one all-gather, and a sum of one number.
         """
@@ -126,9 +128,10 @@ class BatchMean(ABC):
         return total
 
     def part(self, positions: Iterable[int]) -> BatchMean:
-        """The operator over some of the micro-batches, by their positions in `batches`; it shares what is retained.
+        """The operator over some micro-batches, by their positions in `batches`.
 
-        Rounds in which no rank has anything left are passed over; in the others every rank still takes its turn.
+        It shares what is retained. Rounds in which no rank has anything left are passed over; in the others every rank
+        still takes its turn.
         """
         chosen = {self.batches[position].index for position in positions}
         part = copy.copy(self)
@@ -146,7 +149,7 @@ class BatchMean(ABC):
 
     @cached_property
     def _buffers(self) -> Transfers:
-        """Memory for vectors on their way; first used by the gradient, before any product (see `Transfers`)."""
+        """Communication buffers (see `Transfers`)."""
         return Transfers(self.partition, self._loss.dtype, self.device)
 
     def _rounds(self, batches: Sequence[MicroBatch]) -> list[Turn]:
@@ -171,17 +174,17 @@ class BatchMean(ABC):
         v: Tensor,  # (n,)
         images: Callable[[Tensor], Iterable[Tensor]],
     ) -> Tensor:  # (n,)
-        """A v from `images`, a generator function: the whole of v to the whole of A_b v for each turn.
+        """A v: one all-gather and one reduce-scatter, whatever the number of micro-batches.
 
-        One all-gather and one reduce-scatter of a vector, whatever the number of micro-batches. A generator runs inside
-        of the sum, so that it may take memory.
+        `images` makes the whole of v into the whole of A_b v for each turn, one after another. As a generator function
+        it runs inside of the sum, where it may fail and take memory.
         """
         return self._mean_of(images(self._buffers.gather(v.to(self._loss.dtype)))).to(self.dtype)
 
     def _mean_of(self, terms: Iterable[Tensor], turns: Sequence[Turn] | None = None) -> Tensor:
-        """This rank's part of the weighted mean of one whole vector a turn, over the turns of all ranks.
+        """This rank's part of the weighted mean of one whole vector a turn.
 
-        All get to the sum: a rank that fails contributes nan, and raises behind it.
+        All ranks get to the sum: one that fails contributes nan, and raises behind it.
         """
         total = self._buffers.total.zero_()
         failure: Exception | None = None
@@ -200,7 +203,7 @@ class BatchMean(ABC):
     def _by_batch(
         self, rounds: Iterable[Sequence[MicroBatch]], own: Iterable[Tensor]
     ) -> Iterator[tuple[MicroBatch, Tensor]]:
-        """This rank's part of one whole vector a micro-batch, from what each rank has of its own in every round."""
+        """This rank's part of one whole vector a micro-batch, of all ranks."""
         for together, vector in zip(rounds, own, strict=True):
             parts = self.partition.exchange(vector.to(self.dtype))
             for batch in together:

@@ -1,4 +1,4 @@
-"""Which operator a run measures with, in which precision, and what the self-check changes about it.
+"""Choice of the operator, its precision, and what follows from the self-check.
 
     "hessian"            double backward: exact, one retained graph a micro-batch
     "ggn"                the generalised Gauss-Newton matrix, one retained graph a micro-batch; see `gauss_newton.py`
@@ -49,7 +49,10 @@ DIFFERENCES = "This run is measured with finite differences of float64 gradients
 
 
 class CheckError(RuntimeError):
-    """The self-check has failed, and nothing is to be measured: by `on_check_fail`, or since nothing else would do."""
+    """The self-check has failed, so nothing is measured.
+
+    Either `on_check_fail="raise"` asks for that, or finite differences would measure another matrix.
+    """
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,11 @@ class Row:
         operator: called with (loss, batches, partition=), and `dtype=` where it `is_wide`.
         order: how often the loss has to be differentiable.
         is_wide: whether the loss is evaluated in float64, whatever the solver computes in.
-        check: the self-check, called with (a loss in float64 that is not open, a few examples, seed=).
+        check: the self-check, called with (a loss in float64 that is not open, a few examples, seed=); None: there is
+            nothing to check.
         check_order: how often the loss has to be differentiable there.
         check_examples: how many examples it gets; the code path is the same for eight as for a thousand.
         passed: what takes over where the check has passed; None: nothing.
-        passed_dtype: of the solver, where `passed` is for one type alone.
         not_passed: what the user is told where it has not taken over, before the reason; empty: nothing.
         has_differences: whether finite differences measure the same matrix.
     """
@@ -72,17 +75,16 @@ class Row:
     operator: Callable[..., BatchMean]
     order: Order = 2
     is_wide: bool = False
-    check: Callable[..., SelfCheck] = self_check
+    check: Callable[..., SelfCheck] | None = None
     check_order: Order = 2
     check_examples: int = 8
     passed: Row | None = None
-    passed_dtype: torch.dtype | None = None
     not_passed: str = ""
     has_differences: bool = False
 
 
 OPERATORS: dict[str, Row] = {
-    "hessian": Row(Hessian, has_differences=True),
+    "hessian": Row(Hessian, check=self_check, has_differences=True),
     "ggn": Row(GaussNewton, check=gauss_newton_check),
     "finite-difference": Row(
         FiniteDifferenceHessian,
@@ -91,7 +93,6 @@ OPERATORS: dict[str, Row] = {
         check_order=1,
         check_examples=64,  # among 64 the networks of ReLU that were tried met some kinks in every direction
         passed=Row(ForwardDifferenceHessian, order=1),
-        passed_dtype=torch.float32,
     ),
     "empirical-fisher": Row(
         partial(EmpiricalFisher, examples=False),
@@ -135,7 +136,7 @@ class Choice:
         for name in ("curvature", "on_check_fail"):
             object.__setattr__(self, name, getattr(self, name).replace("_", "-"))
         _check("mode", self.mode, get_args(Mode))
-        _check("curvature", self.curvature, get_args(Curvature))
+        _check("curvature", self.curvature, tuple(OPERATORS))
         _check("on_check_fail", self.on_check_fail, get_args(OnCheckFail))
         if self.dtype not in (torch.float32, torch.float64):
             _check("dtype", self.dtype, get_args(Precision))
@@ -157,15 +158,15 @@ class Choice:
         return self._loss(module, space, ranks, dtype, self._row.order)
 
     def operator(self, loss: TrainingLoss, sample: Sample, partition: Partition | None = None) -> BatchMean:
-        """The operator over the sample's first part, at an open loss; of this process alone without a `partition`."""
+        """The operator over the sample's first part; no `partition`: of this process."""
         partition = Partition.even(loss.space) if partition is None else partition
         if isinstance(loss, ShardedLoss):
-            return ShardedDifferenceHessian(loss, sample.hessian, partition)
+            return ShardedDifferenceHessian(loss, sample.hessian, partition=partition)
         options = {"dtype": self._widest(loss.module, loss.space)} if self._row.is_wide else {}
         return self._row.operator(loss, sample.hessian, partition=partition, **options)
 
     def check(self, module: nn.Module, sample: Sample, partition: Partition | None = None) -> SelfCheck:
-        """The self-check on a few examples of the sample; on the whole batch where it cannot be cut.
+        """The self-check on a few examples, or on a batch that cannot be cut.
 
         Every rank checks the first rank's batch, and the first rank's result counts.
 
@@ -192,7 +193,7 @@ class Choice:
         return result
 
     def after(self, check: SelfCheck) -> tuple[Choice, str | None]:
-        """What to go on with after the self-check, and what to tell the user about it, once.
+        """What to go on with after the self-check, and what to tell the user.
 
         Raises:
             CheckError: when the check has failed, with `on_check_fail="raise"`, or where differences would measure
@@ -215,7 +216,7 @@ class Choice:
         return replace(self, curvature="finite-difference", dtype=dtype), f"{text} {DIFFERENCES}"
 
     def require_no_obstacle(self, module: nn.Module) -> None:
-        """Whether a module that FSDP2 has sharded can be measured in this way.
+        """Refuse what cannot be measured on the shards of FSDP2.
 
         Raises:
             ValueError: for finite differences on shards whose gradients are narrower than float32.
@@ -225,8 +226,10 @@ class Choice:
 
     def _compare(self, module: nn.Module, batch: MicroBatch, partition: Partition) -> SelfCheck:
         row, space = OPERATORS[self.curvature], partition.space
-        if row.passed_dtype not in (None, self._widest(module, space)):
-            return SelfCheck(CheckOutcome.SKIPPED, reason=f"what it could allow is for {row.passed_dtype} alone")
+        if row.check is None:
+            return SelfCheck(CheckOutcome.SKIPPED, reason="it has no check")
+        if row.is_wide and self._widest(module, space) != torch.float32:
+            return SelfCheck(CheckOutcome.SKIPPED, reason="differences of float64 gradients need none")
         wide = self._loss(module, space, partition.ranks, torch.float64, row.check_order)
         return row.check(wide, batch, seed=self.seed)
 
@@ -235,15 +238,15 @@ class Choice:
             values = [loss(batch).value.item() for _ in range(2)]
         if abs(values[0] - values[1]) > REPEATED * max(map(abs, values)):
             raise LossError(
-                f"the loss is not a function: two evaluations of one batch gave {values[0]} and {values[1]}, so it "
-                "depends on something outside of the module, perhaps a random generator; pass loss_fn=, a loss without."
+                f"loss: expected one value from two evaluations of a batch, got {values[0]} and {values[1]}; it "
+                "depends on something outside of the module, perhaps a random generator: pass loss_fn=, a loss without."
             )
 
     def _check_on_shards(self, module: nn.Module, sample: Sample, partition: Partition) -> SelfCheck:
         """Differences are all there is: where they are wrong nothing is measured."""
         with self.loss(module, partition.space, partition.ranks) as loss:
             assert isinstance(loss, ShardedLoss)
-            operator = ShardedDifferenceHessian(loss, sample.hessian[: partition.ranks.count], partition)
+            operator = ShardedDifferenceHessian(loss, sample.hessian[: partition.ranks.count], partition=partition)
             result = check_differences(operator, partition.random(self.seed, 0).to(loss.device))
         if result.outcome is CheckOutcome.FAILED:
             raise LossError(result.reason)
@@ -271,20 +274,14 @@ class Choice:
     def _loss(
         self, module: nn.Module, space: ParameterSpace, ranks: Ranks, dtype: torch.dtype | None, order: Order
     ) -> TrainingLoss:
+        whole = stand_ins(module, ranks, narrowest=dtype)
         return TrainingLoss(
-            module,
-            space,
-            self.loss_fn,
-            mode=self.mode,
-            dtype=dtype,
-            seed=self.seed,
-            order=order,
-            stand_ins=stand_ins(module, ranks, narrowest=dtype),
+            module, space, self.loss_fn, mode=self.mode, dtype=dtype, seed=self.seed, order=order, stand_ins=whole
         )
 
 
 def exact_hessian(loss: TrainingLoss, sample: Sample, partition: Partition) -> Hessian:
-    """The Hessian over the sample's first part, at an open loss, by double backward."""
+    """The Hessian over the sample's first part, by double backward."""
     return Hessian(loss, sample.hessian, partition=partition)
 
 

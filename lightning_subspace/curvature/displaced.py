@@ -1,4 +1,4 @@
-"""Differences of gradients: operators that take the gradient of the mean loss at displaced parameters.
+"""Differences of gradients: operators that displace the parameters.
 
 They need no second derivative and the memory of a training step. A displacement is a whole vector, and so is what a
 rank adds to the mean; what comes and goes is dealt to ranks. No graph is kept.
@@ -15,7 +15,7 @@ from lightning_subspace.curvature.batch_mean import BatchMean
 
 
 class DisplacedGradients(BatchMean):
-    """A Hessian whose products are made of gradients; arguments are those of `BatchMean`."""
+    """A Hessian whose products are made of gradients; see `BatchMean`."""
 
     fails_as_nan = False  # a product takes memory between its sums
 
@@ -24,7 +24,7 @@ class DisplacedGradients(BatchMean):
         direction: Tensor,  # (n,) of the whole space
         scale: float,
     ) -> Tensor:  # (n,)
-        """This rank's part of the gradient of the mean loss at theta + scale * direction."""
+        """This rank's part of g(theta + scale * direction)."""
 
         def gradients() -> Iterator[Tensor]:  # inside of the sum, as a displacement takes memory
             self._loss.displace(direction * scale)

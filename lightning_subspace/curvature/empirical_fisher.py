@@ -1,4 +1,4 @@
-"""The empirical Fisher matrix of the training loss as a matrix-vector product: the second moment of its gradients.
+"""Empirical Fisher matrix of the training loss: the second moment of its gradients.
 
     F v = (1 / N) sum_n g_n (g_n . v)
 
@@ -98,7 +98,7 @@ class EmpiricalFisher(BatchMean):
         self,
         v: Tensor,  # (n,)
     ) -> Tensor:  # (n,)
-        """F v: one all-gather and one reduce-scatter of a vector, whatever the number of examples."""
+        """F v: an inner product and a sum for each gradient."""
 
         def images(whole: Tensor) -> Iterator[Tensor]:
             for (batch, _), (passes, gradients) in zip(self._turns, self._retained, strict=True):
@@ -111,7 +111,7 @@ class EmpiricalFisher(BatchMean):
         return self._product(v, images)
 
     def _gradients(self, batch: MicroBatch, passes: int) -> Iterator[Tensor]:  # (n,) of the whole space
-        """The gradient of every example, in so many passes: what is beyond the examples keeps the others company."""
+        """The gradient of every example; passes beyond these count for nothing."""
         cut = self._cut(batch)
         for number in range(passes):
             gradient = self._gradient_of(cut[min(number, len(cut) - 1)])
@@ -123,10 +123,11 @@ class EmpiricalFisher(BatchMean):
 
 
 def examples_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfCheck:
-    """Whether the loss of a batch is the mean over its examples: PASSED, or SKIPPED with the reason why not.
+    """Whether the loss of a batch is the mean over its examples.
 
-    There is no derivative to check: F is made of the gradients that training takes, right or wrong. Where the loss
-    draws random numbers, a batch and its examples draw different ones, and they are compared in eval mode.
+    PASSED, or SKIPPED with the reason why not. There is no derivative to check: F is made of the gradients that
+    training takes, right or wrong. Where the loss draws random numbers, a batch and its examples draw different ones,
+    and they are compared in eval mode.
 
     Args:
         loss: a `TrainingLoss` with dtype float64, not open yet.

@@ -1,4 +1,4 @@
-"""The Hessian of the mean training loss as a matrix-vector product, by central differences of its gradients.
+"""Hessian of the training loss by central differences of float64 gradients.
 
     H v = |v| (g(theta + eps u) - g(theta - eps u)) / (2 eps),    u = v / |v|,
 
@@ -34,7 +34,7 @@ ROUNDING = 100 * torch.finfo(torch.float64).eps
 
 
 class FiniteDifferenceHessian(DisplacedGradients):
-    """The Hessian of the mean loss over `batches`, where it cannot be had by double backward.
+    """The Hessian where it cannot be had by double backward.
 
     Args:
         loss: an open context with dtype float64; it must stay open as long as products are taken.
@@ -75,7 +75,7 @@ class FiniteDifferenceHessian(DisplacedGradients):
         self,
         v: Tensor,  # (n,)
     ) -> Tensor:  # (n,)
-        """H v, from two gradients of every micro-batch, or more of them near a kink.
+        """H v, from two gradients of every micro-batch, or more near kinks.
 
         One all-gather and a sum, and for each step tried two reduce-scatters and a sum.
         """
@@ -86,7 +86,7 @@ class FiniteDifferenceHessian(DisplacedGradients):
         return self._slope(self._buffers.gather(wide), length, centre).mul_(length).to(self.dtype)
 
     def _slope(self, whole: Tensor, length: float, centre: float) -> Tensor:
-        """This rank's part of H u along a whole vector of that length; `centre` is the length of the gradient."""
+        """This rank's part of H u, u along `whole` of that length; `centre` is |g|."""
         found = []
         for step in self._steps:
             plus, minus = (self._gradient_at(whole, sign * step / length) for sign in (1.0, -1.0))

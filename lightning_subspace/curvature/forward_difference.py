@@ -1,4 +1,4 @@
-"""The Hessian of the mean training loss as a matrix-vector product, by forward differences: one gradient a product.
+"""Hessian of the training loss by forward differences: one gradient a product.
 
     H v = |v| (g(theta + eps u) - g(theta)) / eps,    u = v / |v|,
 
@@ -37,7 +37,7 @@ SMOOTH = 2e-3
 
 
 class ForwardDifferenceHessian(DisplacedGradients):
-    """The Hessian of the mean loss over `batches`, at one gradient a product, for smooth networks.
+    """The Hessian at one gradient a product, for smooth networks.
 
     Args:
         loss: an open context, best of order 1; it must stay open as long as products are taken.
@@ -87,9 +87,9 @@ class ForwardDifferenceHessian(DisplacedGradients):
 
 
 def smoothness_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfCheck:
-    """Whether forward differences may be used: PASSED, or SKIPPED with the reason why not.
+    """Whether forward differences may be used.
 
-    Costs about 17 gradients of the batch in float64.
+    PASSED, or SKIPPED with the reason why not. Costs about 17 gradients of the batch in float64.
 
     Args:
         loss: a `TrainingLoss` with dtype float64, not open yet.

@@ -1,4 +1,4 @@
-"""The gradient of one micro-batch, (n,), in the two ways that torch has for it."""
+"""Gradient of one micro-batch, in both ways that torch has for it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,10 @@ def backward_gradient(loss: TrainingLoss, batch: MicroBatch) -> Tensor:  # (n,)
 
 
 def pruned_gradient(loss: TrainingLoss, batch: MicroBatch) -> Tensor:  # (n,)
-    """The gradient by `torch.autograd.grad`, which goes back no further than the parameters of the space.
+    """The gradient by `torch.autograd.grad`.
 
-    Args:
-        loss: an open `TrainingLoss`.
-        batch: the micro-batch.
-
-    Raises:
-        LossError: when the loss cannot be evaluated (see `TrainingLoss`).
+    It goes back no further than the parameters of the space, so it is the cheaper one where these are few. Arguments
+    and errors are those of `backward_gradient`.
     """
     evaluation = loss(batch)
     gradients = torch.autograd.grad(evaluation.value, evaluation.leaves, allow_unused=True)

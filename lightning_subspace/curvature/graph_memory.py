@@ -1,4 +1,4 @@
-"""Memory of retained graphs: how much there is for them, and how much one takes.
+"""Memory of retained graphs: what is free, and what a graph takes.
 
 Half of the memory that is free when an operator is made may be taken, within the limit of a container (cgroup v2). What
 a graph takes is counted while it is built: autograd's hooks on saved tensors see each of them once.
@@ -23,7 +23,10 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def memory_budget(device: torch.device, num_ranks: int) -> float:
-    """Bytes that may be retained: half of what is free now; of a host's, one rank's share if all are on it."""
+    """Bytes that may be retained: half of what is free now.
+
+    All ranks are taken to be on one host, and share its memory.
+    """
     if device.type == "cuda":  # untested: no GPU was available
         return MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
     try:
@@ -34,10 +37,10 @@ def memory_budget(device: torch.device, num_ranks: int) -> float:
 
 
 class SavedBytes:
-    """A context that counts what a graph built inside of it keeps, each storage once.
+    """Context that counts what a graph built inside of it keeps.
 
-    Parameters are left out, also where a view of one is saved (the transposed weight of a linear layer): the graphs of
-    all micro-batches share them.
+    Each storage counts once. Parameters are left out, also where a view of one is saved (the transposed weight of a
+    linear layer): the graphs of all micro-batches share them.
     """
 
     def __init__(self) -> None:
@@ -53,7 +56,7 @@ class SavedBytes:
         self._hooks.__exit__(*exc_info)
 
     def count(self, held: Iterable[Tensor], leaves: Iterable[Tensor]) -> int:
-        """Bytes of what autograd has saved and of what is held beside it, without the leaves."""
+        """Bytes that autograd has saved and of what is `held` beside."""
         for tensor in held:
             self._add(tensor)
         shared = self._parameters.union(leaf.untyped_storage().data_ptr() for leaf in leaves)
@@ -74,7 +77,7 @@ class SavedBytes:
 
 
 def _left_in_container() -> float:
-    """What the limit of this process's container leaves, of which the host knows nothing; infinite without one."""
+    """What the limit of this process's container leaves; infinite without one."""
     try:
         limit, taken = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
     except (OSError, ValueError):  # no cgroup v2, or no limit: "max"

@@ -1,4 +1,4 @@
-"""The Hessian of the mean training loss as a matrix-vector product, exact, by double backward.
+"""Hessian of the training loss, exact, by double backward.
 
 H v = sum_b w_b grad(grad L_b . v) / sum_b w_b over the micro-batches b of a fixed sample. The graph of the gradient
 does not depend on v, so it is built once a probe and reused by every product (Pearlmutter 1994; a product then costs
@@ -24,7 +24,7 @@ from lightning_subspace.training_loss import MicroBatch, TrainingLoss
 
 @dataclass(frozen=True)
 class GradientGraph:
-    """The gradient of one micro-batch as a function of its leaves, ready to be differentiated again."""
+    """The gradient of one micro-batch, ready to be differentiated again."""
 
     leaves: list[Tensor]
     gradients: list[Tensor | None]
@@ -38,11 +38,11 @@ class GradientGraph:
 
     @property
     def held(self) -> list[Tensor]:
-        """Tensors kept as long as this is, beside what autograd saves for backward and beside the leaves."""
+        """Tensors kept beside the leaves and what autograd saves for backward."""
         return [gradient for gradient in self.gradients if gradient is not None]
 
     def product(self, direction: list[Tensor]) -> list[Tensor | None]:
-        """Derivative of gradient . direction by every leaf; None where it does not depend on the leaf."""
+        """Derivative of gradient . direction by leaf; None for a leaf without influence."""
         # A gradient without a graph is constant in theta: a piecewise linear part of the loss.
         pairs = [(g, v) for g, v in zip(self.gradients, direction, strict=True) if g is not None and g.requires_grad]
         if not pairs:
@@ -86,7 +86,7 @@ class RetainedGraphs(BatchMean):
         self,
         v: Tensor,  # (n,)
     ) -> Tensor:  # (n,)
-        """A v: one all-gather and one reduce-scatter of a vector, whatever the number of micro-batches."""
+        """A v, by one product with every graph."""
 
         def images(whole: Tensor) -> Iterator[Tensor]:
             directions = self._loss.space.unflatten(whole)
@@ -102,7 +102,10 @@ class RetainedGraphs(BatchMean):
         return map(self._flat_gradient, self._graphs())
 
     def _retain(self, memory: float) -> None:
-        """Build every graph once, for the gradient; keep those that fit, on all ranks equally many."""
+        """Build every graph once, for the gradient; keep those that fit.
+
+        All ranks keep equally many: they build together, as a training step may have collectives of its own.
+        """
         used = 0
 
         def built() -> Iterator[GradientGraph]:
@@ -127,7 +130,7 @@ class RetainedGraphs(BatchMean):
 
 
 class Hessian(RetainedGraphs):
-    """The Hessian of the mean loss over `batches`; arguments are those of `RetainedGraphs`.
+    """The Hessian; arguments are those of `RetainedGraphs`.
 
     Raises:
         LossError: when a loss cannot be evaluated (see `TrainingLoss`).

@@ -1,4 +1,4 @@
-"""Is the Hessian product of this model right? Compared once with differences of its own gradients.
+"""Self-check of the Hessian product, by differences of gradients.
 
 Double backward is silently wrong for custom autograd functions that keep tensors on `ctx`, for `once_differentiable`
 and for reentrant checkpoints: the product is then often even symmetric, so only an independent derivative notices. The
@@ -72,7 +72,7 @@ class SelfCheck:
 
 
 def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfCheck:
-    """Compare the Hessian product on one micro-batch with float64 differences of first-order gradients.
+    """Compare a Hessian product with float64 differences of gradients.
 
     Costs about eight gradients of a batch in float64; eight examples are enough.
 
@@ -143,7 +143,7 @@ def _difference(loss: TrainingLoss, batch: MicroBatch, jitter: Tensor, direction
 
 
 def worst_part(loss: TrainingLoss, product: Tensor, difference: Tensor) -> tuple[float, str]:
-    """Largest relative error over the parameter tensors, and where; non-finite counts as infinite."""
+    """Largest relative error over parameter tensors, and where; nan is infinite."""
     floor = SMALLEST_PART * max(float(product.norm()), float(difference.norm()))
     worst = (0.0, loss.space.names[0])
     for name, hv, fd in zip(

@@ -100,8 +100,8 @@ OPERATORS: dict[str, Row] = {
         check=examples_check,
         check_order=1,
         passed=Row(EmpiricalFisher, order=1),
-        not_passed="The empirical Fisher is taken over micro-batches here, not over single examples, so that its "
-        "eigenvalues are smaller, by about the number of examples in a micro-batch",
+        not_passed="The empirical Fisher is taken over micro-batches here, not over single examples, which changes its "
+        "scale by about the number of examples in one",
     ),
 }
 

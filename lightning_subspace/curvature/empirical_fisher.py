@@ -16,8 +16,10 @@ whose statistics are the batch's, nor with contrastive losses, sums, or means ov
 cannot be cut, F is taken over micro-batches, (1 / sum w_b) sum_b w_b g_b g_b^T: what the gradients of training scatter
 by, with eigenvalues that are smaller by about the number of examples in a micro-batch.
 
-A product costs an inner product and a sum for each gradient that is kept. Those beyond the memory budget are taken anew
-for every product, at a forward and a backward pass of one example each; with none kept that is N passes a product.
+A product costs an inner product and a sum for each gradient that is kept. Those beyond the memory budget (4 n bytes
+each) are taken anew for every product, by a forward and a backward pass of one example. Measured with an MLP (n =
+79,510) and 1,024 examples, in gradients of the sample in batches of 64: 50 to begin with, then 2 a product with all
+gradients kept, and 50 with none. Under FSDP2 whole parameters stand in for the shards, as for the Hessian.
 """
 
 from __future__ import annotations

@@ -45,7 +45,6 @@ Order = Literal[1, 2]
 
 # Two evaluations agree to the bit on a CPU; kernels of an accelerator may sum in another order.
 REPEATED = 1e-5
-DIFFERENCES = "This run is measured with finite differences of float64 gradients instead."
 
 
 class CheckError(RuntimeError):
@@ -211,9 +210,11 @@ class Choice:
         if check.outcome is CheckOutcome.FAILED and self.on_check_fail == "raise":
             raise CheckError(f"{text} (on_check_fail='finite-difference' measures without second derivatives.)")
         if check.outcome is CheckOutcome.FAILED and self.on_check_fail == "warn" and check.error < float("inf"):
-            return self, f"{text} on_check_fail='finite-difference' measures without second derivatives."
+            notice = f"{text} on_check_fail='finite-difference' measures without second derivatives."
+            return replace(self, has_passed=False), notice
         dtype = "float32" if self.dtype == "native" else self.dtype
-        return replace(self, curvature="finite-difference", dtype=dtype), f"{text} {DIFFERENCES}"
+        differences = replace(self, curvature="finite-difference", dtype=dtype, has_passed=False)
+        return differences, f"{text} This run is measured with finite differences of float64 gradients instead."
 
     def require_no_obstacle(self, module: nn.Module) -> None:
         """Refuse what cannot be measured on the shards of FSDP2.

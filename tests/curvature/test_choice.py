@@ -8,7 +8,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_subspace import measure_subspace
-from lightning_subspace.curvature import BatchMean, Choice, EmpiricalFisher
+from lightning_subspace.curvature import (
+    BatchMean,
+    CheckOutcome,
+    Choice,
+    EmpiricalFisher,
+    FiniteDifferenceHessian,
+    SelfCheck,
+)
 from lightning_subspace.curvature.choice import OPERATORS, Curvature, OnCheckFail, Precision, Row
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.sample import sample_of_batches
@@ -47,6 +54,16 @@ def test_every_word_is_measured(module, curvature):
 def test_a_word_that_is_none_of_them(name, choices):
     with pytest.raises(ValueError, match=f"{name}: expected one of {', '.join(map(repr, get_args(choices)))}, got 'x'"):
         Choice(**{name: "x"})
+
+
+@pytest.mark.parametrize("outcome", [CheckOutcome.FAILED, CheckOutcome.UNAVAILABLE])
+def test_a_check_that_fails_after_one_that_has_passed(module, outcome):
+    """As where more parameters are trained: what the first has allowed is over."""
+    choice, _ = Choice(classify, on_check_fail="finite-difference").after(SelfCheck(CheckOutcome.PASSED))
+    choice, notice = choice.after(SelfCheck(outcome, float("inf")))
+    assert "finite differences of float64" in notice
+    with choice.loss(module, ParameterSpace.of(module)) as loss:
+        assert isinstance(choice.operator(loss, sample_of_batches(BATCHES)), FiniteDifferenceHessian)
 
 
 class SecondMoment(BatchMean):

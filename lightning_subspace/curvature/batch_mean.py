@@ -96,12 +96,11 @@ class BatchMean(ABC):
 
     def mean_gradient(self, batches: Sequence[MicroBatch]) -> Tensor:  # (n,)
         """Gradient of the mean loss over other micro-batches, taken once."""
-        turns = self._rounds(batches)
-        return self._mean_of((self._gradient_of(batch) for batch, _ in turns), turns).to(self.dtype)
+        return self._gradient_over(self._rounds(batches)).to(self.dtype)
 
     def batch_gradients(self) -> Iterator[tuple[MicroBatch, Tensor]]:
         """Each micro-batch of all ranks, with the gradient of its loss, (n,)."""
-        return self._by_batch(self._together, self._own_gradients())
+        return self.other_gradients(self.batches)
 
     def other_gradients(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
         """Each of other micro-batches of all ranks, with its gradient, (n,)."""
@@ -159,14 +158,14 @@ class BatchMean(ABC):
         """The gradient of one micro-batch."""
         return backward_gradient(self._loss, batch)
 
-    def _own_gradients(self) -> Iterator[Tensor]:  # (n,) of the whole space
-        """The gradient of the micro-batch of each turn."""
-        return (self._gradient_of(batch) for batch, _ in self._turns)
+    def _gradient_over(self, turns: Sequence[Turn]) -> Tensor:
+        """This rank's part of the gradient of the mean over these turns, in the precision of the loss."""
+        return self._mean_of((self._gradient_of(batch) for batch, _ in turns), turns)
 
     def _centre(self) -> Tensor:
         """This rank's part of g(theta), in the precision of the loss."""
         if self._mean is None:
-            self._mean = self._mean_of(self._own_gradients())
+            self._mean = self._gradient_over(self._turns)
         return self._mean
 
     def _product(

@@ -28,7 +28,7 @@ class DisplacedGradients(BatchMean):
 
         def gradients() -> Iterator[Tensor]:  # inside of the sum, as a displacement takes memory
             self._loss.displace(direction * scale)
-            yield from self._own_gradients()
+            yield from (self._gradient_of(batch) for batch, _ in self._turns)
 
         try:
             return self._mean_of(gradients())

@@ -95,11 +95,17 @@ class RetainedGraphs(BatchMean):
 
         return self._product(v, images)
 
+    def batch_gradients(self) -> Iterator[tuple[MicroBatch, Tensor]]:
+        """Each micro-batch of all ranks, with the gradient of its loss, (n,); from the graphs."""
+        return self._by_batch(self._together, map(self._flat_gradient, self._graphs()))
+
     def _gradient_of(self, batch: MicroBatch) -> Tensor:
         return pruned_gradient(self._loss, batch)
 
-    def _own_gradients(self) -> Iterator[Tensor]:
-        return map(self._flat_gradient, self._graphs())
+    def _centre(self) -> Tensor:
+        if self._mean is None:
+            self._mean = self._mean_of(map(self._flat_gradient, self._graphs()))
+        return self._mean
 
     def _retain(self, memory: float) -> None:
         """Build every graph once, for the gradient; keep those that fit.

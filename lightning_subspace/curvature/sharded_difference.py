@@ -83,14 +83,6 @@ class ShardedDifferenceHessian(DisplacedGradients):
         plus, minus = (self._evaluated(sign * offset, self._turns)[0] for sign in (1.0, -1.0))
         return plus.sub_(minus).mul_(length / (2.0 * step))
 
-    def mean_gradient(self, batches: Sequence[MicroBatch]) -> Tensor:  # (n,)
-        """Gradient of the mean loss over other micro-batches."""
-        return self._evaluated(None, self._rounds(batches))[0]
-
-    def batch_gradients(self) -> Iterator[tuple[MicroBatch, Tensor]]:
-        """Each micro-batch of all ranks, with the gradient of its loss, (n,)."""
-        return self.other_gradients(self.batches)
-
     def other_gradients(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
         """Each of other micro-batches of all ranks, with its gradient, (n,)."""
         return ((batch, self.mean_gradient([batch])) for batch in batches)
@@ -119,10 +111,8 @@ class ShardedDifferenceHessian(DisplacedGradients):
         pieces = torch.split(v.to(torch.float64), list(self._loss.local_numels))
         return self.partition.ranks.all_sum(torch.stack([piece.square().sum() for piece in pieces])).sqrt()
 
-    def _centre(self) -> Tensor:
-        if self._mean is None:
-            self._mean, _ = self._evaluated(None, self._turns)
-        return self._mean
+    def _gradient_over(self, turns: Sequence[Turn]) -> Tensor:
+        return self._evaluated(None, turns)[0]
 
     def _evaluated(self, offset: Tensor | None, turns: Sequence[Turn]) -> tuple[Tensor, float]:
         """The gradient at theta + offset, and this rank's share of the loss."""

@@ -70,7 +70,12 @@ class SecondMoment(BatchMean):
     """An operator in one method: the second moment of the gradients of micro-batches."""
 
     def matvec(self, v):
-        return self._product(v, lambda whole: (gradient * (gradient @ whole) for gradient in self._own_gradients()))
+        def images(whole):
+            for batch, _ in self._turns:
+                gradient = self._gradient_of(batch)
+                yield gradient * (gradient @ whole)
+
+        return self._product(v, images)
 
 
 def test_a_new_operator_is_one_method_and_one_row(module, monkeypatch):

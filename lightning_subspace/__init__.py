@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_subspace.alignment import StartWhenAligned as StartWhenAligned
+    from lightning_subspace.checkpoint import read_history as read_history
+    from lightning_subspace.collectives import PeerError as PeerError
     from lightning_subspace.curvature.choice import CheckError as CheckError
+    from lightning_subspace.entries import CheckpointError as CheckpointError
     from lightning_subspace.linalg import EigshResult as EigshResult
     from lightning_subspace.linalg import Outcome as Outcome
     from lightning_subspace.linalg import eigsh as eigsh
+    from lightning_subspace.loss_function import LossError as LossError
     from lightning_subspace.measurements.control import Control as Control
     from lightning_subspace.measurements.critical import CriticalSharpness as CriticalSharpness
     from lightning_subspace.measurements.density import Density as Density
@@ -29,17 +33,20 @@ if TYPE_CHECKING:
     from lightning_subspace.measurements.split import LossChange as LossChange
     from lightning_subspace.measurements.stability import Stability as Stability
     from lightning_subspace.monitor import SubspaceMonitor as SubspaceMonitor
+    from lightning_subspace.pool import SampleError as SampleError
     from lightning_subspace.probe import measure_subspace as measure_subspace
     from lightning_subspace.projection import SubspaceProjection as SubspaceProjection
     from lightning_subspace.record import Record as Record
     from lightning_subspace.record import to_rows as to_rows
     from lightning_subspace.subspace import Subspace as Subspace
+    from lightning_subspace.subspace import SubspaceIntegrityError as SubspaceIntegrityError
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "BatchSharpness": "measurements.noise",
     "CheckError": "curvature.choice",
+    "CheckpointError": "entries",
     "Chi": "measurements.split",
     "Control": "measurements.control",
     "CriticalSharpness": "measurements.critical",
@@ -47,21 +54,26 @@ _HOMES = {
     "EigshResult": "linalg",
     "GradientNoise": "measurements.noise",
     "LossChange": "measurements.split",
+    "LossError": "loss_function",
     "Measurement": "measurements.measurement",
     "Needs": "measurements.measurement",
     "Outcome": "linalg",
+    "PeerError": "collectives",
     "Probe": "measurements.measurement",
     "Prospect": "measurements.measurement",
     "Record": "record",
+    "SampleError": "pool",
     "SpectralDensity": "measurements.density",
     "Stability": "measurements.stability",
     "StartWhenAligned": "alignment",
     "Subspace": "subspace",
+    "SubspaceIntegrityError": "subspace",
     "SubspaceMonitor": "monitor",
     "SubspaceProjection": "projection",
     "Trace": "measurements.density",
     "eigsh": "linalg",
     "measure_subspace": "probe",
+    "read_history": "checkpoint",
     "to_rows": "record",
 }
 

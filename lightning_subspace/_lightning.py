@@ -143,26 +143,26 @@ def ranks_of(trainer: Any) -> Ranks:
     """The processes that share the data of training.
 
     Raises:
-        MisconfigurationException: for strategies under which the Hessian of this module cannot be taken.
+        ValueError: for strategies under which the Hessian of this module cannot be taken.
     """
     strategy = trainer.strategy
     if is_a(strategy, "ModelParallelStrategy"):
         mesh = strategy.device_mesh
         if mesh["tensor_parallel"].size() > 1:
-            raise MisconfigurationException(
-                "SubspaceMonitor: second derivatives through tensor parallel layers are wrong in torch; use "
+            raise ValueError(
+                "second derivatives through tensor parallel layers are wrong in torch; use "
                 "ModelParallelStrategy(tensor_parallel_size=1), with fully_shard (FSDP2) in configure_model."
             )
         return Ranks(mesh["data_parallel"].get_group(), strategy.root_device)
     for name, advice in UNSUPPORTED.items():
         if is_a(strategy, name):
-            raise MisconfigurationException(f"SubspaceMonitor: {advice}")
+            raise ValueError(f"strategy: {advice}")
     if trainer.world_size == 1 and not is_a(strategy, "DDPStrategy"):
         return Ranks()
     if not is_a(strategy, "DDPStrategy"):
-        raise MisconfigurationException(
-            f"SubspaceMonitor: knows DDP and FSDP2 and not {type(strategy).__name__} with {trainer.world_size} "
-            "processes; use strategy='ddp', ModelParallelStrategy(tensor_parallel_size=1), or devices=1."
+        raise ValueError(
+            f"strategy: expected DDP or FSDP2, got {type(strategy).__name__} with {trainer.world_size} processes; use "
+            "strategy='ddp', ModelParallelStrategy(tensor_parallel_size=1), or devices=1"
         )
     return Ranks(world(), strategy.root_device)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from lightning_subspace._lightning import MisconfigurationException
+from lightning_subspace.arguments import is_number, wrong
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,9 @@ class StartWhenAligned:
     def __post_init__(self) -> None:
         for name in ("chi", "decay"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
-                raise MisconfigurationException(
-                    f"StartWhenAligned: `{name}` must be a number of at least 0 and below 1; got {value!r}."
-                )
+            if not is_number(value) or not 0.0 <= value < 1.0:
+                error = wrong(name, "a number of at least 0 and below 1", value)
+                raise MisconfigurationException(f"StartWhenAligned: {error}")
 
 
 class Start:
@@ -58,8 +56,7 @@ class Start:
     Example:
         >>> start = Start(StartWhenAligned(chi=0.5, decay=0.5))
         >>> for chi in (0.2, 0.6, 0.8):
-        ...     start.see_chi(chi)
-        ...     print(start.average, start.begun)
+        ...     print(start.see_chi(chi), start.begun)
         0.2 False
         0.4 False
         0.6000000000000001 True
@@ -82,17 +79,14 @@ class Start:
         self.begun = True
         return True
 
-    def see_chi(self, chi: float) -> None:
-        """A chi is measured."""
+    def see_chi(self, chi: float) -> float:
+        """A chi is measured; the average with it."""
         assert isinstance(self._when, StartWhenAligned), "asked for only where `watches`"
         past = chi if self.average is None else self.average
         self.average = self._when.decay * past + (1.0 - self._when.decay) * chi
         self.begun = self.begun or self.average > self._when.chi
+        return self.average
 
-    def state(self) -> dict[str, Any]:
-        """What `resume` needs."""
-        return {"begun": self.begun, "average": self.average}
-
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
-        self.begun, self.average = state["begun"], state["average"]
+    def resume(self, begun: bool, average: float | None) -> None:
+        """Go on from where another one was."""
+        self.begun, self.average = begun, average

@@ -1,4 +1,4 @@
-"""What a monitor says in the course of a run: one sentence on what happened, one on what to do, and not twice."""
+"""Notices to the user: one sentence on what happened, one on what to do, each once a run."""
 
 from __future__ import annotations
 
@@ -7,22 +7,19 @@ from typing import Literal
 
 from lightning_subspace._lightning import rank_zero_info, rank_zero_warn
 from lightning_subspace.collectives import Ranks
-from lightning_subspace.partition import Partition
-from lightning_subspace.schedule import forecast
-from lightning_subspace.solver import Solver
 
 
-class Messages:
-    """Tells each thing once a run.
+class Notices:
+    """Tells each thing once a run, on the first rank.
 
     Args:
+        speaker: the callback whose notices these are.
         on_failure: "raise" turns a failure into the exception that it is.
-        speaker: the callback whose messages these are.
     """
 
-    def __init__(self, on_failure: Literal["warn", "raise"], speaker: str = "SubspaceMonitor") -> None:
+    def __init__(self, speaker: str, on_failure: Literal["warn", "raise"]) -> None:
+        self.speaker = speaker
         self._on_failure = on_failure
-        self._speaker = speaker
         self._told: set[str] = set()
 
     def begin(self) -> None:
@@ -33,18 +30,22 @@ class Messages:
         """Whether nothing has been told of it in this run."""
         return cause not in self._told
 
-    def once(self, cause: str, text: str) -> None:
-        """One warning a run and cause; the history has the rest."""
+    def warn(self, text: str) -> None:
+        """Warn, however often."""
+        rank_zero_warn(f"{self.speaker}: {text}")
+
+    def warn_once(self, cause: str, text: str) -> None:
+        """Warn once a run and cause; the history has the rest."""
         if self.is_new(cause):
             self._told.add(cause)
-            rank_zero_warn(f"{self._speaker}: {text} Later ones like it are not told.")
+            self.warn(f"{text} Later ones like it are not told.")
 
-    def note(self, text: str, cause: str | None = None) -> None:
+    def info_once(self, text: str, cause: str | None = None) -> None:
         """Something to know, not to worry about; once a run and cause, which is by default the text."""
         cause = text if cause is None else cause
         if self.is_new(cause):
             self._told.add(cause)
-            rank_zero_info(f"{self._speaker}: {text}")
+            rank_zero_info(f"{self.speaker}: {text}")
 
     def failure(self, what: str, error: Exception, ranks: Ranks) -> None:
         """Something went wrong in a probe, on all ranks, and training goes on without it.
@@ -55,35 +56,12 @@ class Messages:
         if self._on_failure == "raise":
             raise error
         cause = ranks.cause(error)
-        self.once(cause, f"{what}, training goes on. {cause} (on_failure='raise' shows where.)")
+        self.warn_once(cause, f"{what}, training goes on. {cause} (on_failure='raise' shows where.)")
 
-    def forecast(
-        self,
-        solver: Solver,
-        partition: Partition,
-        seconds: tuple[float, float],
-        held: int,
-        max_overhead: float | None,
-    ) -> None:
-        """What this probe will take, and one later on, in seconds."""
-        first, later = seconds
-        text = forecast(
-            n=partition.n,
-            k=solver.k,
-            ncv=solver.ncv,
-            seconds=later,
-            first=first,
-            held=held,
-            max_overhead=max_overhead,
-            num_ranks=partition.ranks.count,
-        )
-        self.note(text, "forecast")
-
-    def passed_over(self, count: int, first: Sequence[int], max_overhead: float | None) -> None:
+    def budget_skipped(self, count: int, first: Sequence[int], max_overhead: float | None) -> None:
         """The budget has left out `count` steps that were asked for, of which a few are named."""
         some = ", ".join(map(str, first)) + (", ..." if count > len(first) else "")
-        rank_zero_warn(
-            f"SubspaceMonitor: {count} steps ({some}) were passed over to keep max_overhead={max_overhead}, since "
-            "a probe takes long beside this training; pass max_overhead=None to measure at every one, or a smaller "
-            "sample or k."
+        self.warn(
+            f"{count} steps ({some}) were passed over to keep max_overhead={max_overhead}, since a probe takes long "
+            "beside this training; pass max_overhead=None to measure at every one, or a smaller sample or k."
         )

@@ -7,34 +7,49 @@ does all of this; what a clock or an exception decides, ranks decide together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_subspace import configuration as check
 from lightning_subspace._lightning import Callback, ranks_of
-from lightning_subspace.checkpoint import resumed, tracker_state
-from lightning_subspace.collectives import Ranks
+from lightning_subspace.arguments import (
+    is_number,
+    require_flag,
+    require_integer,
+    require_name,
+    require_steps,
+    require_word,
+    wrong,
+)
+from lightning_subspace.checkpoint import RunState, decode, decode_position, encode, encode_position, require_same
+from lightning_subspace.configuration import check_names, check_project, misconfiguration, warn_of_missing_keys
 from lightning_subspace.curvature.choice import Curvature, OnCheckFail, Precision
-from lightning_subspace.joint import NOT_COPIED, Joint
-from lightning_subspace.measurements import Measurement, default_measurements
-from lightning_subspace.messages import Messages
-from lightning_subspace.plan import Plan
-from lightning_subspace.readings import Readings
-from lightning_subspace.record import Record
+from lightning_subspace.entries import CheckpointError, Entries
+from lightning_subspace.linalg.selection import Which
+from lightning_subspace.measurements import Measurement
+from lightning_subspace.messages import Notices
+from lightning_subspace.plan import ProbeSettings
+from lightning_subspace.record import Record, to_rows
 from lightning_subspace.recorder import Recorder
 from lightning_subspace.report import Publisher, add_layout
-from lightning_subspace.sample import SampleError, Weight
-from lightning_subspace.sample_source import SampleRequest, SampleSource
-from lightning_subspace.schedule import Schedule
-from lightning_subspace.solver import Solver, Which
-from lightning_subspace.tracker import Tracker
+from lightning_subspace.report.loggers import LogLevel
+from lightning_subspace.runner import ProbeRunner
+from lightning_subspace.sample import Weight
+from lightning_subspace.schedule import Position, Schedule
+from lightning_subspace.tracker import ProbeRun
 from lightning_subspace.training_loss import Mode
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-class SubspaceMonitor(Readings, Callback):
+SPEAKER = "SubspaceMonitor"
+NOT_RESUMED = "the state in the checkpoint is not used, history and overlaps start anew"
+
+
+class SubspaceMonitor(Callback):
     """Log how much of the gradient lies in the top eigenspace of the Hessian of the training loss.
 
     Training is bit for bit what it is without the monitor. What a probe cannot stand behind is left out of its record,
@@ -117,39 +132,73 @@ class SubspaceMonitor(Readings, Callback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check.check_arguments(locals())
+        with misconfiguration(SPEAKER):
+            self._settings = ProbeSettings.of(locals())
+            require_steps("every_n_steps", every_n_steps)
+            if max_overhead is not None and not (is_number(max_overhead) and 0.0 < max_overhead < 1.0):
+                raise wrong("max_overhead", "a number between 0 and 1 or None", max_overhead)
+            require_word("log", log, get_args(LogLevel))
+            require_flag("layout", layout)
+            require_integer("max_matvecs", max_matvecs, max(k, 1))
+            require_word("on_failure", on_failure, ("warn", "raise"))
+            require_name("name", name)
         self.name = name
-        self._plan = Plan(
-            solver=Solver(k, which, tol, ncv, max_matvecs, seed),
-            measurements=(*default_measurements(k), *(measurements or ())),
-            params=params,
-            loss_fn=loss_fn,
-            mode=mode,
-            reference_step=reference_step,
-            dtype=dtype,
-            curvature=curvature,
-            on_check_fail=on_check_fail,
-        )
         self._max_overhead = max_overhead
-        self._schedule = Schedule(every_n_steps, max_overhead)
-        self._source = SampleSource(SampleRequest(sample, gradient_sample, batch_size, weight, seed))
         self._layout = layout
-        self._messages = Messages(on_failure)
-        self._joint = Joint(Ranks(), self._schedule, self._messages)
-        self._tracker: Tracker | None = None
-        self._saved: Mapping[str, Any] | None = None  # from a checkpoint, until training goes on from it
-        self._recorder = Recorder(name, self._schedule, self._messages, Publisher(name, log), max_overhead)
+        self._schedule = Schedule(every_n_steps, max_overhead)
+        self._notices = Notices(SPEAKER, on_failure)
+        self._runner = ProbeRunner(self._settings, self._schedule, self._notices)
+        self._recorder = Recorder(
+            self._settings, self._runner, self._schedule, self._notices, Publisher(name, log), name, max_overhead
+        )
+        self._saved: Any = None  # from a checkpoint, until training goes on from it
+        # A step is over only when this differs from `global_step`: while gradients accumulate, batches end without one.
         self._seen_step = -1
+        # The step of the last probe, so that none is taken twice at one point: at the start, on resuming, at the end.
         self._probed_step = -1
+        # The probe at the start is still owed: a gathered sample is there only after some batches.
         self._awaits_first = False
 
-    def record_at(self, step: int, plan: Plan, request: SampleRequest) -> Record | None:
-        """The record, with its eigenvectors, of a probe just taken at this step that these would have taken as well.
+    # -- what has been measured, the same on every rank ---------------------------------------------------------------
+
+    @property
+    def history(self) -> Sequence[Record]:
+        """All records of the run, oldest first, without eigenvectors."""
+        return [] if self._runner.run is None else self._runner.run.history
+
+    def to_rows(self) -> list[dict[str, float]]:
+        """The history as one flat dict a probe, nan where a value is absent."""
+        return to_rows(self.history)
+
+    def overlap_matrix(self) -> tuple[list[int], np.ndarray]:
+        """Steps, and the matrix of overlaps between the spaces of all their probes (estimated from sketches)."""
+        run = self._runner.run
+        return ([], np.zeros((0, 0))) if run is None else run.overlaps.matrix()
+
+    def plot(self) -> Figure:
+        """A matplotlib Figure: eigenvalues, fractions and overlaps over steps, and the overlap matrix."""
+        from lightning_subspace.report import summary_figure  # matplotlib takes a while to import
+
+        error = None if self._runner.run is None else self._runner.run.overlaps.error
+        return summary_figure(self.history, *self.overlap_matrix(), error=error)
+
+    @property
+    def overhead(self) -> float:
+        """Share of the wall time since training began that went into probes, in [0, 1]."""
+        return self._schedule.overhead
+
+    @property
+    def later_overhead(self) -> float:
+        """The same without the first probe: what `max_overhead` bounds."""
+        return self._schedule.later_overhead
+
+    def record_at(self, step: int, settings: ProbeSettings) -> Record | None:
+        """The record, with its eigenvectors, of a probe just taken at this step that finds the space of these settings.
 
         It is there until the next step ends. `SubspaceProjection` takes its subspace from here.
         """
         opened = self._recorder.open
-        is_same = self._plan.finds_the_space_of(plan) and self._source.request.is_of_the_examples_of(request)
+        is_same = self._settings.same_subspace_as(settings)
         return opened.record if is_same and opened is not None and opened.record.step == step else None
 
     def should_measure(self, step: int) -> bool:
@@ -164,55 +213,36 @@ class SubspaceMonitor(Readings, Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work, before anything has run."""
         if stage == "fit":
-            check.check_names([c.name for c in trainer.callbacks if isinstance(c, SubspaceMonitor)])
-            check.check_project(trainer, pl_module, self._plan.loss_fn)
-            check.warn_of_missing_keys(trainer, self.name)
+            with misconfiguration(SPEAKER):
+                check_names([c.name for c in trainer.callbacks if isinstance(c, SubspaceMonitor)])
+                check_project(trainer, pl_module, self._settings.loss_fn)
+            warn_of_missing_keys(trainer, self.name)
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Plan, draw the sample, and probe the point where training starts."""
+        """Draw the sample, and probe the point where training starts."""
         step = trainer.global_step
-        saved, self._saved = self._saved or {}, None
-        resumes = "schedule" in saved and saved["schedule"]["last_step"] <= step
-        last = self.history[-1].step if self.history else None
-        ranks = ranks_of(trainer)
-        continues = last is not None and step > 0 and last <= step and ranks.count == self._joint.ranks.count
-        self._joint = Joint(ranks, self._schedule, self._messages)
+        saved, self._saved = self._saved, None
+        with misconfiguration(SPEAKER):
+            ranks = ranks_of(trainer)
+        last = self.history[-1].step if self.history else -1
+        is_same_run = saved is None and 0 <= last <= step and step > 0 and ranks.count == self._runner.ranks.count
         self._recorder.drop()
-        self._seen_step = step
-        self._probed_step = step if continues and last == step and not resumes else -1
-        self._messages.begin()
+        self._notices.begin()
         self._schedule.begin(step)
-        old = None if resumes or not continues else self._tracker
-        self._tracker = self._joint.do(
-            "nothing is measured", lambda: Tracker(self._plan, pl_module, ranks) if old is None else old, ValueError
-        )
-        if self._tracker is not None:
-            self._tracker.join(ranks)
-
-        def draw() -> bool:
-            self._source.begin(trainer, ranks, continues=continues)
-            return True
-
-        # Another ValueError than a SampleError may be of the data's own.
-        if not self._joint.do("the sample could not be drawn, so nothing is measured", draw, SampleError):
-            self._source.forget()
-        if self._layout and trainer.is_global_zero:
-            add_layout(trainer.loggers, self.name, self._plan.solver.k)
+        self._seen_step = step
+        self._probed_step = step if is_same_run and last == step else -1
         self._awaits_first = True
-        if resumes and self._tracker is not None:
-            self._go_on(self._tracker, saved, step)
+        self._runner.begin(trainer, pl_module, ranks, continues=is_same_run)
+        if self._layout and trainer.is_global_zero:
+            add_layout(trainer.loggers, self.name, self._settings.k)
+        if saved is not None and self._runner.run is not None:
+            self._resume(self._runner.run, saved, step)
         self._take_first_probe(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         """Keep the batch where it is of the sample: training_step may write into it."""
-        if not self._source.is_gathered:
-            return
-        try:
-            with self._schedule.aside():
-                self._source.see(batch, trainer.current_epoch)
-        except Exception as error:
-            self._messages.failure(NOT_COPIED, error, self._joint.ranks)
-        self._take_first_probe(trainer, pl_module)
+        if self._runner.observe_batch(batch, trainer.current_epoch):
+            self._take_first_probe(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Optimizer) -> None:
         """Keep the gradient of the first step after a probe, before it is clipped."""
@@ -225,57 +255,53 @@ class SubspaceMonitor(Readings, Callback):
             return
         self._seen_step = step
         self._recorder.close(trainer, pl_module)
-        if self._agreed_to_measure(step):
-            self._take_probe(trainer, pl_module, step)
+        if self._agree_to_measure(step):
+            self._probe(trainer, pl_module, step)
 
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
         """A last probe, and the last figures."""
         step = trainer.global_step
         self._recorder.close(trainer)
-        self._source.end()
-        if not trainer.interrupted and step != self._probed_step and self._agreed(self._schedule.probes_last_step):
-            self._take_probe(trainer, pl_module, step)
+        self._runner.source.end()
+        is_new = not trainer.interrupted and step != self._probed_step
+        if is_new and self._runner.should_probe(self._schedule.probes_last_step):
+            self._probe(trainer, pl_module, step)
             self._recorder.close(trainer)
         self._recorder.draw(trainer)
-        self._source.release()
+        self._runner.source.release()
         self._schedule.end()
         if self._schedule.misses_what_was_asked:
             schedule = self._schedule
-            self._messages.passed_over(schedule.num_passed_over, schedule.passed_over, self._max_overhead)
+            self._notices.budget_skipped(schedule.num_passed_over, schedule.passed_over, self._max_overhead)
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
         """Nothing measured is lost when training is interrupted."""
         self._recorder.close(trainer)
-        self._source.release()
+        self._runner.source.release()
         self._schedule.end()
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
     def _take_first_probe(self, trainer: Any, pl_module: nn.Module) -> None:
         step = trainer.global_step
-        is_wanted = self._awaits_first and self._schedule.probes_first_step and step != self._probed_step
-        if is_wanted and self._agreed(True):
-            self._take_probe(trainer, pl_module, step)
-        if self._source.has_begun:
+        is_owed = self._awaits_first and self._schedule.probes_first_step and step != self._probed_step
+        if is_owed and self._runner.should_probe():
+            self._probe(trainer, pl_module, step)
+        if self._runner.source.has_begun:
             self._awaits_first = False
 
-    def _agreed_to_measure(self, step: int) -> bool:
+    def _agree_to_measure(self, step: int) -> bool:
         """Whether all ranks are to probe after this step. They ask each other only where they may differ."""
         if getattr(self.should_measure, "__func__", None) is _SHOULD_MEASURE:
             wants, may_differ = self.should_measure(step), self._schedule.was_candidate
         else:
             what, may_differ = f"should_measure({step}) failed, and was taken for False", True
-            wants = bool(self._joint.do(what, lambda: self.should_measure(step)))
-        return may_differ and self._agreed(wants)
+            wants = bool(self._runner.on_all_ranks(what, lambda: self.should_measure(step)))
+        return may_differ and self._runner.should_probe(wants)
 
-    def _agreed(self, wants: bool) -> bool:
-        return self._tracker is not None and self._joint.wants(wants, self._source)
-
-    def _take_probe(self, trainer: Any, pl_module: nn.Module, step: int) -> None:
-        assert self._tracker is not None, "set in on_train_start"
-        assert self._source.sample is not None, "whoever calls has asked"
+    def _probe(self, trainer: Any, pl_module: nn.Module, step: int) -> None:
         self._probed_step, self._awaits_first = step, False
-        self._recorder.take(self._tracker, trainer, pl_module, self._source.sample, step)
+        self._recorder.take(trainer, pl_module, step)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -290,34 +316,51 @@ class SubspaceMonitor(Readings, Callback):
         With k eigenpairs and n parameters at most 256 k min(n, 4096) bytes of sketches (10.5 MB for k = 10), and about
         2 kB a probe.
         """
-        if self._tracker is None:
+        if self._runner.run is None:
             return dict(self._saved or {})
         try:
-            return {**tracker_state(self._tracker, self._recorder.open), "schedule": self._schedule.state()}
+            state = encode(self._runner.run.state(self._recorder.open))
+            return {**state, "schedule": encode_position(self._schedule.position)}
         except Exception as error:  # a checkpoint is worth more than what the monitor has to add
-            self._messages.failure("a checkpoint was written without what was measured", error, self._joint.ranks)
+            self._notices.failure("a checkpoint was written without what was measured", error, self._runner.ranks)
             return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts: there is no module yet to compare it with."""
         self._saved = state_dict
 
-    def _go_on(self, tracker: Tracker, saved: Mapping[str, Any], step: int) -> None:
-        """Put the new tracker where that of the checkpoint was, or say why not."""
-        last_step, has_sample = saved["schedule"]["last_step"], self._source.sample is not None
-        can_reopen = has_sample and last_step == step and self._schedule.probes_first_step
-
-        found = self._joint.do(
-            "the state in the checkpoint is not used, history and overlaps start anew",
-            lambda: resumed(tracker, saved, reopen=can_reopen, name=self.name),
-        )
-        if found is None:
+    def _resume(self, run: ProbeRun, saved: Any, step: int) -> None:
+        """Go on where the run of the checkpoint was, or say why not."""
+        read = self._runner.on_all_ranks(NOT_RESUMED, lambda: self._read(saved, step))
+        if read is None:
             return
-        self._tracker, is_reopened = found
-        self._schedule.resume(saved["schedule"], step)
-        is_due = last_step < step and self._agreed_to_measure(step)  # the checkpoint was written before our hook
+        state, position = read
+        reopen = position.last_step == step and self._runner.source.sample is not None
+        reopen = reopen and self._schedule.probes_first_step
+        resumed = self._runner.on_all_ranks(NOT_RESUMED, lambda: run.resumed(state, reopen=reopen))
+        if resumed is None:
+            return
+        self._runner.run, is_reopened = resumed
+        self._schedule.resume(position, step)
+        is_due = position.last_step < step and self._agree_to_measure(step)  # it was written before our hook
         self._awaits_first = is_reopened or is_due
         self._probed_step = -1 if self._awaits_first or not self.history else self.history[-1].step
+
+    def _read(self, saved: Any, step: int) -> tuple[RunState, Position] | None:
+        """What the checkpoint holds of a run that can go on here, or None with a warning."""
+        try:
+            state, position = decode(saved), decode_position(Entries(saved).below("schedule"))
+            now = {"k": self._settings.k, "which": self._settings.which}
+            require_same("monitor", now, {"k": state.k, "which": state.which})
+            last = max([position.last_step, *(record.step for record in state.records)])
+            if last > step:
+                raise CheckpointError(f"it is of step {last}, and training starts at step {step}")
+        except CheckpointError as error:
+            self._notices.warn(
+                f"the state {self.name!r} of the checkpoint is not used: {error}. History and overlaps start anew."
+            )
+            return None
+        return state, position
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the methods that Lightning attaches for logging, which hold the module."""

@@ -8,11 +8,9 @@ evenly over log(step), the first, the last and a reference always among it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 
 from lightning_subspace.sketch import Sketch, sketch_error, sketch_overlap
 
@@ -42,6 +40,31 @@ class OverlapHistory:
         self._sketches: dict[int, Sketch] = {}
         self._overlaps: dict[tuple[int, int], float] = {}
         self.reference_step: int | None = None  # whose sketch is never given up
+
+    @classmethod
+    def of(
+        cls,
+        steps: Sequence[int],
+        sketches: Mapping[int, Sketch],
+        pairs: Mapping[tuple[int, int], float],
+        reference_step: int | None,
+        keep: int = KEPT_SKETCHES,
+    ) -> OverlapHistory:
+        """What has these for its attributes."""
+        history = cls(keep)
+        history._steps, history._sketches, history._overlaps = list(steps), dict(sketches), dict(pairs)
+        history.reference_step = reference_step
+        return history
+
+    @property
+    def steps(self) -> Sequence[int]:
+        """The steps of all probes, oldest first."""
+        return self._steps
+
+    @property
+    def pairs(self) -> Mapping[tuple[int, int], float]:
+        """The overlaps that were taken, by the steps of the two probes, the earlier one first."""
+        return self._overlaps
 
     @property
     def sketches(self) -> Mapping[int, Sketch]:
@@ -83,6 +106,9 @@ class OverlapHistory:
         """Largest standard deviation that an entry of the matrix can have; None where all entries are exact."""
         return max((sketch_error(sketch) for sketch in self._sketches.values()), default=0.0) or None
 
+    def __copy__(self) -> OverlapHistory:
+        return OverlapHistory.of(self._steps, self._sketches, self._overlaps, self.reference_step, self._keep)
+
     def forget(self, step: int) -> None:
         """Undo `add` of this step, but for the sketch that was given up for it."""
         self._steps.remove(step)
@@ -90,29 +116,6 @@ class OverlapHistory:
         self._overlaps = {pair: value for pair, value in self._overlaps.items() if step not in pair}
         if self.reference_step == step:
             self.reference_step = None
-
-    def state(self) -> dict[str, Any]:
-        """All of it as tensors and plain numbers: 4 k d bytes a sketch, and 24 for each overlap."""
-        pairs = torch.tensor(list(self._overlaps), dtype=torch.int64).reshape(-1, 2)
-        return {
-            "steps": list(self._steps),
-            "pairs": pairs,
-            "overlaps": torch.tensor(list(self._overlaps.values()), dtype=torch.float64),
-            "sketches": {step: held.basis.clone() for step, held in self._sketches.items()},
-            "exact": all(held.exact for held in self._sketches.values()),
-            "reference_step": self.reference_step,
-        }
-
-    @classmethod
-    def of_state(cls, state: Mapping[str, Any], keep: int = KEPT_SKETCHES) -> OverlapHistory:
-        """What `state` was taken from."""
-        history = cls(keep)
-        history._steps = list(state["steps"])
-        history._sketches = {step: Sketch(basis, state["exact"]) for step, basis in state["sketches"].items()}
-        pairs = ((int(a), int(b)) for a, b in state["pairs"].tolist())
-        history._overlaps = dict(zip(pairs, state["overlaps"].tolist(), strict=True))
-        history.reference_step = state["reference_step"]
-        return history
 
     def _thin(self) -> int:
         held = sorted(self._sketches)

@@ -20,19 +20,22 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from lightning_subspace.arguments import require_word
 from lightning_subspace.collectives import Ranks
 from lightning_subspace.curvature import Choice, Operator, SelfCheck, exact_hessian
+from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss_function import LossError, LossFunction
-from lightning_subspace.measurements import Measurement, Probe, default_measurements
-from lightning_subspace.measurements.measurement import Needs, checked_measurements
+from lightning_subspace.measurements import Measurement, Probe
+from lightning_subspace.measurements.measurement import Needs
 from lightning_subspace.measurements.solver import solver_metrics
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.partition import Partition
+from lightning_subspace.plan import ProbeSettings
 from lightning_subspace.record import Record
 from lightning_subspace.sample import Sample, Weight, sample_of_batches
 from lightning_subspace.sharded import is_sharded
 from lightning_subspace.sketch import sketch
-from lightning_subspace.solver import Solver, Which
+from lightning_subspace.solver import Solver
 from lightning_subspace.subspace import Subspace
 from lightning_subspace.training_loss import MicroBatch, Mode, TrainingLoss
 
@@ -110,16 +113,16 @@ def measure_subspace(
     """
     ranks = Ranks(group, next((p.device for p in module.parameters()), torch.device("cpu")))
     with ranks.together():
-        if verify not in ("always", "never"):
-            raise ValueError(f"verify: expected 'always' or 'never', got {verify!r}.")
-        chosen = [*default_measurements(k), *checked_measurements(measurements)]
+        require_word("verify", verify, ("always", "never"))
+        dtype = str(dtype).removeprefix("torch.")
+        settings = ProbeSettings.of(locals())
+        solver, choice, chosen = settings.solver, settings.choice, settings.taken
         space = ParameterSpace.of(module, params)
-        solver = Solver(checked_k(k, space), which, tol, ncv, max_matvecs, seed)
-        choice = Choice(loss_fn, mode, seed, dtype, curvature, on_check_fail)
+        checked_k(k, space)
         _require_the_same(ranks, module, (solver, replace(choice, loss_fn=None), space, verify, len(chosen)))
         sample = sample_of_batches(batches, weight, ranks)
         partition = Partition.of(space, module, ranks)
-        check = check_once(choice, module, sample, partition)
+        check = choice.check(module, sample, partition)
         choice, notice = choice_after(choice, check, module, sample, partition)
         if notice is not None:
             warnings.warn(notice, stacklevel=2)
@@ -227,11 +230,6 @@ def is_taken(measurement: Measurement, number: int, subspace: Subspace | None) -
 def finite(metrics: dict[str, float]) -> dict[str, float]:
     """Drop what is not a finite number: it means "not defined here"."""
     return {key: float(value) for key, value in metrics.items() if math.isfinite(value)}
-
-
-def check_once(choice: Choice, module: nn.Module, sample: Sample, partition: Partition) -> SelfCheck:
-    """The self-check that goes before the first probe; a collective."""
-    return choice.check(module, sample, partition)
 
 
 def choice_after(

@@ -12,34 +12,37 @@ whatever their order, to have ended that step, so that a monitor which has just 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace import configuration as check
-from lightning_subspace._lightning import Callback, MisconfigurationException, is_a, rank_zero_warn, ranks_of
+from lightning_subspace._lightning import Callback, is_a, ranks_of
 from lightning_subspace.alignment import Start, StartWhenAligned
-from lightning_subspace.collectives import Ranks
+from lightning_subspace.arguments import require_integer, require_name, require_word, wrong
+from lightning_subspace.checkpoint import FORMAT, decode_position, encode_position, require_same, up_to_date
+from lightning_subspace.configuration import check_names, check_project, misconfiguration
 from lightning_subspace.curvature.choice import Curvature, OnCheckFail, Precision
+from lightning_subspace.entries import CheckpointError
+from lightning_subspace.linalg.selection import Which
 from lightning_subspace.measurements import GradientFraction
-from lightning_subspace.messages import Messages
-from lightning_subspace.plan import Plan
+from lightning_subspace.messages import Notices
+from lightning_subspace.monitor import SubspaceMonitor
+from lightning_subspace.plan import ProbeSettings
 from lightning_subspace.projector import Keep, Projector
+from lightning_subspace.record import Record
 from lightning_subspace.report.loggers import Reporter, logged_name
+from lightning_subspace.runner import ProbeRunner
 from lightning_subspace.sample import Weight
-from lightning_subspace.sample_source import SampleRequest
-from lightning_subspace.schedule import Schedule
-from lightning_subspace.solver import Solver, Which
-from lightning_subspace.space_source import SpaceSource
+from lightning_subspace.schedule import Position, Schedule
 from lightning_subspace.step_hooks import StepHooks
+from lightning_subspace.subspace import TRUSTED_ERROR, Subspace
 from lightning_subspace.training_loss import Mode
 
-NAME = "SubspaceProjection"
+SPEAKER = "SubspaceProjection"
 INSTEAD = "the last good space stays in use, and where there is none the optimizer's step is left as it is"
-# States of another format are not used.
-FORMAT = 1
+AVERAGE = "a number in [0, 1], or None"
 
 
 class SubspaceProjection(Callback):
@@ -138,30 +141,31 @@ class SubspaceProjection(Callback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        with check.speaking_for(NAME):
-            check.check_projection(locals())
+        with misconfiguration(SPEAKER):
+            require_word("keep", keep, get_args(Keep))
+            require_integer("k", k, 1)
+            require_integer("refresh_every_n_steps", refresh_every_n_steps, 1)
+            if not isinstance(start_when, StartWhenAligned):
+                if not isinstance(start_when, int):
+                    raise wrong("start_when", "a step or a StartWhenAligned(chi=..., decay=...)", start_when)
+                require_integer("start_when", start_when, 0)
+            own = [GradientFraction()] if isinstance(start_when, StartWhenAligned) else []
+            self._settings = ProbeSettings.of(locals(), measurements=own, defaults=False)
+            require_integer("max_matvecs", max_matvecs, max(k, 1))
+            require_word("on_failure", on_failure, ("warn", "raise"))
+            require_name("name", name)
         self.name = name
         self._keep: Keep = keep
         self._start_when = start_when
         self._start = Start(start_when)
         self._schedule = Schedule(refresh_every_n_steps, max_overhead=None)
-        self._messages = Messages(on_failure, NAME)
-        plan = Plan(
-            solver=Solver(k, which, tol, ncv, max_matvecs, seed),
-            measurements=(GradientFraction(),) if isinstance(start_when, StartWhenAligned) else (),
-            params=params,
-            loss_fn=loss_fn,
-            mode=mode,
-            dtype=dtype,
-            curvature=curvature,
-            on_check_fail=on_check_fail,
-        )
-        request = SampleRequest(sample, gradient_sample, batch_size, weight, seed)
-        self._source = SpaceSource(plan, request, self._messages, INSTEAD)
+        self._notices = Notices(SPEAKER, on_failure)
+        self._runner = ProbeRunner(self._settings, self._schedule, self._notices, INSTEAD)
         self._reporter = Reporter()
-        self._ranks = Ranks()
-        self._saved: Mapping[str, Any] | None = None  # from a checkpoint, until training goes on from it
+        self._saved: Any = None  # from a checkpoint, until training goes on from it
+        # A step is over only when this differs from `global_step`: gradients may be accumulated over several batches.
         self._seen_step = -1
+        # The space is out of date, or there is none: it is computed as soon as there is a sample.
         self._wants_space = False
         self._projector: Projector | None = None
         self._theta: Tensor | None = None  # of the step that is being taken
@@ -186,38 +190,36 @@ class SubspaceProjection(Callback):
         """Refuse what cannot work, before anything has run."""
         if stage != "fit":
             return
-        if is_a(trainer.strategy, "ModelParallelStrategy"):
-            raise MisconfigurationException(
-                f"{NAME}: writes whole parameters, and {type(trainer.strategy).__name__} has shards of them; use "
-                "strategy='ddp', or devices=1."
-            )
-        with check.speaking_for(NAME):
-            check.check_names([c.name for c in trainer.callbacks if isinstance(c, SubspaceProjection)])
-            check.check_project(trainer, pl_module, self._source.plan.loss_fn)
+        with misconfiguration(SPEAKER):
+            if is_a(trainer.strategy, "ModelParallelStrategy"):
+                raise ValueError(
+                    f"writes whole parameters, and {type(trainer.strategy).__name__} has shards of them; use "
+                    "strategy='ddp', or devices=1."
+                )
+            check_names([c.name for c in trainer.callbacks if isinstance(c, SubspaceProjection)])
+            check_project(trainer, pl_module, self._settings.loss_fn)
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Plan, draw the sample, and hang on to the optimizers."""
+        """Draw the sample, and hang on to the optimizers."""
         step = trainer.global_step
         saved, self._saved = self._saved, None
-        ranks = ranks_of(trainer)
-        is_same_run = saved is None and self._source.tracker is not None and step > 0 and self._seen_step <= step
-        continues = is_same_run and ranks.count == self._ranks.count
-        self._ranks = ranks
-        self._messages.begin()
+        with misconfiguration(SPEAKER):
+            ranks = ranks_of(trainer)
+        is_same_run = saved is None and self._runner.run is not None and step > 0 and self._seen_step <= step
+        continues = is_same_run and ranks.count == self._runner.ranks.count
+        self._notices.begin()
         if not continues:
             self._start = Start(self._start_when)
             self._schedule.begin(step)
             self._seen_step, self._projector = -1, None
         elif self._projector is not None:
-            self._projector.join(ranks)
-        try:
-            self._source.begin(trainer, pl_module, ranks, continues=continues)
-            if saved is not None:
-                self._go_on(saved, step)
-            self._hooks = StepHooks(lambda: self._keep_theta(pl_module), lambda: self._project(trainer, pl_module))
+            self._projector.rebind(ranks)
+        self._runner.begin(trainer, pl_module, ranks, continues=continues)
+        if saved is not None:
+            self._resume(saved, step)
+        self._hooks = StepHooks(lambda: self._keep_theta(pl_module), lambda: self._project(trainer, pl_module))
+        with misconfiguration(SPEAKER):
             self._hooks.attach(trainer.optimizers)
-        except (ValueError, TypeError) as error:
-            raise MisconfigurationException(f"{NAME}: {error}") from error
         self._wants_space = self._projector is None and (self._start.begun or self._start.average is None)
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
@@ -228,11 +230,11 @@ class SubspaceProjection(Callback):
             self._seen_step = step
             is_due, begins = self._schedule.is_due(step), self._start.see_step(step)
             is_needed = self._start.begun or self._start.watches
-            if is_needed and self._source.has_changed(pl_module, step):
+            if is_needed and self._has_changed(pl_module, step):
                 self._projector, is_due = None, True
             self._wants_space = is_needed and (self._wants_space or is_due or begins)
         self._refresh(trainer, pl_module, step)
-        if self._source.see(batch, trainer.current_epoch):
+        if self._runner.observe_batch(batch, trainer.current_epoch):
             self._refresh(trainer, pl_module, step)
 
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -244,7 +246,7 @@ class SubspaceProjection(Callback):
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
         """Leave the optimizers as they were."""
         self._hooks.release()
-        self._source.release()
+        self._runner.source.release()
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
         """Leave the optimizers as they were."""
@@ -252,20 +254,46 @@ class SubspaceProjection(Callback):
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
+    def _has_changed(self, module: nn.Module, step: int) -> bool:
+        """Whether the set of trainable parameters is another than before, so that earlier spaces are of no use."""
+        run = self._runner.run
+        if run is None:
+            return False
+        try:
+            changed = run.refresh_parameters(module)
+        except Exception as error:  # such as that nothing is left to train
+            self._notices.failure(f"there is no space at step {step}; {INSTEAD}", error, self._runner.ranks)
+            return True
+        if changed:
+            self._notices.warn_once("parameters", f"the set of trainable parameters has changed by step {step}.")
+        return changed
+
     def _refresh(self, trainer: Any, module: nn.Module, step: int) -> None:
-        if not self._wants_space or not self._source.is_ready():
+        if not self._wants_space or not self._runner.should_probe():
             return
         self._wants_space = False
-        record = self._source.take(trainer, module, step)
+        record = self._record_of(trainer, module, step)
         if record is None or record.subspace is None:
             return
+        if not record.subspace.trusted:
+            self._notices.warn_once(record.subspace.outcome.name, f"at step {step}, {_refusal(record.subspace)}")
+            return
         if self._start.watches and "gradient_fraction" in record.metrics:
-            self._start.see_chi(math.sqrt(record.metrics["gradient_fraction"]))
-            assert self._start.average is not None, "it has just been given"
-            self._log(trainer, "chi", self._start.average, step)
+            average = self._start.see_chi(math.sqrt(record.metrics["gradient_fraction"]))
+            self._log(trainer, "chi", average, step)
         if self._start.begun:
             assert record.subspace.partition is not None, "taken by a probe"
             self._projector = Projector(record.subspace.basis, record.subspace.partition, keep=self._keep)
+
+    def _record_of(self, trainer: Any, module: nn.Module, step: int) -> Record | None:
+        """The record of theta_t, with its eigenvectors: of a monitor that has just probed it, or of a probe."""
+        for callback in trainer.callbacks:
+            if isinstance(callback, SubspaceMonitor):
+                record = callback.record_at(step, self._settings)
+                if record is not None:
+                    return record
+        opened = self._runner.probe(module, step)
+        return None if opened is None else opened.record
 
     def _keep_theta(self, module: nn.Module) -> None:
         """Directly before an optimizer step."""
@@ -296,37 +324,48 @@ class SubspaceProjection(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run is; no eigenvectors, which are computed anew where it goes on."""
-        tracker, solver = self._source.tracker, self._source.plan.solver
-        if tracker is None:
+        run = self._runner.run
+        if run is None:
             return dict(self._saved or {})
         return {
             "format": FORMAT,
-            "k": solver.k,
-            "which": solver.which,
-            "schedule": self._schedule.state(),
+            "k": self._settings.k,
+            "which": self._settings.which,
+            "schedule": encode_position(self._schedule.position),
             "start_when": repr(self._start_when),
-            "start": self._start.state(),
-            "num_probes": tracker.num_probes,
+            "start": {"begun": self._start.begun, "average": self._start.average},
+            "num_probes": run.num_probes,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts."""
         self._saved = state_dict
 
-    def _go_on(self, saved: Mapping[str, Any], step: int) -> None:
-        solver, tracker = self._source.plan.solver, self._source.tracker
-        for name, now in (("format", FORMAT), ("k", solver.k), ("which", solver.which)):
-            if saved.get(name) != now:
-                rank_zero_warn(
-                    f"{NAME}: the state {self.name!r} of the checkpoint is not used: it was written with {name}="
-                    f"{saved.get(name)!r}, and this projection has {name}={now!r}. It starts anew."
-                )
-                return
-        self._schedule.resume(saved["schedule"], step)
-        if saved["start_when"] == repr(self._start_when):  # another condition is waited for anew
-            self._start.resume(saved["start"])
-        if tracker is not None:
-            tracker.num_probes = saved["num_probes"]
+    def _resume(self, saved: Any, step: int) -> None:
+        """Go on where the run of the checkpoint was, or say why not."""
+        read = self._runner.on_all_ranks("the state in the checkpoint is not used", lambda: self._read(saved))
+        if read is None:
+            return
+        position, num_probes, start_when, begun, average = read
+        self._schedule.resume(position, step)
+        if start_when == repr(self._start_when):  # another condition is waited for anew
+            self._start.resume(begun, average)
+        if self._runner.run is not None:
+            self._runner.run.num_probes = num_probes
+
+    def _read(self, saved: Any) -> tuple[Position, int, str, bool, float | None] | None:
+        """What the checkpoint holds of a run that can go on here, or None with a warning."""
+        try:
+            entries = up_to_date(saved)
+            now = {"k": self._settings.k, "which": self._settings.which}
+            require_same("projection", now, {"k": entries.integer("k"), "which": entries.text("which")})
+            position, start = decode_position(entries.below("schedule")), entries.below("start")
+            average = start.any("average")
+            start.require(average is None or (isinstance(average, float) and 0.0 <= average <= 1.0), "average", AVERAGE)
+            return position, entries.integer("num_probes"), entries.text("start_when"), start.flag("begun"), average
+        except CheckpointError as error:
+            self._notices.warn(f"the state {self.name!r} of the checkpoint is not used: {error}. It starts anew.")
+            return None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the methods that Lightning attaches for logging, and what belongs to a step or to optimizers."""
@@ -336,3 +375,13 @@ class SubspaceProjection(Callback):
 
 def _nothing() -> None:
     """What is done around a step outside of a run."""
+
+
+def _refusal(subspace: Subspace) -> str:
+    if not subspace.converged:
+        return f"the space is not used. {subspace.outcome.value}"
+    return (
+        f"the space is not used: eigenvalue {subspace.k} is so close to the next one that the space of the first "
+        f"{subspace.k} is not determined (residual / gap = {subspace.error:.2g}, at most {TRUSTED_ERROR}). Choose k at "
+        "a gap of the spectrum, or a smaller tol."
+    )

@@ -51,7 +51,7 @@ class Projector:
         self._partition = partition
         self._keep = keep
 
-    def join(self, ranks: Ranks) -> None:
+    def rebind(self, ranks: Ranks) -> None:
         """Go on in another fit, whose process group is a new one of as many ranks."""
         self._partition = replace(self._partition, ranks=ranks)
 

@@ -9,15 +9,30 @@ out of this account: it bears the set-up, looks closer, and is what the price of
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 # An ordinary probe over the first one, which looks at an untrained network (58 products for k = 10 on digits, where
 # later ones take 16), verifies it, and solves for two halves of the sample besides: measured .1 to .5, so this waits.
 LATER_SHARE = 0.5
 # How many of the steps that were passed over are kept by name.
 NAMED_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a schedule is among the steps. Time is counted anew in every process.
+
+    Attributes:
+        last_step: the step that was asked about last.
+        passed_over: the first few candidate steps that the budget did not allow.
+        num_passed_over: how many such steps there were.
+    """
+
+    last_step: int
+    passed_over: tuple[int, ...] = ()
+    num_passed_over: int = 0
 
 
 class Schedule:
@@ -61,15 +76,15 @@ class Schedule:
         self._first = 0.0  # of it on the first probe
         self._price = 0.0  # what the next probe is expected to take
 
-    def state(self) -> dict[str, Any]:
-        """The position among the steps. Time is counted anew in every process."""
-        passed_over = {"passed_over": list(self.passed_over), "num_passed_over": self.num_passed_over}
-        return {"last_step": self._last_step, **passed_over}
+    @property
+    def position(self) -> Position:
+        """Where it is among the steps."""
+        return Position(self._last_step, tuple(self.passed_over), self.num_passed_over)
 
-    def resume(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on at this step from a position."""
-        self.begin(min(step, state["last_step"]))
-        self.passed_over, self.num_passed_over = list(state["passed_over"]), state["num_passed_over"]
+    def resume(self, position: Position, step: int) -> None:
+        """Go on at this step from an earlier position."""
+        self.begin(min(step, position.last_step))
+        self.passed_over, self.num_passed_over = list(position.passed_over), position.num_passed_over
 
     def end(self) -> None:
         """Training has ended: the shares below stay what they are."""
@@ -160,40 +175,3 @@ class Schedule:
     @property
     def _elapsed(self) -> float:
         return (self._clock() if self._ended is None else self._ended) - self._began
-
-
-def forecast(
-    *,
-    n: int,
-    k: int,
-    ncv: int | None,
-    seconds: float,
-    first: float,
-    held: int,
-    max_overhead: float | None,
-    num_ranks: int = 1,
-) -> str:
-    """One sentence on what a probe will cost.
-
-    Args:
-        n: number of parameters.
-        k: number of eigenpairs.
-        ncv: number of basis vectors held; None for the solver's default.
-        seconds: expected for one probe.
-        first: expected for the first one, with all that it checks.
-        held: bytes of the examples in the sample.
-        max_overhead: the budget.
-        num_ranks: processes that share basis and examples.
-
-    Example:
-        >>> forecast(n=1_930, k=10, ncv=None, seconds=0.5, first=1.5, held=460_000, max_overhead=None)
-        'n = 1,930, k = 10: about 0.50 s a probe, 1.50 s the first, 0.2 MB of basis, 0.5 MB of examples; as scheduled'
-    """
-    vectors = min(n, 2 * k + 10 if ncv is None else ncv) + 1
-    pace = "as scheduled"
-    if max_overhead is not None:
-        pace = f"at most one every {seconds / max_overhead:.1f} s (max_overhead={max_overhead})"
-    memory = f"{vectors * -(-n // num_ranks) * 4 / 1e6:.1f} MB of basis, {held / 1e6:.1f} MB of examples"
-    if num_ranks > 1:
-        memory += f" on each of {num_ranks} ranks"
-    return f"n = {n:,}, k = {k}: about {seconds:.2f} s a probe, {first:.2f} s the first, {memory}; {pace}"

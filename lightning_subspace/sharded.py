@@ -30,7 +30,6 @@ from lightning_subspace.collectives import Ranks
 from lightning_subspace.parameters import ParameterSpace
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
 FSDP = "torch.distributed.fsdp"
@@ -204,16 +203,6 @@ def shards(space: ParameterSpace, module: nn.Module) -> tuple[tuple[range, ...],
             ranges.append(range(start + first, start + last))
         start += numel
     return tuple(tuple(ranges) for ranges in held)
-
-
-def shard_group(space: ParameterSpace, module: nn.Module) -> ProcessGroup | None:
-    """The ranks that the parameters are sharded over, in the order of `shards`; None where nothing is.
-
-    Raises:
-        ValueError: see `shards`.
-    """
-    mesh = _mesh(space, sharded_parameters(module))
-    return None if mesh is None else mesh.get_group()
 
 
 def local_part(tensor: Tensor) -> Tensor:

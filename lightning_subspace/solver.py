@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_subspace.curvature import Operator
 from lightning_subspace.linalg import eigsh
+from lightning_subspace.linalg.selection import Which
 from lightning_subspace.subspace import Subspace, inner_products
 
-Which = Literal["LA", "SA", "LM", "BE"]
 # Beyond that an eigenvector has hardly begun to show.
 MAX_TOL = 0.1
 # The number of the random vector that a warm start is mixed with, far from those that the solver draws.
@@ -35,10 +34,6 @@ class Solver:
     ncv: int | None = None
     max_matvecs: int = 200
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.tol <= MAX_TOL:
-            raise ValueError(f"tol: expected a number in (0, {MAX_TOL}], relative to lambda_1, got {self.tol!r}.")
 
     def expected_products(self, *, trained: bool, verify: bool = False) -> float:
         """How many products a solve will probably take: right to a factor of two or so.
@@ -70,17 +65,10 @@ class Solver:
             on_matvec: called with (number of products, worst relative residual).
         """
         partition = operator.partition
-
-        def product(vector: Tensor) -> Tensor:
-            if matvec is None and operator.fails_as_nan:
-                return operator.matvec(vector)
-            with partition.ranks.together():  # on one rank it may fail, and anywhere
-                return (operator.matvec if matvec is None else matvec)(vector)
-
         v0 = None if start is None else self._warm_start(operator, start)
         with partition.ranks.bare():
             result = eigsh(
-                product,
+                agreed_product(operator, matvec),
                 operator.n,
                 self.k,
                 which=self.which,
@@ -109,3 +97,20 @@ class Solver:
         squares = operator.partition.ranks.all_sum(torch.linalg.vector_norm(parts, dim=1, dtype=torch.float64).square())
         start: Tensor = (parts / squares.sqrt()[:, None].to(parts)).sum(dim=0)
         return start
+
+
+def agreed_product(operator: Operator, matvec: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
+    """A product that may fail on one rank and still gets all ranks to its end, for use inside of `Ranks.bare`.
+
+    Args:
+        operator: says whether its own products see to that themselves.
+        matvec: a product in place of the operator's own.
+    """
+    if matvec is None and operator.fails_as_nan:
+        return operator.matvec
+
+    def product(vector: Tensor) -> Tensor:
+        with operator.partition.ranks.together():
+            return (operator.matvec if matvec is None else matvec)(vector)
+
+    return product

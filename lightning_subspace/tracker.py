@@ -6,64 +6,70 @@ the parameters, the gradient and the eigenvectors of its probe; the graphs of th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_subspace.checkpoint import Resumed
+from lightning_subspace.checkpoint import RunState
 from lightning_subspace.collectives import Ranks
-from lightning_subspace.curvature import CheckError, Choice, SelfCheck
+from lightning_subspace.curvature import CheckError, SelfCheck
+from lightning_subspace.forecast import verifies
 from lightning_subspace.measurements import Probe
+from lightning_subspace.open_record import OpenRecord, ended
 from lightning_subspace.overlap_history import OverlapHistory
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.partition import Partition
-from lightning_subspace.plan import Plan
-from lightning_subspace.probe import check_once, checked_k, choice_after, finite, is_taken, take_probe
+from lightning_subspace.plan import ProbeSettings
+from lightning_subspace.probe import checked_k, choice_after, finite, is_taken, take_probe
 from lightning_subspace.record import Record
 from lightning_subspace.sample import Sample
+from lightning_subspace.sketch import Sketch, sketch_overlap
 
 # Neighbours closer than this, in units of the largest |eigenvalue|, are taken for copies: a converged eigenvalue is off
 # by about tol^2 / gap, 1e-6 by default, and to take two for copies by chance costs a few products.
 COPIES = 1e-5
 
 
-@dataclass
-class OpenRecord:
-    """A record that waits for the optimizer step taken from its point.
+@dataclass(frozen=True)
+class Resumed:
+    """What stands in, after a resume, for what a checkpoint does not hold.
 
     Attributes:
-        probe: for `Measurement.after_step`; its operator is over.
-        record: what is known at theta_t; its subspace holds the eigenvectors.
-        theta: (n,), the parameters at the probe.
-        gradient: (n,), the accumulated mini-batch gradient of the next step, before clipping, once it is known.
-        failure: why it is not known.
+        previous: sketch of the last probe, until there is one with eigenvectors.
+        reference: sketch of the reference probe.
+        reopened: a record that was open when the checkpoint was written. Its probe is taken again at the same point for
+            the eigenvectors, which the numbers of the next step need; those it has already stay as they were.
     """
 
-    probe: Probe
-    record: Record
-    theta: Tensor
-    gradient: Tensor | None = None
-    failure: Exception | None = None
+    previous: Sketch | None = None
+    reference: Sketch | None = None
+    reopened: Record | None = None
 
-    def see_gradient(self, module: nn.Module) -> None:
-        """Keep the accumulated gradient of the first step after the probe. Never raises: the others are not here."""
-        if self.gradient is None and self.failure is None:
-            partition = self.probe.partition
-            try:
-                self.gradient = partition.flatten([p.grad for p in partition.space.tensors(module)], like=self.theta)
-            except Exception as error:  # no memory, or a parameter that has gone: told when the record is closed
-                self.failure = error
+    def complete(self, record: Record) -> Record:
+        """A new record with the overlaps that could not be taken from eigenvectors, estimated from sketches."""
+        metrics = dict(record.metrics)
+        if record.sketch is not None:
+            for key, other in (("overlap_previous", self.previous), ("overlap_reference", self.reference)):
+                if other is not None and key not in metrics:
+                    metrics[key] = sketch_overlap(other, record.sketch)
+        if self.reopened is not None and self.reopened.step == record.step:
+            metrics.update(self.reopened.metrics)
+        return replace(record, metrics=metrics)
+
+    def after(self, record: Record) -> Resumed:
+        """What is still needed when this record has been taken."""
+        return Resumed(self.previous if record.sketch is None else None, self.reference)
 
 
-class Tracker:
+class ProbeRun:
     """Takes probes of one run and keeps their records.
 
     Args:
-        plan: what is measured.
+        settings: what is measured, and how.
         module: gives the parameter space at the start.
         ranks: the processes that measure together; None: this one alone.
 
@@ -81,15 +87,15 @@ class Tracker:
             a choice.
     """
 
-    def __init__(self, plan: Plan, module: nn.Module, ranks: Ranks | None = None) -> None:
-        self.plan = plan
+    def __init__(self, settings: ProbeSettings, module: nn.Module, ranks: Ranks | None = None) -> None:
+        self.settings = settings
         self.ranks = Ranks() if ranks is None else ranks
         self.history: list[Record] = []
         self.num_probes = 0
         self.self_check: SelfCheck | None = None
         self.notice: str | None = None
         self._refusal: str | None = None  # why the check lets nothing be measured
-        self._choice = Choice(plan.loss_fn, plan.mode, plan.solver.seed, plan.dtype, plan.curvature, plan.on_check_fail)
+        self._choice = settings.choice
         self._choice.require_no_obstacle(module)
         self.partition = self._partition_of(module)
         self._previous: Tensor | None = None
@@ -116,7 +122,7 @@ class Tracker:
             CheckError: when they are wrong, with `on_check_fail="raise"`, or where nothing else would do.
         """
         with self.ranks.together():
-            result = check_once(self._choice, module, sample, self.partition)
+            result = self._choice.check(module, sample, self.partition)
         self.self_check, self._refusal = result, None
         with self.ranks.together():
             try:
@@ -127,7 +133,7 @@ class Tracker:
         self._choice, self.notice = choice, notice
         return result
 
-    def adapt(self, module: nn.Module) -> bool:
+    def refresh_parameters(self, module: nn.Module) -> bool:
         """Start the overlaps anew if the set of trainable parameters has changed; whether it has. A collective."""
         with self.ranks.together():
             partition = self._partition_of(module)
@@ -166,8 +172,7 @@ class Tracker:
         self._resumed = self._resumed.after(record)
         if kept is not None:
             self._remember(record, *kept)
-        over: Any = _Over()
-        return OpenRecord(replace(probe, operator=over, solve=over, batch_gradients=over), record, theta)
+        return OpenRecord(ended(probe), record, theta)
 
     def close(self, opened: OpenRecord, module: nn.Module | None = None) -> Record:
         """Add a record to the history.
@@ -177,33 +182,58 @@ class Tracker:
             module: after the optimizer step from the record's point; None when no step was taken.
         """
         metrics = dict(opened.record.metrics)
-        subspace = opened.probe.subspace
         if module is not None:
             with self.ranks.together():
                 metrics.update(self._after_step(opened, module))
-        record = replace(
-            opened.record, metrics=metrics, subspace=None if subspace is None else subspace.without_eigenvectors()
-        )
+        record = _without_eigenvectors(replace(opened.record, metrics=metrics))
         self.history.append(record)
         return record
 
-    def join(self, ranks: Ranks) -> None:
+    def rebind(self, ranks: Ranks) -> None:
         """Go on in another fit, whose process group is a new one of as many ranks."""
         self.ranks, self.partition = ranks, replace(self.partition, ranks=ranks)
 
-    def go_on(self, space: ParameterSpace, overlaps: OverlapHistory, reopened: Record | None) -> None:
-        """Continue these overlaps from a checkpoint; see `checkpoint.restore`. Small sketches are eigenvectors."""
+    def state(self, opened: OpenRecord | None = None) -> RunState:
+        """What `resumed` needs; an open record goes in as it is, without its eigenvectors."""
+        solver = self.settings.solver
+        records = [*self.history, *([] if opened is None else [_without_eigenvectors(opened.record)])]
+        is_open = opened is not None
+        return RunState(
+            solver.k, solver.which, self.space, self.num_probes, tuple(records), is_open, copy.copy(self.overlaps)
+        )
+
+    def resumed(self, state: RunState, *, reopen: bool = False) -> tuple[ProbeRun, bool]:
+        """One like this, put where the one was that the state was taken from. This one stays as it is.
+
+        Args:
+            state: of a run with the same k and end of the spectrum.
+            reopen: whether a record that was open is to be taken again; otherwise it is kept without the numbers of the
+                step that followed.
+
+        Returns:
+            The other one, and whether it awaits that a record is taken again.
+        """
+        other, records, reopened = copy.copy(self), list(state.records), None
+        overlaps = copy.copy(state.overlaps)
+        if state.is_open and reopen:
+            reopened = records.pop()
+            if reopened.step in overlaps.sketches:
+                overlaps.forget(reopened.step)
         held = overlaps.sketches
         previous = list(held.values())[-1] if held else None
         reference = None if overlaps.reference_step is None else held[overlaps.reference_step]
-        self.overlaps = overlaps
-        if space != self.space:
-            self.partition = Partition.even(space, self.ranks)
-        self._resumed = Resumed(previous, reference, reopened)
-        self._previous, self._reference = (
-            self.partition.cut(sketch.basis) if sketch is not None and sketch.exact else None
+        # Where the module has other parameters now, the next probe finds out, and starts the overlaps anew.
+        if state.space != self.space:
+            other.partition = Partition.even(state.space, self.ranks)
+        # Sketches of small spaces are the eigenvectors themselves.
+        other._previous, other._reference = (
+            None if sketch is None or not sketch.exact else other.partition.cut(sketch.basis)
             for sketch in (previous, reference)
         )
+        other._resumed = Resumed(previous, reference, reopened)
+        other.overlaps, other.history = overlaps, records
+        other.num_probes = state.num_probes - (reopened is not None)
+        return other, reopened is not None
 
     def _theta(self, module: nn.Module) -> Tensor:
         """This rank's part of the parameters."""
@@ -221,13 +251,13 @@ class Tracker:
     ) -> tuple[Probe, Record]:
         number = self.num_probes
         # Read off eigenvalues, which are equal on all ranks as far as their processors are: the first one decides.
-        verify = self.ranks.first(self.plan.verifies(number) or has_copies(self.history))
+        verify = self.ranks.first(verifies(number) or has_degenerate_values(self.history))
         with self._choice.loss(module, self.space, self.ranks) as loss:
             return take_probe(
                 loss,
                 sample,
-                self.plan.solver,
-                self.plan.measurements,
+                self.settings.solver,
+                self.settings.taken,
                 operator=self._choice.operator,
                 partition=self.partition,
                 step=step,
@@ -248,7 +278,7 @@ class Tracker:
         metrics: dict[str, float] = {}
         probe = opened.probe
         update = probe.partition.flatten(probe.space.tensors(module), like=opened.theta).sub_(opened.theta)
-        for measurement in self.plan.measurements:
+        for measurement in self.settings.taken:
             if is_taken(measurement, probe.number, probe.subspace):
                 metrics.update(measurement.after_step(probe, opened.gradient, update))
         return self.ranks.first(finite(metrics))
@@ -263,7 +293,7 @@ class Tracker:
         """Keep the basis and the sketch of a trusted subspace for the probes to come."""
         assert record.sketch is not None, "see `_prepared`"
         self._previous = basis
-        due = self.plan.reference_step is not None and record.step >= self.plan.reference_step
+        due = self.settings.reference_step is not None and record.step >= self.settings.reference_step
         if due and self.overlaps.reference_step is None:
             self._reference = self._previous
             self.overlaps.reference_step = record.step
@@ -273,8 +303,8 @@ class Tracker:
 
     def _partition_of(self, module: nn.Module) -> Partition:
         """The coordinates of the probes to come."""
-        space = ParameterSpace.of(module, self.plan.params)
-        checked_k(self.plan.solver.k, space)
+        space = ParameterSpace.of(module, self.settings.params)
+        checked_k(self.settings.solver.k, space)
         return Partition.of(space, module, self.ranks)
 
     def _start_overlaps(self) -> None:
@@ -284,7 +314,7 @@ class Tracker:
         self._resumed = Resumed()
 
 
-def has_copies(history: Sequence[Record]) -> bool:
+def has_degenerate_values(history: Sequence[Record]) -> bool:
     """Whether the last probe that excluded missed copies found eigenvalues that occur more than once."""
     last = next((r.subspace for r in reversed(history) if r.subspace is not None and r.subspace.verified), None)
     if last is None or last.k < 2:
@@ -293,11 +323,6 @@ def has_copies(history: Sequence[Record]) -> bool:
     return bool((values.diff() <= COPIES * values.abs().max()).any())
 
 
-class _Over:
-    """In the place of what a probe can do only while it lasts, so that its graphs are free before the next step."""
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"`{name}` was asked for after the probe; the operator can be used in `measure` only.")
-
-    def __call__(self, *args: object) -> NoReturn:
-        raise RuntimeError("the probe is over; the operator can be used in `measure` only.")
+def _without_eigenvectors(record: Record) -> Record:
+    subspace = record.subspace
+    return record if subspace is None else replace(record, subspace=subspace.without_eigenvectors())

@@ -158,7 +158,7 @@ def test_overlaps_of_a_larger_net_are_estimated_within_the_stated_error():
     module, weights = Classifier(5, 60, 70, 3, lr=0.5), Weights()
     monitor = SubspaceMonitor(k=3, every_n_steps=[0, 5, 20, 60], max_overhead=None, sample="all")
     fit(module, DataLoader(blobs(), batch_size=8), weights, monitor, max_steps=60)
-    error = monitor._tracker.overlaps.error
+    error = monitor._runner.run.overlaps.error
     assert 0.0 < error < 0.02  # n = 4,843 is more than there are cells
     steps, matrix = monitor.overlap_matrix()
     batches = list(DataLoader(blobs(), batch_size=96))

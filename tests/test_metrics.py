@@ -194,18 +194,22 @@ def test_the_measurements_of_a_monitor_keep_their_names():
 
 ROWS = orthonormal(3, 0)
 REFUSED = {
-    "columns": (SubspaceOverlap, (ROWS.T, ROWS), "`basis` to be a tensor of shape (k, n) with 0 < k <= n"),
-    "vector as basis": (GradientFraction, (ROWS[0], ROWS[0]), "but got torch.float64 of shape (30,); transpose"),
+    "columns": (SubspaceOverlap, (ROWS.T, ROWS), "basis: expected a tensor of shape (k, n) with 0 < k <= n"),
+    "vector as basis": (GradientFraction, (ROWS[0], ROWS[0]), "got torch.float64 of shape (30,); transpose"),
     "empty": (SubspaceOverlap, (ROWS[:0], ROWS), "0 < k <= n"),
-    "list": (SubspaceOverlap, ([1.0], ROWS), "but got [1.0]"),
+    "list": (SubspaceOverlap, ([1.0], ROWS), "got [1.0];"),
     "integers": (SubspaceOverlap, (torch.eye(30, dtype=torch.int64)[:3], ROWS), "real floating-point type"),
-    "complex": (SubspaceOverlap, (ROWS, ROWS * 1j), "`other` to be of a real floating-point type"),
-    "scaled": (PrincipalAngles, (ROWS, 2 * ROWS), "`other` to have orthonormal rows"),
-    "nan": (PrincipalAngles, (ROWS * math.nan, ROWS), "`basis` to have orthonormal rows"),
+    "complex": (SubspaceOverlap, (ROWS, ROWS * 1j), "other: expected a real floating-point type"),
+    "scaled": (PrincipalAngles, (ROWS, 2 * ROWS), "other: expected orthonormal rows"),
+    "nan": (PrincipalAngles, (ROWS * math.nan, ROWS), "basis: expected orthonormal rows"),
     "narrow": (SubspaceOverlap, (ROWS.bfloat16(), ROWS), "float32 or wider"),
-    "lengths": (SubspaceOverlap, (ROWS, orthonormal(3, 0, n=20)), "`other` to have rows of length 30"),
+    "lengths": (SubspaceOverlap, (ROWS, orthonormal(3, 0, n=20)), "other: expected rows of length 30"),
     "number of angles": (PrincipalAngles, (ROWS[:2], ROWS), "pass num_angles=2"),
-    "vector length": (GradientFraction, (ROWS, torch.ones(29)), "`vector` to be a real floating-point tensor of shape"),
+    "vector length": (
+        GradientFraction,
+        (ROWS, torch.ones(29)),
+        "vector: expected a real floating-point tensor of shape",
+    ),
     "matrix as vector": (GradientFraction, (ROWS, ROWS), "shape (30,)"),
 }
 
@@ -220,13 +224,13 @@ def test_what_cannot_be_measured_is_refused_and_does_not_count(kind, given, word
 
 @pytest.mark.parametrize("given", [0, -1, True, 2.0, None])
 def test_the_number_of_angles_is_a_positive_integer(given):
-    with pytest.raises(ValueError, match=f"`num_angles` to be a positive integer but got {given!r}"):
+    with pytest.raises(ValueError, match=f"num_angles: expected a positive integer, got {given!r}"):
         PrincipalAngles(given)
 
 
 @kinds
 def test_the_checks_can_be_left_out(kind):
-    with pytest.raises(ValueError, match="`validate_args` to be a boolean but got 'no'"):
+    with pytest.raises(ValueError, match="validate_args: expected a bool, got 'no'"):
         make(kind, validate_args="no")
     metric = make(kind, validate_args=False)
     metric.update(*pair(kind, 0))

@@ -19,8 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_subspace import Measurement, Needs, SubspaceMonitor, messages, recorder
-from lightning_subspace.plan import Plan
+from lightning_subspace import Measurement, Needs, SubspaceMonitor, forecast
 from lightning_subspace.report import logged_name, progress, select
 
 # The first is raised by torch's own pytree, in Lightning's CombinedLoader; the second depends on the machine, the third
@@ -528,9 +527,9 @@ def test_the_forecast_is_printed_once(caplog):
 def test_the_forecast_is_made_of_several_products(monkeypatch):
     moments = iter([0.0, 5.0, 6.0, 9.0])  # until the first product, and until two behind it
     told = []
-    monkeypatch.setattr(recorder, "time", SimpleNamespace(monotonic=lambda: next(moments, 100.0)))
-    monkeypatch.setattr(messages, "forecast", lambda *, first, seconds, **rest: told.append((first, seconds)))
-    monkeypatch.setattr(Plan, "expected_products", lambda self, prospect: (100.0 * prospect.number + 10.0, 3.0))
+    monkeypatch.setattr(forecast, "time", SimpleNamespace(monotonic=lambda: next(moments, 100.0)))
+    monkeypatch.setattr(forecast, "forecast", lambda *, first, seconds, **rest: told.append((first, seconds)) or "told")
+    monkeypatch.setattr(forecast, "expected_products", lambda settings, prospect: (100.0 * prospect.number + 10.0, 3.0))
     fit(probing(1), max_steps=2)
     assert told == [(5.0 + 2.0 * 10.0, 5.0 + 2.0 * 3.0)]
 
@@ -568,9 +567,9 @@ def test_a_run_that_goes_on_has_a_forecast_of_its_own(tmp_path, caplog):
 
 def test_as_many_products_are_enough_as_every_solve_takes_or_two_that_take_long():
     for k, enough in ((1, 2), (2, 2), (3, 3), (10, 10), (50, 10)):
-        assert [recorder.is_enough(count, k, 0.1) for count in range(1, 60)].index(True) + 1 == enough
-        assert recorder.is_enough(2, k, 10.0)
-        assert not recorder.is_enough(1, k, 10.0)
+        assert [forecast.is_enough(count, k, 0.1) for count in range(1, 60)].index(True) + 1 == enough
+        assert forecast.is_enough(2, k, 10.0)
+        assert not forecast.is_enough(1, k, 10.0)
 
 
 def test_a_long_probe_shows_its_progress(monkeypatch):

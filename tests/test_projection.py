@@ -283,7 +283,7 @@ def test_parameters_that_are_frozen_on_the_way_stay_where_they_are_and_the_space
     assert torch.equal(at[4][first], at[2][first])
     assert not torch.equal(at[4][36:], at[2][36:])
     assert not torch.equal(at[6][first], at[4][first])
-    assert one._source.tracker.num_probes == 3  # at steps 0, 2 and 4
+    assert one._runner.run.num_probes == 3  # at steps 0, 2 and 4
 
 
 # When it begins
@@ -358,7 +358,7 @@ def test_a_monitor_with_the_same_arguments_lends_its_space(monkeypatch, monitor_
     monitor, one = watch(), project("bulk")
     found = train(*([monitor, one] if monitor_first else [one, monitor]), steps=4)
     assert abs(len(counts) - alone) <= 0.2 * alone  # the paths differ, and with them the numbers of products
-    assert one._source.tracker.num_probes == 0
+    assert one._runner.run.num_probes == 0
     assert_same_path(found, by_hand("bulk", 4))
     shares = [record.metrics["update_fraction"] for record in monitor.history[:-1]]
     assert max(shares) < 1e-18  # it sees the projected update
@@ -370,14 +370,14 @@ def test_a_monitor_with_the_same_arguments_lends_its_space(monkeypatch, monitor_
 def test_a_monitor_with_other_arguments_does_not(other):
     one = project("bulk")
     found = train(watch(**other), one, steps=2)
-    assert one._source.tracker.num_probes == 2
+    assert one._runner.run.num_probes == 2
     assert_same_path(found, by_hand("bulk", 2))
 
 
 def test_a_monitor_that_probes_more_rarely_lends_what_it_has():
     one = project("top")
     found = train(watch(every_n_steps=2), one, steps=4)
-    assert one._source.tracker.num_probes == 2  # at steps 1 and 3
+    assert one._runner.run.num_probes == 2  # at steps 1 and 3
     assert_same_path(found, by_hand("top", 4))
 
 
@@ -560,7 +560,9 @@ def fails_at_2(module, batch, batch_idx):
 
 
 def test_the_last_good_space_stays_in_use_when_a_probe_fails():
-    with pytest.warns(UserWarning, match="the space of step 2 could not be computed; the last good space stays in use"):
+    with pytest.warns(
+        UserWarning, match="the probe at step 2 failed and is left out; the last good space stays in use"
+    ):
         found = train(project("top", loss_fn=fails_at_2, on_failure="warn"), steps=3)
     stale = train(project("top", refresh_every_n_steps=1, loss_fn=fails_at_2, on_failure="warn", seed=0), steps=2)
     assert_same_path({s: found[s] for s in stale}, stale, atol=0.0)
@@ -589,7 +591,7 @@ def test_with_an_iterable_dataset_it_begins_when_the_sample_is_full():
 def test_the_current_batch_can_be_the_sample():
     one = project("top", sample="current")
     assert len(train(one, steps=3)) == 4
-    assert one._source.tracker.num_probes == 3
+    assert one._runner.run.num_probes == 3
 
 
 # Runs that go on
@@ -622,7 +624,7 @@ def test_between_refreshes_a_resumed_run_computes_the_space_where_it_is_and_keep
         nn.utils.vector_to_parameters(at[refreshed].clone(), module.parameters())
         basis, update = space_at(module), at[step + 1] - at[step]
         assert float((update - basis.T @ (basis @ update)).norm()) < 1e-10
-    assert one._source.tracker.num_probes == 2 + 2
+    assert one._runner.run.num_probes == 2 + 2
 
 
 def test_a_state_of_another_k_is_not_used(tmp_path):
@@ -706,7 +708,7 @@ def test_two_ranks_share_the_space_of_a_monitor_and_a_failure():
         is_first = os.environ["RANK"] == "0"
         with pytest.warns(UserWarning, match="rank 1: ZeroDivisionError: mine") if is_first else nullcontext():
             at = train(one, watch(every_n_steps=2, on_failure="warn"), batches=loader(4), strategy="ddp", devices=2)
-        return {step: theta.numpy().copy() for step, theta in at.items()}, one._source.tracker.num_probes
+        return {step: theta.numpy().copy() for step, theta in at.items()}, one._runner.run.num_probes
 
     (first, probes), (second, others) = run(ranked, 2, group=False, timeout=120.0)
     assert probes == others

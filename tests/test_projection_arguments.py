@@ -39,8 +39,8 @@ WRONG = {
     "batch_size": [("an integer of at least 1 or None", [0, "64"])],
     "weight": [("a function or None", [3])],
     "which": [("one of 'LA', 'SA', 'LM', 'BE'", ["SM", None])],
-    "tol": [("a number in (0, 0.1], relative to the largest eigenvalue", [0, 0.2, None, math.nan])],
-    "max_matvecs": [("an integer of at least 10", [9, None])],
+    "tol": [("a number in (0, 0.1]", [0, 0.2, None, math.nan])],
+    "max_matvecs": [("an integer of at least 10", [9]), ("an integer of at least 1", [0, None])],
     "ncv": [("an integer of at least 13 or None", [12, True])],
     "params": [("a list of patterns such as ['head.*'], or None", ["head.*", [3]])],
     "loss_fn": [("a function or None", ["cross_entropy"])],
@@ -65,9 +65,9 @@ def test_a_wrong_value_is_refused_by_name(name, expected, value):
     with pytest.raises(MisconfigurationException) as caught:
         SubspaceProjection(**{"keep": "top", name: value})
     text = str(caught.value)
-    assert text.startswith(f"SubspaceProjection: `{name}` must be ")
+    assert text.startswith(f"SubspaceProjection: {name}: expected ")
     assert expected in text
-    assert text.endswith(f"got {value!r}.")
+    assert f", got {value!r}" in text
 
 
 @pytest.mark.parametrize("name", ["chi", "decay"])
@@ -75,13 +75,13 @@ def test_a_wrong_value_is_refused_by_name(name, expected, value):
 def test_an_alignment_is_made_of_shares(name, value):
     with pytest.raises(
         MisconfigurationException,
-        match=re.escape(f"StartWhenAligned: `{name}` must be a number of at least 0 and below 1; got {value!r}."),
+        match=re.escape(f"StartWhenAligned: {name}: expected a number of at least 0 and below 1, got {value!r}"),
     ):
         StartWhenAligned(**{name: value})
 
 
 def test_finite_differences_of_a_native_loss_are_refused():
-    with pytest.raises(MisconfigurationException, match="SubspaceProjection: `dtype` must be 'float32' or 'float64'"):
+    with pytest.raises(MisconfigurationException, match="SubspaceProjection: dtype: "):
         SubspaceProjection("top", dtype="native", curvature="finite-difference")
 
 
@@ -199,7 +199,7 @@ def test_trainers_of_both_namespaces_are_projected_alike(namespace):
     plain = fit(namespace=namespace, max_steps=4).lightning_module
     assert not torch.equal(found[pl], nn.utils.parameters_to_vector(plain.parameters()))
     error = importlib.import_module(f"{namespace.__name__}.utilities.exceptions").MisconfigurationException
-    with pytest.raises(error, match="`keep` must be one of 'top', 'bulk'"):
+    with pytest.raises(error, match="keep: expected one of 'top', 'bulk'"):
         SubspaceProjection("both")
 
 

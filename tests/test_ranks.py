@@ -24,14 +24,14 @@ from lightning_subspace.linalg.lanczos import Lanczos
 from lightning_subspace.measurements import Reliability, default_measurements
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.partition import Partition
-from lightning_subspace.plan import Plan
+from lightning_subspace.plan import ProbeSettings
 from lightning_subspace.probe import measure_subspace, take_probe
 from lightning_subspace.rounds import by_rounds
 from lightning_subspace.sample import Sample, sample_of_batches
 from lightning_subspace.sketch import CELLS
 from lightning_subspace.solver import Solver
 from lightning_subspace.subspace import inner_products
-from lightning_subspace.tracker import Tracker
+from lightning_subspace.tracker import ProbeRun
 from lightning_subspace.training_loss import TrainingLoss
 from tests.oracles import dense_gradient, dense_hessian, projected_share, top_eigenspace
 from tests.processes import run
@@ -102,13 +102,14 @@ class Case:
         k: number of eigenpairs.
         probes: their number.
         halves: whether to take `Reliability` too.
-        plan: more of the plan.
+        settings: more settings.
     """
 
-    def __init__(self, make, batches, *, extra=(), k=2, probes=1, halves=False, tol=1e-3, **plan):
+    def __init__(self, make, batches, *, extra=(), k=2, probes=1, halves=False, tol=1e-3, **settings):
         self.make, self.batches, self.extra, self.probes = make, batches, extra, probes
         measurements = [m for m in default_measurements(k) if halves or not isinstance(m, Reliability)]
-        self.plan = Plan(Solver(k, tol=tol), tuple(measurements), **{"loss_fn": cross_entropy, **plan})
+        given = {"measurements": measurements, "loss_fn": cross_entropy, **settings}
+        self.settings = ProbeSettings(k=k, tol=tol, defaults=False, **given)
 
     def sample(self, ranks):
         both = sample_of_batches([*self.batches, *self.extra], ranks=ranks).hessian
@@ -117,7 +118,7 @@ class Case:
     def measure(self, ranks):
         """What a sequence of probes gives, with a step of the parameters behind each."""
         module, sample = self.make(), self.sample(ranks)
-        tracker = Tracker(self.plan, module, ranks)
+        tracker = ProbeRun(self.settings, module, ranks)
         outcome = tracker.check(module, sample).outcome.name
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
         bases = []
@@ -181,7 +182,7 @@ CASES = {
     },
 }
 for case in CASES["float64"].values():
-    case.plan = replace(case.plan, dtype="float64")
+    case.settings = replace(case.settings, dtype="float64")
 
 
 def world():
@@ -462,7 +463,7 @@ def test_a_rank_holds_its_share_of_the_basis(count):
     def in_a_process():
         ranks, module = world(), case.make()
         sample = case.sample(ranks)
-        tracker = Tracker(replace(case.plan, reference_step=1), module, ranks)
+        tracker = ProbeRun(replace(case.settings, reference_step=1), module, ranks)
         with mock.patch.object(Lanczos, "__init__", spied):
             for step in range(2):
                 tracker.close(tracker.measure(module, sample, step), module)
@@ -514,7 +515,7 @@ def test_a_loss_may_have_collectives_of_its_own(loss_fn, count):
     case = Case(**UNEVEN, extra=MORE, k=2, halves=True, dtype="float64")
     assert len(by_rounds(case.sample(Ranks()).hessian, Ranks())) % count
     alone = case.measure(Ranks())
-    case.plan = replace(case.plan, loss_fn=loss_fn)
+    case.settings = replace(case.settings, loss_fn=loss_fn)
     found = run(lambda: case.measure(world()), count)
     for result in found:
         assert result["metrics"] == found[0]["metrics"]

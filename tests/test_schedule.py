@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from lightning_subspace.schedule import Schedule, forecast
+from lightning_subspace.forecast import forecast
+from lightning_subspace.schedule import Schedule
 
 
 class Clock:

@@ -18,7 +18,6 @@ from lightning_subspace.sharded import (
     own_part,
     rank_zero_buffers,
     reshard,
-    shard_group,
     sharded_parameters,
     shards,
     without_fsdp,
@@ -422,27 +421,23 @@ def dealt(name):
     held = shards(space, module)
     mine = torch.cat([whole[piece.start : piece.stop] for piece in held[dist.get_rank()]])
     local = torch.cat([p.to_local().flatten() for p in space.tensors(module)])
-    group = shard_group(space, module)
     return (
         torch.equal(mine, local),
         sorted(i for ranges in held for piece in ranges for i in piece),
-        dist.get_rank(group),
     )
 
 
 @pytest.mark.parametrize(("name", "count"), [("uneven", 2), ("frozen", 3), ("transformer with tied embeddings", 3)])
 def test_ranges_are_the_shards(name, count):
-    for rank, (are_equal, coordinates, place) in enumerate(run(dealt, count, name)):
+    for are_equal, coordinates in run(dealt, count, name):
         assert are_equal
         assert coordinates == list(range(len(coordinates)))
-        assert place == rank
 
 
 def test_nothing_is_dealt_without_fsdp():
     module = mlp()
     space = ParameterSpace.of(module)
     assert shards(space, module) is None
-    assert shard_group(space, module) is None
     assert full_tensors(module) == {}
     reshard(module)
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_subspace.forecast import VERIFY_EVERY
 from lightning_subspace.loss_function import LossError
-from lightning_subspace.measurements import Measurement, UpdateFraction, default_measurements
+from lightning_subspace.measurements import Measurement, UpdateFraction
 from lightning_subspace.measurements.measurement import Needs
 from lightning_subspace.overlap_history import OverlapHistory
-from lightning_subspace.plan import VERIFY_EVERY, Plan
+from lightning_subspace.plan import ProbeSettings
 from lightning_subspace.sample import sample_of_batches
-from lightning_subspace.solver import Solver
 from lightning_subspace.subspace import fraction, overlap
-from lightning_subspace.tracker import Tracker
+from lightning_subspace.tracker import ProbeRun
 
 K = 3
 
@@ -39,8 +39,8 @@ def data(seed=1):
     return sample_of_batches([(torch.randn(16, 5, generator=generator), torch.arange(16) % 3) for _ in range(2)])
 
 
-def plan(*measurements, k=K, loss_fn=cross_entropy, **kwargs):
-    return Plan(Solver(k), (*default_measurements(k), *measurements), loss_fn=loss_fn, **kwargs)
+def settings(*measurements, k=K, loss_fn=cross_entropy, **kwargs):
+    return ProbeSettings(k=k, measurements=measurements, loss_fn=loss_fn, **kwargs)
 
 
 def move(module, seed, scale=0.1):
@@ -67,7 +67,7 @@ def take(tracker, module, steps, seed=0):
 
 def test_the_step_from_a_point_completes_its_record():
     module = network()
-    tracker = Tracker(plan(), module)
+    tracker = ProbeRun(settings(), module)
     opened = tracker.measure(module, data(), step=7)
     assert tracker.history == []
     before, basis = flat(module.parameters()), opened.record.subspace.basis
@@ -89,7 +89,7 @@ def test_the_step_from_a_point_completes_its_record():
 
 def test_without_a_step_or_without_a_change_its_numbers_are_absent():
     module = network()
-    tracker = Tracker(plan(), module)
+    tracker = ProbeRun(settings(), module)
     for after in (None, module):
         record = tracker.close(tracker.measure(module, data(), 0), after)
         assert not {"update_fraction", "batch_gradient_fraction"} & record.metrics.keys()
@@ -103,7 +103,7 @@ def test_the_update_is_taken_in_the_widest_type():
         hidden = torch.tanh(net[0](batch[0].to(net[0].weight.dtype)))
         return nn.functional.cross_entropy(net[2](hidden.to(net[2].weight.dtype)), batch[1])
 
-    tracker = Tracker(plan(loss_fn=loss), module)
+    tracker = ProbeRun(settings(loss_fn=loss), module)
     opened = tracker.measure(module, data(), 0)
     before = flat([p.float() for p in module.parameters()])
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_the_update_is_taken_in_the_widest_type():
 
 def test_overlaps_are_those_of_the_bases():
     module = network()
-    tracker = Tracker(plan(reference_step=15), module)
+    tracker = ProbeRun(settings(reference_step=15), module)
     bases = take(tracker, module, [0, 10, 20, 30, 40])
     metrics = [record.metrics for record in tracker.history]
     assert "overlap_previous" not in metrics[0]
@@ -128,7 +128,7 @@ def test_overlaps_are_those_of_the_bases():
 
 def test_records_drop_the_eigenvectors_and_keep_the_sketch():
     module = network()
-    tracker = Tracker(plan(), module)
+    tracker = ProbeRun(settings(), module)
     take(tracker, module, [0, 1])
     assert all(record.subspace.eigenvectors is None for record in tracker.history)
     assert all(record.sketch is not None for record in tracker.history)
@@ -136,7 +136,7 @@ def test_records_drop_the_eigenvectors_and_keep_the_sketch():
 
 def test_a_sketch_that_is_thinned_out_leaves_its_record_too():
     module = network()
-    tracker = Tracker(plan(), module)
+    tracker = ProbeRun(settings(), module)
     tracker.overlaps = OverlapHistory(keep=3)
     history = tracker.history
     take(tracker, module, range(6))
@@ -149,11 +149,11 @@ def test_a_sketch_that_is_thinned_out_leaves_its_record_too():
 
 def test_a_changed_set_of_parameters_starts_the_overlaps_anew():
     module = network()
-    tracker = Tracker(plan(reference_step=0), module)
+    tracker = ProbeRun(settings(reference_step=0), module)
     take(tracker, module, [0, 1])
-    assert not tracker.adapt(module)
+    assert not tracker.refresh_parameters(module)
     module[0].requires_grad_(False)
-    assert tracker.adapt(module)
+    assert tracker.refresh_parameters(module)
     assert tracker.space.names == ("2.weight", "2.bias")
     take(tracker, module, [2, 3])
     before, after = tracker.history[2].metrics, tracker.history[3].metrics
@@ -162,12 +162,12 @@ def test_a_changed_set_of_parameters_starts_the_overlaps_anew():
     assert tracker.overlaps.matrix()[0] == [2, 3]
     module[2].requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter with requires_grad=True"):
-        tracker.adapt(module)
+        tracker.refresh_parameters(module)
 
 
 def test_missed_copies_are_excluded_at_the_first_probe_and_every_tenth():  # where there are none
     module = network()
-    tracker = Tracker(plan(), module)
+    tracker = ProbeRun(settings(), module)
     take(tracker, module, range(VERIFY_EVERY + 2))
     verified = [record.step for record in tracker.history if record.metrics["solver/verified"]]
     assert verified == [0, VERIFY_EVERY]
@@ -178,7 +178,7 @@ def test_where_eigenvalues_are_equal_every_probe_excludes_missed_copies():
     module = nn.Linear(4, 4, bias=False).double()
     nn.init.zeros_(module.weight)
     points = (torch.eye(4, dtype=torch.float64), torch.arange(4))
-    tracker = Tracker(plan(k=4), module)
+    tracker = ProbeRun(settings(k=4), module)
     for step in range(3):
         opened = tracker.measure(module, sample_of_batches([points]), step)
         loss = cross_entropy(module, points, 0)
@@ -194,7 +194,7 @@ def test_where_eigenvalues_are_equal_every_probe_excludes_missed_copies():
 
 def test_a_probe_that_fails_leaves_no_trace():
     module = network()
-    tracker = Tracker(plan(loss_fn=nan_loss), module)
+    tracker = ProbeRun(settings(loss_fn=nan_loss), module)
     before = flat(module.parameters())
     with pytest.raises(LossError, match="nan"):
         tracker.measure(module, data(), 0)
@@ -219,7 +219,7 @@ class Keeper(Measurement):
 
 def test_the_graphs_are_free_before_the_next_step():
     module, keeper = network(), Keeper()
-    tracker = Tracker(plan(keeper), module)
+    tracker = ProbeRun(settings(keeper), module)
     opened = tracker.measure(module, data(), 0)
     gc.collect()
     assert keeper.operator() is None
@@ -242,7 +242,7 @@ class Growing(Measurement):
 
 def test_measurements_see_the_number_and_the_history():
     module, growing = network(), Growing()
-    tracker = Tracker(plan(growing), module)
+    tracker = ProbeRun(settings(growing), module)
     take(tracker, module, [0, 5, 9])
     assert growing.seen == [(0, 0, 0, True), (5, 1, 1, False), (9, 2, 2, False)]
     assert [record.metrics["number"] for record in tracker.history] == [0.0, 1.0, 2.0]
@@ -260,7 +260,7 @@ class Third(Growing):
 
 def test_a_measurement_is_taken_at_every_so_many_probes():
     module, third = network(), Third()
-    tracker = Tracker(plan(third), module)
+    tracker = ProbeRun(settings(third), module)
     take(tracker, module, range(5))
     assert [number for _, number, _, _ in third.seen] == [0, 3]
     taken = [{"number", "after"} & record.metrics.keys() for record in tracker.history]
@@ -269,7 +269,7 @@ def test_a_measurement_is_taken_at_every_so_many_probes():
 
 def test_the_cheap_tier_has_no_subspace():
     module = network()
-    tracker = Tracker(plan(UpdateFraction(), k=0), module)
+    tracker = ProbeRun(settings(UpdateFraction(), k=0), module)
     opened = tracker.measure(module, data(), 0)
     move(module, seed=1)
     record = tracker.close(opened, module)
@@ -284,4 +284,4 @@ def test_the_cheap_tier_has_no_subspace():
 def test_more_pairs_than_parameters_are_refused(k):
     module = nn.Linear(10, 3)
     with pytest.raises(ValueError, match=r"k: expected 0\.\.33"):
-        Tracker(plan(k=k), module)
+        ProbeRun(settings(k=k), module)

@@ -22,10 +22,10 @@ from lightning_subspace import (
     containment,
     measure_subspace,
     sample,
-    tracker,
     training_loss,
 )
 from lightning_subspace.curvature import Hessian
+from lightning_subspace.curvature.choice import Choice
 from lightning_subspace.linalg.lanczos import Lanczos
 from lightning_subspace.measurements import Measurement
 from lightning_subspace.measurements.measurement import Needs
@@ -185,7 +185,7 @@ class FailingMeasurement(Measurement):
 
 
 FAILURES = {
-    "self-check": lambda patch: patch.setattr(tracker, "check_once", failing_at(tracker.check_once, 1)),
+    "self-check": lambda patch: patch.setattr(Choice, "check", failing_at(Choice.check, 1)),
     # the self-check evaluates nine times before, and takes one product
     "first evaluation": lambda patch: patch.setattr(
         training_loss, "as_scalar", failing_at(training_loss.as_scalar, 10)

@@ -1,7 +1,7 @@
-"""Linear algebra of symmetric operators that are known by their products with vectors. Pure torch.
+"""Linear algebra of symmetric operators known by products with vectors; pure torch.
 
-Reading order: `eigsh` (what it does), `search` (how it decides), `lanczos` (how a basis grows), `certificate` (why no
-copy of a multiple eigenvalue is missed), `quadrature` (sums over the whole spectrum).
+Reading order: `eigsh` (the loop), `lanczos` (how a basis grows and shrinks), `stopping` (when to stop), `verification`
+and `certificate` (why no copy of a multiple eigenvalue is missed), `quadrature` (sums over the whole spectrum).
 """
 
 from lightning_subspace.linalg.eigsh import eigsh as eigsh
@@ -10,4 +10,4 @@ from lightning_subspace.linalg.quadrature import Quadrature as Quadrature
 from lightning_subspace.linalg.quadrature import quadrature as quadrature
 from lightning_subspace.linalg.result import EigshResult as EigshResult
 from lightning_subspace.linalg.result import Outcome as Outcome
-from lightning_subspace.linalg.which import Which as Which
+from lightning_subspace.linalg.selection import Which as Which

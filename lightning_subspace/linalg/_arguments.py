@@ -1,4 +1,6 @@
-"""The arguments of `eigsh`: checked, and completed with defaults."""
+"""Arguments of the eigensolver and the quadrature: checked, and completed with defaults."""
+
+from __future__ import annotations
 
 import math
 import warnings
@@ -9,24 +11,24 @@ from torch import Tensor
 
 from lightning_subspace.linalg.agreement import Agreement, AllSum
 from lightning_subspace.linalg.lanczos import Lanczos
-from lightning_subspace.linalg.which import WHICH
+from lightning_subspace.linalg.selection import WHICH
 
 RandomVector = Callable[[int, int], Tensor]
 
 # Below these the residual estimates go on falling, but the true residuals do not.
 SMALLEST_TOL = {torch.float32: 1e-5, torch.float64: 1e-12}
 
-_SEED_STRIDE = 1_000_003  # keeps the vectors of neighbouring seeds apart
+_SEED_STRIDE = 1_000_003  # so that neighbouring seeds share no vectors
 
 
 def random_vectors(
     all_sum: AllSum | None, random: RandomVector | None, n: int, seed: int, dtype: torch.dtype
 ) -> Callable[[int], Tensor]:
-    """``draw(i)``: this rank's slice of the i-th random vector."""
+    """A function i -> this rank's slice of the i-th random vector."""
     if all_sum is not None and random is None:
         raise ValueError(
-            "Expected `random` along with `all_sum` but got None: without it every rank would draw the same slice. "
-            "Pass a function (seed, i) -> this rank's slice of the i-th global random vector."
+            "random: expected a function along with all_sum, got None, with which all ranks draw the same slice; pass "
+            "(seed, i) -> this rank's slice of the i-th global random vector."
         )
 
     def own(seed: int, i: int) -> Tensor:
@@ -38,16 +40,16 @@ def random_vectors(
     def draw(i: int) -> Tensor:
         vector = source(seed, i)
         if tuple(vector.shape) != (n,):
-            raise ValueError(f"Expected `random` to return shape {(n,)} but got {tuple(vector.shape)}. Check `n`.")
+            raise ValueError(f"random: expected vectors of shape {(n,)}, got {tuple(vector.shape)}; check n.")
         if not bool(torch.isfinite(vector).all()):
-            raise ValueError(f"Expected `random({seed}, {i})` to be finite but it is not.")
+            raise ValueError(f"random: expected finite vectors, got NaN or infinity from random({seed}, {i}).")
         return vector
 
     return draw
 
 
 def global_dimension(dimension: int | None, n: int, agreement: Agreement, device: torch.device) -> int:
-    """The dimension of the whole space. ``n`` differs between ranks, and may be wrong on one of them."""
+    """Dimension of the whole space; `n` may be wrong on one rank."""
     local = torch.zeros(1, dtype=torch.int64, device=device)
     with agreement.local():
         _check_count("n", n, 0)
@@ -59,7 +61,7 @@ def global_dimension(dimension: int | None, n: int, agreement: Agreement, device
     total = float(agreement.sum(local))
     if not agreement.finite:
         agreement.settle()
-        raise ValueError("Expected `n` to be the length of a vector, but on another rank it is none.")
+        raise ValueError("n: expected the length of a vector on all ranks, got none on another; see its error.")
     return int(total)
 
 
@@ -68,35 +70,28 @@ def check(k: int, which: str, dimension: int, max_matvecs: int, verify: str, del
     _check_count("k", k, 1)
     _check_count("max_matvecs", max_matvecs, 1)
     if k > dimension:
-        raise ValueError(f"Expected `k` to be at most the dimension of the space, {dimension}, but got {k}. Lower `k`.")
-    if which not in WHICH:
-        raise ValueError(f"Expected `which` to be one of {WHICH} but got {which!r}.")
-    if verify not in ("always", "never"):
-        raise ValueError(f"Expected `verify` to be 'always' or 'never' but got {verify!r}.")
+        raise ValueError(f"k: expected at most the dimension of the space, {dimension}, got {k}; lower k.")
+    for name, value, choices in (("which", which, WHICH), ("verify", verify, ("always", "never"))):
+        if value not in choices:
+            raise ValueError(f"{name}: expected one of {choices}, got {value!r}.")
     if not 0 < delta < 1:
-        raise ValueError(f"Expected `delta`, a probability, to lie in (0, 1) but got {delta}.")
+        raise ValueError(f"delta: expected a number in (0, 1), got {delta}; it is a probability.")
     if dtype not in SMALLEST_TOL:
-        raise ValueError(
-            f"Expected `dtype` to be torch.float32 or torch.float64 but got {dtype}: in lower precision Lanczos "
-            "vectors do not stay orthogonal. Convert inside `matvec` if the operator needs another dtype."
-        )
+        raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}; convert inside matvec.")
 
 
 def tolerances(tol: float, subspace_tol: float | None, dtype: torch.dtype) -> tuple[float, float]:
-    """``tol``, and the smallest residual ``subspace_tol`` may ask for, both relative to scale and within the dtype."""
+    """`tol` as the dtype allows, and the tightest residual for `subspace_tol`."""
     if not (math.isfinite(tol) and tol > 0):
-        raise ValueError(f"Expected `tol` to be positive and finite but got {tol}. The default is 1e-3.")
+        raise ValueError(f"tol: expected a positive finite number, got {tol}; it is relative to the largest |value|.")
     if subspace_tol is not None and not (math.isfinite(subspace_tol) and subspace_tol > 0):
-        raise ValueError(
-            f"Expected `subspace_tol` to be positive and finite but got {subspace_tol}. Pass None to turn it off."
-        )
+        raise ValueError(f"subspace_tol: expected a positive finite number, or None, got {subspace_tol}.")
     smallest = SMALLEST_TOL[dtype]
     if tol < smallest:
-        warnings.warn(
-            f"`tol` = {tol} is below what {dtype} can reach and was raised to {smallest}. float64 reaches 1e-12.",
-            UserWarning,
-            stacklevel=3,
+        message = (
+            f"tol: expected at least {smallest} in {dtype}, got {tol}; it was raised to that. float64 reaches 1e-12."
         )
+        warnings.warn(message, UserWarning, stacklevel=3)
     return max(tol, smallest), max(tol / 10, smallest)
 
 
@@ -110,28 +105,24 @@ def basis_size(ncv: int | None, k: int, dimension: int) -> int:
 
 
 def start(lanczos: Lanczos, v0: Tensor | None, n: int, draw: Callable[[int], Tensor]) -> None:
-    """Make ``v0``, or a random vector, the first one of the factorisation."""
-
-    def first() -> Tensor:
-        return draw(0) if v0 is None else _vector(v0, n, lanczos.basis.dtype)
-
-    if not lanczos.inject(first):
-        raise ValueError("Expected `v0` not to be zero but got such a vector. Pass None for a random starting vector.")
+    """Make `v0`, or a random vector, the first one of the factorisation."""
+    if not lanczos.inject(lambda: draw(0) if v0 is None else _vector(v0, n, lanczos.basis.dtype)):
+        raise ValueError("v0: expected a vector other than zero, got zero; pass None for a random one.")
 
 
 def _vector(v0: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     if not isinstance(v0, Tensor):
-        raise TypeError(f"Expected `v0` to be a Tensor but got {type(v0).__name__}.")
+        raise TypeError(f"v0: expected a Tensor, got an object of type {type(v0).__name__}.")
     if tuple(v0.shape) != (n,):
-        raise ValueError(f"Expected `v0` to have shape {(n,)} but got {tuple(v0.shape)}. Flatten it, or check `n`.")
+        raise ValueError(f"v0: expected shape {(n,)}, got {tuple(v0.shape)}; flatten it, or check n.")
     vector = v0.detach().to(dtype)
     if not bool(torch.isfinite(vector).all()):
-        raise ValueError("Expected `v0` to be finite but it is not. Pass None for a random starting vector.")
+        raise ValueError("v0: expected a finite vector, got NaN or infinity; pass None for a random one.")
     return vector
 
 
 def _check_count(name: str, value: int, smallest: int, meaning: str | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"Expected `{name}` to be an int but got {value!r}.")
+        raise TypeError(f"{name}: expected an int, got {value!r}.")
     if value < smallest:
-        raise ValueError(f"Expected `{name}` to be at least {meaning or smallest} but got {value}.")
+        raise ValueError(f"{name}: expected at least {meaning or smallest}, got {value}.")

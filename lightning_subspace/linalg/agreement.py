@@ -1,9 +1,11 @@
-"""Sums over ranks, and how all ranks learn from them that one has failed.
+"""Sums over ranks, and failures on one rank that all see.
 
-A rank that stopped at an exception of its own would leave the others waiting, for ever, in their next sum. So it keeps
-the exception, goes on taking part in everything that communicates, and contributes NaN. All ranks then see NaN in the
-same sum and come to the same end by the same path, without a word more; only there is the exception raised.
+A rank that stopped at an exception of its own would leave the others waiting for ever in their next sum. So it keeps
+the exception, goes on taking part in all communication, and contributes NaN. All ranks then see NaN in the same sum and
+come to the same end by the same path, without another message; only there is the exception raised.
 """
+
+from __future__ import annotations
 
 import math
 import traceback
@@ -17,13 +19,13 @@ AllSum = Callable[[Tensor], Tensor]
 
 
 class Agreement:
-    """What the ranks of one run have in common.
+    """Sums over the ranks of one run, and whether all were finite.
 
     Args:
-        all_sum: Sums a small float64 tensor over ranks. None if there is one process: it fails at once.
+        all_sum: sums a small float64 tensor over ranks. None if there is one process, which then fails at once.
 
     Attributes:
-        finite: Whether all sums were, so far. Equal on all ranks; once it is False the run is over.
+        finite: whether all sums were, so far. Equal on all ranks; once it is False the run is over.
     """
 
     def __init__(self, all_sum: AllSum | None = None) -> None:
@@ -33,19 +35,19 @@ class Agreement:
 
     @contextmanager
     def local(self) -> Iterator[None]:
-        """Goes around whatever can fail on this rank alone. What comes behind it must do without what was inside."""
+        """Guard code that may fail on this rank; results may be missing."""
         try:
             yield
         except Exception as error:
             if self._all_sum is None:
                 raise
-            if self._failure is None:  # what fails later fails in consequence
+            if self._failure is None:  # later failures are consequences of the first
                 self._failure = error
             # The frames hold what filled the memory, which this rank still needs to keep up with the others.
             traceback.clear_frames(error.__traceback__)
 
     def sum(self, local: Tensor) -> Tensor:
-        """Sum a small tensor over ranks, in float64; the result is on the CPU."""
+        """Sum a small tensor over ranks, in float64 on the CPU."""
         if local.device.type == "mps":  # has no float64
             local = local.cpu()
         local = local.to(torch.float64)
@@ -60,9 +62,9 @@ class Agreement:
         return total
 
     def settle(self) -> None:
-        """Raise what was kept, now that nobody waits for this rank any more."""
+        """Raise the exception that was kept: no rank waits any more."""
         if self._failure is not None:
             try:
                 raise self._failure
             finally:
-                self._failure = None  # or it would be kept alive, and the basis with it, by its own traceback
+                self._failure = None  # or its own traceback would keep it alive, and the basis with it

@@ -1,4 +1,4 @@
-"""A certificate that no copy of an eigenvalue was missed.
+"""Certificate that no copy of an eigenvalue was missed.
 
 A Krylov space holds one vector of every eigenspace, so Lanczos sees one copy of a multiple eigenvalue, however long it
 runs. After convergence a second chain is therefore started from a random unit vector r, orthogonal to the eigenvectors
@@ -18,6 +18,8 @@ is so to the tolerance of the solver). Its cost grows like log(N): |c|^2 grows g
 spectrum that is left, the faster the farther out, which is why one lam speaks for all those beyond it.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 
@@ -26,15 +28,15 @@ from torch import Tensor
 
 
 class Certificate:
-    """Follows c for each lam along one Lanczos chain.
+    """The components c for each lam along one Lanczos chain.
 
-    With several lam the risk is shared out between them, so ``delta`` bounds the risk that any copy was missed.
+    With several lam the risk is shared out between them, so `delta` bounds the risk that any copy was missed.
 
     Args:
-        eigenvalues: The lam, see `decisive_values`. Without any there is nothing to exclude.
-        num_found: The rows of the basis that hold X; the chain starts with the row behind them.
-        dimension: N, the dimension of the whole space.
-        delta: The risk, in (0, 1).
+        eigenvalues: the lam, see `decisive_values`. Without any there is nothing to exclude.
+        num_found: rows of the basis that hold X; the chain starts with the row behind them.
+        dimension: N, of the whole space.
+        delta: risk, in (0, 1).
 
     Example:
         The chain of a tridiagonal matrix with zero diagonal and unit off-diagonals, whose spectrum lies in (-2, 2):
@@ -64,11 +66,11 @@ class Certificate:
         return bool((self._growth >= self._required).all())
 
     def follow(self, column: Tensor, norm: float) -> None:
-        """Go along with one expansion of the chain, A v_m = V column + norm v_(m+1).
+        """Update c after an expansion, A v_m = V column + norm v_(m+1).
 
         Args:
-            column: Shape ``(m + 1,)``, float64.
-            norm: Positive.
+            column: shape (m + 1,), float64.
+            norm: positive.
         """
         components = self._components
         new = (self._eigenvalues * components[:, -1] - components @ column) / norm
@@ -78,10 +80,10 @@ class Certificate:
         self._growth = torch.maximum(self._growth, self._components.square().sum(dim=1))
 
     def contract(self, rotation: Tensor) -> None:
-        """Go along with a restart, which replaces the basis V by the rows of rotation^T V.
+        """Update c after a restart, which replaces V by rotation^T V.
 
         Args:
-            rotation: Orthonormal columns, shape ``(m, kept)``, float64.
+            rotation: orthonormal columns, shape (m, kept), float64.
         """
         settled, pending = self._components[:, :-1], self._components[:, -1:]
         self._components = torch.cat([settled @ rotation, pending], dim=1)

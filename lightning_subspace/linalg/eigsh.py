@@ -1,18 +1,24 @@
-"""A few extreme eigenpairs of a symmetric operator that is known by its products with vectors only.
+"""A few extreme eigenpairs of a symmetric operator, from products with vectors.
 
-The mechanism is in `lanczos.py`, the decisions are in `search.py`; here is the function that everybody calls.
+Thick-restart Lanczos. The loop is `_solve` below; how a basis grows and shrinks is in `lanczos.py`, when to stop in
+`stopping.py`, which missed copies are looked for in `verification.py`.
 
 Source: K. Wu and H. Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems, SIAM J. Matrix Anal.
 Appl. 22 (2000), 602-616. What `eigsh` does differently from `scipy.sparse.linalg.eigsh`:
 
 1. Eigenvectors are rows; eigenvalues are listed best first.
-2. ``tol`` is relative to the largest eigenvalue, not to each one, and is tested after every product.
+2. `tol` is relative to the largest eigenvalue, not to each one, and is tested after every product.
 3. The gap behind the wanted eigenvalues tightens the test, so that the eigenspace is right too.
 4. Multiple eigenvalues are found as often as they occur.
 5. A failure is an outcome, not an exception.
 6. Vectors may be spread over ranks.
 """
 
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -21,12 +27,15 @@ from torch import Tensor
 from lightning_subspace.linalg import _arguments as arguments
 from lightning_subspace.linalg.agreement import Agreement, AllSum
 from lightning_subspace.linalg.lanczos import Lanczos, MatVec
-from lightning_subspace.linalg.result import EigshResult
-from lightning_subspace.linalg.rules import Rules
-from lightning_subspace.linalg.search import Progress, Search
-from lightning_subspace.linalg.which import Which
+from lightning_subspace.linalg.result import EigshResult, Outcome
+from lightning_subspace.linalg.selection import Neighbour, Ritz, Which, closest_of, neighbours, report_order, ritz_pairs
+from lightning_subspace.linalg.stopping import Progress, Rules, Verdict, decide
+from lightning_subspace.linalg.verification import Verification
 
-RandomVector = arguments.RandomVector
+OnMatvec = Callable[[int, float], None]
+
+_ROUNDING = 10  # in units of eps * scale: no residual estimate means anything below
+_SETTLED = 1.1  # scale has settled if it grew by less than this factor in a matvec
 
 
 def eigsh(
@@ -46,60 +55,60 @@ def eigsh(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     all_sum: AllSum | None = None,
-    random: RandomVector | None = None,
-    on_matvec: Progress | None = None,
+    random: arguments.RandomVector | None = None,
+    on_matvec: OnMatvec | None = None,
     dimension: int | None = None,
     max_asymmetry: float = 1e-4,
 ) -> EigshResult:
-    """Compute ``k`` extreme eigenpairs of a symmetric operator by thick-restart Lanczos.
+    """Compute k extreme eigenpairs of a symmetric operator by thick-restart Lanczos.
 
-    The wanted pairs pass when every residual estimate is at most ``tol * scale``, where scale is the largest absolute
-    Ritz value, and at most ``subspace_tol`` times the gap behind the wanted eigenvalues (but never less than a tenth of
-    the former is asked for). The first makes the eigenvalues right, the second the eigen*space*: its angle to the true
-    one has a sine of about residual / gap. With ``tol > 1e-3`` the residual must also be small relative to its own
+    The wanted pairs pass when every residual estimate is at most `tol * scale`, where scale is the largest absolute
+    Ritz value, and at most `subspace_tol` times the gap behind the wanted eigenvalues (but less than `tol * scale / 10`
+    is never asked for). The first test makes the eigenvalues right, the second the eigen*space*: the sine of its angle
+    to the true one is about residual / gap. With `tol > 1e-3` the residual must also be small relative to its own
     eigenvalue, on two consecutive matvecs, since pairs may pass a loose test before the right ones have appeared.
 
-    A failure on one rank only, be it memory that runs out or an exception in ``matvec``, ``random`` or ``on_matvec``,
-    ends the run on all ranks at the same matvec: that rank raises its exception, the others return
-    `Outcome.NONFINITE`. The arguments, except ``n``, ``v0`` and what the functions do, have to be equal on all ranks.
+    A failure on one rank only, out of memory or an exception in `matvec`, `random` or `on_matvec`, ends the run on all
+    ranks at the same matvec: that rank raises its exception, the others return `Outcome.NONFINITE`. All arguments but
+    `n`, `v0` and what the functions do must be equal on all ranks.
 
-    Memory: ``(ncv + 1) * n`` numbers, and ``k * n`` more for the answer.
+    Memory: `(ncv + 1) * n` numbers, and `k * n` more for the answer.
 
     Args:
-        matvec: Maps a vector of shape ``(n,)`` to its image, of the same shape. It is given a view of the basis, and
-            must not write to it. It is called in the caller's autograd mode, on all ranks equally often. If it
-            communicates, it must do all of that before it raises: eigsh cannot do so in its stead.
-        n: Length of a vector; under ranks, of this rank's slice.
-        k: Number of eigenpairs, 1 <= k <= dimension.
+        matvec: maps a vector of shape (n,) to its image, of the same shape. It gets a view of the basis and must not
+            write to it. It is called in the caller's autograd mode, equally often on all ranks. If it communicates, it
+            must finish that before it raises.
+        n: length of a vector; under ranks, of this rank's slice.
+        k: number of eigenpairs, 1 <= k <= dimension.
         which: "LA" largest, "SA" smallest, "LM" largest magnitude, "BE" half from each end, an odd one from the high.
-        tol: Residual allowed, relative to scale. Raised to 1e-5 in float32 and 1e-12 in float64, with a warning.
-        subspace_tol: Residual allowed, relative to the gap; not insisted on where residuals stop falling. None asks for
+        tol: residual allowed, relative to scale. Raised to 1e-5 in float32 and 1e-12 in float64, with a warning.
+        subspace_tol: residual allowed, relative to the gap; given up where residuals stop falling. None asks for
             eigenvalues only.
-        ncv: Largest size of the basis, at least k + 3; default ``min(dimension, 2 * k + 10)``.
-        max_matvecs: Products that may be spent.
-        v0: Starting vector, shape ``(n,)``; default random.
-        verify: "always": exclude missed copies of multiple eigenvalues, typically for 4 to 13 more matvecs at k = 10; a
-            copy within ``0.03 * scale`` of the k-th eigenvalue is not looked for. "never": stop at convergence.
-        delta: Risk that the verification overlooks a copy, in (0, 1).
-        seed: Of the random vectors. The global random generators are not touched.
+        ncv: largest size of the basis, at least k + 3; by default `min(dimension, 2 * k + 10)`.
+        max_matvecs: products that may be spent.
+        v0: start vector, shape (n,); by default random.
+        verify: "always" excludes missed copies of multiple eigenvalues, typically for 4 to 13 more matvecs at k = 10; a
+            copy within `0.03 * scale` of the k-th eigenvalue is not looked for. "never" stops at convergence.
+        delta: risk that the verification overlooks a copy, in (0, 1).
+        seed: of the random vectors. The global random generators are not touched.
         dtype: float32 or float64, of the basis. Half precision is refused: its Lanczos vectors are not orthogonal.
-        device: Of the basis and of the vectors given to ``matvec``.
-        all_sum: Sums a small float64 tensor over ranks, to the same bits on all; every rank calls it equally often.
-            Needs ``random``. None if there is one process, which then raises any exception at once.
-        random: ``random(seed, i)`` gives this rank's slice, shape ``(n,)``, of the i-th global random normal vector.
-        on_matvec: Called after each matvec with their number and the largest wanted residual estimate relative to scale
+        device: of the basis and of the vectors given to `matvec`.
+        all_sum: sums a small float64 tensor over ranks, to the same bits on all; every rank calls it equally often.
+            Needs `random`. None if there is one process, which then raises any exception at once.
+        random: `random(seed, i)` gives this rank's slice, shape (n,), of the i-th global random normal vector.
+        on_matvec: called after each matvec with their number and the largest wanted residual estimate relative to scale
             (infinity while there are fewer than k).
-        dimension: Dimension of the whole space where it is not the sum of all ``n``: slices padded with zeros.
-        max_asymmetry: Largest asymmetry seen in the operator, relative to scale, that is taken for rounding. Whatever
-            it is, no residual is reported below it. Deterministic float32 operators stay below 2e-6; minibatches that
-            are drawn anew exceed 5e-3.
+        dimension: of the whole space where it is not the sum of all `n`: slices padded with zeros.
+        max_asymmetry: largest asymmetry of the operator, relative to scale, that counts as rounding. No residual is
+            reported below the asymmetry seen. Deterministic float32 operators stay below 2e-6; minibatches that are
+            drawn anew exceed 5e-3.
 
     Returns:
         The eigenpairs and what is known about them. Numerical trouble is an `Outcome`, never an exception.
 
     Raises:
-        ValueError: An argument is out of range, or ``matvec`` returns a wrong shape.
-        TypeError: An argument, or what ``matvec`` returns, is of a wrong type.
+        ValueError: for an argument out of range, or an image of a wrong shape.
+        TypeError: for an argument or an image of a wrong type.
 
     Example:
         >>> eigenvalues = torch.tensor([9.0, 5.0, 5.0, 1.0, 0.5, 0.0, -0.5, -7.0])
@@ -120,8 +129,110 @@ def eigsh(
     rules = Rules(k, which, tol, tightest, subspace_tol, ncv, max_matvecs, is_verified, delta, dimension, max_asymmetry)
     lanczos = Lanczos(matvec, n, ncv, dimension=dimension, dtype=dtype, device=device, agreement=agreement)
     arguments.start(lanczos, v0, n, draw)
-    search = Search(lanczos, rules, draw, on_matvec)
-    while (result := search.step()) is None:
-        pass
+    result = _solve(lanczos, rules, draw, on_matvec)
     agreement.settle()
     return result
+
+
+def _solve(lanczos: Lanczos, rules: Rules, draw: Callable[[int], Tensor], on_matvec: OnMatvec | None) -> EigshResult:
+    """Run the loop, from a factorisation whose first vector is pending.
+
+    Invariant at its head: A V = T V + b q, V V^T = I, V q = 0, |q| = 1, up to rounding and to dropped residuals (see
+    `lanczos.py`), unless q is not finite, which ends the run. V has fewer than ncv rows, so that the image of q fits;
+    during a verification the first k of them are the pairs found. All numbers decided upon are equal on all ranks.
+    """
+    k, which = rules.k, rules.which
+    progress, verification = Progress(), Verification(rules)
+    verdict: Verdict | None
+    while True:
+        # 1. Expand: spend one matvec on the pending vector q, and diagonalise the projected matrix T.
+        scale_before = lanczos.scale
+        expansion = None
+        if lanczos.agreement.finite:
+            expansion = lanczos.expand()
+            progress.num_matvecs += 1
+        ritz = ritz_pairs(lanczos, which)
+        if expansion is None:
+            verdict, converged = Verdict(Outcome.NONFINITE), False
+            break
+
+        # 2. Test: has a missed copy turned up, have the wanted pairs converged, is that reason enough to stop?
+        scale, invariant = lanczos.scale, lanczos.invariant
+        behind = neighbours(ritz, k, which, verification.behind)
+        closest = closest_of(behind)
+        if verification.active:
+            verification.follow(expansion, closest, scale)
+            # Until copies are excluded, only an improvement by their margin counts; after that, any beyond tol.
+            if verification.misses(ritz, rules.tol * scale if verification.excluded else rules.copy_margin(scale)):
+                verification.active = False  # search on with the basis as it is, until the copy has converged too
+                progress.reset()
+        converged = progress.test(rules, ritz, closest.gap, scale, invariant=invariant, verifying=verification.active)
+        if on_matvec is not None:
+            worst = float(ritz.residuals[:k].max()) if lanczos.size >= k else math.inf
+            with lanczos.agreement.local():
+                on_matvec(progress.num_matvecs, worst / scale if scale else worst)
+        answered = converged or verification.active
+        certain = answered and verification.is_certain(ritz, closest, scale, invariant=invariant)
+        asymmetric = lanczos.asymmetry > rules.max_asymmetry * scale
+        settled = scale <= _SETTLED * scale_before
+        if verdict := decide(rules, progress, lanczos.size, answered, certain, asymmetric, settled):
+            break
+
+        # 3. Verify: keep the wanted Ritz vectors and start again from a random direction, to find what was missed.
+        if not verification.active and (converged or invariant):
+            kept = min(lanczos.size, k)
+            if kept == k:  # fewer span an invariant space that is too small: then the search itself starts again
+                verification.begin(ritz, behind, scale)
+            lanczos.contract(ritz.rotation[:, :kept])
+            progress.reset()
+            progress.num_draws += 1
+            if not lanczos.inject(partial(draw, progress.num_draws)):
+                raise ValueError(
+                    f"random: expected vectors outside the span of the {kept} found, got one inside from "
+                    f"random(seed, {progress.num_draws}); check random, and dimension if slices are padded."
+                )
+
+        # 4. Restart: compress a full basis to its best Ritz vectors. During a verification the pairs found stay.
+        elif lanczos.size == rules.ncv:
+            best = ritz_pairs(lanczos, which, num_locked=k) if verification.active else ritz
+            rotation = best.rotation[:, : rules.num_kept]
+            lanczos.contract(rotation)
+            if verification.active:
+                verification.contract(rotation)
+            progress.num_restarts += 1
+
+    if verification.active and not converged:  # nothing better was found: the pairs it began with are the answer
+        ritz = ritz_pairs(lanczos, which, num_locked=k)
+    return _result(lanczos, rules, progress, ritz, neighbours(ritz, k, which, verification.behind), verdict)
+
+
+def _result(
+    lanczos: Lanczos, rules: Rules, progress: Progress, ritz: Ritz, behind: Sequence[Neighbour], verdict: Verdict
+) -> EigshResult:
+    """The record of the run; spends the last sum over ranks."""
+    num_pairs = min(lanczos.size, rules.k)
+    closest = closest_of(behind, default_gap=math.inf if rules.k == rules.dimension else 0.0)
+    order = report_order(num_pairs, rules.which)
+    # Whatever was dropped on the way, nothing of it lies outside a basis of the whole space.
+    estimates = torch.zeros_like(ritz.residuals) if lanczos.size == rules.dimension else ritz.residuals
+    rounding = max(lanczos.asymmetry, _ROUNDING * torch.finfo(lanczos.basis.dtype).eps * lanczos.scale)
+    # A rank that could not form its part of the eigenvectors says so in this sum, and nothing can fail after it.
+    eigenvectors, gram = lanczos.rotated(ritz.rotation[:, order])
+    deviation = (gram - torch.eye(num_pairs, dtype=torch.float64, device="cpu")).abs()
+    if not lanczos.agreement.finite:
+        verdict = Verdict(Outcome.NONFINITE)
+    return EigshResult(
+        eigenvalues=ritz.values[order],
+        eigenvectors=eigenvectors,
+        residuals=estimates[order].clamp(min=rounding),
+        outcome=verdict.outcome,
+        verified=verdict.verified,
+        num_matvecs=progress.num_matvecs,
+        num_restarts=progress.num_restarts,
+        orthogonality=float(deviation.max()) if num_pairs else 0.0,
+        asymmetry=lanczos.asymmetry / lanczos.scale if lanczos.scale else 0.0,
+        scale=lanczos.scale,
+        next_eigenvalue=closest.value,
+        next_residual=max(closest.residual, rounding),
+        gap=closest.gap,
+    )

@@ -1,5 +1,6 @@
-"""Lanczos factorisations of a symmetric operator: how they grow and how they shrink. Nothing here decides when.
+"""Lanczos factorisation of a symmetric operator, growing and shrinking.
 
+Nothing here decides when to do so.
 With the m vectors of the basis as *rows* of V (and A applied to each row) the factorisation reads
 
     A V = T V + b q,        V V^T = I,    V q = 0,    |q| = 1
@@ -15,13 +16,15 @@ Appl. 22 (2000), 602-616. Differences: an image is orthogonalised at least twice
 coupled to and then against the whole basis; T is kept as a dense matrix.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_subspace.linalg import rows as blockwise
+from lightning_subspace.linalg import blocked
 from lightning_subspace.linalg.agreement import Agreement
 
 MatVec = Callable[[Tensor], Tensor]
@@ -32,35 +35,35 @@ _BREAKDOWN = 20  # in units of eps * scale: what is left of a vector after cance
 
 
 class Expansion(NamedTuple):
-    """What one matvec added, A q = V column + norm q', where V already contains q."""
+    """Result of one matvec, A q = V column + norm q'; V contains q."""
 
     column: Tensor  # (m,) float64
     norm: float  # 0.0 if the basis became invariant
 
 
 class Lanczos:
-    """A factorisation that grows by one vector a matvec, in preallocated memory of ``(max_size + 1) * n`` numbers.
+    """A factorisation that grows by one vector a matvec.
 
-    Every number that leaves this class was summed over ranks, or follows from such sums by small matrices, so all ranks
-    see the same. This takes `torch.linalg.eigh` to give the same bits for the same matrix on all of them: one build of
-    torch, one kind of processor, one number of threads.
+    Its memory, `(max_size + 1) * n` numbers, is allocated at the start. Every number that leaves this class was summed
+    over ranks, or follows from such sums by small matrices, so all ranks see the same. This needs `torch.linalg.eigh`
+    to give the same bits for the same matrix on all of them: one build of torch, one kind of processor, one number of
+    threads.
 
     Args:
-        matvec: Maps this rank's slice of a vector, shape ``(n,)``, to the slice of its image. Must not write to its
-            argument.
-        n: Length of this rank's slice.
-        max_size: Vectors the factorisation can hold besides the pending one.
-        dimension: Dimension N of the whole space.
+        matvec: maps this rank's slice of a vector, shape (n,), to the slice of its image. Must not write to it.
+        n: length of this rank's slice.
+        max_size: vectors the factorisation can hold besides the pending one.
+        dimension: N, of the whole space.
         dtype: float32 or float64.
-        device: Where the basis lives. The small matrices are float64 on the CPU.
-        agreement: Sums over ranks. A failure of this rank alone shows in no other way than in these.
+        device: of the basis. The small matrices are float64 on the CPU.
+        agreement: sums over ranks. A failure of this rank alone shows in nothing else.
 
     Attributes:
-        basis: Shape ``(max_size + 1, n)``; the first ``size`` rows are V, the next one is the pending vector.
+        basis: shape (max_size + 1, n); the first `size` rows are V, the next one is the pending vector.
         size: m.
-        invariant: Whether there is no pending vector: V spans an invariant subspace.
-        scale: Largest absolute Ritz value so far, a lower bound of the norm of A.
-        asymmetry: Largest difference seen between the two sides of T, in units of A. Every entry off the diagonal is
+        invariant: whether there is no pending vector: V spans an invariant subspace.
+        scale: largest absolute Ritz value so far, a lower bound of the norm of A.
+        asymmetry: largest difference seen between the two sides of T, in units of A. Every entry off the diagonal is
             measured twice, when either of its two vectors is expanded. Zero up to rounding for an operator that is
             symmetric and gives the same answer every time.
     """
@@ -92,38 +95,35 @@ class Lanczos:
 
     @property
     def vectors(self) -> Tensor:
-        """V, shape ``(m, n)``: a view."""
+        """V, shape (m, n): a view."""
         return self.basis[: self.size]
 
     @property
     def pending(self) -> Tensor:
-        """q, shape ``(n,)``: a view. Meaningless while the basis is `invariant`."""
+        """q, shape (n,): a view. Meaningless while the basis is `invariant`."""
         return self.basis[self.size]
 
     @property
     def projected(self) -> Tensor:
-        """T, shape ``(m, m)``, float64: a view."""
+        """T, shape (m, m), float64: a view."""
         return self._projected[: self.size, : self.size]
 
     @property
     def coupling(self) -> Tensor:
-        """b, shape ``(m,)``, float64."""
+        """b, shape (m,), float64."""
         return self._coupling
 
     def ritz(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues of T, ascending, shape ``(m,)``, and its eigenvectors as columns, shape ``(m, m)``; float64."""
+        """Eigenvalues of T, (m,) ascending, and eigenvectors as columns, (m, m)."""
         values, rotation = torch.linalg.eigh(self.projected)
         self.scale = max(self.scale, float(values.abs().max())) if self.size else self.scale
         return values, rotation
 
     def residuals(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """Residual norms |A x - theta x| of the Ritz vectors x that are the rows of ``rotation^T V``.
+        """Residual norms |A x - theta x| of the Ritz vectors rotation^T V.
 
-        Args:
-            rotation: Eigenvectors of T as columns, shape ``(m, c)``, float64.
-
-        Returns:
-            The part along the pending vector, which further expansions reduce, and all of it; both of shape ``(c,)``.
+        For eigenvectors of T as columns, (m, c), returns the part along the pending vector, which further expansions
+        reduce, and all of it; both (c,), float64.
         """
         reducible = (self._coupling @ rotation).abs()
         dropped = torch.linalg.vector_norm(self._dropped @ rotation, dim=0)
@@ -135,9 +135,9 @@ class Lanczos:
         values: Tensor,  # (k,)
         residuals: Tensor,  # (k,)
     ) -> None:
-        """Begin with the Ritz pairs of an earlier run; what is injected then, and grown from it, is orthogonal to them.
+        """Begin with Ritz pairs of an earlier run; what follows is orthogonal.
 
-        The block of T behind them is that of the operator without them, (I - P) A (I - P) with their projector P.
+        The block of T behind them is that of (I - P) A (I - P), with the projector P on them.
         """
         k = len(values)
         with self.agreement.local():
@@ -152,7 +152,7 @@ class Lanczos:
         """Make a fresh direction the pending vector; what was pending is dropped.
 
         Args:
-            source: Gives a vector, shape ``(n,)``. Its part outside V is used.
+            source: gives a vector, shape (n,). Its part outside V is used.
 
         Returns:
             False if there was no such part. True also if that is unknown, because the vector is not finite.
@@ -178,7 +178,7 @@ class Lanczos:
         vectors, image = self.basis[: m + 1], self.basis[m + 1]
         with self.agreement.local():
             image.copy_(_checked(self._matvec(self.basis[m]), image))
-        # All that is large of A q lies along q and along what is coupled to it: but after a restart one vector.
+        # All that is large of A q lies along q and what is coupled to it: one vector, but all of them after a restart.
         near = m + 1 if self._coupling[:-1].any() else min(m + 1, 2)
         column = _zeros(m + 1)
         column[-near:] = self._subtract(image, vectors[-near:], normed=False)[0]
@@ -186,11 +186,11 @@ class Lanczos:
         if not self.agreement.finite:
             return None
         column += rest
-        # v_i . A q was foretold by b when v_i was expanded, up to what has been dropped since.
+        # b predicted v_i . A q when v_i was expanded, up to what has been dropped since.
         surprise = (column[:m] - self._coupling).abs() - self._dropped.abs().sum(dim=0)
         self.asymmetry = max(self.asymmetry, float(surprise.max())) if m else self.asymmetry
         self.scale = max(self.scale, float(column.abs().max()))
-        # The measured entries, not the foretold ones: then T = V A V^T holds also where something was dropped.
+        # The measured entries, not the predicted ones: then T = V A V^T holds also where something was dropped.
         self._projected[m, : m + 1] = column
         self._projected[: m + 1, m] = column
         self.invariant = m + 1 == self._dimension or norm <= _BREAKDOWN * torch.finfo(image.dtype).eps * self.scale
@@ -204,16 +204,16 @@ class Lanczos:
         return Expansion(column, norm)
 
     def contract(self, rotation: Tensor) -> None:
-        """Replace V by the rows of ``rotation^T V``; the pending vector stays. With Ritz vectors, a thick restart.
+        """Replace V by the rows of rotation^T V; the pending vector stays.
 
-        The identity keeps holding if ``rotation`` spans an invariant subspace of T.
+        The identity keeps holding if the columns span an invariant subspace of T. With Ritz vectors, a thick restart.
 
         Args:
-            rotation: Orthonormal columns, shape ``(m, kept)``, float64.
+            rotation: orthonormal columns, shape (m, kept), float64.
         """
         m, kept = rotation.shape
         with self.agreement.local():
-            blockwise.rotate(self.vectors, rotation, self.basis[:kept])
+            blocked.rotate(self.vectors, rotation, self.basis[:kept])
             if kept < m:
                 self.basis[kept].copy_(self.basis[m])
         self._projected[:kept, :kept] = rotation.T @ self.projected @ rotation
@@ -222,31 +222,25 @@ class Lanczos:
         self.size = kept
 
     def rotated(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of ``rotation^T V`` in memory of their own, shape ``(c, n)``, and their Gram matrix, float64.
+        """A copy of the rows rotation^T V, (c, n), and its Gram matrix.
 
         Args:
-            rotation: Columns, shape ``(m, c)``, float64.
+            rotation: columns, shape (m, c), float64.
         """
         count = rotation.shape[1]
         vectors = self.basis[:count]  # in their place, where there is no memory for them
         gram = _zeros(count, count)
         with self.agreement.local():
             vectors = self.basis.new_empty(count, self.basis.shape[1])
-            blockwise.rotate(self.vectors, rotation, vectors)
-            gram = blockwise.gram(vectors)
+            blocked.rotate(self.vectors, rotation, vectors)
+            gram = blocked.gram(vectors)
         return vectors, self.agreement.sum(gram)
 
     def _orthogonalise(self, vector: Tensor, rows: Tensor, done: int = 0) -> tuple[float, Tensor, float]:
-        """Subtract from ``vector``, in place, its part in the span of ``rows``; one host synchronisation a pass.
+        """Subtract from a vector, in place, its part along orthonormal rows.
 
-        Args:
-            vector: Shape ``(n,)``.
-            rows: Orthonormal.
-            done: Number of passes made before.
-
-        Returns:
-            The norm before, the coefficients of the part subtracted, the norm after; they mean nothing if a sum was not
-            finite.
+        One host synchronisation a pass, of which `done` were made before. Returns the norm before, the coefficients of
+        the part subtracted and the norm after; they mean nothing if a sum was not finite.
         """
         coefficients = _zeros(rows.shape[0])
         initial = remaining = 0.0
@@ -264,10 +258,10 @@ class Lanczos:
         return initial, coefficients, remaining
 
     def _subtract(self, vector: Tensor, rows: Tensor, *, normed: bool = True) -> tuple[Tensor, float]:
-        """One pass: the coefficients of what was subtracted, and |vector|^2 before (zero if not ``normed``)."""
+        """One pass: the coefficients subtracted, and |vector|^2 before (zero if not `normed`)."""
         products = _zeros(rows.shape[0] + 1)
         with self.agreement.local():
-            products = blockwise.products(rows, vector, normed=normed)
+            products = blocked.products(rows, vector, normed=normed)
         products = self.agreement.sum(products)
         part = products[:-1]
         if self.agreement.finite:
@@ -281,17 +275,15 @@ class Lanczos:
 
 
 def _zeros(*shape: int) -> Tensor:
-    """A small tensor of the projected problem: on the CPU, also where another default device is set."""
+    """A small tensor on the CPU, also under another default device."""
     return torch.zeros(shape, dtype=torch.float64, device="cpu")
 
 
 def _checked(image: Tensor, expected: Tensor) -> Tensor:
-    """The image of a vector as the user's operator gave it, refused if it is no vector of the same space."""
+    """The image given by the user's operator, refused if malformed."""
     if not isinstance(image, Tensor):
-        raise TypeError(f"Expected `matvec` to return a Tensor but got {type(image).__name__}.")
+        raise TypeError(f"matvec: expected it to return a Tensor, got an object of type {type(image).__name__}.")
     if image.shape != expected.shape:
-        raise ValueError(
-            f"Expected `matvec` to return shape {tuple(expected.shape)}, that of its argument, but got "
-            f"{tuple(image.shape)}. Flatten the result, or check `n`."
-        )
+        shapes = f"an image of shape {tuple(expected.shape)}, got {tuple(image.shape)}"
+        raise ValueError(f"matvec: expected {shapes}; flatten the result, or check n.")
     return image.detach()

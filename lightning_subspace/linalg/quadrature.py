@@ -1,4 +1,4 @@
-"""Sums over the whole spectrum of a symmetric operator, by stochastic Lanczos quadrature.
+"""Sums over the whole spectrum of an operator, by stochastic Lanczos quadrature.
 
 For a random unit vector u in R^N, N u^T f(A) u has the mean tr f(A) = sum_i f(lambda_i). After m steps of Lanczos from
 u with the projected matrix T = S diag(theta) S^T it is N sum_j w_j f(theta_j) with weights w_j = S_1j^2: a Gauss
@@ -13,9 +13,12 @@ Y. Xiao, An Investigation into Neural Net Optimization via Hessian Eigenvalue De
 2; on taking out known directions, R. Meyer et al., Hutch++ (2021), arXiv 2010.09649.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,8 +28,7 @@ from lightning_subspace.linalg import _arguments as arguments
 from lightning_subspace.linalg.agreement import Agreement, AllSum
 from lightning_subspace.linalg.lanczos import Lanczos, MatVec
 
-# Rows of Gaussians that are added up at a time.
-_BLOCK = 1024
+_BLOCK = 1024  # Gaussians of a density that are added up at a time
 
 
 class Estimate(NamedTuple):
@@ -38,14 +40,14 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Quadrature:
-    """The spectrum as known eigenvalues, and nodes with weights in the place of all others.
+    """A spectrum as known eigenvalues, and nodes with weights for all others.
 
     Attributes:
-        known: Shape ``(k,)``, float64: eigenvalues that count once each.
-        nodes: Shape ``(vectors, m)``, float64; nan, like the weights, if the operator was not finite.
-        weights: Of the same shape; each row sums to 1. 0 where a row has fewer nodes.
+        known: shape (k,), float64: eigenvalues that count once each.
+        nodes: shape (vectors, m), float64; nan, like the weights, if the operator was not finite.
+        weights: of the same shape; each row sums to 1. 0 where a row has fewer nodes.
         dimension: N, the number of eigenvalues.
-        chains: The tridiagonal matrices T that the nodes are from: the diagonal, and the couplings beside and behind.
+        chains: the tridiagonal matrices T that the nodes are from: the diagonal, and the couplings beside and behind.
 
     Example:
         >>> eigenvalues = torch.tensor([5.0, 1.0, 0.5, -1.0])
@@ -82,7 +84,7 @@ class Quadrature:
         return float(seen.min()), float(seen.max())
 
     def sum(self, function: Callable[[Tensor], Tensor]) -> Estimate:
-        """The sum of f(lambda_i) over all eigenvalues, with the standard error that the random vectors leave.
+        """The sum of f(lambda_i) over all eigenvalues, with its standard error.
 
         Args:
             function: f, elementwise.
@@ -94,12 +96,12 @@ class Quadrature:
         return Estimate(total, self.rest * math.sqrt(2.0 * max(variance, 0.0) / ((self.rest + 2) * self.num_vectors)))
 
     def below(self, threshold: float) -> tuple[float, float]:
-        """Bounds of the share of the eigenvalues below a threshold, in [0, 1].
+        """Bounds of the share of eigenvalues below a threshold, in [0, 1].
 
         T can be continued by one row so that the threshold is a node. Then, by the inequalities of Chebyshev, Markov
-        and Stieltjes, the spectral distribution of u is there at least the weights in front of that node, and at most
-        these and its own; there are no better bounds from m steps. Averaged over the vectors; what their choice leaves
-        is not in these bounds: see `sum`.
+        and Stieltjes, the spectral distribution of u is there at least the sum of the weights in front of that node,
+        and at most that sum and its own; m steps give no better bounds. Averaged over the vectors. The error from their
+        choice is not in these bounds: see `sum`.
         """
         found = [_bounds(*chain, threshold) for chain in self.chains]
         exact = float((self.known < threshold).sum())
@@ -108,10 +110,10 @@ class Quadrature:
 
     def density(
         self,
-        grid: Tensor,  # (g,)
-        width: float,
+        grid: Tensor,  # (g,) in units of the eigenvalues
+        width: float,  # standard deviation of the Gaussians, in the same units
     ) -> Tensor:  # (g,) float64
-        """Density of the eigenvalues, smoothed by Gaussians of standard deviation ``width``; its integral is 1."""
+        """Density of the eigenvalues, smoothed by Gaussians; its integral is 1."""
         centres = torch.cat([self.known, self.nodes.flatten()])
         heights = torch.cat([torch.ones_like(self.known), (self.weights * (self.rest / self.num_vectors)).flatten()])
         result = torch.zeros(len(grid), dtype=torch.float64)
@@ -134,29 +136,30 @@ def quadrature(
     random: arguments.RandomVector | None = None,
     dimension: int | None = None,
 ) -> Quadrature:
-    """Compute a Gauss quadrature of the spectrum by Lanczos runs from random vectors: ``steps * vectors`` products.
+    """Compute a Gauss quadrature of the spectrum by Lanczos from random vectors.
 
-    Memory: ``(k + steps + 1) * n`` numbers.
+    Costs `steps * vectors` products. Memory: `(k + steps + 1) * n` numbers.
 
     Args:
-        matvec: As for `eigsh`.
-        n: Length of a vector; under ranks, of this rank's slice.
+        matvec: as for `eigsh`.
+        n: length of a vector; under ranks, of this rank's slice.
         steps: m, Lanczos steps from each vector: the resolution.
-        vectors: Number of random vectors: the error of sums.
-        known: Eigenvalues, their residuals and orthonormal eigenvectors as rows, which are taken out first. They need
+        vectors: number of random vectors: the error of sums.
+        known: eigenvalues, their residuals and orthonormal eigenvectors as rows, which are taken out first. They need
             not be exact: Ritz values of any space do, and what couples them to the rest is then missing.
-        seed: Of the random vectors.
+        seed: of the random vectors.
         dtype: float32 or float64, of the basis.
-        device: Of the basis.
-        all_sum: As for `eigsh`.
-        random: As for `eigsh`.
-        dimension: As for `eigsh`.
+        device: of the basis.
+        all_sum: as for `eigsh`.
+        random: as for `eigsh`.
+        dimension: as for `eigsh`.
 
     Returns:
         Nodes and weights; nan where the operator, on whatever rank, was not finite.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: for an argument out of range, or an image of a wrong shape.
+        TypeError: for an argument or an image of a wrong type.
 
     Example:
         >>> eigenvalues = torch.tensor([9.0, 5.0, 1.0, 0.5, 0.0, -0.5])
@@ -166,7 +169,7 @@ def quadrature(
     """
     for name, count in (("steps", steps), ("vectors", vectors)):
         if count < 1:
-            raise ValueError(f"Expected `{name}` to be at least 1 but got {count}.")
+            raise ValueError(f"{name}: expected at least 1, got {count}.")
     draw = arguments.random_vectors(all_sum, random, n, seed, dtype)
     agreement = Agreement(all_sum)
     device = torch.device(device)
@@ -183,7 +186,10 @@ def quadrature(
     lanczos = Lanczos(matvec, n, k + steps, dimension=dimension, dtype=dtype, device=device, agreement=agreement)
     lanczos.lock(rows, values, residuals)
     for number in range(vectors):
-        _run(lanczos, steps, lambda number=number: draw(number))  # type: ignore[misc]
+        lanczos.inject(partial(draw, number))
+        for _ in range(steps):
+            if not agreement.finite or lanczos.invariant or lanczos.expand() is None:
+                break
         if not agreement.finite:
             nodes.fill_(math.nan)
             weights.fill_(math.nan)
@@ -199,7 +205,7 @@ def quadrature(
 
 
 def _bounds(diagonal: Tensor, couplings: Tensor, threshold: float) -> tuple[float, float]:
-    """Bounds of the distribution of one start vector in front of a threshold."""
+    """Bounds of the spectral distribution of one start vector below a threshold."""
     m, behind = len(diagonal), float(couplings[-1])
     chain = torch.diag(diagonal) + torch.diag(couplings[:-1], 1) + torch.diag(couplings[:-1], -1)
     theta, rotation = torch.linalg.eigh(chain)
@@ -217,11 +223,3 @@ def _bounds(diagonal: Tensor, couplings: Tensor, threshold: float) -> tuple[floa
     weights, own = rotation[0].square(), int((theta - threshold).abs().argmin())
     low = float(weights[:own].sum())
     return low, low + float(weights[own])
-
-
-def _run(lanczos: Lanczos, steps: int, source: Callable[[], Tensor]) -> None:
-    """Grow the factorisation by `steps` vectors behind those that are locked, or until it is invariant."""
-    lanczos.inject(source)
-    for _ in range(steps):
-        if not lanczos.agreement.finite or lanczos.invariant or lanczos.expand() is None:
-            return

@@ -1,4 +1,6 @@
-"""What a run of the eigensolver ends with."""
+"""Result of the eigensolver: the eigenpairs, and why it stopped."""
+
+from __future__ import annotations
 
 import enum
 import math
@@ -35,30 +37,30 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True, eq=False)
 class EigshResult:
-    """Eigenpairs, best first, with what they cost and how far they can be trusted.
+    """Eigenpairs, best first, with their cost, errors and outcome.
 
-    The order is by ``which``: "LA" descending, "SA" ascending, "LM" by magnitude descending, "BE" the high end
+    The order is by `which`: "LA" descending, "SA" ascending, "LM" by magnitude descending, "BE" the high end
     descending, then the low end ascending. Outcomes that are not `converged` come with the best pairs at hand, which
-    may be fewer than k; their residuals tell what they are worth.
+    may be fewer than k; their residuals tell how good they are.
 
     Attributes:
-        eigenvalues: Shape ``(k,)``, float64 on the CPU.
-        eigenvectors: Orthonormal rows, this rank's slice, shape ``(k, n)``, in the dtype and on the device of the run.
-        residuals: |A x - theta x|, shape ``(k,)``, float64 on the CPU, in units of A: the estimate, but not less than
-            the asymmetry of the operator and rounding, below which no estimate means anything.
-        outcome: Why the run stopped.
-        verified: Whether missed copies of the eigenvalues found are excluded, but for the risk ``delta`` and for copies
+        eigenvalues: shape (k,), float64 on the CPU.
+        eigenvectors: orthonormal rows, this rank's slice, shape (k, n), in the dtype and on the device of the run.
+        residuals: |A x - theta x|, shape (k,), float64 on the CPU, in units of A: the estimate, but not less than the
+            asymmetry of the operator and rounding, below which no estimate means anything.
+        outcome: why the run stopped.
+        verified: whether missed copies of the eigenvalues found are excluded, but for the risk `delta` and for copies
             within 0.03 * scale of the k-th.
-        num_matvecs: Products spent.
-        num_restarts: How often the basis was full and compressed.
+        num_matvecs: products spent.
+        num_restarts: how often the basis was full and compressed.
         orthogonality: max |V V^T - I| of the rows returned; NaN if a rank failed.
-        asymmetry: Largest discrepancy between the two sides of the projected matrix, relative to ``scale``. About 1e-7
+        asymmetry: largest difference between the two sides of the projected matrix, relative to `scale`. About 1e-7
             for a deterministic operator in float32.
-        scale: Largest absolute Ritz value, to which all tolerances are relative.
-        next_eigenvalue: Best Ritz value behind the wanted ones, with "BE" at the end where it is closer; NaN if none
+        scale: largest absolute Ritz value, to which all tolerances are relative.
+        next_eigenvalue: best Ritz value behind the wanted ones, with "BE" at the end where it is closer; NaN if none
             was seen.
-        next_residual: Its residual, likewise; it need not have converged.
-        gap: Its distance from the last wanted eigenvalue, with "LM" in magnitude; infinity if k is the whole dimension,
+        next_residual: its residual, likewise; it need not have converged.
+        gap: its distance from the last wanted eigenvalue, with "LM" in magnitude; infinity if k is the whole dimension,
             0 if nothing behind the wanted ones was seen.
     """
 
@@ -83,10 +85,10 @@ class EigshResult:
 
     @property
     def subspace_error(self) -> float:
-        """Largest residual / gap: estimates the sine of the largest angle to the true eigenspace, in [0, infinity].
+        """Estimate of the angle error of the eigenspace: largest residual / gap.
 
-        The value behind the gap is a Ritz value that may still be on its way towards the wanted ones, by as much as its
-        residual: this is taken off the gap. Infinity, then, if the wanted eigenvalues may split a cluster.
+        About the sine of the largest angle to the true eigenspace. The Ritz value behind the gap may still approach the
+        wanted ones by its residual, which is subtracted. Infinity if the wanted eigenvalues may split a cluster.
         """
         if math.isinf(self.gap):
             return 0.0

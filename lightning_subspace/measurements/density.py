@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_subspace.linalg import Quadrature, quadrature
 from lightning_subspace.measurements.measurement import Measurement, Needs, Probe, Prospect, positive
+from lightning_subspace.solver import agreed_product
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -188,7 +189,7 @@ def spectrum_of(probe: Probe, steps: int, vectors: int, seed: int) -> Quadrature
 
     with partition.ranks.bare():
         return quadrature(
-            operator.matvec,
+            agreed_product(operator),
             operator.n,
             steps=steps,
             vectors=vectors,

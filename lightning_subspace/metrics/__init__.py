@@ -1,7 +1,7 @@
-"""Fractions, overlaps and angles of subspaces as torchmetrics: usable alone, summed over updates and over processes.
+"""Fractions, overlaps and angles of subspaces as torchmetrics, usable without the monitor.
 
-The same quantities as the measurements of the monitor, from the same functions in `lightning_subspace.subspace`. Here
-they are for tensors that somebody else has: eigenvectors from a file, two gradients, the bases of two solvers.
+The same quantities as its measurements, from the same functions in `lightning_subspace.subspace`. Here they are for
+tensors from elsewhere: eigenvectors from a file, two gradients, the bases of two solvers.
 """
 
 from lightning_subspace.metrics.functional import gradient_fraction, principal_angles, subspace_overlap

@@ -1,4 +1,4 @@
-"""What the metrics compute, as functions of tensors. The arguments are checked; the mathematics is in `subspace`."""
+"""Functions behind the metrics: they check their arguments, `subspace` does the mathematics."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def gradient_fraction(
     *,
     validate_args: bool = True,
 ) -> Tensor:  # () float64
-    """Share of a vector's squared length that lies in a subspace: f = |P v|^2 / |v|^2 with P = V^T V, in [0, 1].
+    """Share of a vector's squared length that lies in a subspace.
 
-    With V the top eigenvectors of the Hessian and v the gradient it is f_top (Gur-Ari, Roberts and Dyer 2018, arXiv
-    1812.04754, section 2). A random vector gives k/n on average. Its square root is chi_k (Song, Ahn and Yun, arXiv
-    2405.16002).
+    f = |P v|^2 / |v|^2 with P = V^T V, in [0, 1]. With V the top eigenvectors of the Hessian and v the gradient it is
+    f_top (Gur-Ari, Roberts and Dyer 2018, arXiv 1812.04754, section 2). A random vector gives k/n on average. Its
+    square root is chi_k (Song, Ahn and Yun, arXiv 2405.16002).
 
     Args:
         basis: orthonormal rows.
@@ -47,15 +47,18 @@ def subspace_overlap(
     *,
     validate_args: bool = True,
 ) -> Tensor:  # () float64
-    """Overlap of two subspaces: Tr(P P') / min(k, m), the mean squared cosine of the principal angles, in [0, 1].
+    """Overlap of two subspaces: the mean squared cosine of their principal angles.
 
-    Equation 4 of Gur-Ari, Roberts and Dyer (2018, arXiv 1812.04754) for k = m. 1 for equal spaces or one inside the
-    other, 0 for orthogonal ones, max(k, m)/n on average for random ones.
+    Tr(P P') / min(k, m), in [0, 1]. Equation 4 of Gur-Ari, Roberts and Dyer (2018, arXiv 1812.04754) for k = m. 1 for
+    equal spaces or one inside the other, 0 for orthogonal ones, max(k, m)/n on average for random ones.
 
     Args:
         basis: orthonormal rows.
         other: orthonormal rows of the same length.
         validate_args: check the arguments; without it, rows that are not orthonormal give a wrong number.
+
+    Returns:
+        The overlap.
 
     Raises:
         ValueError: for a basis whose rows are not orthonormal to 1e-4, or shapes that do not fit.
@@ -75,15 +78,18 @@ def principal_angles(
     *,
     validate_args: bool = True,
 ) -> Tensor:  # (min(k, m),) float64
-    """Principal angles between two subspaces in radians, ascending, in [0, pi/2] (Bjorck and Golub 1973).
+    """Principal angles between two subspaces in radians, ascending, in [0, pi/2].
 
-    Their mean squared cosine is `subspace_overlap`. Small angles keep their accuracy: 1e-15 for float64 bases, 1e-7 for
-    float32 ones.
+    Bjorck and Golub (1973, Numerical Methods for Computing Angles Between Linear Subspaces). Their mean squared cosine
+    is `subspace_overlap`. Small angles keep their accuracy: 1e-15 for float64 bases, 1e-7 for float32 ones.
 
     Args:
         basis: orthonormal rows.
         other: orthonormal rows of the same length.
         validate_args: check the arguments; without it, rows that are not orthonormal give a wrong number.
+
+    Returns:
+        The angles.
 
     Raises:
         ValueError: for a basis whose rows are not orthonormal to 1e-4, or shapes that do not fit.
@@ -106,35 +112,35 @@ def _check_pair(basis: Tensor, other: Tensor) -> None:
     _check_basis("other", other)
     if basis.shape[1] != other.shape[1]:
         raise ValueError(
-            f"Expected argument `other` to have rows of length {basis.shape[1]}, as `basis` has, but got "
-            f"{tuple(other.shape)}; both are spaces of the same parameters, basis vectors as rows."
+            f"other: expected rows of length {basis.shape[1]}, as those of basis, got shape {tuple(other.shape)}; both "
+            "are spaces of the same parameters, basis vectors as rows."
         )
 
 
 def _check_basis(name: str, basis: Tensor) -> None:
     if not isinstance(basis, Tensor) or basis.ndim != 2 or not 0 < basis.shape[0] <= basis.shape[1]:
         raise ValueError(
-            f"Expected argument `{name}` to be a tensor of shape (k, n) with 0 < k <= n, basis vectors as rows, but "
-            f"got {_description(basis)}; transpose a basis in columns."
+            f"{name}: expected a tensor of shape (k, n) with 0 < k <= n, basis vectors as rows, got "
+            f"{_description(basis)}; transpose a basis in columns."
         )
     if not basis.is_floating_point():
         raise ValueError(
-            f"Expected argument `{name}` to be of a real floating-point type, but got {_description(basis)}; complex "
-            "parameters have two real coordinates an entry, as in torch.view_as_real."
+            f"{name}: expected a real floating-point type, got {_description(basis)}; complex parameters have two real "
+            "coordinates an entry, as in torch.view_as_real."
         )
     defect = subspace.orthonormality_defect(basis.detach())
     if not defect < subspace.ORTHONORMALITY:
         raise ValueError(
-            f"Expected argument `{name}` to have orthonormal rows, max|V V^T - I| < {subspace.ORTHONORMALITY:.0e}, but "
-            f"got {defect:.1e}; torch.linalg.qr({name}.T)[0].T of float32 or wider gives orthonormal ones."
+            f"{name}: expected orthonormal rows, max|V V^T - I| < {subspace.ORTHONORMALITY:.0e}, got {defect:.1e}; "
+            f"torch.linalg.qr({name}.T)[0].T of float32 or wider gives orthonormal ones."
         )
 
 
 def _check_vector(name: str, vector: Tensor, n: int) -> None:
     if not isinstance(vector, Tensor) or vector.shape != (n,) or not vector.is_floating_point():
         raise ValueError(
-            f"Expected argument `{name}` to be a real floating-point tensor of shape ({n},), as the rows of the basis, "
-            f"but got {_description(vector)}; flatten gradients in the order of the basis and concatenate them."
+            f"{name}: expected a real floating-point tensor of shape ({n},), as the rows of the basis, got "
+            f"{_description(vector)}; flatten gradients in the order of the basis and concatenate them."
         )
 
 

@@ -1,7 +1,7 @@
-"""The metrics. Each is the mean over its updates, so that a process that updates with the same tensors changes nothing.
+"""Metrics of subspaces as torchmetrics: each is the mean over its updates.
 
-All hold a sum and a count, both summed over processes, in float64: that of two processes is the mean over the updates
-of both, whether they saw the same tensors or different ones.
+All hold a sum and a count, both summed over processes, in float64. So the metric of two processes is the mean over the
+updates of both, whether they saw the same tensors or different ones.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Mean(Metric):
     def __init__(self, shape: tuple[int, ...], validate_args: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not isinstance(validate_args, bool):
-            raise ValueError(f"Expected argument `validate_args` to be a boolean but got {validate_args!r}")
+            raise ValueError(f"validate_args: expected a bool, got {validate_args!r}.")
         self.validate_args = validate_args
         self.add_state("total", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
@@ -62,11 +62,11 @@ class _Mean(Metric):
 
 
 class GradientFraction(_Mean):
-    """Share of a vector's squared length inside a subspace: the mean of |P v|^2 / |v|^2 over updates, in [0, 1].
+    """Share of a vector's squared length inside a subspace, mean over updates.
 
-    With the top eigenvectors of the Hessian and the gradient it is f_top (Gur-Ari, Roberts and Dyer 2018, arXiv
-    1812.04754, section 2); a random vector gives k/n. Neither end is better. A vector that is zero or not finite has
-    no such share, and its update does not count.
+    |P v|^2 / |v|^2, in [0, 1]. With the top eigenvectors of the Hessian and the gradient it is f_top (Gur-Ari, Roberts
+    and Dyer 2018, arXiv 1812.04754, section 2); a random vector gives k/n. Neither end is better. A vector that is zero
+    or not finite has no such share, and its update does not count.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
@@ -78,6 +78,9 @@ class GradientFraction(_Mean):
     Args:
         validate_args: check shapes, and that the rows are orthonormal, at every update.
         kwargs: additional arguments of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: for a validate_args that is no bool, and in `update` as its function.
 
     Example:
         >>> metric = GradientFraction()
@@ -101,10 +104,10 @@ class GradientFraction(_Mean):
 
 
 class SubspaceOverlap(_Mean):
-    """Overlap of two subspaces: the mean of Tr(P P') / min(k, m) over updates, in [0, 1].
+    """Overlap of two subspaces, mean over updates.
 
-    Equation 4 of Gur-Ari, Roberts and Dyer (2018, arXiv 1812.04754): 1 for equal spaces, 0 for orthogonal ones, k/n for
-    random ones.
+    Tr(P P') / min(k, m), in [0, 1]. Equation 4 of Gur-Ari, Roberts and Dyer (2018, arXiv 1812.04754): 1 for equal
+    spaces, 0 for orthogonal ones, k/n for random ones.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
@@ -116,6 +119,9 @@ class SubspaceOverlap(_Mean):
     Args:
         validate_args: check shapes, and that the rows are orthonormal, at every update.
         kwargs: additional arguments of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: for a validate_args that is no bool, and in `update` as its function.
 
     Example:
         >>> metric = SubspaceOverlap()
@@ -137,9 +143,10 @@ class SubspaceOverlap(_Mean):
 
 
 class PrincipalAngles(_Mean):
-    """Principal angles between two subspaces in radians, ascending, each the mean over updates, in [0, pi/2].
+    """Principal angles between two subspaces, in radians, mean over updates.
 
-    Bjorck and Golub (1973). Zero for a direction that both have, pi/2 for one that is orthogonal to the other space.
+    Ascending, each in [0, pi/2]. Bjorck and Golub (1973). Zero for a direction that both have, pi/2 for one that is
+    orthogonal to the other space.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
@@ -169,7 +176,7 @@ class PrincipalAngles(_Mean):
 
     def __init__(self, num_angles: int, validate_args: bool = True, **kwargs: Any) -> None:
         if isinstance(num_angles, bool) or not isinstance(num_angles, int) or num_angles < 1:
-            raise ValueError(f"Expected argument `num_angles` to be a positive integer but got {num_angles!r}")
+            raise ValueError(f"num_angles: expected a positive integer, got {num_angles!r}.")
         super().__init__((num_angles,), validate_args, **kwargs)
         self.num_angles = num_angles
 
@@ -178,7 +185,7 @@ class PrincipalAngles(_Mean):
         angles = principal_angles(basis, other, validate_args=self.validate_args)
         if len(angles) != self.num_angles:
             raise ValueError(
-                f"Expected arguments `basis` and `other` to have {self.num_angles} angles, as `num_angles` says, but "
-                f"got {len(angles)}, from {len(basis)} and {len(other)} basis vectors; pass num_angles={len(angles)}."
+                f"basis, other: expected {self.num_angles} angles, as num_angles says, got {len(angles)} from "
+                f"{len(basis)} and {len(other)} basis vectors; pass num_angles={len(angles)}."
             )
         self._add(angles)

@@ -18,7 +18,9 @@ from lightning_subspace.curvature import (
 )
 from lightning_subspace.curvature.choice import OPERATORS, Curvature, OnCheckFail, Precision, Row
 from lightning_subspace.parameters import ParameterSpace
+from lightning_subspace.probe import take_probe
 from lightning_subspace.sample import sample_of_batches
+from lightning_subspace.solver import Solver
 from lightning_subspace.training_loss import TrainingLoss
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -80,9 +82,12 @@ class SecondMoment(BatchMean):
 
 def test_a_new_operator_is_one_method_and_one_row(module, monkeypatch):
     monkeypatch.setitem(OPERATORS, "second-moment", Row(SecondMoment, order=1))
-    options = {"k": 2, "loss_fn": classify, "dtype": "float64", "tol": 1e-8}
-    record = measure_subspace(module, BATCHES, curvature="second-moment", **options)
-    sample = sample_of_batches(BATCHES).hessian
+    choice, sample = Choice(classify, dtype="float64", curvature="second-moment"), sample_of_batches(BATCHES)
+    choice, notice = choice.after(choice.check(module, sample))
+    assert notice is None
+    with choice.loss(module, ParameterSpace.of(module)) as loss:
+        _, record = take_probe(loss, sample, Solver(k=2, tol=1e-8), (), operator=choice.operator)
+    sample = sample.hessian
     with TrainingLoss(module, ParameterSpace.of(module), classify, dtype=torch.float64) as loss:
         same = EmpiricalFisher(loss, sample, examples=False)
         matrix = torch.stack([same.matvec(column) for column in torch.eye(same.n, dtype=torch.float64)])

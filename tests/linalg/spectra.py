@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_subspace.linalg import EigshResult, Which
-from lightning_subspace.linalg.which import best_first, merit
+from lightning_subspace.linalg.selection import best_first, merit
 
 
 def generator(seed: int) -> torch.Generator:

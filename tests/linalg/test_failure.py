@@ -225,12 +225,12 @@ def test_failure_of_any_operation_on_a_slice(size: int, failing: int) -> None:
 @pytest.mark.parametrize(
     ("wrong", "error", "match"),
     [
-        ({"v0": torch.full((101,), torch.nan)}, ValueError, "`v0`.*finite"),
-        ({"v0": torch.ones(7)}, ValueError, "`v0`.*\\(7,\\)"),
-        ({"v0": [1.0]}, TypeError, "`v0`.*list"),
-        ({"random": lambda seed, i: torch.full((101,), torch.inf)}, ValueError, "`random.*finite"),
-        ({"random": lambda seed, i: torch.ones(7)}, ValueError, "`random`.*\\(7,\\)"),
-        ({"n": -1, "dimension": N}, ValueError, "`n`.*-1"),
+        ({"v0": torch.full((101,), torch.nan)}, ValueError, "^v0: expected .*finite"),
+        ({"v0": torch.ones(7)}, ValueError, "^v0: expected .*\\(7,\\)"),
+        ({"v0": [1.0]}, TypeError, "^v0: expected .*list"),
+        ({"random": lambda seed, i: torch.full((101,), torch.inf)}, ValueError, "^random: expected .*finite"),
+        ({"random": lambda seed, i: torch.ones(7)}, ValueError, "^random: expected .*\\(7,\\)"),
+        ({"n": -1, "dimension": N}, ValueError, "^n: expected .*-1"),
     ],
 )
 def test_wrong_start_on_one_rank(wrong: dict[str, object], error: type[Exception], match: str) -> None:
@@ -243,7 +243,7 @@ def test_wrong_start_on_one_rank(wrong: dict[str, object], error: type[Exception
 def test_wrong_length_on_one_rank_leaves_the_dimension_unknown() -> None:
     results, _ = run([101, 101, 101], failing=1, n=101.0)
     assert [type(result) for result in results] == [ValueError, TypeError, ValueError]
-    assert all("`n`" in str(result) for result in results)
+    assert all(str(result).startswith("n: expected") for result in results)
 
 
 def test_wrong_image_on_one_rank() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_subspace.linalg import rows as rows_module
+from lightning_subspace.linalg import blocked as blockwise
 from lightning_subspace.linalg.agreement import Agreement
 from lightning_subspace.linalg.lanczos import Lanczos
 
@@ -187,7 +187,7 @@ def test_basis_is_rotated_in_place_and_in_blocks(monkeypatch: pytest.MonkeyPatch
     rotation = best_ritz_vectors(whole, 8)
     address = blocked.basis.data_ptr()
     whole.contract(rotation)
-    monkeypatch.setattr(rows_module, "_CHUNK", 7)
+    monkeypatch.setattr(blockwise, "_CHUNK", 7)
     blocked.contract(rotation)
     assert blocked.basis.data_ptr() == address
     torch.testing.assert_close(blocked.vectors, whole.vectors, rtol=0, atol=1e-15)
@@ -201,7 +201,7 @@ def test_rotated_vectors_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatc
     before = lanczos.basis.clone()
     expected = rotation.T @ lanczos.vectors
     for chunk in (7, N):
-        monkeypatch.setattr(rows_module, "_CHUNK", chunk)
+        monkeypatch.setattr(blockwise, "_CHUNK", chunk)
         vectors, gram = lanczos.rotated(rotation)
         torch.testing.assert_close(lanczos.basis, before, rtol=0, atol=0)
         torch.testing.assert_close(vectors, expected, rtol=0, atol=1e-15)

@@ -120,7 +120,7 @@ def test_the_density_integrates_to_one_and_to_the_shares() -> None:
 
 def test_arguments_are_refused_by_name() -> None:
     for name in ("steps", "vectors"):
-        with pytest.raises(ValueError, match=f"`{name}` to be at least 1"):
+        with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
             quadrature(identity, 3, **{name: 0})
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_subspace.curvature import Hessian
+from lightning_subspace.forecast import expected_products
 from lightning_subspace.measurements import (
     BatchSharpness,
     Chi,
@@ -18,11 +19,10 @@ from lightning_subspace.measurements import (
     Reliability,
     Stability,
     Trace,
-    default_measurements,
 )
 from lightning_subspace.measurements.measurement import Prospect
 from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.plan import Plan
+from lightning_subspace.plan import ProbeSettings
 from lightning_subspace.probe import take_probe
 from lightning_subspace.sample import Sample, sample_of_batches
 from lightning_subspace.solver import Solver
@@ -119,11 +119,11 @@ def test_the_first_probe_of_a_classifier_is_guessed_within_a_factor(k, monkeypat
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = network()
-    plan = Plan(solver, tuple(default_measurements(k)))
-    expected, later = plan.expected_products(Prospect(0, solver, sample))
+    settings = ProbeSettings(k=k)
+    expected, later = expected_products(settings, Prospect(0, solver, sample))
     products = Products(monkeypatch, 1024.0)
     with TrainingLoss(module, ParameterSpace.of(module), loss_fn) as loss:
-        take_probe(loss, sample, solver, plan.measurements)
+        take_probe(loss, sample, solver, settings.taken)
     assert products.count / 2 <= expected <= 2 * products.count
     assert later < expected
 
@@ -132,8 +132,9 @@ def test_the_first_probe_of_a_classifier_is_guessed_within_a_factor(k, monkeypat
 def test_what_is_taken_seldom_is_expected_seldom(kind):
     sample = part_of_a_set(data())
     prospect = Prospect(0, Solver(K), sample)
-    own, every, seldom = (Plan(Solver(K), tuple(m)) for m in ([], [kind(every=1)], [kind(every=2)]))
-    first, later = ([plan.expected_products(prospect)[i] for plan in (own, every, seldom)] for i in (0, 1))
+    added = ([], [kind(every=1)], [kind(every=2)])
+    each = [expected_products(ProbeSettings(k=K, measurements=m, defaults=False), prospect) for m in added]
+    first, later = ([one[i] for one in each] for i in (0, 1))
     assert first[1] == first[2] > first[0]
     assert later[2] - later[0] == pytest.approx((later[1] - later[0]) / 2)
     assert later[1] > later[0]
@@ -147,5 +148,7 @@ def test_later_probes_are_averaged_and_nothing_is_solved_for_without_pairs():
             return 60.0
 
     sample = part_of_a_set(data())
-    first, later = Plan(Solver(0), (Sixth(),)).expected_products(Prospect(0, Solver(0), sample))
+    first, later = expected_products(
+        ProbeSettings(k=0, measurements=[Sixth()], defaults=False), Prospect(0, Solver(0), sample)
+    )
     assert (first, later) == (60.0, 6.0)  # of the probes 1 to 10 one is a sixth one

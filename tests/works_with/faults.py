@@ -37,7 +37,7 @@ from lightning_subspace import (
     Needs,
     SubspaceMonitor,
     SubspaceProjection,
-    checkpoint,
+    forecast,
     monitor,
     probe,
     recorder,
@@ -51,8 +51,6 @@ from lightning_subspace.curvature.displaced import DisplacedGradients
 from lightning_subspace.curvature.forward_difference import ForwardDifferenceHessian
 from lightning_subspace.curvature.sharded_difference import ShardedDifferenceHessian
 from lightning_subspace.linalg.lanczos import Lanczos
-from lightning_subspace.linalg.search import Search
-from lightning_subspace.messages import Messages
 from lightning_subspace.overlap_history import OverlapHistory
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.partition import Partition
@@ -164,7 +162,10 @@ def _product(self: Any, *args: Any) -> str:
     return f"{label} {here.counts[label]}"
 
 
-def _restart(self: Any, *args: Any) -> str:
+def _contract(self: Any, rotation: Tensor) -> str:
+    """A thick restart keeps more than the k wanted vectors, a fresh start does not; all fits here have ncv = k + 3."""
+    if rotation.shape[1] <= len(self.basis) - 4:
+        return f"{here.phase} contract"
     here.counts["restarts"] += 1
     return "restart"
 
@@ -192,27 +193,27 @@ PLACES: list[tuple[Any, str, str | Callable[..., str]]] = [
     (sharded, "full_tensors", _in_a_probe("gather")),
     (Solver, "solve", lambda self, operator, matvec=None, **kwargs: "solve" if here.phase == "probe" else here.phase),
     (Solver, "_warm_start", "warm start"),
-    (Lanczos, "contract", _within("contract")),
-    (Search, "_restart", _restart),
+    (Lanczos, "contract", _contract),
     (Partition, "random", lambda self, seed, number, *args, **kwargs: f"random vector {number}"),
     (ParameterSpace, "of", _within("space")),
     (ParameterSpace, "tensors", _within("tensors")),
     (ProgressLine, "update", "progress"),
-    (Messages, "forecast", "forecast"),
-    (tracker.Tracker, "adapt", "adapt"),
-    (tracker.Tracker, "_partition_of", lambda *args: here.phase or "begin"),
-    (tracker.Tracker, "_theta", "theta"),
-    (tracker.Tracker, "measure", "probe"),
-    (tracker.Tracker, "close", "close"),
+    (forecast, "forecast", "forecast"),
+    (tracker.ProbeRun, "refresh_parameters", "adapt"),
+    (tracker.ProbeRun, "_partition_of", lambda *args: here.phase or "begin"),
+    (tracker.ProbeRun, "_theta", "theta"),
+    (tracker.ProbeRun, "measure", "probe"),
+    (tracker.ProbeRun, "close", "close"),
     (tracker, "finite", _within("finite")),
     (probe, "finite", _within("finite")),
     (tracker.OpenRecord, "see_gradient", "see gradient"),
-    (checkpoint.Resumed, "complete", "complete"),
+    (tracker.Resumed, "complete", "complete"),
     (OverlapHistory, "compare", "compare sketches"),
     (probe, "sketch", "sketch"),
-    (monitor, "tracker_state", "state"),
-    (checkpoint, "restore", "restore"),
+    (monitor, "encode", "state"),
+    (tracker.ProbeRun, "resumed", "restore"),
     *((getattr(default, name), "measure", name) for name in MEASURED),
+    (default.Trace, "measure", "Trace"),
     (default.UpdateFraction, "after_step", "UpdateFraction"),
 ]
 
@@ -266,7 +267,7 @@ def _follow_probes() -> None:
 
         setattr(recorder.Recorder, name, followed)
 
-    follow("take", lambda self, its, trainer, module, sample, step: step)
+    follow("take", lambda self, trainer, module, step: step)
     follow("close", lambda self, *args: None if self.open is None else self.open.record.step)
 
 
@@ -751,7 +752,7 @@ def _fit(case: Case, alone: Observer, folder: Path) -> Fit:
         observer, error = train(case, its_monitor, folder)
     left, here.faults = here.faults, []
     texts = [str(warning.message) for warning in caught]
-    its, records = its_monitor._tracker, its_monitor.history
+    its, records = its_monitor._runner.run, its_monitor.history
     return Fit(
         changed=differences(alone.seen, observer.seen)[:5],
         left=left,

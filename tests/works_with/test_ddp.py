@@ -554,7 +554,7 @@ def train_on(ranks, folder, resume, width):
     one, data = monitor(every_n_steps=2, reference_step=2), in_turn(ranks, COUNT)  # one step an epoch
     trainer = fit(Net(width), data, one, Saving(folder), ranks=ranks, steps=7, max_epochs=-1, ckpt_path=resume)
     steps, matrix = one.overlap_matrix()
-    return rows(one), steps, matrix, [p.tolist() for p in trainer.model.parameters()], one._tracker.num_probes
+    return rows(one), steps, matrix, [p.tolist() for p in trainer.model.parameters()], one._runner.run.num_probes
 
 
 @pytest.mark.parametrize(

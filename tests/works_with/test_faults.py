@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import lightning_subspace.report.figures  # noqa: F401  # takes a while, so before the processes are forked
+from lightning_subspace import Trace
 from tests.works_with.faults import (
     ERRORS,
     MEASURED,
@@ -181,6 +182,11 @@ def test_central_differences():
             *cases("an operation of matvec 3", kinds=["device memory"], operation=2, **options),
         ]
     )
+
+
+def test_a_trace_by_central_differences():
+    options = {"monitor": {"curvature": "finite-difference", "k": 3, "ncv": 6, "dtype": "float64"}, "project": "kinked"}
+    check(cases("Trace matvec 2 backward", "Trace matvec 3 forward", measurements=lambda: [Trace(2)], **options))
 
 
 def test_the_measurements():

@@ -15,12 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import measure_subspace
 from lightning_subspace.curvature import Choice, Hessian
-from lightning_subspace.measurements import default_measurements
 from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.plan import Plan
+from lightning_subspace.plan import ProbeSettings
 from lightning_subspace.sample import sample_of_batches, sample_of_current
-from lightning_subspace.solver import Solver
-from lightning_subspace.tracker import Tracker
+from lightning_subspace.tracker import ProbeRun
 from tests.oracles import dense_hessian
 
 PRECISIONS = ["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"]
@@ -140,7 +138,7 @@ def test_training_is_left_alone(precision, dtype):
     records = []
 
     def measure(module, batch):
-        tracker = Tracker(Plan(Solver(2), default_measurements(2), dtype=dtype), module)
+        tracker = ProbeRun(ProbeSettings(k=2, dtype=dtype), module)
         sample = sample_of_batches([(INPUTS, LABELS)])
         tracker.check(module, sample)
         records.append(tracker.close(tracker.measure(module, sample, 2)))

@@ -46,7 +46,7 @@ def test_two_hundred_probes_in_flat_memory():
     trainer.fit(Net(width=250), loader)  # n = 5,003
     assert len(monitor.history) == PROBES
     # A record has two small tensors, its eigenvalues and residuals; a kept sketch one more, of which there are 64.
-    assert len(monitor._tracker.overlaps.sketches) <= 64
+    assert len(monitor._runner.run.overlaps.sketches) <= 64
     assert watch.tensors[190] - watch.tensors[100] <= 2 * 90 + 10
     assert watch.resident[190] - watch.resident[100] <= 8e6
     for step, size in watch.state.items():

@@ -17,11 +17,9 @@ from lightning_subspace.collectives import Ranks
 from lightning_subspace.curvature import CheckError, CheckOutcome, choice
 from lightning_subspace.curvature.self_check import THRESHOLD
 from lightning_subspace.loss_function import LossError
-from lightning_subspace.measurements import default_measurements
-from lightning_subspace.plan import Plan
+from lightning_subspace.plan import ProbeSettings
 from lightning_subspace.sample import sample_of_batches
-from lightning_subspace.solver import Solver
-from lightning_subspace.tracker import Tracker
+from lightning_subspace.tracker import ProbeRun
 from tests.custom_functions import KeepsInput, OnceDifferentiable
 from tests.oracles import dense_hessian, dense_hessian_by_differences, top_eigenspace
 from tests.processes import run
@@ -202,10 +200,10 @@ class Probing(Callback):
 
     def __init__(self, inputs, **options):
         self.sample = sample_of_batches([(inputs, LABELS)])
-        self.plan = Plan(Solver(K), default_measurements(K), **options)
+        self.settings = ProbeSettings(k=K, **options)
 
     def on_train_start(self, trainer, pl_module):
-        self.tracker = Tracker(self.plan, pl_module)
+        self.tracker = ProbeRun(self.settings, pl_module)
         self.tracker.check(pl_module, self.sample)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -362,7 +360,7 @@ def test_a_projection_without_a_space_leaves_steps_as_they_are(keep, checks):
 def refused_on_ranks():
     ranks, (make, inputs) = Ranks(dist.group.WORLD), UNDERIVABLE["missing"]
     module, sample = built(make), sample_of_batches([(inputs, LABELS)] * 2, ranks=ranks)
-    tracker, said = Tracker(Plan(Solver(K), default_measurements(K), curvature="ggn"), module, ranks), []
+    tracker, said = ProbeRun(ProbeSettings(k=K, curvature="ggn"), module, ranks), []
     for attempt in (lambda: tracker.check(module, sample), lambda: tracker.measure(module, sample, 0)):
         try:
             attempt()

@@ -1,5 +1,6 @@
 """Checkpoints: a resumed run is the straight run, and what cannot go on says so."""
 
+import copy
 import io
 
 import numpy as np
@@ -120,12 +121,12 @@ def test_a_checkpoint_is_no_larger_than_stated():
     one = monitor(k=k)
     run(one, steps=1, width=400)
     generator = torch.Generator().manual_seed(0)
-    overlaps, base = OverlapHistory(), one._tracker.history[-1]
-    one._tracker.history[:] = [base.__class__(step, base.metrics, base.subspace) for step in range(probes)]
+    overlaps, base = OverlapHistory(), one._runner.run.history[-1]
+    one._runner.run.history[:] = [base.__class__(step, base.metrics, base.subspace) for step in range(probes)]
     for step in range(probes):
         basis = torch.linalg.qr(torch.randn(cells, k, generator=generator))[0].T.contiguous()
         overlaps.add(step, Sketch(basis, exact=False))
-    one._tracker.overlaps = overlaps
+    one._runner.run.overlaps = overlaps
     buffer = io.BytesIO()
     torch.save(one.state_dict(), buffer)
     assert 64 * 4 * k * cells < buffer.tell() <= 256 * k * cells + 2_000 * probes + 20_000
@@ -205,11 +206,12 @@ def test_the_sketch_of_the_reference_is_never_given_up():
         if step == 1:
             history.reference_step = 1
     assert list(history.sketches) == [0, 1, 19]
-    back = OverlapHistory.of_state(history.state(), 3)
+    back = copy.copy(history)
     np.testing.assert_array_equal(back.matrix()[1], history.matrix()[1])
     assert list(back.sketches) == [0, 1, 19]
     back.forget(19)
     assert (list(back.sketches), back.matrix()[0]) == ([0, 1], list(range(19)))
+    assert list(history.sketches) == [0, 1, 19]
 
 
 @pytest.mark.filterwarnings("ignore:.*is affected by:UserWarning")

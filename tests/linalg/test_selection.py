@@ -5,13 +5,13 @@ import torch
 from torch import Tensor
 
 from lightning_subspace.linalg import Which
-from lightning_subspace.linalg.which import (
+from lightning_subspace.linalg.selection import (
     WHICH,
     best_first,
     decisive_values,
     last_places,
     merit,
-    outward,
+    merit_in_place,
     report_order,
 )
 
@@ -49,7 +49,7 @@ def test_gap_lies_behind_the_last_place_of_each_end(which: Which, places: list[i
     listed = VALUES[best_first(VALUES, which)]
     assert last_places(4, which) == places
     for place in places:
-        merits = outward(listed, place, which)
+        merits = merit_in_place(listed, place, which)
         assert (merits[place] >= merits[4:]).all()
 
 

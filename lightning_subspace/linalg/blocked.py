@@ -1,9 +1,11 @@
-"""Long vectors as the rows of a matrix, worked on a few columns at a time.
+"""Products with long vectors as rows, a few columns at a time.
 
 That bounds the memory of what is done in float64, and it bounds the rounding of inner products: a CPU adds float32 one
-after the other, and loses 1e-4 of |v|^2 in vectors of a million. Accuracy does not hang on the caller's settings:
-float64 is out of reach of autocast and TF32. Apple's devices have none, and stay in their own precision.
+after the other, and loses 1e-4 of |v|^2 in vectors of a million. Accuracy does not depend on the caller's settings:
+autocast and TF32 do not touch float64. Apple's devices have no float64, and stay in their own precision.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 
@@ -11,8 +13,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 13  # columns; on a CPU a block of them fits a cache
-# Where columns are copied in float64 that is done in at least so many parts, so that the copies of a short basis are
-# small beside it.
+# Columns are copied in float64 in at least so many parts: the copies of a short basis are small beside it.
 _PARTS, _SMALLEST_CHUNK = 32, 256
 
 
@@ -22,7 +23,7 @@ def products(
     *,
     normed: bool,
 ) -> Tensor:  # (m + 1,)
-    """Inner products of a vector with all rows, and its own square behind them (zero if not ``normed``)."""
+    """Inner products with all rows, then |vector|^2 (zero if not `normed`)."""
     found = torch.zeros(rows.shape[0] + 1, dtype=_exact(rows), device=rows.device)
     with torch.autocast(vector.device.type, enabled=False):  # it would round these to half precision
         pieces = zip(rows.split(_chunk(rows), dim=1), vector.split(_chunk(rows)), strict=True)
@@ -37,15 +38,13 @@ def rotate(
     rotation: Tensor,  # (m, c)
     out: Tensor,  # (c, n)
 ) -> None:
-    """Write ``rotation^T rows`` into ``out``, which may be the first of the rows."""
+    """Write rotation^T rows into `out`, possibly the first rows themselves."""
     weights = rotation.T.to(out.device, _exact(out))
     for block in _blocks(out):
         out[:, block] = weights @ rows[:, block].to(weights.dtype)
 
 
-def gram(
-    rows: Tensor,  # (m, n)
-) -> Tensor:  # (m, m)
+def gram(rows: Tensor) -> Tensor:  # (m, n) -> (m, m)
     """All inner products of the rows."""
     total = torch.zeros(rows.shape[0], rows.shape[0], dtype=_exact(rows), device=rows.device)
     for block in _blocks(rows):
@@ -59,7 +58,7 @@ def _exact(tensor: Tensor) -> torch.dtype:
 
 
 def _blocks(matrix: Tensor) -> Iterator[slice]:
-    """A few columns at a time, in parts that are small beside the matrix."""
+    """Blocks of columns that are small beside the matrix."""
     chunk = min(_chunk(matrix), max(_SMALLEST_CHUNK, matrix.shape[1] // _PARTS))
     for start in range(0, matrix.shape[1], chunk):
         yield slice(start, start + chunk)

@@ -1,0 +1,139 @@
+"""Stopping criteria, on numbers that are equal on all ranks.
+
+`Rules` are fixed for a run, `Progress` is what is remembered between matvecs, and `decide` is a pure function of both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_subspace.linalg.result import Outcome
+from lightning_subspace.linalg.selection import Ritz, Which
+
+_COPY_MARGIN = 0.03  # in units of scale
+# A looser test is passed before all wanted pairs have appeared; for Hessians of trained networks 1e-2 often is.
+_PLAIN_TOL = 1e-3
+_SMALLEST = 0.02  # in units of scale: eigenvalues below count as this large in the relative test
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The checked arguments of `eigsh`, and thresholds that follow from them."""
+
+    k: int
+    which: Which
+    tol: float
+    tightest: float  # smallest residual that `subspace_tol` may ask for, relative to scale
+    subspace_tol: float | None
+    ncv: int
+    max_matvecs: int
+    verify: bool
+    delta: float
+    dimension: int
+    max_asymmetry: float
+
+    @property
+    def patience(self) -> int:
+        """Matvecs without progress after which a search has stagnated."""
+        return max(100, 5 * self.k)
+
+    @property
+    def num_kept(self) -> int:
+        """Ritz vectors that a thick restart keeps."""
+        return self.k + (self.ncv - self.k) // 3
+
+    def thresholds(
+        self,
+        wanted: Tensor,  # (k,) Ritz values
+        gap: float,  # behind them; NaN while it is unknown, infinity to leave `subspace_tol` out
+        scale: float,
+    ) -> Tensor:  # (k,)
+        """The largest residuals at which the wanted pairs pass."""
+        allowed = self.tol * scale
+        if self.subspace_tol is not None:
+            for_space = 0.0 if math.isnan(gap) else self.subspace_tol * gap
+            allowed = min(max(for_space, self.tightest * scale), allowed)
+        if self.tol <= _PLAIN_TOL:
+            return torch.full_like(wanted, allowed)
+        return (self.tol * wanted.abs().clamp(min=_SMALLEST * scale)).clamp(max=allowed)
+
+    def copy_margin(self, scale: float) -> float:
+        """How far beyond the last wanted value a copy matters."""
+        return max(self.tol, _COPY_MARGIN) * scale
+
+
+@dataclass
+class Progress:
+    """The convergence of one run, as remembered between matvecs."""
+
+    num_matvecs: int = 0
+    num_restarts: int = 0
+    num_draws: int = 0  # random directions drawn after the start
+    num_passes: int = 0  # consecutive matvecs that passed the test
+    best_residual: float = math.inf  # smallest so far, relative to scale
+    best_matvec: int = 0  # number of matvecs when it was reached
+
+    @property
+    def num_stalled(self) -> int:
+        """Matvecs since the last progress."""
+        return self.num_matvecs - self.best_matvec
+
+    def reset(self) -> None:
+        """Forget the convergence: the basis, or what is wanted, has changed."""
+        self.num_passes, self.best_residual, self.best_matvec = 0, math.inf, self.num_matvecs
+
+    def test(self, rules: Rules, ritz: Ritz, gap: float, scale: float, *, invariant: bool, verifying: bool) -> bool:
+        """Whether the wanted pairs have converged; records passes and progress.
+
+        The progress of a verification is that of its certificates, not of residuals. In an invariant basis no further
+        matvec can change the pairs. `gap` is NaN while it is unknown.
+        """
+        if len(ritz.values) < rules.k:
+            return False
+        # Only what further matvecs can reduce is tested: the dropped part has passed this test before.
+        reducible = ritz.reducible[: rules.k]
+        worst = float(reducible.max()) / scale if scale else 0.0
+        if worst < self.best_residual or verifying:
+            self.best_residual, self.best_matvec = worst, self.num_matvecs
+        # A residual that falls no more often waits for a pair that was missed. A small basis may wait long for it: the
+        # random direction of a verification finds it sooner, so `subspace_tol` is given up before.
+        if self.num_stalled >= rules.patience // 4:
+            gap = math.inf
+        passed = bool((reducible <= rules.thresholds(ritz.values[: rules.k], gap, scale)).all())
+        self.num_passes = self.num_passes + 1 if passed else 0
+        return passed and (invariant or self.num_passes >= (1 if rules.tol <= _PLAIN_TOL else 2))
+
+
+class Verdict(NamedTuple):
+    """Why a run stops, and whether missed copies are excluded."""
+
+    outcome: Outcome
+    verified: bool = False
+
+
+def decide(
+    rules: Rules,
+    progress: Progress,
+    size: int,  # rows of the basis
+    answered: bool,  # the wanted pairs have converged, now or before the verification in progress began
+    certain: bool,  # besides, missed copies of them are excluded, or could not matter, or are not asked about
+    asymmetric: bool,  # the asymmetry seen is larger than allowed
+    settled: bool,  # scale hardly grew in this matvec
+) -> Verdict | None:
+    """Decide after a matvec why to stop; None to go on."""
+    verdict = None
+    if size == rules.dimension:
+        verdict = Verdict(Outcome.EXACT, verified=True)
+    elif certain:
+        verdict = Verdict(Outcome.CONVERGED, verified=rules.verify)
+    elif progress.num_matvecs >= rules.max_matvecs:
+        verdict = Verdict(Outcome.CONVERGED if answered else Outcome.MAX_MATVECS)
+    elif size >= rules.k and progress.num_stalled >= rules.patience:
+        verdict = Verdict(Outcome.STAGNATED)
+    # In the first matvecs scale may be far below the norm of the operator, and rounding would look like asymmetry.
+    return Verdict(Outcome.ASYMMETRIC) if asymmetric and (settled or verdict is not None) else verdict

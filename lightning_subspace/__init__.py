@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from lightning_subspace.measurements.control import Control as Control
     from lightning_subspace.measurements.critical import CriticalSharpness as CriticalSharpness
     from lightning_subspace.measurements.density import Density as Density
-    from lightning_subspace.measurements.density import SpectralDensity as SpectralDensity
     from lightning_subspace.measurements.density import Trace as Trace
     from lightning_subspace.measurements.measurement import Measurement as Measurement
     from lightning_subspace.measurements.measurement import Needs as Needs
@@ -32,12 +31,13 @@ if TYPE_CHECKING:
     from lightning_subspace.measurements.split import Chi as Chi
     from lightning_subspace.measurements.split import LossChange as LossChange
     from lightning_subspace.measurements.stability import Stability as Stability
+    from lightning_subspace.micro_batch import SampleError as SampleError
     from lightning_subspace.monitor import SubspaceMonitor as SubspaceMonitor
-    from lightning_subspace.pool import SampleError as SampleError
     from lightning_subspace.probe import measure_subspace as measure_subspace
     from lightning_subspace.projection import SubspaceProjection as SubspaceProjection
     from lightning_subspace.record import Record as Record
     from lightning_subspace.record import to_rows as to_rows
+    from lightning_subspace.spectral_density import SpectralDensity as SpectralDensity
     from lightning_subspace.subspace import Subspace as Subspace
     from lightning_subspace.subspace import SubspaceIntegrityError as SubspaceIntegrityError
 
@@ -62,8 +62,8 @@ _HOMES = {
     "Probe": "measurements.measurement",
     "Prospect": "measurements.measurement",
     "Record": "record",
-    "SampleError": "pool",
-    "SpectralDensity": "measurements.density",
+    "SampleError": "micro_batch",
+    "SpectralDensity": "spectral_density",
     "Stability": "measurements.stability",
     "StartWhenAligned": "alignment",
     "Subspace": "subspace",

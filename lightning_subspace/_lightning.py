@@ -23,8 +23,6 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.utils.data import DistributedSampler, RandomSampler, SequentialSampler
 
-from lightning_subspace.collectives import Ranks, world
-
 if TYPE_CHECKING:
     from lightning.fabric.utilities import move_data_to_device
     from lightning.pytorch import Callback
@@ -65,14 +63,6 @@ else:
     DummyLogger = _all("DummyLogger", "lightning.pytorch.loggers.logger", "pytorch_lightning.loggers.logger")[0]
     move_data_to_device = _all("move_data_to_device", "lightning.fabric.utilities", "lightning_fabric.utilities")[0]
 
-# Strategies that cannot be measured under, and what to do instead.
-UNSUPPORTED = {
-    "FSDPStrategy": "FSDP1 cannot be differentiated twice; use FSDP2, by ModelParallelStrategy(tensor_parallel_size=1) "
-    "with fully_shard in configure_model, or strategy='ddp'.",
-    "DeepSpeedStrategy": "DeepSpeed owns the backward pass, so that there is nothing to differentiate twice; use "
-    "strategy='ddp', or FSDP2 by ModelParallelStrategy(tensor_parallel_size=1) with fully_shard in configure_model.",
-}
-
 __all__ = [
     "Callback",
     "CombinedLoader",
@@ -84,7 +74,6 @@ __all__ = [
     "muted",
     "rank_zero_info",
     "rank_zero_warn",
-    "ranks_of",
     "training_loaders",
     "transfer",
     "undistributed",
@@ -137,34 +126,6 @@ def undistributed(sampler: Any) -> tuple[Any, int]:
     if is_a(sampler, "DistributedSamplerWrapper"):
         return dataset._sampler, sampler.num_replicas
     return (RandomSampler(dataset) if sampler.shuffle else SequentialSampler(dataset)), sampler.num_replicas
-
-
-def ranks_of(trainer: Any) -> Ranks:
-    """The processes that share the data of training.
-
-    Raises:
-        ValueError: for strategies under which the Hessian of this module cannot be taken.
-    """
-    strategy = trainer.strategy
-    if is_a(strategy, "ModelParallelStrategy"):
-        mesh = strategy.device_mesh
-        if mesh["tensor_parallel"].size() > 1:
-            raise ValueError(
-                "second derivatives through tensor parallel layers are wrong in torch; use "
-                "ModelParallelStrategy(tensor_parallel_size=1), with fully_shard (FSDP2) in configure_model."
-            )
-        return Ranks(mesh["data_parallel"].get_group(), strategy.root_device)
-    for name, advice in UNSUPPORTED.items():
-        if is_a(strategy, name):
-            raise ValueError(f"strategy: {advice}")
-    if trainer.world_size == 1 and not is_a(strategy, "DDPStrategy"):
-        return Ranks()
-    if not is_a(strategy, "DDPStrategy"):
-        raise ValueError(
-            f"strategy: expected DDP or FSDP2, got {type(strategy).__name__} with {trainer.world_size} processes; use "
-            "strategy='ddp', ModelParallelStrategy(tensor_parallel_size=1), or devices=1"
-        )
-    return Ranks(world(), strategy.root_device)
 
 
 @contextmanager

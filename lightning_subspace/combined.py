@@ -18,9 +18,9 @@ from lightning_utilities.core.apply_func import apply_to_collection
 
 from lightning_subspace._lightning import CombinedLoader
 from lightning_subspace.collectives import Ranks
-from lightning_subspace.pool import Pool, SampleError, batch_size_of, load
-from lightning_subspace.sameness import compare
-from lightning_subspace.sample import Sample, Weight, micro_batch, sample_of_dataset
+from lightning_subspace.micro_batch import SampleError, Weight
+from lightning_subspace.pool import Pool, batch_size_of, load
+from lightning_subspace.sample import Sample, micro_batch, require_same_batches, sample_of_dataset
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def sample_of_loaders(
         size = sum(len(chunk.indices) for chunk in _chunks(item))
         loaded = apply_to_collection(item, Chunk, lambda chunk: next(data[chunk.part]))
         batches.append(micro_batch(loaded, index, weight, size=size, ranks=ranks))
-    compare(batches, Ranks() if ranks is None else ranks)
+    require_same_batches(batches, Ranks() if ranks is None else ranks)
     return Sample.of(batches, sample)
 
 

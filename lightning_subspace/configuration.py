@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_subspace._lightning import MisconfigurationException, is_a, rank_zero_warn, ranks_of
+from lightning_subspace._lightning import MisconfigurationException, is_a, rank_zero_warn
 from lightning_subspace.arguments import wrong
 from lightning_subspace.loss_function import LossFunction, check_loss_function
+from lightning_subspace.strategy import ranks_of
 
 
 @contextmanager

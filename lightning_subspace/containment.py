@@ -23,14 +23,12 @@ its tensors, so a training set does not belong there.
 
 from __future__ import annotations
 
-import copy
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_subspace.containers import Container, Found, explore, own_caches, own_generators, own_packages
@@ -233,30 +231,6 @@ class Shadow:
         if self._dtype is not None and (tensor.is_floating_point() or tensor.is_complex()):
             dtype = torch.promote_types(dtype, self._dtype)
         return tensor.to(dtype, copy=True) if clone else tensor.to(dtype)
-
-
-def copied(data: Any, copy_tensor: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of a batch that shares nothing with it: arrays, lists and objects of any class included.
-
-    Args:
-        data: the batch.
-        copy_tensor: used for the tensors in collections; those inside objects of other classes are copied as they are.
-
-    Example:
-        >>> x = torch.ones(2)
-        >>> first, second = copied([x, x], torch.clone)
-        >>> first is second, first is x
-        (True, False)
-    """
-    memo: dict[int, Any] = {}
-
-    def remember(tensor: Tensor) -> Tensor:
-        if id(tensor) not in memo:
-            memo[id(tensor)] = copy_tensor(tensor)
-        return tensor
-
-    apply_to_collection(data, Tensor, remember, allow_frozen=True)
-    return copy.deepcopy(data, memo)
 
 
 class _Sealed:

@@ -11,9 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_subspace.collectives import Ranks
-from lightning_subspace.pool import SampleError
-from lightning_subspace.sample import Sample, Weight, micro_batch
-from lightning_subspace.training_loss import MicroBatch
+from lightning_subspace.micro_batch import MicroBatch, SampleError, Weight
+from lightning_subspace.sample import Sample, micro_batch
 
 
 class FirstSeen:

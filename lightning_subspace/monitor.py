@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_subspace._lightning import Callback, ranks_of
+from lightning_subspace._lightning import Callback
 from lightning_subspace.arguments import (
     is_number,
     require_flag,
@@ -31,14 +31,15 @@ from lightning_subspace.entries import CheckpointError, Entries
 from lightning_subspace.linalg.selection import Which
 from lightning_subspace.measurements import Measurement
 from lightning_subspace.messages import Notices
+from lightning_subspace.micro_batch import Weight
 from lightning_subspace.plan import ProbeSettings
 from lightning_subspace.record import Record, to_rows
 from lightning_subspace.recorder import Recorder
 from lightning_subspace.report import Publisher, add_layout
 from lightning_subspace.report.loggers import LogLevel
 from lightning_subspace.runner import ProbeRunner
-from lightning_subspace.sample import Weight
 from lightning_subspace.schedule import Position, Schedule
+from lightning_subspace.strategy import ranks_of
 from lightning_subspace.tracker import ProbeRun
 from lightning_subspace.training_loss import Mode
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_subspace.collectives import Ranks
 from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.sharded import is_sharded, local_part, shards
-from lightning_subspace.transfers import Transfers
+from lightning_subspace.sharded import is_dim0_sharded, is_sharded, local_part, sharded_parameters
 
 # Random numbers are drawn in blocks of this length, of which a rank keeps what is its own.
 BLOCK = 1 << 20
@@ -91,16 +91,24 @@ class Partition:
         local: Tensor,  # (local_n,)
     ) -> Tensor:  # (n,)
         """The whole of a vector that is dealt to ranks: one all-gather."""
-        return Transfers(self, local.dtype, local.device).gather(local)
+        if self.ranks.count == 1:
+            return local if self.is_in_order else self.assemble(local, torch.empty_like(local))
+        own, gathered = local.new_zeros(self.longest), local.new_empty(self.ranks.count * self.longest)
+        own[: len(local)] = local
+        self.ranks.all_gather(own, gathered)
+        return self.assemble(gathered, local.new_empty(self.n))
 
     def sum_scatter(
         self,
         whole: Tensor,  # (n,)
     ) -> Tensor:  # (local_n,)
         """This rank's part of the sum of one vector a rank: one reduce-scatter."""
-        transfers = Transfers(self, whole.dtype, whole.device)
-        transfers.total.copy_(whole)
-        return transfers.sum_scatter()
+        if self.ranks.count == 1:
+            return self.cut(whole)
+        laid = self.lay_out(whole, whole.new_zeros(self.ranks.count * self.longest))
+        part = whole.new_empty(self.longest)
+        self.ranks.reduce_scatter(laid, part)
+        return part[: self.local_n]
 
     def exchange(
         self,
@@ -213,3 +221,52 @@ class Partition:
             for piece in ranges:
                 yield place, piece
                 place += len(piece)
+
+
+def shards(space: ParameterSpace, module: nn.Module) -> tuple[tuple[range, ...], ...] | None:
+    """For every rank of the mesh, the ranges of flat coordinates that it holds, one a parameter in the space's order.
+
+    A range may be empty. A parameter that is not sharded, in a module where others are, is cut evenly.
+
+    Returns:
+        None where no parameter of the space is sharded.
+
+    Raises:
+        ValueError: when a parameter is sharded other than along dimension 0 over one mesh of one dimension.
+    """
+    sharded = sharded_parameters(module)
+    mesh = _mesh(space, sharded)
+    if mesh is None:
+        return None
+    held: list[list[range]] = [[] for _ in range(mesh.size())]
+    start = 0
+    for name, shape, numel in zip(space.names, space.shapes, space.numels, strict=True):
+        rows = shape[0] if name in sharded else numel
+        size = -(-rows // mesh.size())  # the first ranks hold the larger parts, the last one perhaps nothing
+        for rank, ranges in enumerate(held):
+            first, last = (min(k * size, rows) * (numel // max(rows, 1)) for k in (rank, rank + 1))
+            ranges.append(range(start + first, start + last))
+        start += numel
+    return tuple(tuple(ranges) for ranges in held)
+
+
+def _mesh(space: ParameterSpace, sharded: dict[str, Any]) -> Any:
+    """The one mesh of all sharded parameters of the space, or None."""
+    found = None
+    for name in space.names:
+        if name not in sharded:
+            continue
+        parameter = sharded[name]
+        if not is_dim0_sharded(parameter):
+            raise ValueError(
+                f"{name!r} is placed as {tuple(parameter.placements)} on a mesh of shape "
+                f"{tuple(parameter.device_mesh.shape)}; expected (Shard(0),) on a mesh of one dimension, as "
+                "fully_shard does by default: tensor parallelism, replicated groups (HSDP) and other dimensions are "
+                "not measured."
+            )
+        if found is not None and found != parameter.device_mesh:
+            raise ValueError(
+                f"{name!r} is sharded over another mesh than the parameters before it; expected one mesh for all."
+            )
+        found = parameter.device_mesh
+    return found

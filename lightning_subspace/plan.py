@@ -24,7 +24,7 @@ from lightning_subspace.curvature.choice import Curvature, OnCheckFail, Precisio
 from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss_function import LossFunction
 from lightning_subspace.measurements import Measurement, default_measurements
-from lightning_subspace.sample import Weight
+from lightning_subspace.micro_batch import Weight
 from lightning_subspace.sample_source import SampleRequest
 from lightning_subspace.solver import MAX_TOL, Solver
 from lightning_subspace.training_loss import Mode

@@ -26,11 +26,8 @@ from torch.utils.data import (
 
 from lightning_subspace._lightning import undistributed
 from lightning_subspace.containers import FOREIGN, Found, explore
+from lightning_subspace.micro_batch import SampleError
 from lightning_subspace.random_state import preserved_random_state
-
-
-class SampleError(ValueError):
-    """The training data cannot give a fixed sample; the message says what to pass instead."""
 
 
 @dataclass(frozen=True)

@@ -28,16 +28,17 @@ from lightning_subspace.loss_function import LossError, LossFunction
 from lightning_subspace.measurements import Measurement, Probe
 from lightning_subspace.measurements.measurement import Needs
 from lightning_subspace.measurements.solver import solver_metrics
+from lightning_subspace.micro_batch import MicroBatch, Weight
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.partition import Partition
 from lightning_subspace.plan import ProbeSettings
 from lightning_subspace.record import Record
-from lightning_subspace.sample import Sample, Weight, sample_of_batches
+from lightning_subspace.sample import Sample, sample_of_batches
 from lightning_subspace.sharded import is_sharded
 from lightning_subspace.sketch import sketch
 from lightning_subspace.solver import Solver
 from lightning_subspace.subspace import Subspace
-from lightning_subspace.training_loss import MicroBatch, Mode, TrainingLoss
+from lightning_subspace.training_loss import Mode, TrainingLoss
 
 
 def measure_subspace(

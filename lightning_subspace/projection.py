@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace._lightning import Callback, is_a, ranks_of
+from lightning_subspace._lightning import Callback, is_a
 from lightning_subspace.alignment import Start, StartWhenAligned
 from lightning_subspace.arguments import require_integer, require_name, require_word, wrong
 from lightning_subspace.checkpoint import FORMAT, decode_position, encode_position, require_same, up_to_date
@@ -28,15 +28,16 @@ from lightning_subspace.entries import CheckpointError
 from lightning_subspace.linalg.selection import Which
 from lightning_subspace.measurements import GradientFraction
 from lightning_subspace.messages import Notices
+from lightning_subspace.micro_batch import Weight
 from lightning_subspace.monitor import SubspaceMonitor
 from lightning_subspace.plan import ProbeSettings
 from lightning_subspace.projector import Keep, Projector
 from lightning_subspace.record import Record
 from lightning_subspace.report.loggers import Reporter, logged_name
 from lightning_subspace.runner import ProbeRunner
-from lightning_subspace.sample import Weight
 from lightning_subspace.schedule import Position, Schedule
 from lightning_subspace.step_hooks import StepHooks
+from lightning_subspace.strategy import ranks_of
 from lightning_subspace.subspace import TRUSTED_ERROR, Subspace
 from lightning_subspace.training_loss import Mode
 

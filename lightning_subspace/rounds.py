@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lightning_subspace.collectives import Ranks
-from lightning_subspace.training_loss import MicroBatch
+from lightning_subspace.micro_batch import MicroBatch
 
 
 class Turn(NamedTuple):

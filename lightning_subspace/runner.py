@@ -15,9 +15,10 @@ from lightning_subspace._lightning import MisconfigurationException
 from lightning_subspace.collectives import Ranks
 from lightning_subspace.curvature.choice import CheckError
 from lightning_subspace.messages import Notices
+from lightning_subspace.micro_batch import SampleError
 from lightning_subspace.open_record import OpenRecord
 from lightning_subspace.plan import ProbeSettings
-from lightning_subspace.sample import Sample, SampleError
+from lightning_subspace.sample import Sample
 from lightning_subspace.sample_source import SampleSource
 from lightning_subspace.schedule import Schedule
 from lightning_subspace.tracker import ProbeRun

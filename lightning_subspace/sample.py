@@ -11,38 +11,30 @@ random (augmentation) is drawn once, and every probe sees the same tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from lightning_subspace._lightning import rank_zero_warn
 from lightning_subspace.collectives import Ranks
-from lightning_subspace.containment import copied
-from lightning_subspace.pool import Pool, SampleError, batch_size_of, gives_batches, load
+from lightning_subspace.micro_batch import (
+    MicroBatch,
+    SampleError,
+    Weight,
+    checked_weight,
+    checksum,
+    number_of_examples,
+    own_copy,
+    tensors_of,
+)
+from lightning_subspace.pool import Pool, batch_size_of, gives_batches, load
 from lightning_subspace.random_state import preserved_random_state
 from lightning_subspace.rounds import owner
-from lightning_subspace.sameness import checksum, compare
-from lightning_subspace.training_loss import MicroBatch
-
-__all__ = [
-    "Sample",
-    "SampleError",
-    "Weight",
-    "few_examples",
-    "micro_batch",
-    "number_of_examples",
-    "sample_of_batches",
-    "sample_of_current",
-    "sample_of_dataset",
-    "single_examples",
-]
-
-Weight = Callable[[Any], float]
 
 
 @dataclass(frozen=True)
@@ -82,7 +74,7 @@ class Sample:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors that are held on this rank."""
-        return sum(t.nbytes for b in (*self.hessian, *self.extra) for t in _tensors(b.data))
+        return sum(t.nbytes for b in (*self.hessian, *self.extra) for t in tensors_of(b.data))
 
 
 def sample_of_batches(batches: Iterable[Any], weight: Weight | None = None, ranks: Ranks | None = None) -> Sample:
@@ -109,7 +101,7 @@ def sample_of_batches(batches: Iterable[Any], weight: Weight | None = None, rank
         found = [_given(item, weight, index, ranks) for index, item in enumerate(items)]
     if not found:
         raise SampleError("batches: expected at least one batch, got none.")
-    compare(found, Ranks() if ranks is None else ranks)
+    require_same_batches(found, Ranks() if ranks is None else ranks)
     return Sample(tuple(found))
 
 
@@ -119,7 +111,7 @@ def sample_of_current(batch: Any, ranks: Ranks | None = None) -> Sample:
     Under ranks those of all ranks together, each with the same weight, as in the gradient that training takes.
     """
     ranks = Ranks() if ranks is None else ranks
-    own = MicroBatch(_copied(batch), 1.0, ranks.index, transferred=True)
+    own = MicroBatch(own_copy(batch), 1.0, ranks.index, transferred=True)
     others = replace(own, data=None, held=False)
     return Sample(tuple(own if rank == ranks.index else replace(others, index=rank) for rank in range(ranks.count)))
 
@@ -162,7 +154,7 @@ def sample_of_dataset(
     goal = None if sample is None or gradient_sample is None else max(sample, gradient_sample)
     if gives_batches(loader):
         items = _until(goal, load(loader, order, generator), weight, ranks)
-        compare(items, Ranks() if ranks is None else ranks)
+        require_same_batches(items, Ranks() if ranks is None else ranks)
         return Sample.of(items, sample)
     size = batch_size or batch_size_of(loader)
     first, rest = order[:sample], order[len(order[:sample]) : goal]
@@ -172,7 +164,7 @@ def sample_of_dataset(
         micro_batch(item, i, weight, size=len(chunk), ranks=ranks)
         for i, (chunk, item) in enumerate(zip(chunks, data, strict=True))
     ]
-    compare(batches, Ranks() if ranks is None else ranks)
+    require_same_batches(batches, Ranks() if ranks is None else ranks)
     return Sample.of(batches, sample, pool.population)
 
 
@@ -204,52 +196,16 @@ def micro_batch(
         with suppress(*([] if weight is None else [SampleError])):
             size = number_of_examples(data)
     value = float(size) if weight is None else weight(data)
-    return _kept(MicroBatch(data, _checked(value), index, transferred, size), ranks)
-
-
-def few_examples(batch: MicroBatch, count: int) -> MicroBatch:
-    """The first `count` examples of a batch, where all its tensors share their first dimension; else the batch."""
-    length = _common_length(batch.data)
-    if length is None or length <= count:
-        return batch
-    data = apply_to_collection(batch.data, Tensor, lambda t: t[:count])
-    return MicroBatch(data, float(count), batch.index, batch.transferred)
-
-
-def single_examples(batch: MicroBatch) -> list[MicroBatch] | None:
-    """The examples of a batch as batches of one, with views of its tensors; None where they do not share a dimension.
-
-    Each has the index of the batch, and random numbers of its own.
-    """
-    length = _common_length(batch.data)
-    if length is None:
-        return None
-    pieces = [apply_to_collection(batch.data, Tensor, Tensor.__getitem__, slice(i, i + 1)) for i in range(length)]
-    return [MicroBatch(data, 1.0, batch.index, batch.transferred, size=1, draw=i) for i, data in enumerate(pieces)]
-
-
-def number_of_examples(batch: Any) -> int:
-    """Length of the first dimension of the first tensor in a batch.
-
-    Raises:
-        SampleError: when there is no tensor with a dimension.
-    """
-    for tensor in _tensors(batch):
-        if tensor.ndim:
-            return len(tensor)
-    raise SampleError(
-        f"the number of examples in a batch of type {type(batch).__name__} cannot be told; pass weight=, a function "
-        "from a batch to a number."
-    )
+    return _kept(MicroBatch(data, checked_weight(value), index, transferred, size), ranks)
 
 
 def _given(item: Any, weight: Weight | None, index: int, ranks: Ranks | None) -> MicroBatch:
     if isinstance(item, MicroBatch):
         return item
     if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], (int, float)):
-        return _kept(MicroBatch(item[0], _checked(item[1]), index), ranks)
+        return _kept(MicroBatch(item[0], checked_weight(item[1]), index), ranks)
     value = number_of_examples(item) if weight is None else weight(item)
-    return _kept(MicroBatch(item, _checked(value), index), ranks)
+    return _kept(MicroBatch(item, checked_weight(value), index), ranks)
 
 
 def _kept(batch: MicroBatch, ranks: Ranks | None) -> MicroBatch:
@@ -257,7 +213,7 @@ def _kept(batch: MicroBatch, ranks: Ranks | None) -> MicroBatch:
     if ranks is not None and ranks.count > 1:
         batch = replace(batch, checksum=checksum(batch.data))
     if ranks is None or batch.index == 0 or owner(batch, ranks) == ranks.index:
-        return replace(batch, data=_copied(batch.data, "cpu"))
+        return replace(batch, data=own_copy(batch.data, "cpu"))
     return replace(batch, data=None, held=False)
 
 
@@ -302,25 +258,24 @@ def _until(goal: int | None, items: Iterator[Any], weight: Weight | None, ranks:
     return batches
 
 
-def _checked(weight: float) -> float:
-    value = float(weight)
-    if not 0.0 < value < float("inf"):
-        raise SampleError(f"weight: expected a positive finite number for every batch, got {value}.")
-    return value
+def require_same_batches(batches: Sequence[MicroBatch], ranks: Ranks) -> None:
+    """Warn where ranks have read different examples. A collective.
 
-
-def _copied(data: Any, device: str | None = None) -> Any:
-    """A copy that nobody else holds, on the given device or where it is."""
-    return copied(data, lambda t: t.detach().to(device or t.device, copy=True))
-
-
-def _common_length(data: Any) -> int | None:
-    """The first dimension of all tensors, where they share one that is not 0."""
-    lengths = {len(t) if t.ndim else 0 for t in _tensors(data)}
-    return (lengths.pop() or None) if len(lengths) == 1 else None
-
-
-def _tensors(data: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    apply_to_collection(data, Tensor, found.append)
-    return found
+    Raises:
+        SampleError: when they have different numbers of micro-batches, or give them different weights.
+    """
+    if ranks.count == 1:
+        return
+    own = [(batch.index, batch.weight, batch.checksum) for batch in batches]
+    everybody = ranks.listed(own)
+    if any([entry[:2] for entry in other] != [entry[:2] for entry in own] for other in everybody):
+        raise SampleError(
+            f"sample: every rank has to read the same batches, but they differ in number or in weight: "
+            f"{[len(other) for other in everybody]} batches on ranks 0 to {ranks.count - 1}."
+        )
+    if any(other != own for other in everybody):
+        rank_zero_warn(
+            "SubspaceMonitor: ranks have read different examples for the same sample, so that some are counted twice "
+            "and others not at all; is the dataset in another order on each rank, or is what it adds at random not "
+            "seeded? Make it the same on all ranks, or pass the batches themselves, sample=[batch, ...]."
+        )

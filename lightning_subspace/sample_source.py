@@ -10,8 +10,9 @@ from lightning_subspace._lightning import training_loaders
 from lightning_subspace.collectives import Ranks
 from lightning_subspace.combined import sample_of_loaders
 from lightning_subspace.first_seen import FirstSeen
+from lightning_subspace.micro_batch import Weight
 from lightning_subspace.pool import is_drawable
-from lightning_subspace.sample import Sample, Weight, sample_of_batches, sample_of_current
+from lightning_subspace.sample import Sample, sample_of_batches, sample_of_current
 
 
 @dataclass(frozen=True)

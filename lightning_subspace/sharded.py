@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_subspace.collectives import Ranks
-from lightning_subspace.parameters import ParameterSpace
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -178,33 +177,6 @@ def refusal_of_differences(module: nn.Module) -> str | None:
     return None
 
 
-def shards(space: ParameterSpace, module: nn.Module) -> tuple[tuple[range, ...], ...] | None:
-    """For every rank of the mesh, the ranges of flat coordinates that it holds, one a parameter in the space's order.
-
-    A range may be empty. A parameter that is not sharded, in a module where others are, is cut evenly.
-
-    Returns:
-        None where no parameter of the space is sharded.
-
-    Raises:
-        ValueError: when a parameter is sharded other than along dimension 0 over one mesh of one dimension.
-    """
-    sharded = sharded_parameters(module)
-    mesh = _mesh(space, sharded)
-    if mesh is None:
-        return None
-    held: list[list[range]] = [[] for _ in range(mesh.size())]
-    start = 0
-    for name, shape, numel in zip(space.names, space.shapes, space.numels, strict=True):
-        rows = shape[0] if name in sharded else numel
-        size = -(-rows // mesh.size())  # the first ranks hold the larger parts, the last one perhaps nothing
-        for rank, ranges in enumerate(held):
-            first, last = (min(k * size, rows) * (numel // max(rows, 1)) for k in (rank, rank + 1))
-            ranges.append(range(start + first, start + last))
-        start += numel
-    return tuple(tuple(ranges) for ranges in held)
-
-
 def local_part(tensor: Tensor) -> Tensor:
     """This rank's shard of a tensor, not a copy; of one that is not sharded, the tensor."""
     if not is_sharded(tensor):
@@ -219,7 +191,7 @@ def own_part(
 ) -> Tensor | None:
     """This rank's shard within the whole of a parameter, a view; None for another placement than `Shard(0)`."""
     assert is_sharded(parameter)
-    if not _is_plain(parameter):
+    if not is_dim0_sharded(parameter):
         return None
     size = -(-parameter.shape[0] // parameter.device_mesh.size())
     first = min(parameter.device_mesh.get_local_rank() * size, parameter.shape[0])
@@ -234,7 +206,7 @@ def _gathered(parameter: DTensor, ranks: Ranks | None) -> Tensor:
     placed in another way, which `shards` does not refuse.
     """
     mesh = parameter.device_mesh
-    if not _is_plain(parameter):
+    if not is_dim0_sharded(parameter):
         return parameter.full_tensor().clone(memory_format=torch.contiguous_format)
     if ranks is None or ranks.count != mesh.size():
         ranks = Ranks(mesh.get_group(), parameter.device)
@@ -250,29 +222,8 @@ def _gathered(parameter: DTensor, ranks: Ranks | None) -> Tensor:
     return received[: shape[0]]
 
 
-def _mesh(space: ParameterSpace, sharded: dict[str, DTensor]) -> Any:
-    """The one mesh of all sharded parameters of the space, or None."""
-    found = None
-    for name in space.names:
-        if name not in sharded:
-            continue
-        parameter = sharded[name]
-        if not _is_plain(parameter):
-            raise ValueError(
-                f"{name!r} is placed as {tuple(parameter.placements)} on a mesh of shape "
-                f"{tuple(parameter.device_mesh.shape)}; expected (Shard(0),) on a mesh of one dimension, as "
-                "fully_shard does by default: tensor parallelism, replicated groups (HSDP) and other dimensions are "
-                "not measured."
-            )
-        if found is not None and found != parameter.device_mesh:
-            raise ValueError(
-                f"{name!r} is sharded over another mesh than the parameters before it; expected one mesh for all."
-            )
-        found = parameter.device_mesh
-    return found
-
-
-def _is_plain(parameter: DTensor) -> bool:
+def is_dim0_sharded(parameter: DTensor) -> bool:
+    """Whether a parameter is cut along dimension 0, over a mesh of one dimension, as `fully_shard` does by default."""
     return parameter.device_mesh.ndim == 1 and all(
         placement.is_shard(0) and type(placement).__name__ == "Shard" for placement in parameter.placements
     )

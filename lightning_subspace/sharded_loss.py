@@ -30,9 +30,10 @@ from lightning_subspace._lightning import bystanders
 from lightning_subspace.collectives import Ranks
 from lightning_subspace.containment import Shadow
 from lightning_subspace.loss_function import LossError, LossFunction, as_scalar
+from lightning_subspace.micro_batch import MicroBatch
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.sharded import fsdp_modules, is_sharded, local_part, refusal_of_differences, reshard
-from lightning_subspace.training_loss import Evaluation, MicroBatch, Mode, TrainingLoss
+from lightning_subspace.training_loss import Evaluation, Mode, TrainingLoss
 
 
 class ShardedLoss(TrainingLoss):

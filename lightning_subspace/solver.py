@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_subspace.curvature import Operator
 from lightning_subspace.linalg import eigsh
 from lightning_subspace.linalg.selection import Which
+from lightning_subspace.partition import Partition
 from lightning_subspace.subspace import Subspace, inner_products
 
 # Beyond that an eigenvector has hardly begun to show.
@@ -22,6 +23,21 @@ WARM_START = 1_000
 # untrained, the second later on; the certificate takes so many more. In the middle of what was measured at tol = 1e-3
 # for k = 1 to 20, which is wide: for k = 10, 22 to 54 products at the start, 14 to 30 later.
 PRODUCTS, PRODUCTS_A_PAIR, PRODUCTS_OF_CERTIFICATE = 5.0, (4.5, 2.0), 12.0
+
+
+class Operator(Protocol):
+    """What the solver asks of a symmetric operator; see `curvature.Operator`."""
+
+    n: int
+    dtype: torch.dtype
+    device: torch.device
+    partition: Partition
+    fails_as_nan: bool
+    max_asymmetry: float
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """The image of a vector."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -30,38 +30,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_subspace._lightning import attached_trainer, bystanders, move_data_to_device, muted, transfer
-from lightning_subspace.containment import Shadow, copied
+from lightning_subspace.containment import Shadow
+from lightning_subspace.copies import copied
 from lightning_subspace.loss_function import LossFunction, as_scalar, loss_of_training
+from lightning_subspace.micro_batch import MicroBatch
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.random_state import RandomState, preserved_random_state, seed_generators
 from lightning_subspace.sharded import reshard, without_fsdp
 
 Mode = Literal["train", "eval"]
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One batch of a fixed sample.
-
-    Attributes:
-        data: what the collate function returned, on the CPU; None where another rank holds it.
-        weight: its share in averages, before normalisation: the number of examples or tokens.
-        index: its place in the sample; fixes `batch_idx` and the random seed.
-        transferred: whether it has been through the transfer hooks already, as a batch seen in training has.
-        size: number of examples, where it is known; 0 elsewhere.
-        held: whether this rank holds the data.
-        checksum: of the data, where ranks compare what they have read.
-        draw: which random numbers its index gets; the examples of one batch have different ones.
-    """
-
-    data: Any
-    weight: float
-    index: int
-    transferred: bool = False
-    size: int = 0
-    held: bool = True
-    checksum: int = 0
-    draw: int = 0
 
 
 @dataclass(frozen=True)

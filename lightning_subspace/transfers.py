@@ -6,13 +6,10 @@ rank alone may stand between it and its collective. What can is taking memory; h
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lightning_subspace.partition import Partition
+from lightning_subspace.partition import Partition
 
 
 class Transfers:

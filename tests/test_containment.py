@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lightning_subspace.containers import Found, explore
-from lightning_subspace.containment import Shadow, copied
+from lightning_subspace.containment import Shadow
+from lightning_subspace.copies import copied
 from tests.modules import PROJECTS, counting_tensors, differences, fingerprint
 
 

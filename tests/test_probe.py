@@ -16,9 +16,10 @@ from lightning_subspace.linalg import Outcome, eigsh
 from lightning_subspace.measurements import Measurement, Probe
 from lightning_subspace.measurements.measurement import Needs
 from lightning_subspace.measurements.stability import sgd_threshold
+from lightning_subspace.micro_batch import SampleError
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.probe import measure_subspace, take_probe
-from lightning_subspace.sample import Sample, SampleError, sample_of_batches
+from lightning_subspace.sample import Sample, sample_of_batches
 from lightning_subspace.solver import Solver
 from lightning_subspace.subspace import SubspaceIntegrityError
 from lightning_subspace.training_loss import TrainingLoss

@@ -22,17 +22,8 @@ from torch.utils.data import (
 )
 
 from lightning_subspace.collectives import Ranks
-from lightning_subspace.sample import (
-    Sample,
-    SampleError,
-    few_examples,
-    number_of_examples,
-    sample_of_batches,
-    sample_of_current,
-    sample_of_dataset,
-    single_examples,
-)
-from lightning_subspace.training_loss import MicroBatch
+from lightning_subspace.micro_batch import MicroBatch, SampleError, few_examples, number_of_examples, single_examples
+from lightning_subspace.sample import Sample, sample_of_batches, sample_of_current, sample_of_dataset
 
 COUNT = 50
 

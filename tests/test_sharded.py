@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from lightning_subspace.curvature import Hessian
 from lightning_subspace.curvature.self_check import CheckOutcome, self_check
+from lightning_subspace.micro_batch import MicroBatch
 from lightning_subspace.parameters import ParameterSpace
+from lightning_subspace.partition import shards
 from lightning_subspace.sharded import (
     full_tensors,
     is_sharded,
@@ -19,10 +21,9 @@ from lightning_subspace.sharded import (
     rank_zero_buffers,
     reshard,
     sharded_parameters,
-    shards,
     without_fsdp,
 )
-from lightning_subspace.training_loss import MicroBatch, TrainingLoss
+from lightning_subspace.training_loss import TrainingLoss
 from tests.oracles import dense_hessian
 from tests.processes import run
 

@@ -13,9 +13,10 @@ from lightning_subspace import _lightning, containment, measure_subspace, traini
 from lightning_subspace.curvature import Hessian
 from lightning_subspace.curvature.gradient import pruned_gradient
 from lightning_subspace.loss_function import LossError, check_loss_function
+from lightning_subspace.micro_batch import MicroBatch, number_of_examples
 from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.sample import number_of_examples, sample_of_batches
-from lightning_subspace.training_loss import MicroBatch, TrainingLoss
+from lightning_subspace.sample import sample_of_batches
+from lightning_subspace.training_loss import TrainingLoss
 from tests.modules import (
     BATCH,
     CLASSES,

@@ -31,12 +31,13 @@ from lightning_subspace.curvature.hessian import Hessian
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck, self_check
 from lightning_subspace.curvature.sharded_difference import ShardedDifferenceHessian, check_differences
 from lightning_subspace.loss_function import LossError, LossFunction
+from lightning_subspace.micro_batch import MicroBatch, few_examples
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.partition import Partition
-from lightning_subspace.sample import Sample, few_examples
+from lightning_subspace.sample import Sample
 from lightning_subspace.sharded import fsdp_modules, refusal_of_differences, stand_ins
 from lightning_subspace.sharded_loss import ShardedLoss
-from lightning_subspace.training_loss import MicroBatch, Mode, TrainingLoss
+from lightning_subspace.training_loss import Mode, TrainingLoss
 
 Precision = Literal["float32", "float64", "native"]
 Curvature = Literal["hessian", "ggn", "finite-difference", "empirical-fisher"]

@@ -36,9 +36,9 @@ from torch import Tensor, nn
 from lightning_subspace.curvature.batch_mean import BatchMean
 from lightning_subspace.curvature.graph_memory import memory_budget
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck
+from lightning_subspace.micro_batch import MicroBatch, single_examples
 from lightning_subspace.partition import Partition
-from lightning_subspace.sample import single_examples
-from lightning_subspace.training_loss import MicroBatch, TrainingLoss
+from lightning_subspace.training_loss import TrainingLoss
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # How far the loss of a batch and the mean over its examples may be apart in float64, relative to the former.

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from lightning_subspace.curvature.displaced import DisplacedGradients
+from lightning_subspace.micro_batch import MicroBatch
 from lightning_subspace.partition import Partition
-from lightning_subspace.training_loss import MicroBatch, TrainingLoss
+from lightning_subspace.training_loss import TrainingLoss
 
 # Lengths of the displacement, tried in turn until the differences to both sides agree.
 STEPS = (3e-7, 3e-8, 3e-9)

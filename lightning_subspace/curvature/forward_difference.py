@@ -27,8 +27,9 @@ from torch import Tensor
 from lightning_subspace.curvature.displaced import DisplacedGradients
 from lightning_subspace.curvature.finite_difference import FiniteDifferenceHessian
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck
+from lightning_subspace.micro_batch import MicroBatch
 from lightning_subspace.partition import Partition
-from lightning_subspace.training_loss import MicroBatch, TrainingLoss
+from lightning_subspace.training_loss import TrainingLoss
 
 STEP = 3e-4
 # Of the check, in units of the largest |H u|.

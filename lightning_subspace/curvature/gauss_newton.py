@@ -31,7 +31,8 @@ from torch.overrides import TorchFunctionMode
 from lightning_subspace.curvature.hessian import GradientGraph, RetainedGraphs
 from lightning_subspace.curvature.self_check import JITTER, REFUSALS, THRESHOLD, CheckOutcome, SelfCheck, worst_part
 from lightning_subspace.loss_function import LossError
-from lightning_subspace.training_loss import MicroBatch, TrainingLoss
+from lightning_subspace.micro_batch import MicroBatch
+from lightning_subspace.training_loss import TrainingLoss
 
 LOSSES = (
     F.cross_entropy,

@@ -18,8 +18,9 @@ from torch import Tensor
 from lightning_subspace.curvature.batch_mean import BatchMean
 from lightning_subspace.curvature.gradient import pruned_gradient
 from lightning_subspace.curvature.graph_memory import SavedBytes, memory_budget
+from lightning_subspace.micro_batch import MicroBatch
 from lightning_subspace.partition import Partition
-from lightning_subspace.training_loss import MicroBatch, TrainingLoss
+from lightning_subspace.training_loss import TrainingLoss
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from torch import Tensor
 from lightning_subspace._torch import DispatchMode
 from lightning_subspace.curvature.gradient import backward_gradient
 from lightning_subspace.curvature.hessian import Hessian
-from lightning_subspace.training_loss import MicroBatch, TrainingLoss
+from lightning_subspace.micro_batch import MicroBatch
+from lightning_subspace.training_loss import TrainingLoss
 
 THRESHOLD = 1e-4
 JITTER = 1e-3

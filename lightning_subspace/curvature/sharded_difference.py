@@ -28,9 +28,9 @@ from lightning_subspace._torch import DispatchMode
 from lightning_subspace.curvature.batch_mean import BatchMean
 from lightning_subspace.curvature.displaced import DisplacedGradients
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck
+from lightning_subspace.micro_batch import MicroBatch
 from lightning_subspace.rounds import Turn
 from lightning_subspace.sharded_loss import ShardedLoss
-from lightning_subspace.training_loss import MicroBatch
 
 STEP = 1e-3
 # What the check compares along a random direction: large enough for many examples to cross kinks, if there are any.

@@ -2,7 +2,7 @@
 
 from lightning_subspace.measurements.control import Control
 from lightning_subspace.measurements.critical import CriticalSharpness
-from lightning_subspace.measurements.density import Density, SpectralDensity, Trace
+from lightning_subspace.measurements.density import Density, Trace
 from lightning_subspace.measurements.gradient import GapIndex, GradientCurvature, GradientFraction
 from lightning_subspace.measurements.measurement import Measurement, Probe
 from lightning_subspace.measurements.noise import BatchSharpness, GradientNoise
@@ -11,6 +11,7 @@ from lightning_subspace.measurements.reliability import Reliability
 from lightning_subspace.measurements.split import Chi, LossChange
 from lightning_subspace.measurements.stability import SharpnessOverThreshold, Stability
 from lightning_subspace.measurements.update import UpdateFraction
+from lightning_subspace.spectral_density import SpectralDensity
 
 
 def default_measurements(k: int) -> list[Measurement]:

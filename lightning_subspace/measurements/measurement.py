@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_subspace.curvature import Operator
+from lightning_subspace.micro_batch import MicroBatch
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.partition import Partition
 from lightning_subspace.record import Record
 from lightning_subspace.sample import Sample
 from lightning_subspace.solver import Solver
 from lightning_subspace.subspace import Subspace, inner_products
-from lightning_subspace.training_loss import MicroBatch
 
 
 class Needs(Enum):

@@ -12,11 +12,12 @@ from lightning_subspace.collectives import Ranks
 from lightning_subspace.curvature.self_check import CheckOutcome
 from lightning_subspace.curvature.sharded_difference import THRESHOLD, ShardedDifferenceHessian, check_differences
 from lightning_subspace.loss_function import LossError
+from lightning_subspace.micro_batch import MicroBatch
 from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.partition import Partition
-from lightning_subspace.sharded import fsdp_modules, is_sharded, shards
+from lightning_subspace.partition import Partition, shards
+from lightning_subspace.sharded import fsdp_modules, is_sharded
 from lightning_subspace.sharded_loss import ShardedLoss
-from lightning_subspace.training_loss import MicroBatch, TrainingLoss
+from lightning_subspace.training_loss import TrainingLoss
 from tests.modules import differences, fingerprint, random_bytes
 from tests.oracles import dense_gradient, dense_hessian, top_eigenspace
 from tests.processes import run

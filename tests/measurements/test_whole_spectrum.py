@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_subspace import Density, Trace, measure_subspace
-from lightning_subspace.measurements.density import NEGATIVE
+from lightning_subspace.spectral_density import NEGATIVE
 from tests.test_measurements import Classifier, batched_hessian, digits, fit
 
 from .probes import F64, derivatives, metrics, net, stepped

@@ -32,6 +32,7 @@ class MicroBatch:
         size: number of examples, where it is known; 0 elsewhere.
         held: whether this rank holds the data.
         checksum: of the data, where ranks compare what they have read.
+        draw: which random numbers its index gets; the examples of one batch have different ones.
     """
 
     data: Any
@@ -41,16 +42,28 @@ class MicroBatch:
     size: int = 0
     held: bool = True
     checksum: int = 0
+    draw: int = 0
 
 
 def few_examples(batch: MicroBatch, count: int) -> MicroBatch:
     """The first `count` examples of a batch, where all its tensors share their first dimension; else the batch."""
-    lengths = {len(t) if t.ndim else 0 for t in tensors_of(batch.data)}
-    if len(lengths) != 1 or next(iter(lengths)) <= count:
+    length = _common_length(batch.data)
+    if length is None or length <= count:
         return batch
-    return MicroBatch(
-        apply_to_collection(batch.data, Tensor, lambda t: t[:count]), float(count), batch.index, batch.transferred
-    )
+    data = apply_to_collection(batch.data, Tensor, lambda t: t[:count])
+    return MicroBatch(data, float(count), batch.index, batch.transferred)
+
+
+def single_examples(batch: MicroBatch) -> list[MicroBatch] | None:
+    """The examples as batches of one; None where the tensors share no first dimension.
+
+    They have views of the tensors, the index of the batch, and random numbers of their own.
+    """
+    length = _common_length(batch.data)
+    if length is None:
+        return None
+    pieces = [apply_to_collection(batch.data, Tensor, Tensor.__getitem__, slice(i, i + 1)) for i in range(length)]
+    return [MicroBatch(data, 1.0, batch.index, batch.transferred, size=1, draw=i) for i, data in enumerate(pieces)]
 
 
 def number_of_examples(batch: Any) -> int:
@@ -109,3 +122,9 @@ def tensors_of(data: Any) -> list[Tensor]:
     found: list[Tensor] = []
     apply_to_collection(data, Tensor, found.append)
     return found
+
+
+def _common_length(data: Any) -> int | None:
+    """The first dimension of all tensors, where they share one that is not 0."""
+    lengths = {len(t) if t.ndim else 0 for t in tensors_of(data)}
+    return (lengths.pop() or None) if len(lengths) == 1 else None

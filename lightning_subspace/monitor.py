@@ -79,11 +79,14 @@ class SubspaceMonitor(Callback):
         loss_fn: `loss_fn(pl_module, batch, batch_idx) -> scalar` in place of `training_step`.
         mode: "train" (the objective that is being descended) or "eval".
         dtype: narrowest type computed in, "float32" or "float64"; or "native", the loss as it is trained.
-        curvature: "hessian", exact second derivatives; "ggn", the Gauss-Newton matrix; or "finite-difference", without
-            second derivatives: at one gradient a product where the self-check finds the loss smooth, elsewhere of
-            float64 gradients. Where a model has no second derivatives, the latter is taken by itself.
+        curvature: "hessian", exact second derivatives; "ggn", the Gauss-Newton matrix; "finite-difference", the Hessian
+            without second derivatives: at one gradient a product where the self-check finds the loss smooth, elsewhere
+            of float64 gradients; or "empirical-fisher", the second moment of the gradients of single examples, or of
+            micro-batches where the loss is no mean over examples. Where a model has no second derivatives,
+            "finite-difference" takes the place of "hessian" by itself.
         on_check_fail: where second derivatives turn out wrong at the first probe: "warn", "raise", or go on by
-            "finite-difference".
+            "finite-difference". With "ggn", which differences cannot give, the last is the first, and nothing is
+            measured; nor is it where a model has no second derivatives.
         measurements: more measurements, beside the default ones.
         log: "default" for what a person looks at, "all" for everything.
         layout: add a page of combined charts to TensorBoard's custom scalars.

@@ -85,8 +85,7 @@ def measure_subspace(
         previous: an earlier record of the same module, for `overlap_previous` and a warm start.
         dtype: narrowest type computed in, "float32" or "float64"; parameters of a wider one keep it. "native" takes the
             loss as it is trained, with its types and autocast.
-        curvature: "hessian" (exact, by double backward), "ggn" (the Gauss-Newton matrix) or "finite-difference" (of
-            float32 gradients where the self-check finds the loss smooth, of float64 gradients elsewhere).
+        curvature: see `SubspaceMonitor`.
         on_check_fail: where the second derivatives turn out wrong: "warn", "raise" or go on by "finite-difference".
         seed: of dropout masks and of the start vector.
         group: the processes of torch.distributed that measure together, all of which call this with the same module and
@@ -100,7 +99,7 @@ def measure_subspace(
         SampleError: for an empty or an unweighable sample.
         ValueError: for a module without trainable parameters, k outside 0..n, a word that is not a choice, or a
             `previous` over other parameters or without its eigenvectors.
-        CheckError: with `on_check_fail="raise"`.
+        CheckError: with `on_check_fail="raise"`; with curvature="ggn" where it cannot be had.
         PeerError: when something of this went wrong on another rank.
 
     Example:

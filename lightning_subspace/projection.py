@@ -100,7 +100,7 @@ class SubspaceProjection(Callback):
         loss_fn: `loss_fn(pl_module, batch, batch_idx) -> scalar` in place of `training_step`.
         mode: "train" (the objective that is being descended) or "eval".
         dtype: narrowest type computed in, "float32" or "float64"; or "native", the loss as it is trained.
-        curvature: "hessian" or "finite-difference"; see `SubspaceMonitor`.
+        curvature: see `SubspaceMonitor`.
         on_check_fail: where second derivatives turn out wrong: "warn", "raise" or "finite-difference".
         on_failure: "warn" or "raise" when the space cannot be computed.
         name: prefix of all keys, to be chosen where there are several projections.

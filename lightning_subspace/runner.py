@@ -140,9 +140,9 @@ class ProbeRunner:
         try:
             self._prepare(run, module, sample, step)
             return run.measure(module, sample, step) if measure is None else measure(run, sample)
-        except CheckError:
-            raise
         except Exception as error:
+            if isinstance(error, CheckError) and self._settings.on_check_fail == "raise":
+                raise
             what = f"the probe at step {step} failed and is left out"
             self._notices.failure(f"{what}{self._otherwise}", error, self.ranks)
             return None

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_subspace.checkpoint import RunState
 from lightning_subspace.collectives import Ranks
-from lightning_subspace.curvature import SelfCheck
+from lightning_subspace.curvature import CheckError, SelfCheck
 from lightning_subspace.forecast import verifies
 from lightning_subspace.measurements import Probe
 from lightning_subspace.open_record import OpenRecord, ended
@@ -94,6 +94,7 @@ class ProbeRun:
         self.num_probes = 0
         self.self_check: SelfCheck | None = None
         self.notice: str | None = None
+        self._refusal: str | None = None  # why the check lets nothing be measured
         self._choice = settings.choice
         self._choice.require_no_obstacle(module)
         self.partition = self._partition_of(module)
@@ -109,7 +110,7 @@ class ProbeRun:
 
     @property
     def curvature(self) -> str:
-        """What the next probe is measured with: "hessian" or "finite-difference"."""
+        """What the next probe is measured with: a word as for `SubspaceMonitor`."""
         return self._choice.curvature
 
     def check(self, module: nn.Module, sample: Sample) -> SelfCheck:
@@ -118,13 +119,17 @@ class ProbeRun:
         Where there are none, or where they are wrong and the plan says so, the run goes on with differences.
 
         Raises:
-            CheckError: when they are wrong, with `on_check_fail="raise"`.
+            CheckError: when they are wrong, with `on_check_fail="raise"`, or where nothing else would do.
         """
         with self.ranks.together():
             result = self._choice.check(module, sample, self.partition)
-        self.self_check = result
+        self.self_check, self._refusal = result, None
         with self.ranks.together():
-            choice, notice = choice_after(self._choice, result, module, sample, self.partition)
+            try:
+                choice, notice = choice_after(self._choice, result, module, sample, self.partition)
+            except CheckError as error:
+                self._refusal = str(error)
+                raise
         self._choice, self.notice = choice, notice
         return result
 
@@ -134,7 +139,7 @@ class ProbeRun:
             partition = self._partition_of(module)
         has_changed = partition != self.partition  # also where the next fit deals them otherwise
         if has_changed:
-            self.partition, self.self_check = partition, None
+            self.partition, self.self_check, self._refusal = partition, None, None
             self._start_overlaps()
         return has_changed
 
@@ -152,8 +157,11 @@ class ProbeRun:
         A collective: what goes wrong on one rank goes wrong on all, and leaves all as they were.
 
         Raises:
+            CheckError: when the self-check has let nothing be measured; it is not made again.
             PeerError: when it went wrong on another rank.
         """
+        if self._refusal is not None:
+            raise CheckError(self._refusal)
         with self.ranks.together():
             theta = self._theta(module)
             probe, record = self._take(module, sample, step, optimizer, on_matvec)

@@ -1,7 +1,7 @@
 """Rooms of the package, read off its imports: `python -m tests.rooms` prints them.
 
 A room is a folder of the package, or a module beside the folders; an arrow is an import from one room to another. The
-level of a room is one more than that of the highest room it imports. What is imported for type checkers only counts too.
+level of a room is one more than that of the highest room it imports. What is imported for type checkers alone counts.
 """
 
 from __future__ import annotations

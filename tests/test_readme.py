@@ -33,7 +33,6 @@ NOT_MOVED_YET = {
     "lightning_subspace/callbacks/monitor.py",
     "lightning_subspace/callbacks/projection.py",
     "lightning_subspace/callbacks/runner.py",
-    "lightning_subspace/curvature/batch_mean.py",
     "lightning_subspace/curvature/selection.py",
     "lightning_subspace/loss/training_loss.py",
     "lightning_subspace/measurements/base.py",

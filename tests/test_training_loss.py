@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
 from lightning_subspace import _lightning, containment, measure_subspace, training_loss
-from lightning_subspace.curvature import Hessian, mean_gradient
+from lightning_subspace.curvature import Hessian
+from lightning_subspace.curvature.gradient import pruned_gradient
 from lightning_subspace.loss_function import LossError, check_loss_function
 from lightning_subspace.micro_batch import MicroBatch, number_of_examples
 from lightning_subspace.parameters import ParameterSpace
@@ -204,7 +205,7 @@ def test_without_the_sharing_of_memory_a_view_of_the_weight_has_no_gradient(monk
     monkeypatch.setattr(containment, "_owners", lambda tensors: {})
     module = HoldsViews()
     with TrainingLoss(module, ParameterSpace.of(module), lambda m, batch, i: m.alias.sum() + m.rows[0].sum()) as loss:
-        gradient = mean_gradient(loss, [batch_of()])
+        gradient = pruned_gradient(loss, batch_of())
     assert torch.equal(gradient, torch.ones(loss.space.n))  # without the row a second time
 
 
@@ -213,13 +214,13 @@ def test_hooks_of_parameters_do_not_reach_the_gradient():
     module = NETS["mlp"]()
     space, batch = ParameterSpace.of(module), batch_of()
     with TrainingLoss(module, space, cross_entropy) as loss:
-        expected = mean_gradient(loss, [batch])
+        expected = pruned_gradient(loss, batch)
     fired = []
     for parameter in module.parameters():
         parameter.register_hook(lambda gradient: (fired.append(1), gradient.zero_())[1])
         parameter.register_post_accumulate_grad_hook(lambda parameter: fired.append(1))
     with TrainingLoss(module, space, cross_entropy) as loss:
-        assert torch.equal(mean_gradient(loss, [batch]), expected)
+        assert torch.equal(pruned_gradient(loss, batch), expected)
     assert fired == []
 
 
@@ -231,7 +232,7 @@ def test_what_the_step_freezes_has_no_gradient():
         return cross_entropy(module, batch, batch_idx)
 
     with TrainingLoss(module, ParameterSpace.of(module), loss_fn) as loss:
-        gradients = loss.space.unflatten(mean_gradient(loss, [batch_of()]))
+        gradients = loss.space.unflatten(pruned_gradient(loss, batch_of()))
     assert [bool(g.any()) for g in gradients] == [False, False, True, True]
     assert all(p.requires_grad for p in module.parameters())
 
@@ -355,7 +356,7 @@ def test_compiled_code_is_not_compiled_again():
         expected = compiled(x)
         count = len(compilations)
         with TrainingLoss(compiled, ParameterSpace.of(compiled), cross_entropy) as loss:
-            mean_gradient(loss, [batch_of()])
+            pruned_gradient(loss, batch_of())
         assert torch.equal(compiled(x), expected)
     assert len(compilations) == count == 1
 

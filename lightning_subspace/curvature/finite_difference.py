@@ -1,4 +1,4 @@
-"""The Hessian of the mean training loss as a matrix-vector product, by central differences of its gradients.
+"""Hessian of the training loss by central differences of float64 gradients.
 
     H v = |v| (g(theta + eps u) - g(theta - eps u)) / (2 eps),    u = v / |v|,
 
@@ -35,7 +35,7 @@ ROUNDING = 100 * torch.finfo(torch.float64).eps
 
 
 class FiniteDifferenceHessian(DisplacedGradients):
-    """The Hessian of the mean loss over `batches`, where it cannot be had by double backward.
+    """The Hessian where it cannot be had by double backward.
 
     Args:
         loss: an open context with dtype float64; it must stay open as long as products are taken.
@@ -76,7 +76,7 @@ class FiniteDifferenceHessian(DisplacedGradients):
         self,
         v: Tensor,  # (n,)
     ) -> Tensor:  # (n,)
-        """H v, from two gradients of every micro-batch, or more of them near a kink.
+        """H v, from two gradients of every micro-batch, or more near kinks.
 
         One all-gather and a sum, and for each step tried two reduce-scatters and a sum.
         """
@@ -84,13 +84,13 @@ class FiniteDifferenceHessian(DisplacedGradients):
         length, centre = self._norms(wide, self._centre())
         if not 0.0 < length < float("inf"):
             return torch.zeros_like(v, dtype=self.dtype) * length  # nan stays nan
-        return self._slope(self._transfers.gather(wide), length, centre).mul_(length).to(self.dtype)
+        return self._slope(self._buffers.gather(wide), length, centre).mul_(length).to(self.dtype)
 
     def _slope(self, whole: Tensor, length: float, centre: float) -> Tensor:
-        """This rank's part of H u along a whole vector of that length; `centre` is the length of the gradient."""
+        """This rank's part of H u, u along `whole` of that length; `centre` is |g|."""
         found = []
         for step in self._steps:
-            plus, minus = (self._mean_at(whole, self._turns, sign * step / length) for sign in (1.0, -1.0))
+            plus, minus = (self._gradient_at(whole, sign * step / length) for sign in (1.0, -1.0))
             bend = (plus + minus).sub_(self._centre(), alpha=2.0).div_(step)
             slope = plus.sub_(minus).div_(2.0 * step)
             size, steepness = self._norms(bend, slope)

@@ -1,4 +1,4 @@
-"""The Hessian of the mean training loss as a matrix-vector product, by forward differences: one gradient a product.
+"""Hessian of the training loss by forward differences: one gradient a product.
 
     H v = |v| (g(theta + eps u) - g(theta)) / eps,    u = v / |v|,
 
@@ -38,7 +38,7 @@ SMOOTH = 2e-3
 
 
 class ForwardDifferenceHessian(DisplacedGradients):
-    """The Hessian of the mean loss over `batches`, at one gradient a product, for smooth networks.
+    """The Hessian at one gradient a product, for smooth networks.
 
     Args:
         loss: an open context, best of order 1; it must stay open as long as products are taken.
@@ -84,14 +84,13 @@ class ForwardDifferenceHessian(DisplacedGradients):
             return torch.zeros_like(v) * length  # nan stays nan
         step = self._step / length
         centre = self._centre()
-        beyond = self._mean_at(self._transfers.gather(v), self._turns, step)
-        return beyond.sub_(centre).div_(step)
+        return self._gradient_at(self._buffers.gather(v), step).sub_(centre).div_(step)
 
 
 def smoothness_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfCheck:
-    """Whether forward differences may be used: PASSED, or SKIPPED with the reason why not.
+    """Whether forward differences may be used.
 
-    Costs about 17 gradients of the batch in float64.
+    PASSED, or SKIPPED with the reason why not. Costs about 17 gradients of the batch in float64.
 
     Args:
         loss: a `TrainingLoss` with dtype float64, not open yet.
@@ -120,9 +119,11 @@ def smoothness_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) ->
     except ValueError:
         raise
     except Exception as failure:  # float64 can fail in any way inside the user's code; that decides nothing
-        return SelfCheck(CheckOutcome.SKIPPED, float("nan"), "", f"{type(failure).__name__} in float64: {failure}")
+        return SelfCheck(CheckOutcome.SKIPPED, reason=f"{type(failure).__name__} in float64: {failure}")
     error = float(torch.tensor(errors).max() / torch.tensor(lengths).max())  # nan where one of them is
     if error <= SMOOTH:
-        return SelfCheck(CheckOutcome.PASSED, error, "", f"forward differences extrapolate to H v within {error:.1e}")
+        return SelfCheck(
+            CheckOutcome.PASSED, error, reason=f"forward differences extrapolate to H v within {error:.1e}"
+        )
     reason = f"the loss has kinks, or bends too much: forward differences miss H v by {error:.1e}"
-    return SelfCheck(CheckOutcome.SKIPPED, error, "", reason)
+    return SelfCheck(CheckOutcome.SKIPPED, error, reason=reason)

@@ -1,4 +1,4 @@
-"""The generalised Gauss-Newton matrix of the mean training loss as a matrix-vector product.
+"""Generalised Gauss-Newton matrix of the training loss.
 
 With the loss of a micro-batch L(z(theta)), z the output of the network, and J = dz/dtheta,
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_subspace.curvature.hessian import GradientGraph, Hessian
+from lightning_subspace.curvature.hessian import GradientGraph, RetainedGraphs
 from lightning_subspace.curvature.self_check import JITTER, REFUSALS, THRESHOLD, CheckOutcome, SelfCheck, worst_part
 from lightning_subspace.loss_function import LossError
 from lightning_subspace.micro_batch import MicroBatch
@@ -51,7 +51,7 @@ STEPS = (1e-5, 1e-6)
 
 @dataclass(frozen=True)
 class OutputGraph(GradientGraph):
-    """One micro-batch: its loss as a function of the output, and the output as a function of the leaves.
+    """The loss of one micro-batch by its output, and the output by the leaves.
 
     Attributes:
         output: z, with the graph that ends in the leaves.
@@ -82,12 +82,12 @@ class OutputGraph(GradientGraph):
 
     @property
     def held(self) -> list[Tensor]:
-        """Tensors kept as long as this is, beside what autograd saves for backward and beside the leaves."""
+        """Tensors kept beside the leaves and what autograd saves for backward."""
         images = [image for image in self.pullback if image is not None]
         return [*super().held, *images, self.output, self.place, self.slope, self.cotangent]
 
     def product(self, direction: list[Tensor]) -> list[Tensor | None]:
-        """J^T H_L J v by leaf; None where the output does not depend on the leaf."""
+        """J^T H_L J v by leaf; None for a leaf without influence."""
         pairs = [(p, v) for p, v in zip(self.pullback, direction, strict=True) if p is not None]
         images = [p.to_dense() if p.is_sparse else p for p, _ in pairs]
         weights = [v.reshape(p.shape).to(p.dtype) for p, v in pairs]
@@ -102,8 +102,8 @@ class OutputGraph(GradientGraph):
         )
 
 
-class GaussNewton(Hessian):
-    """The Gauss-Newton matrix of the mean loss over `batches`; everything else is as in `Hessian`.
+class GaussNewton(RetainedGraphs):
+    """The Gauss-Newton matrix; arguments are those of `RetainedGraphs`.
 
     Raises:
         LossError: also where the training step has no single output (see above).
@@ -118,11 +118,14 @@ class GaussNewton(Hessian):
         tensor([1., 4.])
     """
 
-    _graph_class = OutputGraph
+    def _build(self, batch: MicroBatch) -> OutputGraph:
+        return OutputGraph.build(self._loss, batch)
 
 
 def gauss_newton_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfCheck:
-    """Compare a product with differences of first-order derivatives, J^T (dL/dz(theta + h v) - dL/dz(theta)) / h.
+    """Compare a product with differences of first-order derivatives.
+
+    These are J^T (dL/dz(theta + h v) - dL/dz(theta - h v)) / 2h.
 
     Args:
         loss: a `TrainingLoss` with dtype float64, not open yet.
@@ -149,12 +152,13 @@ def gauss_newton_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) 
     except Exception as failure:  # float64 can fail in any way inside the user's code
         refused = isinstance(failure, RuntimeError) and REFUSALS.search(str(failure))
         outcome = CheckOutcome.UNAVAILABLE if refused else CheckOutcome.INCONCLUSIVE
-        return SelfCheck(outcome, float("inf" if refused else "nan"), "", f"{type(failure).__name__}: {failure}")
+        error = float("inf" if refused else "nan")
+        return SelfCheck(outcome, error, reason=f"{type(failure).__name__}: {failure}")
     reason = f"G v and differences are apart by {error:.1e} in {name}, differences for two steps by {spread:.1e}"
     if error <= THRESHOLD:
         return SelfCheck(CheckOutcome.PASSED, error, name, reason)
     if spread > THRESHOLD:  # noise or kinks: nothing that could accuse the product
-        return SelfCheck(CheckOutcome.INCONCLUSIVE, float("nan"), "", reason)
+        return SelfCheck(CheckOutcome.INCONCLUSIVE, reason=reason)
     return SelfCheck(CheckOutcome.FAILED, error, name, reason)
 
 
@@ -177,29 +181,30 @@ def _evaluated(
     if len(cut.found) != 1:
         calls = ", ".join(name for name, _, _ in cut.found) or "none"
         raise LossError(
-            "curvature='ggn' takes the first argument of the loss for the output of the network, so the training step "
-            f"has to call one of torch.nn.functional.{', '.join(f.__name__ for f in LOSSES)} (or the module of it) "
-            f"exactly once on what depends on the parameters; it called: {calls}. Pass curvature='hessian' or loss_fn=."
+            "curvature: expected, for 'ggn', a training step that calls one of torch.nn.functional."
+            f"{', '.join(f.__name__ for f in LOSSES)} (or the module of it) exactly once on what depends on the "
+            f"parameters, got these calls: {calls}; its first argument is taken for the output of the network. Pass "
+            "curvature='hessian' or loss_fn=."
         )
     name, output, place = cut.found[0]
     others = torch.autograd.grad(evaluation.value, evaluation.leaves, retain_graph=True, allow_unused=True)
     if any(other is not None for other in others):
         raise LossError(
-            f"curvature='ggn' needs a loss that depends on the parameters through the first argument of {name} alone, "
-            "but this one does so also in another way, such as a penalty or a second use of the output. Pass "
-            "curvature='hessian', or loss_fn= without it."
+            "curvature: expected, for 'ggn', a loss that depends on the parameters through the first argument of "
+            f"{name} alone, got one that does so also in another way, such as a penalty or a second use of the output; "
+            "pass curvature='hessian', or loss_fn= without it."
         )
     (slope,) = torch.autograd.grad(evaluation.value, place, create_graph=create_graph, allow_unused=True)
     if cut.is_linear or slope is None or (create_graph and not slope.requires_grad):
         raise LossError(
-            f"the loss is linear in the first argument of {name}, so its Gauss-Newton matrix is zero (nll_loss is "
-            "taken together with the log_softmax that its argument comes from, without a reshape in between)."
+            f"curvature: expected, for 'ggn', a curved loss, got one that is linear in the first argument of {name}, "
+            "so that its matrix is zero; give nll_loss what log_softmax returns, without a reshape in between."
         )
     return evaluation.leaves, output, place, slope
 
 
 class _Cut(TorchFunctionMode):
-    """Gives loss functions a leaf in place of what the network hands them, and keeps both.
+    """Give loss functions a leaf in place of the output, and keep both.
 
     Attributes:
         found: name of the function, the output with its graph, and the leaf, one a call.

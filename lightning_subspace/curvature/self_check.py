@@ -1,4 +1,4 @@
-"""Is the Hessian product of this model right? Compared once with differences of its own gradients.
+"""Self-check of the Hessian product, by differences of gradients.
 
 Double backward is silently wrong for custom autograd functions that keep tensors on `ctx`, for `once_differentiable`
 and for reentrant checkpoints: the product is then often even symmetric, so only an independent derivative notices. The
@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_subspace._torch import DispatchMode
 from lightning_subspace.curvature.gradient import backward_gradient
 from lightning_subspace.curvature.hessian import Hessian
 from lightning_subspace.micro_batch import MicroBatch
@@ -41,7 +41,7 @@ REFUSALS = re.compile(r"derivative for .* is not implemented|once_differentiable
 class CheckOutcome(enum.Enum):
     """What the comparison showed."""
 
-    PASSED = "Products and differences of gradients agree."
+    PASSED = "What was compared agrees."
     FAILED = (
         "The second derivatives of this model are not those of its gradient. Either the backward pass is wrong about "
         "its own derivative (a custom autograd.Function that is differentiable once, or a reentrant activation "
@@ -50,7 +50,7 @@ class CheckOutcome(enum.Enum):
         "`.detach()` on the way to some of the parameters, as in a GAN: name those that this loss trains with params=)."
     )
     UNAVAILABLE = "An operation of this model has no second derivative in torch."
-    SKIPPED = "Finite differences were asked for, so there is no second derivative to check."
+    SKIPPED = "There was nothing to compare, or it need not agree; the reason says so."
     INCONCLUSIVE = "The check needs float64 throughout and could not have it here; nothing is known."
 
 
@@ -67,13 +67,13 @@ class SelfCheck:
     """
 
     outcome: CheckOutcome
-    error: float
-    parameter: str
-    reason: str
+    error: float = float("nan")
+    parameter: str = ""
+    reason: str = ""
 
 
 def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfCheck:
-    """Compare the Hessian product on one micro-batch with float64 differences of first-order gradients.
+    """Compare a Hessian product with float64 differences of gradients.
 
     Costs about eight gradients of a batch in float64; eight examples are enough.
 
@@ -114,11 +114,11 @@ def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfC
             with narrowing:
                 differences = [_difference(loss, batch, jitter, direction, eps) for eps in STEPS]
     except Exception as failure:  # float64 can fail in any way inside the user's code; that decides nothing
-        return _inconclusive(f"{type(failure).__name__} in float64: {failure}")
+        return SelfCheck(CheckOutcome.INCONCLUSIVE, reason=f"{type(failure).__name__} in float64: {failure}")
     if refusal is not None:
         reentrant = "use_reentrant" in str(refusal)  # a choice that the user can undo
         outcome = CheckOutcome.FAILED if reentrant else CheckOutcome.UNAVAILABLE
-        return SelfCheck(outcome, float("inf"), "", f"{type(refusal).__name__}: {refusal}")
+        return SelfCheck(outcome, float("inf"), reason=f"{type(refusal).__name__}: {refusal}")
     error, name = min(worst_part(loss, product, difference) for difference in differences)
     if error <= THRESHOLD:
         return SelfCheck(CheckOutcome.PASSED, error, name, f"relative difference {error:.1e} (largest in {name})")
@@ -129,7 +129,7 @@ def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfC
         reason = f"differences of gradients for two eps differ by {spread:.1%}: noise or kinks in the loss"
         if narrowing.operation is not None:
             reason = f"{narrowing.operation} returns a type narrower than float64, and {reason}"
-        return _inconclusive(reason)
+        return SelfCheck(CheckOutcome.INCONCLUSIVE, reason=reason)
     reason = f"H v differs from differences of gradients by {error:.1%} in {name} (at most {THRESHOLD:.0e} is rounding)"
     return SelfCheck(CheckOutcome.FAILED, error, name, reason)
 
@@ -144,7 +144,7 @@ def _difference(loss: TrainingLoss, batch: MicroBatch, jitter: Tensor, direction
 
 
 def worst_part(loss: TrainingLoss, product: Tensor, difference: Tensor) -> tuple[float, str]:
-    """Largest relative error over the parameter tensors, and where; non-finite counts as infinite."""
+    """Largest relative error over parameter tensors, and where; nan is infinite."""
     floor = SMALLEST_PART * max(float(product.norm()), float(difference.norm()))
     worst = (0.0, loss.space.names[0])
     for name, hv, fd in zip(
@@ -156,11 +156,7 @@ def worst_part(loss: TrainingLoss, product: Tensor, difference: Tensor) -> tuple
     return worst
 
 
-def _inconclusive(reason: str) -> SelfCheck:
-    return SelfCheck(CheckOutcome.INCONCLUSIVE, float("nan"), "", reason)
-
-
-class _NarrowingObserver(TorchDispatchMode):
+class _NarrowingObserver(DispatchMode):
     """Remember the first operation that turned float64 into a narrower floating-point type."""
 
     operation: str | None = None

@@ -1,4 +1,4 @@
-"""The Hessian of the mean training loss on the shards of FSDP2, by central differences of float32 gradients.
+"""Hessian on the shards of FSDP2, by central differences of float32 gradients.
 
     H v = |v| (g(theta + eps u) - g(theta - eps u)) / (2 eps),    u = v / |v|,  eps = 1e-3
 
@@ -17,19 +17,19 @@ examples), and by 3e-5 to 1.3e-2 for the smooth nets above; u.Hv and v.Hu of the
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_subspace._torch import DispatchMode
+from lightning_subspace.curvature.batch_mean import BatchMean
+from lightning_subspace.curvature.displaced import DisplacedGradients
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck
 from lightning_subspace.micro_batch import MicroBatch
-from lightning_subspace.partition import Partition
-from lightning_subspace.rounds import Turn, rounds
+from lightning_subspace.rounds import Turn
 from lightning_subspace.sharded_loss import ShardedLoss
 
 STEP = 1e-3
@@ -50,135 +50,88 @@ KINKED = frozenset((
 # fmt: on
 
 
-class ShardedDifferenceHessian:
-    """The Hessian of the mean loss over `batches`, as a product of this rank's parts of vectors.
+class ShardedDifferenceHessian(DisplacedGradients):
+    """The Hessian, on this rank's shards of vectors.
 
-    Every method is a collective: FSDP gathers parameters and scatters gradients in it.
+    Every method is a collective: FSDP gathers parameters and scatters gradients in it. It sums over ranks, so where
+    one micro-batch is evaluated alone, all ranks but its owner do so at weight zero.
 
     Args:
-        loss: an open context; it must stay open as long as products are taken.
+        loss: an open `ShardedLoss`; it must stay open as long as products are taken.
         batches: the sample, of all ranks.
         partition: the shards of the module, and the ranks that it is sharded over.
-        step: length of the displacement in parameter space.
-
-    Attributes:
-        n: number of coordinates that this rank holds.
-        partition: which of them.
-        batches: the micro-batches, of all ranks.
 
     Raises:
         LossError: when a loss cannot be evaluated (see `ShardedLoss`).
         ValueError: for an empty sample.
     """
 
-    fails_as_nan = False
     max_asymmetry = 1e-3  # 1e-4 at most for the smooth networks named above
 
-    def __init__(
-        self,
-        loss: ShardedLoss,
-        batches: Sequence[MicroBatch],
-        partition: Partition,
-        *,
-        step: float = STEP,
-    ) -> None:
-        if not batches:
-            raise ValueError("batches: expected at least one micro-batch, got an empty sample.")
-        self.n = loss.n
-        self.dtype = loss.dtype
-        self.device = loss.device
-        self.batches = tuple(batches)
-        self.loss = loss
-        self.partition = partition
-        self._held = self.batches
-        self._all_sum = partition.ranks.all_sum
-        self._step = step
-        self._mean: Tensor | None = None  # the gradient, once it is known
-
-    def gradient(self) -> Tensor:  # (n,)
-        """Gradient of the mean loss over the sample."""
-        if self._mean is None:
-            self._mean, _ = self._at(None, self._rounds(self.batches))
-        return self._mean.clone()
+    _loss: ShardedLoss
 
     def matvec(
         self,
         v: Tensor,  # (n,)
-        step: float | None = None,
+        step: float = STEP,
     ) -> Tensor:  # (n,)
-        """H v, from two gradients of every micro-batch."""
-        step = self._step if step is None else step
+        """H v, from two gradients of every micro-batch, at displacements of length `step`."""
         length = self.norm(v)
         if not 0.0 < length < float("inf"):
             return torch.zeros_like(v, dtype=self.dtype) * length  # nan stays nan
         offset = v.to(self.dtype) * (step / length)
-        turns = self._rounds(self.batches)
-        plus, _ = self._at(offset, turns)
-        minus, _ = self._at(-offset, turns)
+        plus, minus = (self._evaluated(sign * offset, self._turns)[0] for sign in (1.0, -1.0))
         return plus.sub_(minus).mul_(length / (2.0 * step))
 
-    def batch_gradients(self) -> Iterator[tuple[MicroBatch, Tensor]]:
-        """Each micro-batch, of all ranks, with the gradient of its own mean loss, (n,)."""
-        return self.other_gradients(self.batches)
-
     def other_gradients(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
-        """Each of other micro-batches, of all ranks, with the gradient of its own mean loss, (n,).
+        """Each of other micro-batches of all ranks, with its gradient, (n,)."""
+        return ((batch, self.mean_gradient([batch])) for batch in batches)
 
-        FSDP sums over ranks, so all but one keep company meanwhile.
-        """
-        for batch in batches:
-            yield batch, self.mean_gradient([batch])
-
-    def mean_gradient(self, batches: Sequence[MicroBatch]) -> Tensor:  # (n,)
-        """Gradient of the mean loss over other micro-batches."""
-        return self._at(None, self._rounds(batches))[0]
-
-    def part(self, positions: Iterable[int]) -> ShardedDifferenceHessian:
-        """The Hessian over some of the micro-batches."""
-        part = copy.copy(self)
-        part.batches = tuple(self.batches[position] for position in positions)
-        part._mean = None
+    def part(self, positions: Iterable[int]) -> BatchMean:
+        """The Hessian over some micro-batches, dealt anew, as nothing is retained."""
+        part = super().part(positions)
+        part._turns = part._rounds(part.batches)
         return part
 
     def value(self, offset: Tensor | None) -> float:
         """The mean loss at theta + offset."""
-        _, own = self._at(offset, self._rounds(self.batches))
-        return float(self._all_sum(torch.tensor([own], dtype=torch.float64, device=self.device)))
+        _, own = self._evaluated(offset, self._turns)
+        return float(self.partition.ranks.all_sum(torch.tensor([own], dtype=torch.float64, device=self.device)))
 
     def dot(self, u: Tensor, v: Tensor) -> float:
         """The inner product over all ranks."""
-        return float(self._all_sum((u.to(torch.float64) @ v.to(torch.float64)).reshape(1)))
+        return float(self.partition.ranks.all_sum((u.to(torch.float64) @ v.to(torch.float64)).reshape(1)))
 
     def norm(self, v: Tensor) -> float:
         """The Euclidean norm over all ranks."""
         return math.sqrt(self.dot(v, v))
 
     def norms(self, v: Tensor) -> Tensor:
-        """The norm of every parameter's part over all ranks, in the order of the space."""
-        pieces = torch.split(v.to(torch.float64), list(self.loss.local_numels))
-        return self._all_sum(torch.stack([piece.square().sum() for piece in pieces])).sqrt()
+        """The norm of each parameter's part over all ranks."""
+        pieces = torch.split(v.to(torch.float64), list(self._loss.local_numels))
+        return self.partition.ranks.all_sum(torch.stack([piece.square().sum() for piece in pieces])).sqrt()
 
-    def _rounds(self, batches: Sequence[MicroBatch]) -> list[Turn]:
-        return rounds(batches, self.partition.ranks, held=self._held)
+    def _gradient_over(self, turns: Sequence[Turn]) -> Tensor:
+        return self._evaluated(None, turns)[0]
 
-    def _at(self, offset: Tensor | None, turns: Sequence[Turn]) -> tuple[Tensor, float]:
-        """The gradient of the mean loss at theta + offset, and this rank's share of the loss."""
-        self.loss.displace(offset)
+    def _evaluated(self, offset: Tensor | None, turns: Sequence[Turn]) -> tuple[Tensor, float]:
+        """The gradient at theta + offset, and this rank's share of the loss."""
+        self._loss.displace(offset)
         try:
-            return self.loss.gradient(turns)
+            return self._loss.gradient(turns)
         finally:
-            self.loss.displace(None)
+            self._loss.displace(None)
 
 
 def check_differences(
     operator: ShardedDifferenceHessian,
     direction: Tensor,  # (n,), this rank's part of a random vector
 ) -> SelfCheck:
-    """Whether differences of float32 gradients are the Hessian of this loss: nine gradients of the sample.
+    """Whether differences of float32 gradients are the Hessian of this loss.
 
-    Three comparisons. Differences along a random direction, for two lengths: they disagree where the loss has kinks.
-    The symmetry of the operator, u.Hv = v.Hu with u along Hv. And the loss itself along its gradient, which shows
-    whether FSDP's gradients are those of the mean over ranks.
+    Nine gradients of the sample, for three comparisons. Differences along a random direction, for two lengths: they
+    disagree where the loss has kinks. The symmetry of the operator, u.Hv = v.Hu with u along Hv. And the loss itself
+    along its gradient, which shows whether FSDP's gradients are those of the mean over ranks.
     """
     observer = _KinkObserver()
     with observer:
@@ -186,7 +139,7 @@ def check_differences(
     seen = f"; the loss has kinks ({', '.join(sorted(observer.kinks))})" if observer.kinks else ""
     v = direction.to(operator.dtype) / operator.norm(direction)
     wide, near = (operator.matvec(v, step) for step in CHECKED_STEPS)
-    names = operator.loss.space.names
+    names = operator._loss.space.names
     parts = operator.norms(wide - near)
     name = names[int(parts.argmax())]
     scale = max(operator.norm(wide), operator.norm(near))
@@ -231,7 +184,7 @@ def _ratio(error: float, scale: float) -> float:
     return 0.0 if error == 0.0 else float("inf")
 
 
-class _KinkObserver(TorchDispatchMode):
+class _KinkObserver(DispatchMode):
     """Remember the operations whose derivative jumps."""
 
     def __init__(self) -> None:

@@ -143,10 +143,10 @@ def test_a_loss_logged_without_a_graph_is_none():
 
 
 REFUSED = {
-    "none": (lambda m, b, i: m(b[0]).square().mean(), "it called: none"),
+    "none": (lambda m, b, i: m(b[0]).square().mean(), "got these calls: none"),
     "two": (
         lambda m, b, i: F.cross_entropy(m(b[0]), b[1]) + F.mse_loss(m(b[0]), one_hot(b[1])),
-        "it called: cross_entropy, mse_loss",
+        "got these calls: cross_entropy, mse_loss",
     ),
     "penalty": (
         lambda m, b, i: F.cross_entropy(m(b[0]), b[1]) + 0.1 * m[0].weight.square().sum(),

@@ -1,11 +1,12 @@
-"""The mean gradient over micro-batches against `backward()` of the whole."""
+"""The gradient of the mean loss, as operators take it, against `backward()` of the whole."""
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_subspace.curvature import Hessian, mean_gradient
+from lightning_subspace.curvature import ForwardDifferenceHessian, Hessian
+from lightning_subspace.curvature.gradient import backward_gradient, pruned_gradient
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.sample import sample_of_batches
 from lightning_subspace.training_loss import TrainingLoss
@@ -35,47 +36,53 @@ def batches(sizes):
     return list(zip(INPUTS.split(sizes), LABELS.split(sizes), strict=True))
 
 
+OPERATORS = pytest.mark.parametrize("operator", [Hessian, ForwardDifferenceHessian])
+
+
+@OPERATORS
 @pytest.mark.parametrize("sizes", [[11], [4, 4, 3], [1] * 11])
-def test_uneven_batches_give_the_gradient_of_the_whole(module, sizes):
+def test_uneven_batches_give_the_gradient_of_the_whole(module, operator, sizes):
+    sample = sample_of_batches(batches(sizes)).hessian
     with TrainingLoss(module, ParameterSpace.of(module), cross_entropy) as loss:
-        gradient = mean_gradient(loss, iter(sample_of_batches(batches(sizes)).hessian))
-    torch.testing.assert_close(gradient, whole(module), rtol=0.0, atol=100 * EPS)
+        found = [operator(loss, sample).gradient(), operator(loss, sample[:1]).mean_gradient(sample)]
+    for gradient in found:
+        torch.testing.assert_close(gradient, whole(module), rtol=0.0, atol=100 * EPS)
 
 
-def test_weights_need_not_be_normalised(module):
+@OPERATORS
+def test_weights_need_not_be_normalised(module, operator):
     pairs = [(batch, 1e6 * len(batch[0])) for batch in batches([4, 4, 3])]
+    sample = sample_of_batches(pairs).hessian
     with TrainingLoss(module, ParameterSpace.of(module), cross_entropy) as loss:
-        gradient = mean_gradient(loss, sample_of_batches(pairs).hessian)
-    torch.testing.assert_close(gradient, whole(module), rtol=0.0, atol=100 * EPS)
+        found = [operator(loss, sample).gradient(), operator(loss, sample[:1]).mean_gradient(sample)]
+    for gradient in found:
+        torch.testing.assert_close(gradient, whole(module), rtol=0.0, atol=100 * EPS)
 
 
-def test_it_is_the_gradient_that_the_hessian_belongs_to(module):
-    sample = sample_of_batches(batches([4, 4, 3])).hessian
-    with TrainingLoss(module, ParameterSpace.of(module), cross_entropy) as loss:
-        torch.testing.assert_close(
-            mean_gradient(loss, sample), Hessian(loss, sample).gradient(), rtol=0.0, atol=100 * EPS
-        )
-
-
-def test_one_batch_is_bit_for_bit_what_backward_gives(module):
+@pytest.mark.parametrize("gradient_of", [backward_gradient, pruned_gradient])
+def test_one_batch_is_bit_for_bit_what_backward_gives(module, gradient_of):
     module.float()
     batch = (INPUTS.float(), LABELS)
     with TrainingLoss(module, ParameterSpace.of(module), cross_entropy) as loss:
-        gradient = mean_gradient(loss, sample_of_batches([batch]).hessian)
+        gradient = gradient_of(loss, sample_of_batches([batch]).hessian[0])
     assert torch.equal(gradient, dense_gradient(module, lambda m: cross_entropy(m, batch, 0)))
 
 
-def test_unused_parameters_have_no_gradient(module):
+@OPERATORS
+def test_unused_parameters_have_no_gradient(module, operator):
     def first_layer_only(m, batch, batch_idx):
         return m[0](batch[0]).square().mean()
 
+    sample = sample_of_batches(batches([4, 4, 3])).hessian
     with TrainingLoss(module, ParameterSpace.of(module), first_layer_only) as loss:
-        gradient = mean_gradient(loss, sample_of_batches(batches([4, 4, 3])).hessian)
+        gradient = operator(loss, sample[:1]).mean_gradient(sample)
     torch.testing.assert_close(gradient, whole(module, first_layer_only), rtol=0.0, atol=100 * EPS)
     assert not gradient[25:].any()
 
 
-def test_the_module_has_no_gradients_afterwards(module):
+@OPERATORS
+def test_the_module_has_no_gradients_afterwards(module, operator):
+    sample = sample_of_batches(batches([11])).hessian
     with TrainingLoss(module, ParameterSpace.of(module), cross_entropy) as loss:
-        mean_gradient(loss, sample_of_batches(batches([11])).hessian)
+        operator(loss, sample).mean_gradient(sample)
     assert all(parameter.grad is None for parameter in module.parameters())

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_subspace.curvature import GaussNewton, Hessian, mean_gradient
-from lightning_subspace.curvature import hessian as hessian_module
+from lightning_subspace.curvature import GaussNewton, Hessian, graph_memory
+from lightning_subspace.curvature.gradient import backward_gradient
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.sample import sample_of_batches
 from lightning_subspace.training_loss import TrainingLoss
@@ -389,17 +389,17 @@ def test_the_memory_budget_does_not_count_parameters_nor_views_of_them():
 
 def test_the_memory_budget_is_what_the_limit_of_a_container_leaves(tmp_path, monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(hessian_module, "CGROUP", tmp_path)
-    host = hessian_module._memory_budget(cpu, 1)
+    monkeypatch.setattr(graph_memory, "CGROUP", tmp_path)
+    host = graph_memory.memory_budget(cpu, 1)
     assert host > 3_000  # no such files
     (tmp_path / "memory.current").write_text("1000\n")
     (tmp_path / "memory.max").write_text("max\n")
-    assert hessian_module._memory_budget(cpu, 1) > 3_000
+    assert graph_memory.memory_budget(cpu, 1) > 3_000
     (tmp_path / "memory.max").write_text("7000\n")
-    assert hessian_module._memory_budget(cpu, 1) == 3_000
-    assert hessian_module._memory_budget(cpu, 2) == 1_500
+    assert graph_memory.memory_budget(cpu, 1) == 3_000
+    assert graph_memory.memory_budget(cpu, 2) == 1_500
     (tmp_path / "memory.max").write_text("500\n")
-    assert hessian_module._memory_budget(cpu, 1) == 0
+    assert graph_memory.memory_budget(cpu, 1) == 0
 
 
 def test_part_is_the_hessian_of_some_batches():
@@ -424,7 +424,7 @@ def test_batch_gradients_are_those_of_each_batch():
     with TrainingLoss(module, ParameterSpace.of(module), classify, dtype=torch.float64) as loss:
         hessian = Hessian(loss, sample_of_batches(UNEVEN).hessian)
         for batch, gradient in hessian.batch_gradients():
-            assert_close(gradient, mean_gradient(loss, [batch]), ROUNDING)
+            assert_close(gradient, backward_gradient(loss, batch), ROUNDING)
 
 
 @pytest.mark.parametrize("name", ["conv", "conv-relu-maxpool", "layer-norm", "dropout"])

@@ -28,7 +28,7 @@ def operator_of(loss, data, count=None, **options):
     """With one micro-batch a rank, or `count` of them in all."""
     ranks = Ranks(dist.group.WORLD)
     batches = [micro_batch(data, index) for index in range(ranks.count if count is None else count)]
-    return ShardedDifferenceHessian(loss, batches, Partition.of(loss.space, loss.module, ranks), **options)
+    return ShardedDifferenceHessian(loss, batches, partition=Partition.of(loss.space, loss.module, ranks), **options)
 
 
 def cut(whole, space, module):

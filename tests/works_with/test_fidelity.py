@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_subspace.curvature import backward_gradient, mean_gradient
+from lightning_subspace.curvature.gradient import backward_gradient, pruned_gradient
 from lightning_subspace.parameters import ParameterSpace
 from lightning_subspace.random_state import RandomState
 from lightning_subspace.sample import sample_of_current
@@ -92,7 +92,7 @@ class Replay(Callback):
             self.equal.append(torch.equal(self.gradient_of(loss, self.sample.hessian[0]), trained))
 
 
-@pytest.mark.parametrize("gradient_of", [backward_gradient, lambda loss, batch: mean_gradient(loss, [batch])])
+@pytest.mark.parametrize("gradient_of", [backward_gradient, pruned_gradient])
 @pytest.mark.parametrize("name", BODIES)
 def test_the_gradient_is_that_of_the_step(name, gradient_of):
     replay = Replay(gradient_of)

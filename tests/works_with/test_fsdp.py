@@ -154,7 +154,7 @@ class Evaluate(Callback):
         with ShardedLoss(module, space, mode="eval", stand_ins=buffers) as loss:
             partition = Partition.of(space, module, Ranks(dist.group.WORLD))
             both = [batch if i == rank else replace(batch, index=i, held=False) for i in (0, 1)]
-            part = ShardedDifferenceHessian(loss, both, partition).matvec(torch.ones(loss.n))
+            part = ShardedDifferenceHessian(loss, both, partition=partition).matvec(torch.ones(loss.n))
         whole = torch.zeros(space.n)
         for piece, values in zip(held_by(space, module), part.split(list(loss.local_numels)), strict=True):
             whole[piece.start : piece.stop] = values

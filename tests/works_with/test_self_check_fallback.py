@@ -1,17 +1,20 @@
 """Models whose second derivatives are wrong or missing: what the self-check says, and what is measured then."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_subspace import SubspaceMonitor, measure_subspace
-from lightning_subspace.curvature import CheckError, CheckOutcome
+from lightning_subspace import SubspaceMonitor, SubspaceProjection, measure_subspace
+from lightning_subspace.collectives import Ranks
+from lightning_subspace.curvature import CheckError, CheckOutcome, choice
 from lightning_subspace.curvature.self_check import THRESHOLD
 from lightning_subspace.loss_function import LossError
 from lightning_subspace.plan import ProbeSettings
@@ -19,6 +22,7 @@ from lightning_subspace.sample import sample_of_batches
 from lightning_subspace.tracker import ProbeRun
 from tests.custom_functions import KeepsInput, OnceDifferentiable
 from tests.oracles import dense_hessian, dense_hessian_by_differences, top_eigenspace
+from tests.processes import run
 
 K = 3
 INPUTS = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
@@ -295,5 +299,77 @@ def test_a_loss_that_is_another_at_every_evaluation_is_refused():
     def loss_fn(module, batch, batch_idx):
         return next(values) * module(batch).square().mean()
 
-    with pytest.raises(LossError, match="the loss is not a function: two evaluations of one batch gave"):
+    with pytest.raises(LossError, match="loss: expected one value from two evaluations of a batch, got"):
         measure_subspace(nn.Linear(3, 1), [torch.ones(4, 3)], k=1, loss_fn=loss_fn)
+
+
+# -- a curvature that differences cannot give -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """Counts self-checks of the Gauss-Newton matrix."""
+    row, made = choice.OPERATORS["ggn"], []
+
+    def counted(*args, **options):
+        made.append(args)
+        return row.check(*args, **options)
+
+    monkeypatch.setitem(choice.OPERATORS, "ggn", replace(row, check=counted))
+    return made
+
+
+UNDERIVABLE = {"missing": MISSING["embedding-bag"], "wrong": (WRONG["once-differentiable"], INPUTS)}
+
+
+@pytest.mark.parametrize("policy", ["warn", "finite-difference"])
+@pytest.mark.parametrize("name", UNDERIVABLE)
+def test_a_gauss_newton_matrix_that_cannot_be_had_does_not_stop_training(name, policy, checks):
+    make, inputs = UNDERIVABLE[name]
+    monitor = SubspaceMonitor(k=K, curvature="ggn", every_n_steps=1, max_overhead=None, on_check_fail=policy)
+    with pytest.warns(UserWarning, match=r"training goes on.*another matrix.*curvature='hessian'") as said:
+        with_monitor = trained(make, inputs, monitor)
+    assert len([s for s in said if "SubspaceMonitor" in str(s.message)]) == 1
+    assert all(torch.equal(a, b) for a, b in zip(with_monitor, trained(make, inputs), strict=True))
+    assert monitor.history == []
+    assert len(checks) == 1
+
+
+@pytest.mark.parametrize("argument", ["on_check_fail", "on_failure"])
+@pytest.mark.parametrize("name", UNDERIVABLE)
+def test_a_gauss_newton_matrix_that_cannot_be_had_stops_training_on_request(name, argument):
+    make, inputs = UNDERIVABLE[name]
+    with pytest.raises(CheckError, match="curvature='hessian'"):
+        trained(make, inputs, SubspaceMonitor(k=K, curvature="ggn", **{argument: "raise"}))
+    with pytest.raises(CheckError, match="curvature='hessian'"):
+        measure(built(make), inputs, curvature="ggn")
+
+
+@pytest.mark.parametrize("keep", ["top", "bulk"])
+def test_a_projection_without_a_space_leaves_steps_as_they_are(keep, checks):
+    make, inputs = UNDERIVABLE["missing"]
+    projection = SubspaceProjection(keep, k=K, curvature="ggn", refresh_every_n_steps=1)
+    with pytest.warns(UserWarning, match=r"training goes on.*curvature='hessian'"):
+        with_projection = trained(make, inputs, projection)
+    assert all(torch.equal(a, b) for a, b in zip(with_projection, trained(make, inputs), strict=True))
+    assert len(checks) == 1
+    with pytest.raises(CheckError, match="curvature='hessian'"):
+        trained(make, inputs, SubspaceProjection(keep, k=K, curvature="ggn", on_check_fail="raise"))
+
+
+def refused_on_ranks():
+    ranks, (make, inputs) = Ranks(dist.group.WORLD), UNDERIVABLE["missing"]
+    module, sample = built(make), sample_of_batches([(inputs, LABELS)] * 2, ranks=ranks)
+    tracker, said = ProbeRun(ProbeSettings(k=K, curvature="ggn"), module, ranks), []
+    for attempt in (lambda: tracker.check(module, sample), lambda: tracker.measure(module, sample, 0)):
+        try:
+            attempt()
+        except CheckError as error:
+            said.append(str(error))
+    return said
+
+
+def test_all_ranks_refuse_it_with_the_same_words():
+    (first, second), others = run(refused_on_ranks, 2)
+    assert first == second
+    assert [first, second] == others

@@ -1,0 +1,210 @@
+"""Base of all operators: a mean over the micro-batches of a fixed sample.
+
+    A v = sum_b s_b A_b v,    g = sum_b s_b grad L_b,    s_b = w_b / sum_b w_b
+
+Under ranks vectors are dealt out (`Partition`), and so are the micro-batches (`rounds`): a product is one all-gather of
+v, the local sums, and one reduce-scatter. A rank on which something fails contributes nan to the sum, and raises behind
+it, so that no rank is left waiting.
+
+A new operator is one class with one method: `matvec` below `BatchMean`, where A_b v can be had from a vector alone (as
+in `empirical_fisher.py`); `_build` below `RetainedGraphs`, where a graph serves all products (`hessian.py`); `matvec`
+below `DisplacedGradients`, where it is a difference of gradients (`forward_difference.py`). One row of the table in
+`choice.py` gives it a name.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_subspace.curvature.gradient import backward_gradient
+from lightning_subspace.micro_batch import MicroBatch
+from lightning_subspace.partition import Partition
+from lightning_subspace.rounds import Turn, by_rounds, owner, rounds
+from lightning_subspace.training_loss import TrainingLoss
+from lightning_subspace.transfers import Transfers
+
+
+class BatchMean(ABC):
+    """Symmetric operator at the parameters of an open `TrainingLoss`.
+
+    Under ranks every method is a collective, and vectors are this rank's part of them.
+
+    Args:
+        loss: an open context; it must stay open as long as products are taken.
+        batches: the fixed sample, of all ranks; weights need not be normalised.
+        dtype: of the vectors that come and go; None: that of the loss.
+        partition: how vectors, and with them the work, are dealt to ranks; None: all to this process.
+
+    Attributes:
+        n: length of a vector here: of this rank's part.
+        partition: how vectors are dealt to ranks; `partition.n` is the dimension of the whole space.
+        batches: the micro-batches, of all ranks.
+        fails_as_nan: whether a product that fails on one rank gets to all its collectives nevertheless, with nan as its
+            part, and raises behind them: then ranks need not compare notes in it.
+        max_asymmetry: how far v.Au and u.Av of unit vectors may be apart by rounding, relative to the largest
+            |eigenvalue|.
+
+    Raises:
+        LossError: when a loss cannot be evaluated (see `TrainingLoss`).
+        ValueError: for an empty sample.
+    """
+
+    fails_as_nan = True
+    max_asymmetry = 1e-4  # 2e-6 at most, and far more where something is wrong
+
+    def __init__(
+        self,
+        loss: TrainingLoss,
+        batches: Sequence[MicroBatch],
+        *,
+        dtype: torch.dtype | None = None,
+        partition: Partition | None = None,
+    ) -> None:
+        if not batches:
+            raise ValueError("batches: expected at least one micro-batch, got an empty sample.")
+        self.partition = Partition.even(loss.space) if partition is None else partition
+        self.n = self.partition.local_n
+        self.dtype = loss.dtype if dtype is None else dtype
+        self.device = loss.device
+        self.batches = tuple(batches)
+        self._loss = loss
+        self._held = self.batches  # also in a part: where to look for a micro-batch to evaluate at weight zero
+        self._turns = self._rounds(self.batches)
+        self._together = by_rounds(self.batches, self.partition.ranks)  # what all ranks evaluate in each turn
+        self._retained: list[Any] = [None] * len(self._turns)  # what a subclass keeps of each turn
+        self._mean: Tensor | None = None  # the gradient, once it is known
+        if self.fails_as_nan:  # then no product may take memory between its collectives
+            _ = self._buffers
+
+    @abstractmethod
+    def matvec(
+        self,
+        v: Tensor,  # (n,)
+    ) -> Tensor:  # (n,)
+        """A v."""
+
+    def gradient(self) -> Tensor:  # (n,)
+        """Gradient of the mean loss over the sample."""
+        return self._centre().to(self.dtype, copy=True)
+
+    def mean_gradient(self, batches: Sequence[MicroBatch]) -> Tensor:  # (n,)
+        """Gradient of the mean loss over other micro-batches, taken once."""
+        return self._gradient_over(self._rounds(batches)).to(self.dtype)
+
+    def batch_gradients(self) -> Iterator[tuple[MicroBatch, Tensor]]:
+        """Each micro-batch of all ranks, with the gradient of its loss, (n,)."""
+        return self.other_gradients(self.batches)
+
+    def other_gradients(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
+        """Each of other micro-batches of all ranks, with its gradient, (n,)."""
+        own = (self._gradient_of(batch) for batch, _ in self._rounds(batches))
+        return self._by_batch(by_rounds(batches, self.partition.ranks), own)
+
+    def value(
+        self,
+        offset: Tensor | None,  # (n,)
+    ) -> float:
+        """Mean loss at theta + offset; inf or nan where it is not finite.
+
+        A forward pass of every micro-batch, one all-gather, and a sum of one number.
+        """
+        whole = None if offset is None else self.partition.gather(offset.to(self._loss.dtype))
+        own, failures = math.nan, []
+        try:
+            own = self._loss.value_at(whole, self._turns)
+        except Exception as error:
+            failures.append(error)
+        total = float(self.partition.ranks.all_sum(torch.tensor([own], dtype=torch.float64)))
+        if failures:
+            raise failures[0]
+        return total
+
+    def part(self, positions: Iterable[int]) -> BatchMean:
+        """The operator over some micro-batches, by their positions in `batches`.
+
+        It shares what is retained. Rounds in which no rank has anything left are passed over; in the others every rank
+        still takes its turn.
+        """
+        chosen = {self.batches[position].index for position in positions}
+        part = copy.copy(self)
+        part.batches = tuple(batch for batch in self.batches if batch.index in chosen)
+        total = sum(batch.weight for batch in part.batches)
+        left = [[batch for batch in together if batch.index in chosen] for together in self._together]
+        kept = [number for number, together in enumerate(left) if together]
+        part._together = [left[number] for number in kept]
+        part._turns = []
+        for batch, share in (self._turns[number] for number in kept):
+            part._turns.append(Turn(batch, batch.weight / total if share and batch.index in chosen else 0.0))
+        part._retained = [self._retained[number] for number in kept]
+        part._mean = None
+        return part
+
+    @cached_property
+    def _buffers(self) -> Transfers:
+        """Communication buffers (see `Transfers`)."""
+        return Transfers(self.partition, self._loss.dtype, self.device)
+
+    def _rounds(self, batches: Sequence[MicroBatch]) -> list[Turn]:
+        return rounds(batches, self.partition.ranks, held=self._held)
+
+    def _gradient_of(self, batch: MicroBatch) -> Tensor:  # (n,) of the whole space
+        """The gradient of one micro-batch."""
+        return backward_gradient(self._loss, batch)
+
+    def _gradient_over(self, turns: Sequence[Turn]) -> Tensor:
+        """This rank's part of the gradient of the mean over these turns, in the precision of the loss."""
+        return self._mean_of((self._gradient_of(batch) for batch, _ in turns), turns)
+
+    def _centre(self) -> Tensor:
+        """This rank's part of g(theta), in the precision of the loss."""
+        if self._mean is None:
+            self._mean = self._gradient_over(self._turns)
+        return self._mean
+
+    def _product(
+        self,
+        v: Tensor,  # (n,)
+        images: Callable[[Tensor], Iterable[Tensor]],
+    ) -> Tensor:  # (n,)
+        """A v: one all-gather and one reduce-scatter, whatever the number of micro-batches.
+
+        `images` makes the whole of v into the whole of A_b v for each turn, one after another. As a generator function
+        it runs inside of the sum, where it may fail and take memory.
+        """
+        return self._mean_of(images(self._buffers.gather(v.to(self._loss.dtype)))).to(self.dtype)
+
+    def _mean_of(self, terms: Iterable[Tensor], turns: Sequence[Turn] | None = None) -> Tensor:
+        """This rank's part of the weighted mean of one whole vector a turn.
+
+        All ranks get to the sum: one that fails contributes nan, and raises behind it.
+        """
+        total = self._buffers.total.zero_()
+        failure: Exception | None = None
+        try:
+            for (_, share), term in zip(self._turns if turns is None else turns, terms, strict=True):
+                if share:
+                    total.add_(term, alpha=share)
+        except Exception as error:
+            failure = error
+            total.fill_(math.nan)
+        local = self._buffers.sum_scatter()
+        if failure is not None:
+            raise failure
+        return local
+
+    def _by_batch(
+        self, rounds: Iterable[Sequence[MicroBatch]], own: Iterable[Tensor]
+    ) -> Iterator[tuple[MicroBatch, Tensor]]:
+        """This rank's part of one whole vector a micro-batch, of all ranks."""
+        for together, vector in zip(rounds, own, strict=True):
+            parts = self.partition.exchange(vector.to(self.dtype))
+            for batch in together:
+                yield batch, parts[owner(batch, self.partition.ranks)]

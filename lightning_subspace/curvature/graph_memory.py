@@ -1,0 +1,85 @@
+"""Memory of retained graphs: what is free, and what a graph takes.
+
+Half of the memory that is free when an operator is made may be taken, within the limit of a container (cgroup v2). What
+a graph takes is counted while it is built: autograd's hooks on saved tensors see each of them once.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_subspace._torch import base_of, storages_of
+
+# Share of the free memory that retained graphs may take.
+MEMORY_SHARE = 0.5
+# Where a container finds what it may take and what it has taken (cgroup v2).
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def memory_budget(device: torch.device, num_ranks: int) -> float:
+    """Bytes that may be retained: half of what is free now.
+
+    All ranks are taken to be on one host, and share its memory.
+    """
+    if device.type == "cuda":  # untested: no GPU was available
+        return MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
+    try:
+        free = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):  # not Linux
+        free = float(4 << 30)
+    return MEMORY_SHARE * min(free, _left_in_container()) / num_ranks
+
+
+class SavedBytes:
+    """Context that counts what a graph built inside of it keeps.
+
+    Each storage counts once. Parameters are left out, also where a view of one is saved (the transposed weight of a
+    linear layer): the graphs of all micro-batches share them.
+    """
+
+    def __init__(self) -> None:
+        self._storages: dict[int, int] = {}  # bytes by address; what takes the place of something freed counts alone
+        self._parameters: set[int] = set()
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def __enter__(self) -> SavedBytes:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._hooks.__exit__(*exc_info)
+
+    def count(self, held: Iterable[Tensor], leaves: Iterable[Tensor]) -> int:
+        """Bytes that autograd has saved and of what is `held` beside."""
+        for tensor in held:
+            self._add(tensor)
+        shared = self._parameters.union(leaf.untyped_storage().data_ptr() for leaf in leaves)
+        return sum(size for address, size in self._storages.items() if address not in shared)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        base = base_of(tensor)
+        if isinstance(base, torch.nn.Parameter):
+            self._parameters.add(base.untyped_storage().data_ptr())
+        else:
+            self._add(tensor)
+        return tensor.detach()  # autograd attaches the graph again; returning the tensor itself would be a cycle
+
+    def _add(self, tensor: Tensor) -> None:
+        for piece in storages_of(tensor):
+            storage = piece.untyped_storage()
+            self._storages[storage.data_ptr()] = storage.nbytes()
+
+
+def _left_in_container() -> float:
+    """What the limit of this process's container leaves; infinite without one."""
+    try:
+        limit, taken = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no cgroup v2, or no limit: "max"
+        return math.inf
+    return float(max(limit - taken, 0))

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import Measurement, Needs, Probe, SubspaceMonitor
-from lightning_subspace.subspace import overlap
+from lightning_subspace.subspace.subspace import overlap
 
 K = 10
 LEARNING_RATE = 0.1

@@ -9,72 +9,72 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_subspace.alignment import StartWhenAligned as StartWhenAligned
-    from lightning_subspace.checkpoint import read_history as read_history
-    from lightning_subspace.collectives import PeerError as PeerError
-    from lightning_subspace.curvature.choice import CheckError as CheckError
-    from lightning_subspace.entries import CheckpointError as CheckpointError
+    from lightning_subspace.callbacks.monitor import SubspaceMonitor as SubspaceMonitor
+    from lightning_subspace.callbacks.projection import SubspaceProjection as SubspaceProjection
+    from lightning_subspace.callbacks.start import StartWhenAligned as StartWhenAligned
+    from lightning_subspace.curvature.selection import CheckError as CheckError
+    from lightning_subspace.data.micro_batch import SampleError as SampleError
     from lightning_subspace.linalg import EigshResult as EigshResult
     from lightning_subspace.linalg import Outcome as Outcome
     from lightning_subspace.linalg import eigsh as eigsh
-    from lightning_subspace.loss_function import LossError as LossError
+    from lightning_subspace.loss.loss_function import LossError as LossError
+    from lightning_subspace.measurements.base import Measurement as Measurement
+    from lightning_subspace.measurements.base import Needs as Needs
+    from lightning_subspace.measurements.base import Probe as Probe
+    from lightning_subspace.measurements.base import Prospect as Prospect
     from lightning_subspace.measurements.control import Control as Control
-    from lightning_subspace.measurements.critical import CriticalSharpness as CriticalSharpness
+    from lightning_subspace.measurements.critical_sharpness import CriticalSharpness as CriticalSharpness
     from lightning_subspace.measurements.density import Density as Density
     from lightning_subspace.measurements.density import Trace as Trace
-    from lightning_subspace.measurements.measurement import Measurement as Measurement
-    from lightning_subspace.measurements.measurement import Needs as Needs
-    from lightning_subspace.measurements.measurement import Probe as Probe
-    from lightning_subspace.measurements.measurement import Prospect as Prospect
+    from lightning_subspace.measurements.loss_change import Chi as Chi
+    from lightning_subspace.measurements.loss_change import LossChange as LossChange
     from lightning_subspace.measurements.noise import BatchSharpness as BatchSharpness
     from lightning_subspace.measurements.noise import GradientNoise as GradientNoise
-    from lightning_subspace.measurements.split import Chi as Chi
-    from lightning_subspace.measurements.split import LossChange as LossChange
     from lightning_subspace.measurements.stability import Stability as Stability
-    from lightning_subspace.micro_batch import SampleError as SampleError
-    from lightning_subspace.monitor import SubspaceMonitor as SubspaceMonitor
-    from lightning_subspace.probe import measure_subspace as measure_subspace
-    from lightning_subspace.projection import SubspaceProjection as SubspaceProjection
-    from lightning_subspace.record import Record as Record
-    from lightning_subspace.record import to_rows as to_rows
-    from lightning_subspace.spectral_density import SpectralDensity as SpectralDensity
-    from lightning_subspace.subspace import Subspace as Subspace
-    from lightning_subspace.subspace import SubspaceIntegrityError as SubspaceIntegrityError
+    from lightning_subspace.parallel.ranks import PeerError as PeerError
+    from lightning_subspace.probe.checkpoint import read_history as read_history
+    from lightning_subspace.probe.entries import CheckpointError as CheckpointError
+    from lightning_subspace.probe.measure import measure_subspace as measure_subspace
+    from lightning_subspace.subspace.record import Record as Record
+    from lightning_subspace.subspace.record import to_rows as to_rows
+    from lightning_subspace.subspace.spectral_density import SpectralDensity as SpectralDensity
+    from lightning_subspace.subspace.subspace import Subspace as Subspace
+    from lightning_subspace.subspace.subspace import SubspaceIntegrityError as SubspaceIntegrityError
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "BatchSharpness": "measurements.noise",
-    "CheckError": "curvature.choice",
-    "CheckpointError": "entries",
-    "Chi": "measurements.split",
+    "CheckError": "curvature.selection",
+    "CheckpointError": "probe.entries",
+    "Chi": "measurements.loss_change",
     "Control": "measurements.control",
-    "CriticalSharpness": "measurements.critical",
+    "CriticalSharpness": "measurements.critical_sharpness",
     "Density": "measurements.density",
     "EigshResult": "linalg",
     "GradientNoise": "measurements.noise",
-    "LossChange": "measurements.split",
-    "LossError": "loss_function",
-    "Measurement": "measurements.measurement",
-    "Needs": "measurements.measurement",
+    "LossChange": "measurements.loss_change",
+    "LossError": "loss.loss_function",
+    "Measurement": "measurements.base",
+    "Needs": "measurements.base",
     "Outcome": "linalg",
-    "PeerError": "collectives",
-    "Probe": "measurements.measurement",
-    "Prospect": "measurements.measurement",
-    "Record": "record",
-    "SampleError": "micro_batch",
-    "SpectralDensity": "spectral_density",
+    "PeerError": "parallel.ranks",
+    "Probe": "measurements.base",
+    "Prospect": "measurements.base",
+    "Record": "subspace.record",
+    "SampleError": "data.micro_batch",
+    "SpectralDensity": "subspace.spectral_density",
     "Stability": "measurements.stability",
-    "StartWhenAligned": "alignment",
-    "Subspace": "subspace",
-    "SubspaceIntegrityError": "subspace",
-    "SubspaceMonitor": "monitor",
-    "SubspaceProjection": "projection",
+    "StartWhenAligned": "callbacks.start",
+    "Subspace": "subspace.subspace",
+    "SubspaceIntegrityError": "subspace.subspace",
+    "SubspaceMonitor": "callbacks.monitor",
+    "SubspaceProjection": "callbacks.projection",
     "Trace": "measurements.density",
     "eigsh": "linalg",
-    "measure_subspace": "probe",
-    "read_history": "checkpoint",
-    "to_rows": "record",
+    "measure_subspace": "probe.measure",
+    "read_history": "probe.checkpoint",
+    "to_rows": "subspace.record",
 }
 
 __all__ = sorted(_HOMES)

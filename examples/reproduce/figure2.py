@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_subspace import Measurement, Needs, Probe
-from lightning_subspace.subspace import overlap
+from lightning_subspace.subspace.subspace import overlap
 
 K = 10
 STARTS = (50, 100, 200, 500)

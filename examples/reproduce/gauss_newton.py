@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_subspace import Measurement, Probe, SubspaceMonitor
-from lightning_subspace.subspace import overlap
+from lightning_subspace.subspace.subspace import overlap
 
 K = 10
 AT_START = 0

@@ -1,13 +1,13 @@
 """Linear operators made of derivatives of the training loss."""
 
 from lightning_subspace.curvature.batch_mean import BatchMean
-from lightning_subspace.curvature.choice import CheckError, Choice, exact_hessian
+from lightning_subspace.curvature.central_difference import FiniteDifferenceHessian
 from lightning_subspace.curvature.empirical_fisher import EmpiricalFisher
-from lightning_subspace.curvature.finite_difference import FiniteDifferenceHessian
 from lightning_subspace.curvature.forward_difference import ForwardDifferenceHessian, smoothness_check
 from lightning_subspace.curvature.gauss_newton import GaussNewton, gauss_newton_check
 from lightning_subspace.curvature.gradient import backward_gradient
 from lightning_subspace.curvature.hessian import Hessian
+from lightning_subspace.curvature.selection import CheckError, Choice, exact_hessian
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck, self_check
 
 Operator = BatchMean  # what solver and measurements know of it

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from lightning_subspace.curvature.gradient import backward_gradient
-from lightning_subspace.micro_batch import MicroBatch
-from lightning_subspace.partition import Partition
-from lightning_subspace.rounds import Turn, by_rounds, owner, rounds
-from lightning_subspace.training_loss import TrainingLoss
-from lightning_subspace.transfers import Transfers
+from lightning_subspace.data.assignment import Turn, by_rounds, owner, rounds
+from lightning_subspace.data.micro_batch import MicroBatch
+from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.parallel.buffers import Transfers
+from lightning_subspace.parallel.partition import Partition
 
 
 class BatchMean(ABC):

@@ -36,9 +36,9 @@ from torch import Tensor, nn
 from lightning_subspace.curvature.batch_mean import BatchMean
 from lightning_subspace.curvature.graph_memory import memory_budget
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck
-from lightning_subspace.micro_batch import MicroBatch, single_examples
-from lightning_subspace.partition import Partition
-from lightning_subspace.training_loss import TrainingLoss
+from lightning_subspace.data.micro_batch import MicroBatch, single_examples
+from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.parallel.partition import Partition
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # How far the loss of a batch and the mean over its examples may be apart in float64, relative to the former.
@@ -60,7 +60,7 @@ class EmpiricalFisher(BatchMean):
         ValueError: for an empty sample.
 
     Example:
-        >>> from lightning_subspace.parameters import ParameterSpace
+        >>> from lightning_subspace.parallel.parameters import ParameterSpace
         >>> net = torch.nn.Linear(2, 1, bias=False)
         >>> data = MicroBatch(torch.tensor([[2.0, 0.0], [0.0, 4.0]]), weight=2.0, index=0)
         >>> with TrainingLoss(net, ParameterSpace.of(net), lambda m, x, i: m(x).mean()) as loss:

@@ -24,12 +24,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_subspace.curvature.displaced import DisplacedGradients
-from lightning_subspace.curvature.finite_difference import FiniteDifferenceHessian
+from lightning_subspace.curvature.central_difference import FiniteDifferenceHessian
+from lightning_subspace.curvature.differences import DisplacedGradients
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck
-from lightning_subspace.micro_batch import MicroBatch
-from lightning_subspace.partition import Partition
-from lightning_subspace.training_loss import TrainingLoss
+from lightning_subspace.data.micro_batch import MicroBatch
+from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.parallel.partition import Partition
 
 STEP = 3e-4
 # Of the check, in units of the largest |H u|.
@@ -50,7 +50,7 @@ class ForwardDifferenceHessian(DisplacedGradients):
         ValueError: for an empty sample.
 
     Example:
-        >>> from lightning_subspace.parameters import ParameterSpace
+        >>> from lightning_subspace.parallel.parameters import ParameterSpace
         >>> net = torch.nn.Linear(2, 1, bias=False)
         >>> data = MicroBatch(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), weight=2.0, index=0)
         >>> fn = lambda m, x, i: m(x).square().mean()

@@ -30,9 +30,9 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_subspace.curvature.hessian import GradientGraph, RetainedGraphs
 from lightning_subspace.curvature.self_check import JITTER, REFUSALS, THRESHOLD, CheckOutcome, SelfCheck, worst_part
-from lightning_subspace.loss_function import LossError
-from lightning_subspace.micro_batch import MicroBatch
-from lightning_subspace.training_loss import TrainingLoss
+from lightning_subspace.data.micro_batch import MicroBatch
+from lightning_subspace.loss.loss_function import LossError
+from lightning_subspace.loss.training_loss import TrainingLoss
 
 LOSSES = (
     F.cross_entropy,
@@ -109,7 +109,7 @@ class GaussNewton(RetainedGraphs):
         LossError: also where the training step has no single output (see above).
 
     Example:
-        >>> from lightning_subspace.parameters import ParameterSpace
+        >>> from lightning_subspace.parallel.parameters import ParameterSpace
         >>> net = torch.nn.Linear(2, 1, bias=False)
         >>> data = MicroBatch(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), weight=2.0, index=0)
         >>> fn = lambda m, x, i: F.mse_loss(m(x), torch.zeros(2, 1))

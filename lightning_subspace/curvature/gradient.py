@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_subspace.micro_batch import MicroBatch
-from lightning_subspace.training_loss import TrainingLoss
+from lightning_subspace.data.micro_batch import MicroBatch
+from lightning_subspace.loss.training_loss import TrainingLoss
 
 
 def backward_gradient(loss: TrainingLoss, batch: MicroBatch) -> Tensor:  # (n,)

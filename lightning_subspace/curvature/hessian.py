@@ -18,9 +18,9 @@ from torch import Tensor
 from lightning_subspace.curvature.batch_mean import BatchMean
 from lightning_subspace.curvature.gradient import pruned_gradient
 from lightning_subspace.curvature.graph_memory import SavedBytes, memory_budget
-from lightning_subspace.micro_batch import MicroBatch
-from lightning_subspace.partition import Partition
-from lightning_subspace.training_loss import TrainingLoss
+from lightning_subspace.data.micro_batch import MicroBatch
+from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.parallel.partition import Partition
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Hessian(RetainedGraphs):
         ValueError: for an empty sample.
 
     Example:
-        >>> from lightning_subspace.parameters import ParameterSpace
+        >>> from lightning_subspace.parallel.parameters import ParameterSpace
         >>> net = torch.nn.Linear(2, 1, bias=False)
         >>> data = MicroBatch(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), weight=2.0, index=0)
         >>> with TrainingLoss(net, ParameterSpace.of(net), lambda m, x, i: m(x).square().mean()) as loss:

@@ -25,8 +25,8 @@ from torch import Tensor
 from lightning_subspace._torch import DispatchMode
 from lightning_subspace.curvature.gradient import backward_gradient
 from lightning_subspace.curvature.hessian import Hessian
-from lightning_subspace.micro_batch import MicroBatch
-from lightning_subspace.training_loss import TrainingLoss
+from lightning_subspace.data.micro_batch import MicroBatch
+from lightning_subspace.loss.training_loss import TrainingLoss
 
 THRESHOLD = 1e-4
 JITTER = 1e-3
@@ -86,7 +86,7 @@ def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfC
         ValueError: when `loss` is not a float64 one.
 
     Example:
-        >>> from lightning_subspace.parameters import ParameterSpace
+        >>> from lightning_subspace.parallel.parameters import ParameterSpace
         >>> net = torch.nn.Linear(2, 1)
         >>> fn = lambda m, x, i: m(x).square().mean()
         >>> loss = TrainingLoss(net, ParameterSpace.of(net), fn, dtype=torch.float64)

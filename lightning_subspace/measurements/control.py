@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_subspace.measurements.measurement import Measurement, Probe, Prospect, positive
-from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.subspace import TRUSTED_ERROR, Subspace, overlap
+from lightning_subspace.measurements.base import Measurement, Probe, Prospect, positive
+from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.subspace.subspace import TRUSTED_ERROR, Subspace, overlap
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from lightning_subspace.linalg import Quadrature, quadrature
-from lightning_subspace.measurements.measurement import Measurement, Needs, Probe, Prospect, positive
-from lightning_subspace.solver import agreed_product
-from lightning_subspace.spectral_density import SpectralDensity, trace_metrics
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
+from lightning_subspace.subspace.solver import agreed_product
+from lightning_subspace.subspace.spectral_density import SpectralDensity, trace_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from lightning_subspace.measurements.measurement import Measurement, Needs, Probe, Prospect
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect
 
 
 class GradientFraction(Measurement):

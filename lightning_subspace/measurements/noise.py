@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_subspace.curvature import Operator
-from lightning_subspace.measurements.measurement import Measurement, Needs, Probe, Prospect, positive
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
 
 
 class BatchSharpness(Measurement):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lightning_subspace.measurements.measurement import Measurement, Probe
+from lightning_subspace.measurements.base import Measurement, Probe
 
 
 class SubspaceOverlap(Measurement):

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_subspace.measurements.measurement import Measurement, Probe, Prospect, positive
-from lightning_subspace.sample import Sample
+from lightning_subspace.data.sample import Sample
+from lightning_subspace.measurements.base import Measurement, Probe, Prospect, positive
 
 # Standard errors of the gradient's noise that the band is wide, and multiples of what halving the sample changes; more
 # of the latter, since it is known from two halves only.
@@ -33,7 +33,7 @@ class Reliability(Measurement):
       sample is cut in two; errors go with one over the number of examples, so f is about as far from its limit.
 
     Both are scaled down by the share of the training set that was not sampled (finite population correction). The band
-    is an error bar, not a proof: `tests/test_reliability.py` says how often it covers the truth.
+    is an error bar, not a proof: `tests/measurements/test_reliability.py` says how often it covers the truth.
 
     Costs two eigensolves on half of the sample and one more pass over the gradient sample; taken at the first probe and
     every fifth. Left out when a sample is the whole training set, or a single micro-batch.

@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch.optim import SGD, Optimizer
 
 from lightning_subspace.curvature.preconditioned import Preconditioned
-from lightning_subspace.measurements.measurement import Measurement, Needs, Probe, Prospect
-from lightning_subspace.measurements.optimizer import Edge, Notice, edge, sgd_group_threshold, why_unknown
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect
+from lightning_subspace.measurements.optimizer_rules import Edge, Notice, edge, sgd_group_threshold, why_unknown
 
 
 class SharpnessOverThreshold(Measurement):

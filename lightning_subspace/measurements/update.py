@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lightning_subspace.measurements.measurement import Measurement, Probe
+from lightning_subspace.measurements.base import Measurement, Probe
 
 
 class UpdateFraction(Measurement):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_subspace import subspace
+from lightning_subspace.subspace import subspace
 
 
 def gradient_fraction(

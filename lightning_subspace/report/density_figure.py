@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from lightning_subspace.report.panel import GREY, Array, head, legend_above, note, say
 
 if TYPE_CHECKING:
-    from lightning_subspace.spectral_density import SpectralDensity
+    from lightning_subspace.subspace.spectral_density import SpectralDensity
 
 BLUE, VERMILION = "#0072B2", "#D55E00"
 DPI = 100

@@ -37,8 +37,8 @@ from lightning_subspace.report.panel import (
 )
 
 if TYPE_CHECKING:
-    from lightning_subspace.record import Record
-    from lightning_subspace.subspace import Subspace
+    from lightning_subspace.subspace.record import Record
+    from lightning_subspace.subspace.subspace import Subspace
 
 # The colours of Okabe and Ito, which stay apart for every kind of colour vision.
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"

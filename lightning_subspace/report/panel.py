@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from matplotlib.typing import ColorType
 
-    from lightning_subspace.record import Record
+    from lightning_subspace.subspace.record import Record
 
 Array = NDArray[np.float64]
 

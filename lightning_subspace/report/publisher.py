@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_subspace.record import Record
 from lightning_subspace.report.loggers import LogLevel, Reporter, logged_name, select
+from lightning_subspace.subspace.record import Record
 
 
 class Publisher:

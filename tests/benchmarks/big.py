@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_subspace.curvature import Choice
-from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.sample import sample_of_batches
-from lightning_subspace.solver import Solver
+from lightning_subspace.data.sample import sample_of_batches
+from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.subspace.solver import Solver
 from tests.benchmarks.growth import peak_mb
 from tests.benchmarks.workloads import Block
 

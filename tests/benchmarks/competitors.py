@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from lightning_subspace.curvature import Choice, Hessian
 from lightning_subspace.linalg import eigsh
-from lightning_subspace.solver import Solver
-from lightning_subspace.training_loss import TrainingLoss
+from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.subspace.solver import Solver
 from tests.benchmarks.accuracy import Answer
 from tests.benchmarks.workloads import Case, cross_entropy
 

@@ -34,11 +34,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from lightning_subspace.curvature import Hessian
+from lightning_subspace.data.micro_batch import MicroBatch
+from lightning_subspace.data.sample import sample_of_batches
 from lightning_subspace.linalg import eigsh
-from lightning_subspace.micro_batch import MicroBatch
-from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.sample import sample_of_batches
-from lightning_subspace.training_loss import TrainingLoss
+from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.parallel.parameters import ParameterSpace
 from tests.benchmarks.workloads import cross_entropy, digits
 
 K, NCV, PRODUCTS = 10, 30, 20

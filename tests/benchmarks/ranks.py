@@ -21,13 +21,13 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_subspace.collectives import Ranks
-from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.partition import Partition
-from lightning_subspace.probe import take_probe
-from lightning_subspace.sample import sample_of_batches
-from lightning_subspace.solver import Solver
-from lightning_subspace.training_loss import TrainingLoss
+from lightning_subspace.data.sample import sample_of_batches
+from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.parallel.partition import Partition
+from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.probe.measure import take_probe
+from lightning_subspace.subspace.solver import Solver
 
 K = 10
 NCV = 2 * K + 10

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_subspace.data.sample import Sample, sample_of_dataset
+from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.measurements import GradientFraction, Reliability
-from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.probe import take_probe
-from lightning_subspace.sample import Sample, sample_of_dataset
-from lightning_subspace.solver import Solver
-from lightning_subspace.training_loss import TrainingLoss
+from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.probe.measure import take_probe
+from lightning_subspace.subspace.solver import Solver
 
 STEPS = (200, 500, 1000, 2000)
 SIZES = ((512, 512), (512, 4096), (1024, 4096))

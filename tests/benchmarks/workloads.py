@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.sample import Sample, sample_of_batches
+from lightning_subspace.data.sample import Sample, sample_of_batches
+from lightning_subspace.parallel.parameters import ParameterSpace
 
 Batch = tuple[Tensor, Tensor]
 TRAINED, LATER = 300, 10  # steps before the measurement, and from there to the one that starts warm

@@ -16,12 +16,12 @@ from lightning_subspace.curvature import (
     FiniteDifferenceHessian,
     SelfCheck,
 )
-from lightning_subspace.curvature.choice import OPERATORS, Curvature, OnCheckFail, Precision, Row
-from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.probe import take_probe
-from lightning_subspace.sample import sample_of_batches
-from lightning_subspace.solver import Solver
-from lightning_subspace.training_loss import TrainingLoss
+from lightning_subspace.curvature.selection import OPERATORS, Curvature, OnCheckFail, Precision, Row
+from lightning_subspace.data.sample import sample_of_batches
+from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.probe.measure import take_probe
+from lightning_subspace.subspace.solver import Solver
 
 GENERATOR = torch.Generator().manual_seed(0)
 BATCHES = [

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor, SubspaceProjection, measure_subspace
-from lightning_subspace.collectives import Ranks
 from lightning_subspace.curvature import CheckOutcome, Choice, EmpiricalFisher
-from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.partition import Partition
-from lightning_subspace.sample import sample_of_batches
-from lightning_subspace.training_loss import TrainingLoss
+from lightning_subspace.data.sample import sample_of_batches
+from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.parallel.partition import Partition
+from lightning_subspace.parallel.ranks import Ranks
 from tests.oracles import EPS, dense_gradient, top_eigenspace
 from tests.processes import run
 

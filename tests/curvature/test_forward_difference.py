@@ -14,9 +14,9 @@ from lightning_subspace.curvature import (
     Hessian,
     smoothness_check,
 )
-from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.sample import sample_of_batches
-from lightning_subspace.training_loss import TrainingLoss
+from lightning_subspace.data.sample import sample_of_batches
+from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.parallel.parameters import ParameterSpace
 
 SEEDS = range(3)
 EXAMPLES = 128

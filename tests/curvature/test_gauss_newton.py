@@ -7,10 +7,10 @@ from torch.nn import functional as F
 
 from lightning_subspace import measure_subspace
 from lightning_subspace.curvature import CheckError, CheckOutcome, Choice, GaussNewton, Hessian, gauss_newton_check
-from lightning_subspace.loss_function import LossError
-from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.sample import sample_of_batches
-from lightning_subspace.training_loss import TrainingLoss
+from lightning_subspace.data.sample import sample_of_batches
+from lightning_subspace.loss.loss_function import LossError
+from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.parallel.parameters import ParameterSpace
 from tests.custom_functions import KeepsInput, OnceDifferentiable
 from tests.oracles import EPS, dense_gradient, dense_hessian, top_eigenspace
 

@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_subspace.curvature import CheckOutcome, Hessian, self_check
 from lightning_subspace.curvature.self_check import THRESHOLD
-from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.probe import measure_subspace
-from lightning_subspace.sample import sample_of_batches
-from lightning_subspace.training_loss import TrainingLoss
+from lightning_subspace.data.sample import sample_of_batches
+from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.probe.measure import measure_subspace
 from tests.custom_functions import KeepsInput, OnceDifferentiable
 from tests.oracles import EPS, dense_hessian_by_differences
 

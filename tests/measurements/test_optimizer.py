@@ -7,7 +7,7 @@ import torch
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from lightning_subspace import Chi, LossChange, Measurement, Needs, Stability, measure_subspace
-from lightning_subspace.measurements.optimizer import edge, next_step, why_unknown
+from lightning_subspace.measurements.optimizer_rules import edge, next_step, why_unknown
 
 from .probes import F64, data, derivatives, flat, loss_fn, metrics, objective, step, stepped, top_eigenspace
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lightning_subspace.curvature import Hessian
-from lightning_subspace.forecast import expected_products
+from lightning_subspace.data.sample import Sample, sample_of_batches
+from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.measurements import (
     BatchSharpness,
     Chi,
@@ -20,15 +21,14 @@ from lightning_subspace.measurements import (
     Stability,
     Trace,
 )
-from lightning_subspace.measurements.measurement import Prospect
-from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.plan import ProbeSettings
-from lightning_subspace.probe import take_probe
-from lightning_subspace.sample import Sample, sample_of_batches
-from lightning_subspace.solver import Solver
-from lightning_subspace.training_loss import TrainingLoss
+from lightning_subspace.measurements.base import Prospect
+from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.probe.forecast import expected_products
+from lightning_subspace.probe.measure import take_probe
+from lightning_subspace.probe.settings import ProbeSettings
+from lightning_subspace.subspace.solver import Solver
+from tests.claims.test_counts import digits, network
 from tests.measurements.probes import data, loss_fn, stepped
-from tests.test_counts import digits, network
 
 K = 4
 

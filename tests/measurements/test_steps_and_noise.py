@@ -23,9 +23,9 @@ from lightning_subspace import (
     eigsh,
 )
 from lightning_subspace.measurements.control import _mean_sine
-from lightning_subspace.measurements.critical import critical_multiple
+from lightning_subspace.measurements.critical_sharpness import critical_multiple
+from tests.measurements.test_measurements import Weights, blobs, fit, small
 from tests.oracles import dense_gradient, dense_hessian, mean_square_cosine, projected_share
-from tests.test_measurements import Weights, blobs, fit, small
 
 from .probes import F64, SIZES, data, derivatives, flat, loss_fn, metrics, net, objective, stepped, top_eigenspace
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_subspace import Density, Trace, measure_subspace
-from lightning_subspace.spectral_density import NEGATIVE
-from tests.test_measurements import Classifier, batched_hessian, digits, fit
+from lightning_subspace.subspace.spectral_density import NEGATIVE
+from tests.measurements.test_measurements import Classifier, batched_hessian, digits, fit
 
 from .probes import F64, derivatives, metrics, net, stepped
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace import CheckpointError, SubspaceMonitor, SubspaceProjection, checkpoint, read_history
-from lightning_subspace.entries import Entries
+from lightning_subspace import CheckpointError, SubspaceMonitor, SubspaceProjection, read_history
+from lightning_subspace.probe import checkpoint
+from lightning_subspace.probe.entries import Entries
 from tests.probe import stored_run as stored
 
 # Of lightning: states of callbacks that a run does not have.

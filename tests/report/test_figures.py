@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_subspace.linalg import Outcome
-from lightning_subspace.record import Record
 from lightning_subspace.report import overlap_figure, spectrum_figure, summary_figure
-from lightning_subspace.subspace import Subspace
+from lightning_subspace.subspace.record import Record
+from lightning_subspace.subspace.subspace import Subspace
 
 NOTHING = np.empty((0, 0))
 

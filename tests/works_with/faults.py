@@ -32,31 +32,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from lightning_subspace import (
-    Measurement,
-    Needs,
-    SubspaceMonitor,
-    SubspaceProjection,
-    forecast,
-    monitor,
-    probe,
-    recorder,
-    sharded,
-    tracker,
-)
+from lightning_subspace import Measurement, Needs, SubspaceMonitor, SubspaceProjection
 from lightning_subspace import measurements as default
-from lightning_subspace.collectives import Ranks
+from lightning_subspace.callbacks import monitor, recorder
 from lightning_subspace.curvature import Choice, FiniteDifferenceHessian, Hessian
-from lightning_subspace.curvature.displaced import DisplacedGradients
+from lightning_subspace.curvature.differences import DisplacedGradients
 from lightning_subspace.curvature.forward_difference import ForwardDifferenceHessian
-from lightning_subspace.curvature.sharded_difference import ShardedDifferenceHessian
+from lightning_subspace.curvature.fsdp_difference import ShardedDifferenceHessian
 from lightning_subspace.linalg.lanczos import Lanczos
-from lightning_subspace.overlap_history import OverlapHistory
-from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.partition import Partition
+from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.parallel import fsdp as sharded
+from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.parallel.partition import Partition
+from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.probe import forecast
+from lightning_subspace.probe import measure as probe
+from lightning_subspace.probe import run as tracker
 from lightning_subspace.report.progress import ProgressLine
-from lightning_subspace.solver import Solver
-from lightning_subspace.training_loss import TrainingLoss
+from lightning_subspace.subspace.overlap_history import OverlapHistory
+from lightning_subspace.subspace.solver import Solver
 from tests.modules import Observer, differences, fingerprint, random_bytes
 from tests.processes import RankErrorsError, run
 

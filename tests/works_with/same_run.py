@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_subspace import Measurement, Needs, SubspaceMonitor
-from lightning_subspace.sample import Sample
+from lightning_subspace.data.sample import Sample
 from tests.modules import CLASSES, FEATURES, Observer, differences
 
 

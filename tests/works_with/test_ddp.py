@@ -34,8 +34,8 @@ from torch.utils.data import (
 )
 
 from lightning_subspace import SubspaceMonitor, measure_subspace
-from lightning_subspace.sketch import Sketch, sketch_error
-from lightning_subspace.strategy import ranks_of
+from lightning_subspace.callbacks.strategy import ranks_of
+from lightning_subspace.subspace.sketch import Sketch, sketch_error
 from tests.modules import CLASSES, FEATURES, Observer, RandomDataset, differences
 from tests.processes import run
 

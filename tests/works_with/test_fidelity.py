@@ -8,10 +8,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace.curvature.gradient import backward_gradient, pruned_gradient
-from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.random_state import RandomState
-from lightning_subspace.sample import sample_of_current
-from lightning_subspace.training_loss import TrainingLoss
+from lightning_subspace.data.sample import sample_of_current
+from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.state.rng import RandomState
 
 INPUTS = torch.randn(24, 5, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.randint(3, (24,), generator=torch.Generator().manual_seed(1))

@@ -20,17 +20,17 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_subspace import SubspaceMonitor
-from lightning_subspace.collectives import Ranks
+from lightning_subspace.callbacks.recorder import Recorder
 from lightning_subspace.curvature import Hessian
-from lightning_subspace.curvature.sharded_difference import ShardedDifferenceHessian
+from lightning_subspace.curvature.fsdp_difference import ShardedDifferenceHessian
+from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.linalg.lanczos import Lanczos
-from lightning_subspace.micro_batch import MicroBatch
-from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.partition import Partition, shards
-from lightning_subspace.recorder import Recorder
-from lightning_subspace.sharded import full_tensors, rank_zero_buffers, reshard
-from lightning_subspace.sharded_loss import ShardedLoss
-from lightning_subspace.training_loss import TrainingLoss
+from lightning_subspace.loss.fsdp_loss import ShardedLoss
+from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.parallel.fsdp import full_tensors, rank_zero_buffers, reshard
+from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.parallel.partition import Partition, shards
+from lightning_subspace.parallel.ranks import Ranks
 from tests.modules import BATCH, CLASSES, FEATURES, differences, examples, fingerprint, random_bytes
 from tests.oracles import dense_hessian
 from tests.processes import run

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor
 from lightning_subspace.curvature import CheckOutcome, Choice, Hessian
-from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.sample import sample_of_batches
+from lightning_subspace.data.sample import sample_of_batches
+from lightning_subspace.parallel.parameters import ParameterSpace
 
 STEP = 1e-6
 INPUTS = torch.randn(12, 5, 8, generator=torch.Generator().manual_seed(0))

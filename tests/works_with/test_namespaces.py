@@ -206,7 +206,9 @@ def test_a_wrong_argument_in_yaml_is_named(pl, tmp_path, capsys):
     [("lightning.pytorch", "lightning"), ("pytorch_lightning", "pytorch_lightning"), ("torch", "lightning")],
 )
 def test_the_logger_of_lightnings_messages_stays_with_the_users_namespace(first, expected):
-    script = f"import {first}, lightning_subspace.monitor; from lightning_utilities.core import rank_zero as r; "
+    script = (
+        f"import {first}, lightning_subspace.callbacks.monitor; from lightning_utilities.core import rank_zero as r; "
+    )
     run = subprocess.run(
         [sys.executable, "-c", script + "print(r.log.name)"], capture_output=True, text=True, check=True
     )

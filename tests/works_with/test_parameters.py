@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor
 from lightning_subspace.curvature import CheckOutcome, Choice, Hessian
-from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.probe import measure_subspace
-from lightning_subspace.sample import sample_of_batches
-from lightning_subspace.training_loss import TrainingLoss
+from lightning_subspace.data.sample import sample_of_batches
+from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.probe.measure import measure_subspace
 from tests.oracles import STEP, dense_hessian
 
 INPUTS = torch.randn(12, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import measure_subspace
 from lightning_subspace.curvature import Choice, Hessian
-from lightning_subspace.parameters import ParameterSpace
-from lightning_subspace.plan import ProbeSettings
-from lightning_subspace.sample import sample_of_batches, sample_of_current
-from lightning_subspace.tracker import ProbeRun
+from lightning_subspace.data.sample import sample_of_batches, sample_of_current
+from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.probe.run import ProbeRun
+from lightning_subspace.probe.settings import ProbeSettings
 from tests.oracles import dense_hessian
 
 PRECISIONS = ["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"]

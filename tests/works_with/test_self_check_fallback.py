@@ -13,13 +13,14 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor, SubspaceProjection, measure_subspace
-from lightning_subspace.collectives import Ranks
-from lightning_subspace.curvature import CheckError, CheckOutcome, choice
+from lightning_subspace.curvature import CheckError, CheckOutcome
+from lightning_subspace.curvature import selection as choice
 from lightning_subspace.curvature.self_check import THRESHOLD
-from lightning_subspace.loss_function import LossError
-from lightning_subspace.plan import ProbeSettings
-from lightning_subspace.sample import sample_of_batches
-from lightning_subspace.tracker import ProbeRun
+from lightning_subspace.data.sample import sample_of_batches
+from lightning_subspace.loss.loss_function import LossError
+from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.probe.run import ProbeRun
+from lightning_subspace.probe.settings import ProbeSettings
 from tests.custom_functions import KeepsInput, OnceDifferentiable
 from tests.oracles import dense_hessian, dense_hessian_by_differences, top_eigenspace
 from tests.processes import run

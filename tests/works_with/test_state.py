@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor
-from lightning_subspace.overlap_history import OverlapHistory
-from lightning_subspace.sketch import Sketch, sketch_error
+from lightning_subspace.subspace.overlap_history import OverlapHistory
+from lightning_subspace.subspace.sketch import Sketch, sketch_error
 
 # Of ModelCheckpoint, which a resumed run does not have here.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")

@@ -1,0 +1,1 @@
+"""Callbacks of Lightning: when to probe, and what becomes of it."""

@@ -1,0 +1,372 @@
+"""The callback: decides when to probe, and hands what a probe found to the trainer and its loggers.
+
+No mathematics here. A probe of theta_t is taken when t optimizer steps are done. Its record stays open until the next
+step ends, since some numbers belong to the step taken *from* theta_t; then it is closed and logged at x = t. Every rank
+does all of this; what a clock or an exception decides, ranks decide together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_subspace._lightning import Callback
+from lightning_subspace.callbacks.notices import Notices
+from lightning_subspace.callbacks.project import check_names, check_project, misconfiguration, warn_of_missing_keys
+from lightning_subspace.callbacks.recorder import Recorder
+from lightning_subspace.callbacks.runner import ProbeRunner
+from lightning_subspace.callbacks.strategy import ranks_of
+from lightning_subspace.curvature.selection import Curvature, OnCheckFail, Precision
+from lightning_subspace.data.micro_batch import Weight
+from lightning_subspace.linalg.selection import Which
+from lightning_subspace.loss.training_loss import Mode
+from lightning_subspace.measurements import Measurement
+from lightning_subspace.probe.arguments import (
+    is_number,
+    require_flag,
+    require_integer,
+    require_name,
+    require_steps,
+    require_word,
+    wrong,
+)
+from lightning_subspace.probe.checkpoint import RunState, decode, decode_position, encode, encode_position, require_same
+from lightning_subspace.probe.entries import CheckpointError, Entries
+from lightning_subspace.probe.run import ProbeRun
+from lightning_subspace.probe.schedule import Position, Schedule
+from lightning_subspace.probe.settings import ProbeSettings
+from lightning_subspace.report import Publisher, add_layout
+from lightning_subspace.report.loggers import LogLevel
+from lightning_subspace.subspace.record import Record, to_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SPEAKER = "SubspaceMonitor"
+NOT_RESUMED = "the state in the checkpoint is not used, history and overlaps start anew"
+
+
+class SubspaceMonitor(Callback):
+    """Log how much of the gradient lies in the top eigenspace of the Hessian of the training loss.
+
+    Training is bit for bit what it is without the monitor. What a probe cannot stand behind is left out of its record,
+    with a warning; a probe that fails does not stop training, unless asked to. See the README for the keys.
+
+    Args:
+        k: number of top eigenpairs, the number of classes being the natural choice; 0 takes one Hessian product a
+            probe and gives only the numbers along the gradient.
+        every_n_steps: optimizer steps between probes, or the list of steps to probe at (then nothing is probed beside
+            them; otherwise the start is, and the end if the budget allows it).
+        max_overhead: largest share of the wall time that probes after the first may take; candidate steps are passed
+            over to keep it. None gives the exact schedule.
+        sample: examples for the Hessian: a number, "all", "current" (the batch just trained on), or a loader or a list
+            of batches or of (batch, weight) pairs. An iterable dataset gives the first ones seen in training.
+        gradient_sample: examples for the gradient, which contain the former: a number or "all". Used where `sample` is
+            a number.
+        batch_size: of the micro-batches; by default that of training.
+        weight: `weight(batch)` is the share of a batch in averages, by default its number of examples; a loss that is a
+            mean over tokens passes the number of tokens.
+        reference_step: also log the overlap with the space of the first probe at or after this step.
+        which: end of the spectrum: "LA" (largest algebraic, the paper's "top"), "SA", "LM", "BE".
+        tol: residual of the eigenpairs relative to the largest |eigenvalue|.
+        max_matvecs: Hessian products a probe may take.
+        ncv: largest number of basis vectors, by default min(n, 2k + 10).
+        params: shell-style patterns of parameter names; by default all trainable ones.
+        loss_fn: `loss_fn(pl_module, batch, batch_idx) -> scalar` in place of `training_step`.
+        mode: "train" (the objective that is being descended) or "eval".
+        dtype: narrowest type computed in, "float32" or "float64"; or "native", the loss as it is trained.
+        curvature: "hessian", exact second derivatives; "ggn", the Gauss-Newton matrix; "finite-difference", the Hessian
+            without second derivatives: at one gradient a product where the self-check finds the loss smooth, elsewhere
+            of float64 gradients; or "empirical-fisher", the second moment of the gradients of single examples, or of
+            micro-batches where the loss is no mean over examples. Where a model has no second derivatives,
+            "finite-difference" takes the place of "hessian" by itself.
+        on_check_fail: where second derivatives turn out wrong at the first probe: "warn", "raise", or go on by
+            "finite-difference". With "ggn", which differences cannot give, the last is the first, and nothing is
+            measured; nor is it where a model has no second derivatives.
+        measurements: more measurements, beside the default ones.
+        log: "default" for what a person looks at, "all" for everything.
+        layout: add a page of combined charts to TensorBoard's custom scalars.
+        on_failure: "warn" or "raise" when a probe fails.
+        name: prefix of all keys, to be chosen where there are several monitors.
+        seed: of the sample, the dropout masks and the start vectors.
+
+    Raises:
+        MisconfigurationException: from `__init__`, `setup` or the start of training, naming the argument, what was
+            expected, what came, and the way out.
+
+    Example:
+        >>> monitor = SubspaceMonitor(k=10, every_n_steps=200)
+        >>> monitor.history
+        []
+    """
+
+    def __init__(
+        self,
+        k: int = 10,
+        *,
+        every_n_steps: int | Sequence[int] = 100,
+        max_overhead: float | None = 0.2,
+        sample: int | str | Iterable[Any] = 1024,
+        gradient_sample: int | str = 8192,
+        batch_size: int | None = None,
+        weight: Weight | None = None,
+        reference_step: int | None = None,
+        which: Which = "LA",
+        tol: float = 1e-3,
+        max_matvecs: int = 200,
+        ncv: int | None = None,
+        params: Sequence[str] | None = None,
+        loss_fn: Callable[..., Any] | None = None,  # LightningCLI would refuse one without annotations as LossFunction
+        mode: Mode = "train",
+        dtype: Precision = "float32",
+        curvature: Curvature = "hessian",
+        on_check_fail: OnCheckFail = "warn",
+        measurements: Sequence[Measurement] | None = None,
+        log: Literal["default", "all"] = "default",
+        layout: bool = False,
+        on_failure: Literal["warn", "raise"] = "warn",
+        name: str = "subspace",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        with misconfiguration(SPEAKER):
+            self._settings = ProbeSettings.of(locals())
+            require_steps("every_n_steps", every_n_steps)
+            if max_overhead is not None and not (is_number(max_overhead) and 0.0 < max_overhead < 1.0):
+                raise wrong("max_overhead", "a number between 0 and 1 or None", max_overhead)
+            require_word("log", log, get_args(LogLevel))
+            require_flag("layout", layout)
+            require_integer("max_matvecs", max_matvecs, max(k, 1))
+            require_word("on_failure", on_failure, ("warn", "raise"))
+            require_name("name", name)
+        self.name = name
+        self._max_overhead = max_overhead
+        self._layout = layout
+        self._schedule = Schedule(every_n_steps, max_overhead)
+        self._notices = Notices(SPEAKER, on_failure)
+        self._runner = ProbeRunner(self._settings, self._schedule, self._notices)
+        self._recorder = Recorder(
+            self._settings, self._runner, self._schedule, self._notices, Publisher(name, log), name, max_overhead
+        )
+        self._saved: Any = None  # from a checkpoint, until training goes on from it
+        # A step is over only when this differs from `global_step`: while gradients accumulate, batches end without one.
+        self._seen_step = -1
+        # The step of the last probe, so that none is taken twice at one point: at the start, on resuming, at the end.
+        self._probed_step = -1
+        # The probe at the start is still owed: a gathered sample is there only after some batches.
+        self._awaits_first = False
+
+    # -- what has been measured, the same on every rank ---------------------------------------------------------------
+
+    @property
+    def history(self) -> Sequence[Record]:
+        """All records of the run, oldest first, without eigenvectors."""
+        return [] if self._runner.run is None else self._runner.run.history
+
+    def to_rows(self) -> list[dict[str, float]]:
+        """The history as one flat dict a probe, nan where a value is absent."""
+        return to_rows(self.history)
+
+    def overlap_matrix(self) -> tuple[list[int], np.ndarray]:
+        """Steps, and the matrix of overlaps between the spaces of all their probes (estimated from sketches)."""
+        run = self._runner.run
+        return ([], np.zeros((0, 0))) if run is None else run.overlaps.matrix()
+
+    def plot(self) -> Figure:
+        """A matplotlib Figure: eigenvalues, fractions and overlaps over steps, and the overlap matrix."""
+        from lightning_subspace.report import summary_figure  # matplotlib takes a while to import
+
+        error = None if self._runner.run is None else self._runner.run.overlaps.error
+        return summary_figure(self.history, *self.overlap_matrix(), error=error)
+
+    @property
+    def overhead(self) -> float:
+        """Share of the wall time since training began that went into probes, in [0, 1]."""
+        return self._schedule.overhead
+
+    @property
+    def later_overhead(self) -> float:
+        """The same without the first probe: what `max_overhead` bounds."""
+        return self._schedule.later_overhead
+
+    def record_at(self, step: int, settings: ProbeSettings) -> Record | None:
+        """The record, with its eigenvectors, of a probe just taken at this step that finds the space of these settings.
+
+        It is there until the next step ends. `SubspaceProjection` takes its subspace from here.
+        """
+        opened = self._recorder.open
+        is_same = self._settings.same_subspace_as(settings)
+        return opened.record if is_same and opened is not None and opened.record.step == step else None
+
+    def should_measure(self, step: int) -> bool:
+        """Whether to probe after optimizer step `step`; asked once after each. Override it for another schedule.
+
+        Under ranks the first one's answer counts.
+        """
+        return self._schedule.is_due(step)
+
+    # -- hooks, in the order of a run ---------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot work, before anything has run."""
+        if stage == "fit":
+            with misconfiguration(SPEAKER):
+                check_names([c.name for c in trainer.callbacks if isinstance(c, SubspaceMonitor)])
+                check_project(trainer, pl_module, self._settings.loss_fn)
+            warn_of_missing_keys(trainer, self.name)
+
+    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Draw the sample, and probe the point where training starts."""
+        step = trainer.global_step
+        saved, self._saved = self._saved, None
+        with misconfiguration(SPEAKER):
+            ranks = ranks_of(trainer)
+        last = self.history[-1].step if self.history else -1
+        is_same_run = saved is None and 0 <= last <= step and step > 0 and ranks.count == self._runner.ranks.count
+        self._recorder.drop()
+        self._notices.begin()
+        self._schedule.begin(step)
+        self._seen_step = step
+        self._probed_step = step if is_same_run and last == step else -1
+        self._awaits_first = True
+        self._runner.begin(trainer, pl_module, ranks, continues=is_same_run)
+        if self._layout and trainer.is_global_zero:
+            add_layout(trainer.loggers, self.name, self._settings.k)
+        if saved is not None and self._runner.run is not None:
+            self._resume(self._runner.run, saved, step)
+        self._take_first_probe(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
+        """Keep the batch where it is of the sample: training_step may write into it."""
+        if self._runner.observe_batch(batch, trainer.current_epoch):
+            self._take_first_probe(trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Optimizer) -> None:
+        """Keep the gradient of the first step after a probe, before it is clipped."""
+        self._recorder.see_gradient(pl_module)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After an optimizer step: close the open record, and probe if it is time."""
+        step = trainer.global_step
+        if step == self._seen_step:  # gradients are still being accumulated
+            return
+        self._seen_step = step
+        self._recorder.close(trainer, pl_module)
+        if self._agree_to_measure(step):
+            self._probe(trainer, pl_module, step)
+
+    def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
+        """A last probe, and the last figures."""
+        step = trainer.global_step
+        self._recorder.close(trainer)
+        self._runner.source.end()
+        is_new = not trainer.interrupted and step != self._probed_step
+        if is_new and self._runner.should_probe(self._schedule.probes_last_step):
+            self._probe(trainer, pl_module, step)
+            self._recorder.close(trainer)
+        self._recorder.draw(trainer)
+        self._runner.source.release()
+        self._schedule.end()
+        if self._schedule.misses_what_was_asked:
+            schedule = self._schedule
+            self._notices.budget_skipped(schedule.num_passed_over, schedule.passed_over, self._max_overhead)
+
+    def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
+        """Nothing measured is lost when training is interrupted."""
+        self._recorder.close(trainer)
+        self._runner.source.release()
+        self._schedule.end()
+
+    # -- helpers ------------------------------------------------------------------------------------------------------
+
+    def _take_first_probe(self, trainer: Any, pl_module: nn.Module) -> None:
+        step = trainer.global_step
+        is_owed = self._awaits_first and self._schedule.probes_first_step and step != self._probed_step
+        if is_owed and self._runner.should_probe():
+            self._probe(trainer, pl_module, step)
+        if self._runner.source.has_begun:
+            self._awaits_first = False
+
+    def _agree_to_measure(self, step: int) -> bool:
+        """Whether all ranks are to probe after this step. They ask each other only where they may differ."""
+        if getattr(self.should_measure, "__func__", None) is _SHOULD_MEASURE:
+            wants, may_differ = self.should_measure(step), self._schedule.was_candidate
+        else:
+            what, may_differ = f"should_measure({step}) failed, and was taken for False", True
+            wants = bool(self._runner.on_all_ranks(what, lambda: self.should_measure(step)))
+        return may_differ and self._runner.should_probe(wants)
+
+    def _probe(self, trainer: Any, pl_module: nn.Module, step: int) -> None:
+        self._probed_step, self._awaits_first = step, False
+        self._recorder.take(trainer, pl_module, step)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Tells the monitors of a Trainer apart in its checkpoints."""
+        return self._generate_state_key(name=self.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on with its history, its overlaps and its schedule; no eigenvectors.
+
+        With k eigenpairs and n parameters at most 256 k min(n, 4096) bytes of sketches (10.5 MB for k = 10), and about
+        2 kB a probe.
+        """
+        if self._runner.run is None:
+            return dict(self._saved or {})
+        try:
+            state = encode(self._runner.run.state(self._recorder.open))
+            return {**state, "schedule": encode_position(self._schedule.position)}
+        except Exception as error:  # a checkpoint is worth more than what the monitor has to add
+            self._notices.failure("a checkpoint was written without what was measured", error, self._runner.ranks)
+            return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until training starts: there is no module yet to compare it with."""
+        self._saved = state_dict
+
+    def _resume(self, run: ProbeRun, saved: Any, step: int) -> None:
+        """Go on where the run of the checkpoint was, or say why not."""
+        read = self._runner.on_all_ranks(NOT_RESUMED, lambda: self._read(saved, step))
+        if read is None:
+            return
+        state, position = read
+        reopen = position.last_step == step and self._runner.source.sample is not None
+        reopen = reopen and self._schedule.probes_first_step
+        resumed = self._runner.on_all_ranks(NOT_RESUMED, lambda: run.resumed(state, reopen=reopen))
+        if resumed is None:
+            return
+        self._runner.run, is_reopened = resumed
+        self._schedule.resume(position, step)
+        is_due = position.last_step < step and self._agree_to_measure(step)  # it was written before our hook
+        self._awaits_first = is_reopened or is_due
+        self._probed_step = -1 if self._awaits_first or not self.history else self.history[-1].step
+
+    def _read(self, saved: Any, step: int) -> tuple[RunState, Position] | None:
+        """What the checkpoint holds of a run that can go on here, or None with a warning."""
+        try:
+            state, position = decode(saved), decode_position(Entries(saved).below("schedule"))
+            now = {"k": self._settings.k, "which": self._settings.which}
+            require_same("monitor", now, {"k": state.k, "which": state.which})
+            last = max([position.last_step, *(record.step for record in state.records)])
+            if last > step:
+                raise CheckpointError(f"it is of step {last}, and training starts at step {step}")
+        except CheckpointError as error:
+            self._notices.warn(
+                f"the state {self.name!r} of the checkpoint is not used: {error}. History and overlaps start anew."
+            )
+            return None
+        return state, position
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the methods that Lightning attaches for logging, which hold the module."""
+        return {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
+
+
+# To notice one in its place: a user's need not be the same on all ranks.
+_SHOULD_MEASURE = SubspaceMonitor.should_measure

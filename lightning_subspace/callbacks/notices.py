@@ -1,0 +1,67 @@
+"""Notices to the user: one sentence on what happened, one on what to do, each once a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from lightning_subspace._lightning import rank_zero_info, rank_zero_warn
+from lightning_subspace.parallel.ranks import Ranks
+
+
+class Notices:
+    """Tells each thing once a run, on the first rank.
+
+    Args:
+        speaker: the callback whose notices these are.
+        on_failure: "raise" turns a failure into the exception that it is.
+    """
+
+    def __init__(self, speaker: str, on_failure: Literal["warn", "raise"]) -> None:
+        self.speaker = speaker
+        self._on_failure = on_failure
+        self._told: set[str] = set()
+
+    def begin(self) -> None:
+        """A new run begins."""
+        self._told.clear()
+
+    def is_new(self, cause: str) -> bool:
+        """Whether nothing has been told of it in this run."""
+        return cause not in self._told
+
+    def warn(self, text: str) -> None:
+        """Warn, however often."""
+        rank_zero_warn(f"{self.speaker}: {text}")
+
+    def warn_once(self, cause: str, text: str) -> None:
+        """Warn once a run and cause; the history has the rest."""
+        if self.is_new(cause):
+            self._told.add(cause)
+            self.warn(f"{text} Later ones like it are not told.")
+
+    def info_once(self, text: str, cause: str | None = None) -> None:
+        """Something to know, not to worry about; once a run and cause, which is by default the text."""
+        cause = text if cause is None else cause
+        if self.is_new(cause):
+            self._told.add(cause)
+            rank_zero_info(f"{self.speaker}: {text}")
+
+    def failure(self, what: str, error: Exception, ranks: Ranks) -> None:
+        """Something went wrong in a probe, on all ranks, and training goes on without it.
+
+        Raises:
+            Exception: `error`, with on_failure="raise".
+        """
+        if self._on_failure == "raise":
+            raise error
+        cause = ranks.cause(error)
+        self.warn_once(cause, f"{what}, training goes on. {cause} (on_failure='raise' shows where.)")
+
+    def budget_skipped(self, count: int, first: Sequence[int], max_overhead: float | None) -> None:
+        """The budget has left out `count` steps that were asked for, of which a few are named."""
+        some = ", ".join(map(str, first)) + (", ..." if count > len(first) else "")
+        self.warn(
+            f"{count} steps ({some}) were passed over to keep max_overhead={max_overhead}, since a probe takes long "
+            "beside this training; pass max_overhead=None to measure at every one, or a smaller sample or k."
+        )

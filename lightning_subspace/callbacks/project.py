@@ -1,0 +1,73 @@
+"""Checks of the project that a callback finds itself in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from lightning_subspace._lightning import MisconfigurationException, is_a, rank_zero_warn
+from lightning_subspace.callbacks.strategy import ranks_of
+from lightning_subspace.loss.loss_function import LossFunction, check_loss_function
+from lightning_subspace.probe.arguments import wrong
+
+
+@contextmanager
+def misconfiguration(speaker: str) -> Iterator[None]:
+    """Turn what is refused inside into the exception that Lightning's users expect, under the callback's name.
+
+    Raises:
+        MisconfigurationException: for a ValueError or a TypeError.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise MisconfigurationException(f"{speaker}: {error}") from error
+
+
+def check_project(trainer: Any, module: nn.Module, loss_fn: LossFunction | None) -> None:
+    """Refuse a trainer or a module of which no probe can be taken.
+
+    Raises:
+        ValueError: for a strategy that is not supported, or manual optimization without a `loss_fn`.
+        TypeError: for a module without a training step that can be evaluated.
+    """
+    ranks_of(trainer)  # refuses strategies
+    if loss_fn is None and not getattr(module, "automatic_optimization", True):
+        raise ValueError(
+            f"{type(module).__name__} optimizes manually, so its training_step takes optimizer steps and cannot be "
+            "evaluated on its own; pass loss_fn=, a function (pl_module, batch, batch_idx) -> scalar."
+        )
+    check_loss_function(module, loss_fn)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse several callbacks of one name, which would write over each other.
+
+    Raises:
+        ValueError: naming it.
+    """
+    for name in names:
+        if names.count(name) > 1:
+            raise wrong("name", "another one for every callback of a Trainer", name)
+
+
+def warn_of_missing_keys(trainer: Any, name: str) -> None:
+    """A probe that cannot stand behind a value withholds it; say what callbacks that wait for one will then do."""
+    for callback in trainer.callbacks:
+        key = str(getattr(callback, "monitor", None))
+        if not key.startswith((f"{name}/", f"{name}_")):
+            continue
+        if is_a(callback, "EarlyStopping") and callback.strict:
+            rank_zero_warn(
+                f"EarlyStopping(monitor={key!r}, strict=True) will end the run with an error if it asks before a probe "
+                "has logged that value, which a probe that does not converge withholds; use strict=False."
+            )
+        elif is_a(callback, "ModelCheckpoint"):
+            rank_zero_warn(
+                f"ModelCheckpoint(monitor={key!r}) saves nothing before a probe has logged that value, which a probe "
+                "that does not converge withholds; once validation has run it then ends the run with an error. Every "
+                "later save sees the last value logged."
+            )

@@ -1,0 +1,388 @@
+"""The callback that trains inside or outside of the top eigenspace of the Hessian.
+
+The one callback here that changes training. Its place is in the optimizer itself: hooks that torch calls directly
+before and after `optimizer.step`. So nothing ever sees an update that has not been projected, neither the module after
+its own `optimizer_step` nor any other callback, whatever their order; and where no step is taken (accumulation, a step
+that a GradScaler skips) nothing happens.
+
+The subspace is computed at the start of the first batch after an optimizer step: late enough for every callback,
+whatever their order, to have ended that step, so that a monitor which has just probed theta_t can share what it found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_subspace._lightning import Callback, is_a
+from lightning_subspace.callbacks.monitor import SubspaceMonitor
+from lightning_subspace.callbacks.notices import Notices
+from lightning_subspace.callbacks.project import check_names, check_project, misconfiguration
+from lightning_subspace.callbacks.projector import Keep, Projector
+from lightning_subspace.callbacks.runner import ProbeRunner
+from lightning_subspace.callbacks.start import Start, StartWhenAligned
+from lightning_subspace.callbacks.step_hooks import StepHooks
+from lightning_subspace.callbacks.strategy import ranks_of
+from lightning_subspace.curvature.selection import Curvature, OnCheckFail, Precision
+from lightning_subspace.data.micro_batch import Weight
+from lightning_subspace.linalg.selection import Which
+from lightning_subspace.loss.training_loss import Mode
+from lightning_subspace.measurements import GradientFraction
+from lightning_subspace.probe.arguments import require_integer, require_name, require_word, wrong
+from lightning_subspace.probe.checkpoint import FORMAT, decode_position, encode_position, require_same, up_to_date
+from lightning_subspace.probe.entries import CheckpointError
+from lightning_subspace.probe.schedule import Position, Schedule
+from lightning_subspace.probe.settings import ProbeSettings
+from lightning_subspace.report.loggers import Reporter, logged_name
+from lightning_subspace.subspace.record import Record
+from lightning_subspace.subspace.subspace import TRUSTED_ERROR, Subspace
+
+SPEAKER = "SubspaceProjection"
+INSTEAD = "the last good space stays in use, and where there is none the optimizer's step is left as it is"
+AVERAGE = "a number in [0, 1], or None"
+
+
+class SubspaceProjection(Callback):
+    """Keep, of every optimizer step, the part inside the top eigenspace of the Hessian, or the part outside of it.
+
+    After a step of any optimizer, with P the projector on the top k eigenvectors of the Hessian of the training loss,
+
+        keep="top":   theta_{t+1} <- theta_t + P (theta_{t+1} - theta_t)
+        keep="bulk":  theta_{t+1} <- theta_t + (I - P) (theta_{t+1} - theta_t)
+
+    One rule for all there is in a step: clipping, momentum, preconditioning, weight decay. With plain SGD it is descent
+    along the projected gradient: Dom-SGD and Bulk-SGD of Song, Ahn and Yun, "Does SGD really happen in tiny subspaces?"
+    (arXiv 2405.16002), who find that the loss falls with "bulk" as without a projection, and not with "top". States of
+    the optimizer, such as momentum, are those of the whole gradient.
+
+    *Parameters*: those of `params`, by default all trainable ones, make up the space. Frozen ones are not touched;
+    trainable ones outside of `params` take the full step. When the set changes in mid-run, the space is computed anew.
+
+    *The space* is that of theta_t at the last refresh. One that is not trusted (the solver did not converge, or there
+    is no gap behind eigenvalue k) is not used, nor is a probe that fails: the last good one stays in use, and while
+    there is none, as before the sample of an iterable dataset is full, the step is left as it is. One warning says so.
+
+    *A `SubspaceMonitor`* beside it that has just probed theta_t with the same arguments lends its space at no cost. The
+    two agree to the tolerance of the solver, so such a monitor changes training by as much. It sees updates projected.
+
+    *Ranks*: under DDP the basis is dealt to ranks; a step takes one sum of k numbers and one all-gather of n. All have
+    the same parameters to the bit. FSDP2 is refused.
+
+    *Checkpoints* hold the schedule, whether projection has begun and the average of chi, but not the k * n floats of
+    the basis, which is computed anew where the run goes on. Resumed at a refresh step it is the straight run, to the
+    tolerance of the solver; elsewhere it differs by how far the space has turned since the last refresh.
+
+    *Logged*, at x = t and every `trainer.log_every_n_steps`: `projection/removed`, the share |u - u'|^2 / |u|^2 in
+    [0, 1] that was taken from the update u; until a `StartWhenAligned` begins, at every refresh, `projection/chi`.
+
+    A refresh costs what a probe of the monitor costs; (k + 2) n floats are held, divided by the number of ranks.
+
+    Args:
+        keep: "top" or "bulk".
+        k: number of top eigenvectors; the number of classes is the natural choice.
+        refresh_every_n_steps: optimizer steps between two computations of the space; 1 is what the paper does.
+        start_when: number of optimizer steps that are taken before the first one is projected, or a `StartWhenAligned`.
+        sample: examples for the Hessian: a number, "all", "current" (the batch just trained on), or a loader or a list
+            of batches or of (batch, weight) pairs. An iterable dataset gives the first ones seen in training.
+        gradient_sample: examples for the gradient of chi, which contain the former: a number or "all". Used with
+            `StartWhenAligned`, where `sample` is a number.
+        batch_size: of the micro-batches; by default that of training.
+        weight: `weight(batch)` is the share of a batch in averages, by default its number of examples.
+        which: end of the spectrum: "LA" (largest algebraic, the paper's "top"), "SA", "LM", "BE".
+        tol: residual of the eigenpairs relative to the largest |eigenvalue|.
+        max_matvecs: Hessian products a refresh may take.
+        ncv: largest number of basis vectors, by default min(n, 2k + 10).
+        params: shell-style patterns of parameter names; by default all trainable ones.
+        loss_fn: `loss_fn(pl_module, batch, batch_idx) -> scalar` in place of `training_step`.
+        mode: "train" (the objective that is being descended) or "eval".
+        dtype: narrowest type computed in, "float32" or "float64"; or "native", the loss as it is trained.
+        curvature: see `SubspaceMonitor`.
+        on_check_fail: where second derivatives turn out wrong: "warn", "raise" or "finite-difference".
+        on_failure: "warn" or "raise" when the space cannot be computed.
+        name: prefix of all keys, to be chosen where there are several projections.
+        seed: of the sample, the dropout masks and the start vectors.
+
+    Raises:
+        MisconfigurationException: from `__init__`, `setup` or the start of training, naming the argument, what was
+            expected, what came, and the way out.
+
+    Example:
+        >>> projection = SubspaceProjection("bulk", k=10, refresh_every_n_steps=2, start_when=500)
+        >>> projection.is_active
+        False
+    """
+
+    def __init__(
+        self,
+        keep: Keep,
+        k: int = 10,
+        *,
+        refresh_every_n_steps: int = 1,
+        start_when: int | StartWhenAligned = 0,
+        sample: int | str | Iterable[Any] = 1024,
+        gradient_sample: int | str = 8192,
+        batch_size: int | None = None,
+        weight: Weight | None = None,
+        which: Which = "LA",
+        tol: float = 1e-3,
+        max_matvecs: int = 200,
+        ncv: int | None = None,
+        params: Sequence[str] | None = None,
+        loss_fn: Callable[..., Any] | None = None,  # LightningCLI would refuse one without annotations as LossFunction
+        mode: Mode = "train",
+        dtype: Precision = "float32",
+        curvature: Curvature = "hessian",
+        on_check_fail: OnCheckFail = "warn",
+        on_failure: Literal["warn", "raise"] = "warn",
+        name: str = "projection",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        with misconfiguration(SPEAKER):
+            require_word("keep", keep, get_args(Keep))
+            require_integer("k", k, 1)
+            require_integer("refresh_every_n_steps", refresh_every_n_steps, 1)
+            if not isinstance(start_when, StartWhenAligned):
+                if not isinstance(start_when, int):
+                    raise wrong("start_when", "a step or a StartWhenAligned(chi=..., decay=...)", start_when)
+                require_integer("start_when", start_when, 0)
+            own = [GradientFraction()] if isinstance(start_when, StartWhenAligned) else []
+            self._settings = ProbeSettings.of(locals(), measurements=own, defaults=False)
+            require_integer("max_matvecs", max_matvecs, max(k, 1))
+            require_word("on_failure", on_failure, ("warn", "raise"))
+            require_name("name", name)
+        self.name = name
+        self._keep: Keep = keep
+        self._start_when = start_when
+        self._start = Start(start_when)
+        self._schedule = Schedule(refresh_every_n_steps, max_overhead=None)
+        self._notices = Notices(SPEAKER, on_failure)
+        self._runner = ProbeRunner(self._settings, self._schedule, self._notices, INSTEAD)
+        self._reporter = Reporter()
+        self._saved: Any = None  # from a checkpoint, until training goes on from it
+        # A step is over only when this differs from `global_step`: gradients may be accumulated over several batches.
+        self._seen_step = -1
+        # The space is out of date, or there is none: it is computed as soon as there is a sample.
+        self._wants_space = False
+        self._projector: Projector | None = None
+        self._theta: Tensor | None = None  # of the step that is being taken
+        self._removed: dict[int, float] = {}  # by step, to be logged
+        self._hooks = StepHooks(_nothing, _nothing)
+
+    # -- what a user reads --------------------------------------------------------------------------------------------
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the next optimizer step will be projected."""
+        return self._projector is not None
+
+    @property
+    def chi(self) -> float | None:
+        """The average that `StartWhenAligned` watches; None before the first refresh, and without it."""
+        return self._start.average
+
+    # -- hooks, in the order of a run ---------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot work, before anything has run."""
+        if stage != "fit":
+            return
+        with misconfiguration(SPEAKER):
+            if is_a(trainer.strategy, "ModelParallelStrategy"):
+                raise ValueError(
+                    f"writes whole parameters, and {type(trainer.strategy).__name__} has shards of them; use "
+                    "strategy='ddp', or devices=1."
+                )
+            check_names([c.name for c in trainer.callbacks if isinstance(c, SubspaceProjection)])
+            check_project(trainer, pl_module, self._settings.loss_fn)
+
+    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Draw the sample, and hang on to the optimizers."""
+        step = trainer.global_step
+        saved, self._saved = self._saved, None
+        with misconfiguration(SPEAKER):
+            ranks = ranks_of(trainer)
+        is_same_run = saved is None and self._runner.run is not None and step > 0 and self._seen_step <= step
+        continues = is_same_run and ranks.count == self._runner.ranks.count
+        self._notices.begin()
+        if not continues:
+            self._start = Start(self._start_when)
+            self._schedule.begin(step)
+            self._seen_step, self._projector = -1, None
+        elif self._projector is not None:
+            self._projector.rebind(ranks)
+        self._runner.begin(trainer, pl_module, ranks, continues=continues)
+        if saved is not None:
+            self._resume(saved, step)
+        self._hooks = StepHooks(lambda: self._keep_theta(pl_module), lambda: self._project(trainer, pl_module))
+        with misconfiguration(SPEAKER):
+            self._hooks.attach(trainer.optimizers)
+        self._wants_space = self._projector is None and (self._start.begun or self._start.average is None)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
+        """Compute the space for the step to come, if it is time."""
+        step = trainer.global_step
+        self._hooks.attach(trainer.optimizers)  # a callback may have put others in their place
+        if step != self._seen_step:  # otherwise gradients are being accumulated
+            self._seen_step = step
+            is_due, begins = self._schedule.is_due(step), self._start.see_step(step)
+            is_needed = self._start.begun or self._start.watches
+            if is_needed and self._has_changed(pl_module, step):
+                self._projector, is_due = None, True
+            self._wants_space = is_needed and (self._wants_space or is_due or begins)
+        self._refresh(trainer, pl_module, step)
+        if self._runner.observe_batch(batch, trainer.current_epoch):
+            self._refresh(trainer, pl_module, step)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log what was removed."""
+        removed, self._removed = self._removed, {}
+        for step, share in removed.items():
+            self._log(trainer, "removed", share, step)
+
+    def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Leave the optimizers as they were."""
+        self._hooks.release()
+        self._runner.source.release()
+
+    def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
+        """Leave the optimizers as they were."""
+        self.on_train_end(trainer, pl_module)
+
+    # -- helpers ------------------------------------------------------------------------------------------------------
+
+    def _has_changed(self, module: nn.Module, step: int) -> bool:
+        """Whether the set of trainable parameters is another than before, so that earlier spaces are of no use."""
+        run = self._runner.run
+        if run is None:
+            return False
+        try:
+            changed = run.refresh_parameters(module)
+        except Exception as error:  # such as that nothing is left to train
+            self._notices.failure(f"there is no space at step {step}; {INSTEAD}", error, self._runner.ranks)
+            return True
+        if changed:
+            self._notices.warn_once("parameters", f"the set of trainable parameters has changed by step {step}.")
+        return changed
+
+    def _refresh(self, trainer: Any, module: nn.Module, step: int) -> None:
+        if not self._wants_space or not self._runner.should_probe():
+            return
+        self._wants_space = False
+        record = self._record_of(trainer, module, step)
+        if record is None or record.subspace is None:
+            return
+        if not record.subspace.trusted:
+            self._notices.warn_once(record.subspace.outcome.name, f"at step {step}, {_refusal(record.subspace)}")
+            return
+        if self._start.watches and "gradient_fraction" in record.metrics:
+            average = self._start.see_chi(math.sqrt(record.metrics["gradient_fraction"]))
+            self._log(trainer, "chi", average, step)
+        if self._start.begun:
+            assert record.subspace.partition is not None, "taken by a probe"
+            self._projector = Projector(record.subspace.basis, record.subspace.partition, keep=self._keep)
+
+    def _record_of(self, trainer: Any, module: nn.Module, step: int) -> Record | None:
+        """The record of theta_t, with its eigenvectors: of a monitor that has just probed it, or of a probe."""
+        for callback in trainer.callbacks:
+            if isinstance(callback, SubspaceMonitor):
+                record = callback.record_at(step, self._settings)
+                if record is not None:
+                    return record
+        opened = self._runner.probe(module, step)
+        return None if opened is None else opened.record
+
+    def _keep_theta(self, module: nn.Module) -> None:
+        """Directly before an optimizer step."""
+        self._theta = None if self._projector is None else self._projector.theta(module)
+
+    def _project(self, trainer: Any, module: nn.Module) -> None:
+        """Directly after it."""
+        if self._projector is None or self._theta is None:
+            return
+        theta, self._theta = self._theta, None
+        step, every = trainer.global_step, trainer.log_every_n_steps
+        is_logged = every > 0 and step % every == 0
+        removed = self._projector.project(module, theta, measured=is_logged)
+        if is_logged:
+            self._removed[step] = removed
+
+    def _log(self, trainer: Any, key: str, value: float, step: int) -> None:
+        named = {logged_name(self.name, key): value}
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in named.items()})
+        self._reporter.scalars(trainer.loggers, named, step)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Tells the projections of a Trainer apart in its checkpoints."""
+        return self._generate_state_key(name=self.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run is; no eigenvectors, which are computed anew where it goes on."""
+        run = self._runner.run
+        if run is None:
+            return dict(self._saved or {})
+        return {
+            "format": FORMAT,
+            "k": self._settings.k,
+            "which": self._settings.which,
+            "schedule": encode_position(self._schedule.position),
+            "start_when": repr(self._start_when),
+            "start": {"begun": self._start.begun, "average": self._start.average},
+            "num_probes": run.num_probes,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until training starts."""
+        self._saved = state_dict
+
+    def _resume(self, saved: Any, step: int) -> None:
+        """Go on where the run of the checkpoint was, or say why not."""
+        read = self._runner.on_all_ranks("the state in the checkpoint is not used", lambda: self._read(saved))
+        if read is None:
+            return
+        position, num_probes, start_when, begun, average = read
+        self._schedule.resume(position, step)
+        if start_when == repr(self._start_when):  # another condition is waited for anew
+            self._start.resume(begun, average)
+        if self._runner.run is not None:
+            self._runner.run.num_probes = num_probes
+
+    def _read(self, saved: Any) -> tuple[Position, int, str, bool, float | None] | None:
+        """What the checkpoint holds of a run that can go on here, or None with a warning."""
+        try:
+            entries = up_to_date(saved)
+            now = {"k": self._settings.k, "which": self._settings.which}
+            require_same("projection", now, {"k": entries.integer("k"), "which": entries.text("which")})
+            position, start = decode_position(entries.below("schedule")), entries.below("start")
+            average = start.any("average")
+            start.require(average is None or (isinstance(average, float) and 0.0 <= average <= 1.0), "average", AVERAGE)
+            return position, entries.integer("num_probes"), entries.text("start_when"), start.flag("begun"), average
+        except CheckpointError as error:
+            self._notices.warn(f"the state {self.name!r} of the checkpoint is not used: {error}. It starts anew.")
+            return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the methods that Lightning attaches for logging, and what belongs to a step or to optimizers."""
+        own = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
+        return {**own, "_hooks": StepHooks(_nothing, _nothing), "_theta": None, "_removed": {}}
+
+
+def _nothing() -> None:
+    """What is done around a step outside of a run."""
+
+
+def _refusal(subspace: Subspace) -> str:
+    if not subspace.converged:
+        return f"the space is not used. {subspace.outcome.value}"
+    return (
+        f"the space is not used: eigenvalue {subspace.k} is so close to the next one that the space of the first "
+        f"{subspace.k} is not determined (residual / gap = {subspace.error:.2g}, at most {TRUSTED_ERROR}). Choose k at "
+        "a gap of the spectrum, or a smaller tol."
+    )

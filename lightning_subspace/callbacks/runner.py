@@ -1,0 +1,170 @@
+"""Driver of probes in a Trainer: on all ranks or on none, and training goes on whatever happens.
+
+Both callbacks have one. It builds the run, draws the sample or gathers it, checks the second derivatives, and takes a
+probe when it is asked to. What goes wrong in any of this becomes one warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+
+from lightning_subspace._lightning import MisconfigurationException
+from lightning_subspace.callbacks.notices import Notices
+from lightning_subspace.curvature.selection import CheckError
+from lightning_subspace.data.micro_batch import SampleError
+from lightning_subspace.data.sample import Sample
+from lightning_subspace.data.source import SampleSource
+from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.probe.open_record import OpenRecord
+from lightning_subspace.probe.run import ProbeRun
+from lightning_subspace.probe.schedule import Schedule
+from lightning_subspace.probe.settings import ProbeSettings
+
+T = TypeVar("T")
+
+
+class ProbeRunner:
+    """Takes the probes of one callback along the runs of a Trainer.
+
+    Args:
+        settings: what is measured.
+        schedule: keeps the account of the time.
+        notices: what goes wrong is told there.
+        otherwise: what happens where a probe fails, to be added to the warning.
+
+    Attributes:
+        run: the probes so far; None before training, and when there can be none.
+        ranks: the processes of the run.
+        source: of the examples.
+    """
+
+    def __init__(self, settings: ProbeSettings, schedule: Schedule, notices: Notices, otherwise: str = "") -> None:
+        self.run: ProbeRun | None = None
+        self.ranks = Ranks()
+        self.source = SampleSource(settings.sample_request)
+        self._settings = settings
+        self._schedule = schedule
+        self._notices = notices
+        self._otherwise = f"; {otherwise}" if otherwise else ""
+
+    def begin(self, trainer: Any, module: nn.Module, ranks: Ranks, *, continues: bool) -> None:
+        """Build the run, and draw the sample or prepare to gather it. A collective.
+
+        Args:
+            trainer: gives the data of training.
+            module: as training begins.
+            ranks: the processes of this fit.
+            continues: whether the run and a gathered sample of the fit before go on.
+
+        Raises:
+            MisconfigurationException: when what the user asked for cannot be had, on any rank.
+        """
+        self.ranks = ranks
+        run = self.run if continues else None
+        self.run = self.on_all_ranks(
+            "nothing is measured", lambda: ProbeRun(self._settings, module, ranks) if run is None else run, ValueError
+        )
+        if self.run is not None:
+            self.run.rebind(ranks)
+
+        def draw() -> bool:
+            self.source.begin(trainer, ranks, continues=continues)
+            return True
+
+        # Another ValueError than a SampleError may be of the data's own.
+        if not self.on_all_ranks("the sample could not be drawn, so nothing is measured", draw, SampleError):
+            self.source.forget()
+
+    def on_all_ranks(self, what: str, block: Callable[[], T], wrong: type[Exception] | None = None) -> T | None:
+        """What a block gives on all ranks, or None on all of them, with a warning.
+
+        Args:
+            what: comes of it when the block fails, in words.
+            block: what to do.
+            wrong: the exception that says that the user has asked for something that cannot be.
+
+        Raises:
+            MisconfigurationException: when it was such an exception, on any rank.
+        """
+        try:
+            with self.ranks.together(), self._schedule.aside():
+                return block()
+        except Exception as error:
+            if wrong is not None and any(self.ranks.listed(isinstance(error, wrong))):
+                raise MisconfigurationException(f"{self._notices.speaker}: {error}") from error
+            self._notices.failure(f"{what}{self._otherwise}", error, self.ranks)
+            return None
+
+    def observe_batch(self, batch: Any, epoch: int) -> bool:
+        """Keep a batch that training is about to use, where it is of the sample; whether such are gathered."""
+        if not self.source.is_gathered:
+            return False
+        try:
+            with self._schedule.aside():
+                self.source.see(batch, epoch)
+        except Exception as error:
+            self._notices.failure(f"{NOT_COPIED}{self._otherwise}", error, self.ranks)
+        return True
+
+    def should_probe(self, wants: bool = True) -> bool:
+        """Whether the first rank wants to probe, and every rank can. A collective."""
+        if self.run is None or not self.ranks.first(wants):
+            return False
+
+        def sample() -> Sample | None:
+            if self.source.failure is not None:
+                raise self.source.failure
+            return self.source.sample
+
+        return self.on_all_ranks(NOT_COPIED, sample) is not None
+
+    def probe(
+        self, module: nn.Module, step: int, measure: Callable[[ProbeRun, Sample], OpenRecord] | None = None
+    ) -> OpenRecord | None:
+        """Take a probe, on all ranks or on none. A collective, of ranks that `should_probe`.
+
+        Args:
+            module: as it is at this step.
+            step: for messages and the record.
+            measure: takes the probe, by default without an optimizer.
+
+        Raises:
+            CheckError: as `on_check_fail` asks.
+        """
+        run, sample = self.run, self.source.sample
+        assert run is not None, "asked for before"
+        assert sample is not None, "asked for before"
+        try:
+            self._prepare(run, module, sample, step)
+            return run.measure(module, sample, step) if measure is None else measure(run, sample)
+        except Exception as error:
+            if isinstance(error, CheckError) and self._settings.on_check_fail == "raise":
+                raise
+            what = f"the probe at step {step} failed and is left out"
+            self._notices.failure(f"{what}{self._otherwise}", error, self.ranks)
+            return None
+
+    def _prepare(self, run: ProbeRun, module: nn.Module, sample: Sample, step: int) -> None:
+        """Follow the set of trainable parameters, and check the second derivatives where that is still to be done."""
+        changed = run.refresh_parameters(module)
+        if changed:
+            with self.ranks.together():  # only the first rank warns, and a warning may be an error there
+                self._notices.warn(f"the set of measured parameters has changed by step {step}; overlaps start anew.")
+        if run.self_check is not None:
+            return
+        with self._schedule.aside():
+            run.check(module, sample)
+        with self.ranks.together():
+            if run.notice is not None:
+                self._notices.warn_once("self-check", run.notice)
+            if self._settings.k and self._settings.defaults and len(sample.hessian) == 1 and sample.hessian_share < 1.0:
+                self._notices.info_once(
+                    "the sample is one micro-batch, which cannot be halved, so the gradient fraction gets no error "
+                    "bar; pass a larger sample or a smaller batch_size."
+                )
+
+
+NOT_COPIED = "the batch could not be copied, so nothing is measured"

@@ -1,0 +1,44 @@
+"""Processes of a Trainer's strategy that measure together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_subspace._lightning import is_a
+from lightning_subspace.parallel.ranks import Ranks, world
+
+# Strategies that cannot be measured under, and what to do instead.
+UNSUPPORTED = {
+    "FSDPStrategy": "FSDP1 cannot be differentiated twice; use FSDP2, by ModelParallelStrategy(tensor_parallel_size=1) "
+    "with fully_shard in configure_model, or strategy='ddp'.",
+    "DeepSpeedStrategy": "DeepSpeed owns the backward pass, so that there is nothing to differentiate twice; use "
+    "strategy='ddp', or FSDP2 by ModelParallelStrategy(tensor_parallel_size=1) with fully_shard in configure_model.",
+}
+
+
+def ranks_of(trainer: Any) -> Ranks:
+    """The processes that share the data of training.
+
+    Raises:
+        ValueError: for strategies under which the Hessian of this module cannot be taken.
+    """
+    strategy = trainer.strategy
+    if is_a(strategy, "ModelParallelStrategy"):
+        mesh = strategy.device_mesh
+        if mesh["tensor_parallel"].size() > 1:
+            raise ValueError(
+                "second derivatives through tensor parallel layers are wrong in torch; use "
+                "ModelParallelStrategy(tensor_parallel_size=1), with fully_shard (FSDP2) in configure_model."
+            )
+        return Ranks(mesh["data_parallel"].get_group(), strategy.root_device)
+    for name, advice in UNSUPPORTED.items():
+        if is_a(strategy, name):
+            raise ValueError(f"strategy: {advice}")
+    if trainer.world_size == 1 and not is_a(strategy, "DDPStrategy"):
+        return Ranks()
+    if not is_a(strategy, "DDPStrategy"):
+        raise ValueError(
+            f"strategy: expected DDP or FSDP2, got {type(strategy).__name__} with {trainer.world_size} processes; use "
+            "strategy='ddp', ModelParallelStrategy(tensor_parallel_size=1), or devices=1"
+        )
+    return Ranks(world(), strategy.root_device)

@@ -1,0 +1,292 @@
+"""Choice of the operator, its precision, and what follows from the self-check.
+
+    "hessian"            double backward: exact, one retained graph a micro-batch
+    "ggn"                the generalised Gauss-Newton matrix, one retained graph a micro-batch; see `gauss_newton.py`
+    "finite-difference"  needs no second derivative: forward differences of float32 gradients where the self-check finds
+                         the loss smooth, which is the cheapest of all, and central ones of float64 gradients elsewhere
+    "empirical-fisher"   the second moment of the gradients: of single examples where the self-check finds that the loss
+                         is a mean over them, of micro-batches elsewhere; see `empirical_fisher.py`
+
+`OPERATORS` has one row for each. A run begins as its user asked. Where an operation has no second derivative, the
+Hessian goes on with differences by itself; where the second derivatives are wrong, `on_check_fail` decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from lightning_subspace.curvature.batch_mean import BatchMean
+from lightning_subspace.curvature.central_difference import FiniteDifferenceHessian
+from lightning_subspace.curvature.empirical_fisher import EmpiricalFisher, examples_check
+from lightning_subspace.curvature.forward_difference import ForwardDifferenceHessian, smoothness_check
+from lightning_subspace.curvature.fsdp_difference import ShardedDifferenceHessian, check_differences
+from lightning_subspace.curvature.gauss_newton import GaussNewton, gauss_newton_check
+from lightning_subspace.curvature.hessian import Hessian
+from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck, self_check
+from lightning_subspace.data.micro_batch import MicroBatch, few_examples
+from lightning_subspace.data.sample import Sample
+from lightning_subspace.loss.fsdp_loss import ShardedLoss
+from lightning_subspace.loss.loss_function import LossError, LossFunction
+from lightning_subspace.loss.training_loss import Mode, TrainingLoss
+from lightning_subspace.parallel.fsdp import fsdp_modules, refusal_of_differences, stand_ins
+from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.parallel.partition import Partition
+from lightning_subspace.parallel.ranks import Ranks
+
+Precision = Literal["float32", "float64", "native"]
+Curvature = Literal["hessian", "ggn", "finite-difference", "empirical-fisher"]
+OnCheckFail = Literal["warn", "raise", "finite-difference"]
+Order = Literal[1, 2]
+
+# Two evaluations agree to the bit on a CPU; kernels of an accelerator may sum in another order.
+REPEATED = 1e-5
+
+
+class CheckError(RuntimeError):
+    """The self-check has failed, so nothing is measured.
+
+    Either `on_check_fail="raise"` asks for that, or finite differences would measure another matrix.
+    """
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one word for `curvature` stands for.
+
+    Attributes:
+        operator: called with (loss, batches, partition=), and `dtype=` where it `is_wide`.
+        order: how often the loss has to be differentiable.
+        is_wide: whether the loss is evaluated in float64, whatever the solver computes in.
+        check: the self-check, called with (a loss in float64 that is not open, a few examples, seed=); None: there is
+            nothing to check.
+        check_order: how often the loss has to be differentiable there.
+        check_examples: how many examples it gets; the code path is the same for eight as for a thousand.
+        passed: what takes over where the check has passed; None: nothing.
+        not_passed: what the user is told where it has not taken over, before the reason; empty: nothing.
+        has_differences: whether finite differences measure the same matrix.
+    """
+
+    operator: Callable[..., BatchMean]
+    order: Order = 2
+    is_wide: bool = False
+    check: Callable[..., SelfCheck] | None = None
+    check_order: Order = 2
+    check_examples: int = 8
+    passed: Row | None = None
+    not_passed: str = ""
+    has_differences: bool = False
+
+
+OPERATORS: dict[str, Row] = {
+    "hessian": Row(Hessian, check=self_check, has_differences=True),
+    "ggn": Row(GaussNewton, check=gauss_newton_check),
+    "finite-difference": Row(
+        FiniteDifferenceHessian,
+        is_wide=True,
+        check=smoothness_check,
+        check_order=1,
+        check_examples=64,  # among 64 the networks of ReLU that were tried met some kinks in every direction
+        passed=Row(ForwardDifferenceHessian, order=1),
+    ),
+    "empirical-fisher": Row(
+        partial(EmpiricalFisher, examples=False),
+        order=1,
+        check=examples_check,
+        check_order=1,
+        passed=Row(EmpiricalFisher, order=1),
+        not_passed="The empirical Fisher is taken over micro-batches here, not over single examples, which changes its "
+        "scale by about the number of examples in one",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the loss is evaluated and differentiated.
+
+    Attributes:
+        loss_fn: see `TrainingLoss`.
+        mode: see `TrainingLoss`.
+        seed: see `TrainingLoss`.
+        dtype: "float32" (at least; wider parameters keep their type), "float64", "native" (the loss as it is trained),
+            or a `torch.dtype`.
+        curvature: a word of `OPERATORS`.
+        on_check_fail: "warn" and go on, "raise" `CheckError`, or "finite-difference".
+        has_passed: whether the self-check has passed.
+
+    Raises:
+        ValueError: for anything else, and for finite differences of the "native" loss, which are rounding alone.
+    """
+
+    loss_fn: LossFunction | None = None
+    mode: Mode = "train"
+    seed: int = 0
+    dtype: str | torch.dtype = "float32"
+    curvature: str = "hessian"
+    on_check_fail: str = "warn"
+    has_passed: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("curvature", "on_check_fail"):
+            object.__setattr__(self, name, getattr(self, name).replace("_", "-"))
+        _check("mode", self.mode, get_args(Mode))
+        _check("curvature", self.curvature, tuple(OPERATORS))
+        _check("on_check_fail", self.on_check_fail, get_args(OnCheckFail))
+        if self.dtype not in (torch.float32, torch.float64):
+            _check("dtype", self.dtype, get_args(Precision))
+        if self.dtype == "native" and OPERATORS[self.curvature].is_wide:
+            raise ValueError(
+                f"dtype: expected 'float32' or 'float64' (of the solver) with curvature={self.curvature!r}, got "
+                "'native'; finite differences are taken in float64, since in a narrower type they are rounding alone."
+            )
+
+    def loss(self, module: nn.Module, space: ParameterSpace, ranks: Ranks | None = None) -> TrainingLoss:
+        """The loss to be opened for a probe. A collective."""
+        ranks = Ranks() if ranks is None else ranks
+        if self._is_on_shards(module):
+            buffers = stand_ins(module, ranks, whole=False)
+            return ShardedLoss(
+                module, space, self.loss_fn, mode=self.mode, seed=self.seed, stand_ins=buffers, ranks=ranks
+            )
+        dtype = torch.float64 if self._row.is_wide else self._narrowest
+        return self._loss(module, space, ranks, dtype, self._row.order)
+
+    def operator(self, loss: TrainingLoss, sample: Sample, partition: Partition | None = None) -> BatchMean:
+        """The operator over the sample's first part; no `partition`: of this process."""
+        partition = Partition.even(loss.space) if partition is None else partition
+        if isinstance(loss, ShardedLoss):
+            return ShardedDifferenceHessian(loss, sample.hessian, partition=partition)
+        options = {"dtype": self._widest(loss.module, loss.space)} if self._row.is_wide else {}
+        return self._row.operator(loss, sample.hessian, partition=partition, **options)
+
+    def check(self, module: nn.Module, sample: Sample, partition: Partition | None = None) -> SelfCheck:
+        """The self-check on a few examples, or on a batch that cannot be cut.
+
+        Every rank checks the first rank's batch, and the first rank's result counts.
+
+        Args:
+            module: as it is at the first probe.
+            sample: its first micro-batch is looked at.
+            partition: of the parameter space; None: all parameters, this process alone.
+
+        Raises:
+            LossError: when the loss cannot be evaluated, or gives two values for one batch; when differences on the
+                shards of FSDP2 are not right for this loss.
+        """
+        partition = Partition.even(ParameterSpace.of(module)) if partition is None else partition
+        if self._is_on_shards(module):
+            return self._check_on_shards(module, sample, partition)
+        first, whole = partition.ranks.first, sample.hessian[0]
+        few = few_examples(whole, OPERATORS[self.curvature].check_examples)
+        few_is_part = few is not whole
+        few = first(few)
+        result = first(self._compare(module, few, partition))
+        if result.outcome is CheckOutcome.INCONCLUSIVE and first(few_is_part):
+            result = first(self._compare(module, first(whole), partition))
+        self._evaluate_twice(module, few, partition)
+        return result
+
+    def after(self, check: SelfCheck) -> tuple[Choice, str | None]:
+        """What to go on with after the self-check, and what to tell the user.
+
+        Raises:
+            CheckError: when the check has failed, with `on_check_fail="raise"`, or where differences would measure
+                another matrix; then nothing can be measured.
+        """
+        row = OPERATORS[self.curvature]
+        if check.outcome not in (CheckOutcome.FAILED, CheckOutcome.UNAVAILABLE):
+            has_passed = check.outcome is CheckOutcome.PASSED
+            notice = f"{row.not_passed}: {check.reason}." if row.not_passed and not has_passed else None
+            return replace(self, has_passed=has_passed), notice
+        text = f"{check.outcome.value} Measured: {check.reason.rstrip('.')}."
+        if not row.has_differences:
+            what = f"Finite differences would measure another matrix than curvature={self.curvature!r}"
+            raise CheckError(f"{text} {what}, so nothing is measured. Pass curvature='hessian'.")
+        if check.outcome is CheckOutcome.FAILED and self.on_check_fail == "raise":
+            raise CheckError(f"{text} (on_check_fail='finite-difference' measures without second derivatives.)")
+        if check.outcome is CheckOutcome.FAILED and self.on_check_fail == "warn" and check.error < float("inf"):
+            notice = f"{text} on_check_fail='finite-difference' measures without second derivatives."
+            return replace(self, has_passed=False), notice
+        dtype = "float32" if self.dtype == "native" else self.dtype
+        differences = replace(self, curvature="finite-difference", dtype=dtype, has_passed=False)
+        return differences, f"{text} This run is measured with finite differences of float64 gradients instead."
+
+    def require_no_obstacle(self, module: nn.Module) -> None:
+        """Refuse what cannot be measured on the shards of FSDP2.
+
+        Raises:
+            ValueError: for finite differences on shards whose gradients are narrower than float32.
+        """
+        if self._is_on_shards(module) and (refusal := refusal_of_differences(module)) is not None:
+            raise ValueError(refusal)
+
+    def _compare(self, module: nn.Module, batch: MicroBatch, partition: Partition) -> SelfCheck:
+        row, space = OPERATORS[self.curvature], partition.space
+        if row.check is None:
+            return SelfCheck(CheckOutcome.SKIPPED, reason="it has no check")
+        if row.is_wide and self._widest(module, space) != torch.float32:
+            return SelfCheck(CheckOutcome.SKIPPED, reason="differences of float64 gradients need none")
+        wide = self._loss(module, space, partition.ranks, torch.float64, row.check_order)
+        return row.check(wide, batch, seed=self.seed)
+
+    def _evaluate_twice(self, module: nn.Module, batch: MicroBatch, partition: Partition) -> None:
+        with self.loss(module, partition.space, partition.ranks) as loss:
+            values = [loss(batch).value.item() for _ in range(2)]
+        if abs(values[0] - values[1]) > REPEATED * max(map(abs, values)):
+            raise LossError(
+                f"loss: expected one value from two evaluations of a batch, got {values[0]} and {values[1]}; it "
+                "depends on something outside of the module, perhaps a random generator: pass loss_fn=, a loss without."
+            )
+
+    def _check_on_shards(self, module: nn.Module, sample: Sample, partition: Partition) -> SelfCheck:
+        """Differences are all there is: where they are wrong nothing is measured."""
+        with self.loss(module, partition.space, partition.ranks) as loss:
+            assert isinstance(loss, ShardedLoss)
+            operator = ShardedDifferenceHessian(loss, sample.hessian[: partition.ranks.count], partition=partition)
+            result = check_differences(operator, partition.random(self.seed, 0).to(loss.device))
+        if result.outcome is CheckOutcome.FAILED:
+            raise LossError(result.reason)
+        return result
+
+    @property
+    def _row(self) -> Row:
+        row = OPERATORS[self.curvature]
+        return row.passed if self.has_passed and row.passed is not None else row
+
+    @property
+    def _narrowest(self) -> torch.dtype | None:
+        if isinstance(self.dtype, torch.dtype):
+            return self.dtype
+        return {"float32": torch.float32, "float64": torch.float64}.get(self.dtype)
+
+    def _widest(self, module: nn.Module, space: ParameterSpace) -> torch.dtype:
+        """The type of the solver's vectors."""
+        return space.widest_dtype(module, self._narrowest or torch.float32)
+
+    def _is_on_shards(self, module: nn.Module) -> bool:
+        """Whether FSDP2 takes the gradients, on its shards."""
+        return self.curvature == "finite-difference" and bool(fsdp_modules(module))
+
+    def _loss(
+        self, module: nn.Module, space: ParameterSpace, ranks: Ranks, dtype: torch.dtype | None, order: Order
+    ) -> TrainingLoss:
+        whole = stand_ins(module, ranks, narrowest=dtype)
+        return TrainingLoss(
+            module, space, self.loss_fn, mode=self.mode, dtype=dtype, seed=self.seed, order=order, stand_ins=whole
+        )
+
+
+def exact_hessian(loss: TrainingLoss, sample: Sample, partition: Partition) -> Hessian:
+    """The Hessian over the sample's first part, by double backward."""
+    return Hessian(loss, sample.hessian, partition=partition)
+
+
+def _check(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}.")

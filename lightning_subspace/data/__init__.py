@@ -1,0 +1,1 @@
+"""Examples of a probe: the batches that the loss is averaged over."""

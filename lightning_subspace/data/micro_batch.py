@@ -1,0 +1,130 @@
+"""Batch of a fixed sample, the unit that is evaluated and dealt to ranks."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_subspace.state.copies import copied
+
+Weight = Callable[[Any], float]
+
+
+class SampleError(ValueError):
+    """The training data cannot give a fixed sample; the message says what to pass instead."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One batch of a fixed sample.
+
+    Attributes:
+        data: what the collate function returned, on the CPU; None where another rank holds it.
+        weight: its share in averages, before normalisation: the number of examples or tokens.
+        index: its place in the sample; fixes `batch_idx` and the random seed.
+        transferred: whether it has been through the transfer hooks already, as a batch seen in training has.
+        size: number of examples, where it is known; 0 elsewhere.
+        held: whether this rank holds the data.
+        checksum: of the data, where ranks compare what they have read.
+        draw: which random numbers its index gets; the examples of one batch have different ones.
+    """
+
+    data: Any
+    weight: float
+    index: int
+    transferred: bool = False
+    size: int = 0
+    held: bool = True
+    checksum: int = 0
+    draw: int = 0
+
+
+def few_examples(batch: MicroBatch, count: int) -> MicroBatch:
+    """The first `count` examples of a batch, where all its tensors share their first dimension; else the batch."""
+    length = _common_length(batch.data)
+    if length is None or length <= count:
+        return batch
+    data = apply_to_collection(batch.data, Tensor, lambda t: t[:count])
+    return MicroBatch(data, float(count), batch.index, batch.transferred)
+
+
+def single_examples(batch: MicroBatch) -> list[MicroBatch] | None:
+    """The examples as batches of one; None where the tensors share no first dimension.
+
+    They have views of the tensors, the index of the batch, and random numbers of their own.
+    """
+    length = _common_length(batch.data)
+    if length is None:
+        return None
+    pieces = [apply_to_collection(batch.data, Tensor, Tensor.__getitem__, slice(i, i + 1)) for i in range(length)]
+    return [MicroBatch(data, 1.0, batch.index, batch.transferred, size=1, draw=i) for i, data in enumerate(pieces)]
+
+
+def number_of_examples(batch: Any) -> int:
+    """Length of the first dimension of the first tensor in a batch.
+
+    Raises:
+        SampleError: when there is no tensor with a dimension.
+    """
+    for tensor in tensors_of(batch):
+        if tensor.ndim:
+            return len(tensor)
+    raise SampleError(
+        f"the number of examples in a batch of type {type(batch).__name__} cannot be told; pass weight=, a function "
+        "from a batch to a number."
+    )
+
+
+def checked_weight(weight: float) -> float:
+    """A weight as a positive finite number.
+
+    Raises:
+        SampleError: for anything else.
+    """
+    value = float(weight)
+    if not 0.0 < value < float("inf"):
+        raise SampleError(f"weight: expected a positive finite number for every batch, got {value}.")
+    return value
+
+
+def own_copy(data: Any, device: str | None = None) -> Any:
+    """A copy that nobody else holds, on the given device or where it is."""
+    return copied(data, lambda t: t.detach().to(device or t.device, copy=True))
+
+
+def checksum(data: Any) -> int:
+    """Of the dense tensors in a batch.
+
+    Example:
+        >>> checksum([torch.zeros(2), "a"]) == checksum({"x": torch.zeros(2)}), checksum(torch.ones(2)) == 0
+        (True, False)
+    """
+    sums: list[int] = []
+
+    def add(tensor: Tensor) -> Tensor:
+        if tensor.layout is torch.strided and tensor.numel():
+            values = tensor.detach().cpu().resolve_conj().contiguous().reshape(-1).view(torch.uint8)
+            sums.append(zlib.crc32(values.numpy().tobytes()))
+        return tensor
+
+    apply_to_collection(data, Tensor, add)
+    return zlib.crc32(repr(sums).encode())
+
+
+def tensors_of(data: Any) -> list[Tensor]:
+    """The tensors in the collections of a batch."""
+    found: list[Tensor] = []
+    apply_to_collection(data, Tensor, found.append)
+    return found
+
+
+def _common_length(data: Any) -> int | None:
+    """The first dimension of all tensors, where they share one that is not 0."""
+    lengths = {len(t) if t.ndim else 0 for t in tensors_of(data)}
+    return (lengths.pop() or None) if len(lengths) == 1 else None

@@ -1,0 +1,108 @@
+"""A fixed sample of combined batches, where training has several loaders: a dict or a list of them, a CombinedLoader.
+
+How batches of the loaders are put together is Lightning's affair: its own CombinedLoader combines lists of indices
+here, in the mode of training, and only what is in the sample is then loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+
+from lightning_subspace._lightning import CombinedLoader
+from lightning_subspace.data.micro_batch import SampleError, Weight
+from lightning_subspace.data.sample import Sample, micro_batch, require_same_batches, sample_of_dataset
+from lightning_subspace.data.training_set import Pool, batch_size_of, load
+from lightning_subspace.parallel.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The indices of one batch of one of the loaders."""
+
+    part: int
+    indices: list[int]
+
+
+def sample_of_loaders(
+    loaders: CombinedLoader,
+    sample: int | None,
+    gradient_sample: int | None = None,
+    *,
+    batch_size: int | None = None,
+    weight: Weight | None = None,
+    seed: int = 0,
+    ranks: Ranks | None = None,
+) -> Sample:
+    """Draw a fixed sample from the datasets behind the loaders of training, none of which is iterated.
+
+    The arguments are those of `sample_of_dataset`. With several loaders whole combined batches are drawn from those of
+    one epoch, examples of all loaders count, and by default the number of them is the weight of a combined batch. In
+    the mode "max_size_cycle" a short loader begins anew, in "max_size" it gives None.
+
+    Raises:
+        SampleError: for a loader without a sized dataset, an empty one, or a batch size for several loaders.
+    """
+    parts = loaders.flattened
+    limits = [math.inf] * len(parts) if loaders.limits is None else loaders.limits
+    if len(parts) == 1 and loaders.iterables is parts[0]:
+        return sample_of_dataset(
+            parts[0],
+            sample,
+            gradient_sample,
+            batch_size=batch_size,
+            weight=weight,
+            seed=seed,
+            limit=limits[0],
+            ranks=ranks,
+        )
+    if batch_size is not None:
+        raise SampleError("batch_size: several training loaders keep the batch size of each; leave it out.")
+    generator = torch.Generator().manual_seed(seed)
+    of_part = []
+    for number, (loader, limit) in enumerate(zip(parts, limits, strict=True)):
+        order, size = Pool.of(loader, limit).order(generator), batch_size_of(loader)
+        of_part.append([Chunk(number, order[i : i + size]) for i in range(0, len(order), size)])
+    goal = None if sample is None or gradient_sample is None else max(sample, gradient_sample)
+    combined = list(_combinations(loaders, of_part))
+    chosen, seen = [], 0
+    for i in torch.randperm(len(combined), generator=generator).tolist():
+        if goal is not None and seen >= goal:
+            break
+        chosen.append(combined[i])
+        seen += sum(len(chunk.indices) for chunk in _chunks(combined[i]))
+    used = [chunk for item in chosen for chunk in _chunks(item)]
+    data = [
+        load(loader, [chunk.indices for chunk in used if chunk.part == number], generator)
+        for number, loader in enumerate(parts)
+    ]
+    batches = []
+    for index, item in enumerate(chosen):
+        size = sum(len(chunk.indices) for chunk in _chunks(item))
+        loaded = apply_to_collection(item, Chunk, lambda chunk: next(data[chunk.part]))
+        batches.append(micro_batch(loaded, index, weight, size=size, ranks=ranks))
+    require_same_batches(batches, Ranks() if ranks is None else ranks)
+    return Sample.of(batches, sample)
+
+
+def _combinations(loaders: CombinedLoader, of_part: list[list[Chunk]]) -> Iterator[Any]:
+    """The combined batches of an epoch, in indices."""
+    own = copy.copy(loaders)  # has the mode, and the structure that batches are put into
+    own.flattened = of_part
+    iter(own)
+    for item, _, _ in islice(own, len(own)):
+        yield item
+
+
+def _chunks(item: Any) -> list[Chunk]:
+    """The chunks of one combined batch, in the order in which they are replaced by data."""
+    found: list[Chunk] = []
+    apply_to_collection(item, Chunk, found.append)
+    return found

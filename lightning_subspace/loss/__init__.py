@@ -1,0 +1,1 @@
+"""The training loss as a pure function of parameters and a micro-batch."""

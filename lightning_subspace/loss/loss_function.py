@@ -1,0 +1,71 @@
+"""What is differentiated: a function (module, batch, batch_idx) -> scalar, by default the module's `training_step`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_subspace.parallel.fsdp import covered_method
+
+LossFunction = Callable[[nn.Module, Any, int], Tensor]
+
+
+class LossError(RuntimeError):
+    """The training loss could not be evaluated as a finite scalar that depends on the parameters."""
+
+
+def check_loss_function(module: nn.Module, loss_fn: LossFunction | None) -> None:
+    """Whether there is a loss to evaluate.
+
+    Raises:
+        TypeError: without `loss_fn`, when the module has no `training_step` that takes a batch.
+    """
+    if loss_fn is None:
+        loss_of_training(module)
+
+
+def loss_of_training(module: nn.Module) -> LossFunction:
+    """`module.training_step` with the arguments that it declares."""
+    step = getattr(module, "training_step", None)
+    if step is None:
+        raise TypeError(
+            f"{type(module).__name__} has no training_step; pass loss_fn=, a function (module, batch, batch_idx) -> "
+            "scalar tensor."
+        )
+    declared = inspect.signature(covered_method(step) or step).parameters  # FSDP's own has lost one
+    if "dataloader_iter" in declared:
+        raise TypeError(
+            f"{type(module).__name__}.training_step takes a dataloader_iter, so it cannot be evaluated on a fixed "
+            "batch; pass loss_fn=, a function (module, batch, batch_idx) -> scalar tensor."
+        )
+    positional = [p for p in declared.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    takes_index = len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in declared.values())
+
+    def evaluate(module: Any, batch: Any, batch_idx: int) -> Any:
+        # Looked up at each call: in a probe FSDP's own method has given way to the one below.
+        return module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
+
+    return evaluate
+
+
+def as_scalar(output: Any, owner: str, *, finite: bool = True) -> Tensor:
+    """The loss in what training_step returned."""
+    if isinstance(output, Mapping):
+        output = output.get("loss")
+    if output is None:
+        raise LossError(
+            f"the training step of {owner} returned no loss for this batch; return a tensor or {{'loss': ...}}."
+        )
+    if not isinstance(output, Tensor) or output.numel() != 1:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise LossError(f"the loss of {owner} must be a scalar tensor, got {shape}; average it over the batch.")
+    value = output.reshape(())
+    if not value.requires_grad:
+        raise LossError(f"the loss of {owner} does not depend on the parameters (it has no graph); was it detached?")
+    if finite and not bool(torch.isfinite(value)):
+        raise LossError(f"the loss of {owner} is {value.item()} on the fixed sample; nothing can be measured here.")
+    return value

@@ -1,0 +1,277 @@
+"""A module whose state is copies, for as long as a probe looks at it.
+
+`training_step` changes more than gradients: batch-norm statistics, spectral-norm vectors, metric states, counters, a
+momentum teacher, clamped weights, random generators. A `Shadow` finds every container of state that hangs on a module
+and fills it with copies. Modules, dicts and lists stay the same *objects*, so that closures and hooks see the copies
+too; only their contents are exchanged. Whatever is written goes to the copies. Closing puts the original contents
+back: not equal ones, the same ones, so nothing of the user's was ever written.
+
+`renew` gives fresh copies: called before every evaluation of the loss, it makes each evaluation start from the same
+state, which is what makes the loss a function. Copies of parameters are kept between evaluations as long as nobody
+writes to them, so that all graphs of a probe share one set of leaves.
+
+What is found (`containers.py` says how): the attributes of all modules, registered or not; dicts, lists, sets, deques
+and tuples at any depth; arrays; random generators; hooks, with what their closures and partials hold; and plain objects
+whose class comes from the same package as one of the module's own classes. A tensor that is a view of another one, or
+of a parameter, is so among the copies too. An iterator or an open file cannot be put back: using one raises.
+
+Not found: globals and class attributes, but for generators in the files of the module's classes; objects of unrelated
+packages; what lives outside of Python (shared memory, queues, services); and `.grad`, without which the copies of
+parameters begin. A set that grew may iterate in another order afterwards. A list kept in the module is copied with all
+its tensors, so a training set does not belong there.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_subspace.loss.leaves import Leaf, are_intact
+from lightning_subspace.parallel.fsdp import is_sharded
+from lightning_subspace.state.object_graph import Container, Found, explore, own_caches, own_generators, own_packages
+
+# What stands for something else inside a shadow; a tuple or a read-only dict only if it holds any.
+COPIED = (Tensor, np.ndarray, tuple, types.MappingProxyType)
+
+
+class Shadow:
+    """Exchange the state of `module` for copies, from the first `renew` until `close`.
+
+    Args:
+        module: the module; its tree is walked once.
+        dtype: floating-point copies are at least this wide (a bfloat16 weight becomes a float32 leaf); None keeps all.
+        displacement: None, or a function from a parameter to an offset that is added to its copy (None: no offset).
+        bystanders: objects whose attributes are put back as well, but whose tensors are not copied: what a training
+            step can reach and assign to, such as the learning rate of an optimizer.
+        stand_ins: what a copy is made from in place of the original, by the id of the original. For a sharded parameter
+            (a DTensor) it is the whole one, and becomes the copy itself if it is wide enough.
+        parameters: whether parameters are copied; if not, they stay as they are.
+
+    Raises:
+        TypeError: for a TorchScript module.
+        ValueError: when a sharded parameter is to be copied and has no stand-in.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> shadow = Shadow(norm)
+        >>> shadow.renew()
+        >>> _ = norm(torch.ones(3, 2)); norm.num_batches_tracked
+        tensor(1)
+        >>> shadow.close(); norm.num_batches_tracked
+        tensor(0)
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        dtype: torch.dtype | None = None,
+        displacement: Callable[[nn.Parameter], Tensor | None] | None = None,
+        bystanders: Iterable[Any] = (),
+        *,
+        stand_ins: Mapping[int, Tensor] | None = None,
+        parameters: bool = True,
+    ) -> None:
+        self._dtype = dtype
+        self._stand_ins = {} if stand_ins is None else stand_ins
+        self._copies_parameters = parameters
+        self._displacement = displacement if displacement is not None else lambda parameter: None
+        self._leaves: dict[int, Leaf] = {}  # by the id of the original
+        self._written: set[int] = set()  # ids of the originals whose copies were written to
+        self._round = 0
+        self._caches = [(cache, cache.cache_info().misses) for cache in own_caches(module)]
+        packages = own_packages(module)
+        inside = explore([module], Found(packages))
+        around = explore([*map(vars, bystanders), *own_generators(module)], Found(packages, inside.seen))
+        self._generators = inside.generators + around.generators
+        self._owners = _owners(inside.tensors)
+        self._require_stand_ins(inside.tensors)
+        self._sealed = {id(iterator): _Sealed(iterator) for iterator in inside.iterators}
+        self._copied: list[Container] = []  # what holds something that is copied
+        self._others: list[Container] = around.containers
+        for container in inside.containers:
+            needs_copy = any(isinstance(i, COPIED) or id(i) in self._sealed for i in container.items)
+            (self._copied if needs_copy else self._others).append(container)
+
+    def renew(self) -> None:
+        """Start again from the original state: fresh copies, generators rewound; untouched parameter copies stay."""
+        self.settle()
+        self._round += 1
+        offset = self._displacement
+        self._leaves = {key: leaf for key, leaf in self._leaves.items() if offset(leaf.original) is leaf.offset}
+        memo: dict[int, Any] = dict(self._sealed)
+        for container in self._copied:
+            container.fill([self._copy(item, memo) for item in container.items])
+        for leaf in list(self._leaves.values()):
+            leaf.copy.grad = None
+            leaf.copy.__dict__.clear()
+            leaf.copy.__dict__.update({key: self._copy(item, memo) for key, item in vars(leaf.original).items()})
+        self._put_back(self._others)
+
+    def settle(self) -> None:
+        """Part with the parameter copies that were written to; to be called when the graph of an evaluation is built.
+
+        Raises:
+            RuntimeError: when the graph of an earlier evaluation, which did not write to it, uses the same copy; when
+                the copy is the whole of a sharded parameter.
+        """
+        leaves = list(self._leaves.items())
+        intact = are_intact(None if key in self._written else self._evidence(leaf) for key, leaf in leaves)
+        for (key, leaf), is_intact in zip(leaves, intact, strict=True):
+            if is_intact:
+                continue
+            if leaf.is_whole_of_shards:
+                raise RuntimeError(
+                    "the training step writes to a parameter that FSDP2 has sharded, of which there is one copy a "
+                    "rank, made once a probe; pass loss_fn=, a loss without that."
+                )
+            del self._leaves[key]
+            self._written.add(key)
+            if leaf.round < self._round:
+                raise RuntimeError(
+                    "the training step writes to a parameter at some batches and not at others, so that there is no "
+                    "one function to differentiate; pass loss_fn=, a loss without that."
+                )
+
+    def close(self) -> None:
+        """Put the original contents back. The module is as if nothing had happened, also after an exception."""
+        self._leaves.clear()
+        for cache, misses in self._caches:
+            if cache.cache_info().misses != misses:  # the tables of a probe may be of a wider type
+                cache.cache_clear()
+        self._put_back([*self._copied, *self._others])
+
+    def _put_back(self, containers: list[Container]) -> None:
+        """Fill with the original contents and rewind the generators: all of them, also when one raises."""
+        errors: list[BaseException] = []
+        for container in containers:
+            try:
+                container.fill(container.items)
+            except BaseException as error:
+                errors.append(error)
+        for set_state, state in self._generators:
+            set_state(state)
+        if errors:
+            raise errors[0]
+
+    # -- copying ------------------------------------------------------------------------------------------------------
+
+    def _copy(self, value: Any, memo: dict[int, Any]) -> Any:
+        """What stands in for a value; what is constant, or exchanged in place, stands in for itself."""
+        if isinstance(value, tuple | types.MappingProxyType):
+            return self._copy_immutable(value, memo)
+        if id(value) not in memo:
+            if isinstance(value, nn.Parameter):
+                memo[id(value)] = self._copy_parameter(value) if self._copies_parameters else value
+            elif isinstance(value, Tensor):
+                memo[id(value)] = self._copy_tensor(value, memo)
+            elif isinstance(value, np.ndarray):
+                memo[id(value)] = value.copy()
+            else:
+                return value
+        return memo[id(value)]
+
+    def _copy_immutable(self, value: Any, memo: dict[int, Any]) -> Any:
+        """A tuple or a read-only dict, made anew if anything in it is."""
+        items = list(value if isinstance(value, tuple) else value.values())
+        new = [self._copy(item, memo) for item in items]
+        if all(a is b for a, b in zip(new, items, strict=True)):
+            return value
+        if not isinstance(value, tuple):
+            return types.MappingProxyType(dict(zip(value, new, strict=True)))
+        return type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
+
+    def _copy_parameter(self, original: nn.Parameter) -> nn.Parameter:
+        if id(original) not in self._leaves:
+            offset = self._displacement(original)
+            value = self._value(original, offset, clone=not is_sharded(original))
+            cls = type(original) if issubclass(type(original), nn.Parameter) else nn.Parameter
+            leaf = nn.Parameter.__new__(cls, value, requires_grad=original.requires_grad)
+            self._leaves[id(original)] = Leaf(original, leaf, offset, self._round)
+        return self._leaves[id(original)].copy
+
+    def _copy_tensor(self, original: Tensor, memo: dict[int, Any]) -> Tensor:
+        owner = self._owners.get(id(original))
+        if owner is not None and isinstance(owner, nn.Parameter) and not self._copies_parameters:
+            return original
+        if owner is None:
+            alone = self._widened(self._source(original), clone=True)
+            return alone.requires_grad_(original.requires_grad and original.is_leaf)
+        start = original.storage_offset() - owner.storage_offset()
+        view: Tensor = self._copy(owner, memo).as_strided(original.size(), original.stride(), start)
+        return view if original.requires_grad else view.detach()
+
+    def _evidence(self, leaf: Leaf) -> tuple[Tensor, Tensor] | None:
+        return leaf.evidence(None if leaf.is_whole_of_shards else self._value(leaf.original, leaf.offset))
+
+    def _value(self, original: nn.Parameter, offset: Tensor | None, *, clone: bool = False) -> Tensor:
+        """What the copy of a parameter holds when nobody has written to it."""
+        value = self._widened(self._source(original), clone=clone and offset is None)
+        return value if offset is None else value + offset.to(value)
+
+    def _source(self, original: Tensor) -> Tensor:
+        return self._stand_ins.get(id(original), original).detach()
+
+    def _require_stand_ins(self, tensors: Iterable[Tensor]) -> None:
+        if not self._copies_parameters:
+            return
+        for tensor in tensors:
+            if is_sharded(tensor) and id(tensor) not in self._stand_ins:
+                raise ValueError(
+                    f"stand_ins: expected the whole of every sharded tensor, got none for one of shape "
+                    f"{tuple(tensor.shape)}; `full_tensors(module)` makes those of the parameters."
+                )
+
+    def _widened(self, tensor: Tensor, *, clone: bool) -> Tensor:
+        dtype = tensor.dtype
+        if self._dtype is not None and (tensor.is_floating_point() or tensor.is_complex()):
+            dtype = torch.promote_types(dtype, self._dtype)
+        return tensor.to(dtype, copy=True) if clone else tensor.to(dtype)
+
+
+class _Sealed:
+    """In the place of an iterator or a file."""
+
+    def __init__(self, original: Iterator[Any]) -> None:
+        self._kind = type(original).__name__
+
+    def __iter__(self) -> NoReturn:
+        self._refuse()
+
+    def __next__(self) -> NoReturn:
+        self._refuse()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise TypeError(
+            f"the training step uses an object of type {self._kind} that the module keeps, which cannot be put back "
+            "afterwards; pass loss_fn=, a loss without it."
+        )
+
+
+def _owners(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
+    """For each tensor, by id, that is a view of another one in the list: the other."""
+    by_storage: dict[int, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.layout is torch.strided and type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.numel():
+            by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+    owners: dict[int, Tensor] = {}
+    for group in by_storage.values():
+        owner = max(group, key=lambda tensor: (tensor.numel(), isinstance(tensor, nn.Parameter)))
+        owners.update({id(tensor): owner for tensor in group if tensor is not owner and _is_part(tensor, owner)})
+    return owners
+
+
+def _is_part(tensor: Tensor, whole: Tensor) -> bool:
+    """Whether a tensor lies within another one of the same storage, so that it can be cut from a copy."""
+    if isinstance(tensor, nn.Parameter) or tensor.dtype != whole.dtype or not whole.is_contiguous():
+        return False
+    start = tensor.storage_offset() - whole.storage_offset()
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return bool(start >= 0 and start + extent <= whole.numel())

@@ -1,0 +1,142 @@
+"""How far one can go along the step of the optimizer before the loss rises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal, get_args
+
+import torch
+
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect
+from lightning_subspace.measurements.optimizer_rules import Notice, next_step, why_unknown
+
+Direction = Literal["update", "gradient"]
+
+# The multiple of a step is right to about this share.
+TOLERANCE = 0.02
+# From one evaluation to the next the multiple changes by at most this factor, while it is not bracketed.
+FACTOR = 4.0
+# A change of the loss below this share of it may be rounding.
+ROUNDING = 20.0
+
+
+class CriticalSharpness(Measurement):
+    """`critical_sharpness`, `critical_step`: how far the loss falls along the step, from its values alone.
+
+    Let u be the step that the optimizer would take from theta with the mean gradient, and a the smallest multiple at
+    which L(theta + a u) > L(theta). `critical_step` is a: below 1 the step raises the loss. `critical_sharpness` is
+    2 / (a lr), in units of an eigenvalue (Kalra et al. 2026, arXiv 2601.16979, section 2): for gradient descent on a
+    quadratic it is g.Hg / |g|^2, at most lambda_1; it needs no second derivatives and no eigenvectors (k = 0).
+
+    Costs one gradient-free pass over the Hessian's sample for each point tried: 3 on a quadratic, at most `max_points`
+    and one for the loss at theta. The search goes on from the multiple of the last probe, by the secant of
+    (L(theta + a u) - L(theta)) / a, which is a straight line on a quadratic; a bump that is narrower than its points
+    are apart is overlooked.
+
+    Left out where the step is no direction of descent, where the loss does not rise within `max_points`, and where its
+    changes are rounding; for an optimizer that is not known, which is said once. With several learning rates lr is the
+    largest. What steps of training change at random (dropout) is fixed.
+
+    Args:
+        direction: "update" of the optimizer in use (SGD, Adam, AdamW and RMSprop), with its momentum, preconditioner
+            and weight decay; "gradient" for u = -g, lr = 1, and no `critical_step`.
+        max_points: displaced points at most.
+
+    Example:
+        >>> from lightning_subspace import SubspaceMonitor
+        >>> monitor = SubspaceMonitor(k=0, measurements=[CriticalSharpness()])
+    """
+
+    needs: ClassVar[Needs] = Needs.NOTHING
+
+    def __init__(self, direction: Direction = "update", max_points: int = 10) -> None:
+        if direction not in get_args(Direction):
+            raise ValueError(f"direction: expected 'update' or 'gradient', got {direction!r}.")
+        if max_points < 2:
+            raise ValueError(f"max_points: expected at least 2 points, got {max_points}.")
+        self.direction = direction
+        self.max_points = max_points
+        self._start: float | None = None
+        self._notice = Notice()
+
+    def expected_products(self, prospect: Prospect) -> float:
+        """A few forward passes, each a fifth of a product or so."""
+        return 1.0
+
+    def measure(self, probe: Probe) -> Mapping[str, float]:
+        """A few forward passes over the Hessian's sample."""
+        if probe.number == 0:
+            self._start = None
+        rate, step = 1.0, -probe.gradient
+        if self.direction == "update":
+            reason = why_unknown(probe)
+            update = next_step(probe)
+            if update is None or probe.optimizer is None:
+                text = f"CriticalSharpness: {reason}, so that it is left out; pass direction='gradient'."
+                self._notice.say(probe, text)
+                return {}
+            rate, step = max(float(group["lr"]) for group in probe.optimizer.param_groups), update
+        slope = probe.dot(probe.operator.gradient(), step)
+        if not slope < 0.0:
+            return {}
+        loss = probe.operator.value(None)
+        rounding = ROUNDING * torch.finfo(probe.operator.dtype).eps * abs(loss)
+        start = self._start
+        if start is None:
+            start = 1.0 if self.direction == "update" else 0.1 / probe.norm(step)
+        found = critical_multiple(
+            lambda a: probe.operator.value(step * a) - loss, slope, start, self.max_points, rounding
+        )
+        if found is None:
+            return {}
+        self._start = found
+        metrics = {"critical_sharpness": 2.0 / (found * rate)}
+        return metrics if self.direction == "gradient" else {**metrics, "critical_step": found}
+
+
+def critical_multiple(
+    change: Callable[[float], float], slope: float, start: float, max_points: int, rounding: float = 0.0
+) -> float | None:
+    """The smallest a > 0 with change(a) > 0, to about 2 %; None where it was not found.
+
+    Args:
+        change: with change(0) = 0; what is not finite counts as a rise.
+        slope: its derivative at 0, negative.
+        start: the first a tried.
+        max_points: evaluations at most.
+        rounding: changes below it mean nothing.
+
+    Example:
+        >>> critical_multiple(lambda a: -2.0 * a + 0.5 * a * a, slope=-2.0, start=1.0, max_points=10)
+        4.0
+    """
+    # phi(a) = change(a) / a rises through zero at the multiple sought, and is a straight line for a quadratic.
+    low, high = (0.0, slope), (math.inf, math.inf)
+    a = start
+    for _ in range(max_points):
+        difference = change(a)
+        phi = difference / a if math.isfinite(difference) else math.inf
+        if phi <= 0.0:
+            low = (a, phi)
+        else:
+            high = (a, phi)
+        is_near = abs(phi) <= TOLERANCE * abs(slope)
+        if is_near or high[0] <= low[0] * (1.0 + TOLERANCE):
+            if rounding >= TOLERANCE * abs(slope) * a:
+                return None
+            return a * slope / (slope - phi) if is_near else math.sqrt(low[0] * high[0])
+        a = _next(low, high, slope)
+    return None
+
+
+def _next(low: tuple[float, float], high: tuple[float, float], slope: float) -> float:
+    """The next point: of the secant, within bounds."""
+    if math.isinf(high[0]):
+        bend = (low[1] - slope) / low[0]
+        return min(max(-slope / bend if bend > 0.0 else math.inf, 1.05 * low[0]), FACTOR * low[0])
+    if math.isinf(high[1]):  # the loss is not finite there, so that there is no secant
+        return math.sqrt(max(low[0], high[0] / FACTOR**2) * high[0])
+    width = high[0] - low[0]
+    a = low[0] - low[1] * width / (high[1] - low[1])
+    return max(min(max(a, low[0] + 0.1 * width), high[0] - 0.1 * width), high[0] / FACTOR**2)

@@ -1,0 +1,252 @@
+"""What is known about modules that FSDP2 (`fully_shard`, Lightning's `ModelParallelStrategy`) has sharded.
+
+Each rank holds a part of every parameter, a DTensor, and hooks on the forward pass gather the whole. There are two ways
+to a Hessian:
+
+Exact. Double backward does not go through the gathering (`autograd.grad` by a shard gives nothing, silently). So the
+whole parameters are gathered once, stand in for the shards as leaves, and FSDP's hooks are off for as long.
+
+    memory a rank      4 n bytes beside the retained graphs, and one parameter more while gathering; a float64
+                       self-check another 24 n
+    communication      4 n bytes once a probe, and a gather and a reduce-scatter of a flat vector, 8 n bytes, a product
+
+By differences of gradients on the shards, where FSDP does the communication: see `sharded_loss`.
+
+FSDP2 modules are told by the public `FSDPModule`; the policy of mixed precision, which has no public reader, is the one
+private attribute that is looked at. Seen working with torch 2.14.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from lightning_subspace.parallel.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+FSDP = "torch.distributed.fsdp"
+
+
+def is_sharded(tensor: object) -> TypeGuard[DTensor]:
+    """Whether a tensor is distributed over ranks.
+
+    Example:
+        >>> is_sharded(nn.Linear(1, 1).weight)
+        False
+    """
+    tensors = sys.modules.get("torch.distributed.tensor")  # not imported here: it takes half a second
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
+def fsdp_modules(module: nn.Module) -> list[Any]:
+    """The modules in the tree that `fully_shard` was applied to, outermost first."""
+    fsdp = sys.modules.get(FSDP)
+    return [] if fsdp is None else [m for m in module.modules() if isinstance(m, fsdp.FSDPModule)]
+
+
+def reshard(module: nn.Module) -> None:
+    """Part with whole parameters that a forward pass without a backward one has left, as after a validation.
+
+    Until then the shards are not among the module's parameters. FSDP does the same after every backward pass, and its
+    next forward pass gathers them again.
+    """
+    for m in fsdp_modules(module):
+        m.reshard()
+
+
+def sharded_parameters(module: nn.Module) -> dict[str, DTensor]:
+    """The parameters that are sharded, frozen ones included, by name and in order."""
+    reshard(module)
+    return {name: p for name, p in module.named_parameters() if is_sharded(p)}
+
+
+def full_tensors(
+    module: nn.Module, narrowest: torch.dtype | None = torch.float32, ranks: Ranks | None = None
+) -> dict[int, Tensor]:
+    """The whole of every sharded parameter, by the id of the parameter. A collective: one all-gather a parameter.
+
+    Args:
+        module: the module; {} where nothing is sharded.
+        narrowest: what is narrower is widened at once, so that no second copy is needed; None keeps all.
+        ranks: that the parameters are sharded over. Within their `together`, one that runs out of memory tells the
+            others.
+    """
+    whole = {}
+    with torch.no_grad():
+        for parameter in sharded_parameters(module).values():
+            tensor = _gathered(parameter, ranks)
+            if narrowest is not None and (tensor.is_floating_point() or tensor.is_complex()):
+                tensor = tensor.to(torch.promote_types(tensor.dtype, narrowest))
+            whole[id(parameter)] = tensor
+    return whole
+
+
+def stand_ins(
+    module: nn.Module, ranks: Ranks, *, whole: bool = True, narrowest: torch.dtype | None = torch.float32
+) -> dict[int, Tensor]:
+    """What the copies of buffers, and of sharded parameters, are made from: see `TrainingLoss`. A collective.
+
+    Args:
+        module: the module.
+        ranks: the processes that measure together; the parameters are sharded over them.
+        whole: whether whole parameters are needed.
+        narrowest: see `full_tensors`.
+    """
+    found = {} if ranks.count == 1 else rank_zero_buffers(module, lambda tensor: ranks.broadcast([tensor]))
+    return {**found, **full_tensors(module, narrowest, ranks)} if whole else found
+
+
+def rank_zero_buffers(module: nn.Module, broadcast: Callable[[Tensor], object]) -> dict[int, Tensor]:
+    """Copies of all buffers with the values of rank 0, by the id of the buffer. A collective.
+
+    Batch-norm statistics differ between ranks; in eval mode the loss has to be one function all the same.
+
+    Args:
+        module: the module.
+        broadcast: overwrites a contiguous tensor with that of rank 0.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> copies = rank_zero_buffers(norm, lambda tensor: None)
+        >>> copies[id(norm.running_var)].tolist(), copies[id(norm.running_var)] is norm.running_var
+        ([1.0, 1.0], False)
+    """
+    copies = {}
+    for buffer in module.buffers():
+        if is_sharded(buffer) or buffer.layout is not torch.strided:
+            continue
+        copy = buffer.detach().clone()
+        if copy.numel():
+            parts = torch.view_as_real(copy.resolve_conj()) if copy.is_complex() else copy
+            sent = parts.to(torch.uint8) if copy.dtype is torch.bool else parts.contiguous()
+            broadcast(sent)
+            if sent is not copy:
+                parts.copy_(sent)
+        copies[id(buffer)] = copy
+    return copies
+
+
+@contextmanager
+def without_fsdp(module: nn.Module) -> Iterator[None]:
+    """Take FSDP off the forward passes, so that they use the parameters that are there; put it back as it was.
+
+    Its hooks leave the dicts of the modules and come back in the same order. `register_fsdp_forward_method` covers a
+    method on the instance; there, the attribute leaves.
+    """
+    with ExitStack() as stack:
+        for m in fsdp_modules(module):
+            own = vars(m)
+            for name, value in [*own.items()]:
+                if (original := covered_method(value)) is not None:
+                    stack.callback(own.__setitem__, name, value)
+                    own[name] = original
+        for m in module.modules():
+            for hooks in (m._forward_pre_hooks, m._forward_hooks):
+                items = list(hooks.items())
+                kept = [(key, hook) for key, hook in items if not _is_of_fsdp(hook)]
+                if len(kept) < len(items):
+                    stack.callback(_refill, hooks, items)
+                    _refill(hooks, kept)
+        yield
+
+
+def refusal_of_differences(module: nn.Module) -> str | None:
+    """Why differences of float32 gradients cannot be taken on these shards, or None."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter.dtype.to_real() not in (torch.float32, torch.float64):
+            return (
+                f"curvature: expected parameters of float32 for finite differences on the shards of FSDP2, got "
+                f"{parameter.dtype} for {name!r}; with curvature='hessian' every rank makes a float32 copy."
+            )
+    for m in fsdp_modules(module):
+        policy = getattr(m._get_fsdp_state(), "_mp_policy", None)
+        for field in ("param_dtype", "reduce_dtype"):
+            dtype = getattr(policy, field, None)
+            if dtype is not None and dtype not in (torch.float32, torch.float64):
+                return (
+                    "curvature: finite differences on the shards of FSDP2 need gradients in float32, but its "
+                    f"MixedPrecisionPolicy has {field}={dtype}; use curvature='hessian', which computes in float32."
+                )
+    return None
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor, not a copy; of one that is not sharded, the tensor."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():  # else it would be a node of a graph
+        return tensor.to_local()
+
+
+def own_part(
+    whole: Tensor,  # of the shape of the parameter
+    parameter: Tensor,
+) -> Tensor | None:
+    """This rank's shard within the whole of a parameter, a view; None for another placement than `Shard(0)`."""
+    assert is_sharded(parameter)
+    if not is_dim0_sharded(parameter):
+        return None
+    size = -(-parameter.shape[0] // parameter.device_mesh.size())
+    first = min(parameter.device_mesh.get_local_rank() * size, parameter.shape[0])
+    return whole[first : first + size]
+
+
+def _gathered(parameter: DTensor, ranks: Ranks | None) -> Tensor:
+    """The whole of a parameter, in memory of its own.
+
+    By `Ranks`, whose comparison of notes stands between all that takes memory here and the collective; inside of
+    `DTensor.full_tensor` a rank that fails would leave the others waiting. That remains for a frozen parameter that is
+    placed in another way, which `shards` does not refuse.
+    """
+    mesh = parameter.device_mesh
+    if not is_dim0_sharded(parameter):
+        return parameter.full_tensor().clone(memory_format=torch.contiguous_format)
+    if ranks is None or ranks.count != mesh.size():
+        ranks = Ranks(mesh.get_group(), parameter.device)
+    own, shape = local_part(parameter), parameter.shape
+    size = -(-shape[0] // ranks.count)
+    received = own.new_empty(ranks.count * size, *shape[1:])
+    sent = own.contiguous()
+    if len(own) < size:  # all send equally much
+        sent = own.new_zeros(size, *shape[1:])
+        sent[: len(own)] = own
+    # As bytes: not every backend takes every type.
+    ranks.all_gather(sent.view(-1).view(torch.uint8), received.view(-1).view(torch.uint8))
+    return received[: shape[0]]
+
+
+def is_dim0_sharded(parameter: DTensor) -> bool:
+    """Whether a parameter is cut along dimension 0, over a mesh of one dimension, as `fully_shard` does by default."""
+    return parameter.device_mesh.ndim == 1 and all(
+        placement.is_shard(0) and type(placement).__name__ == "Shard" for placement in parameter.placements
+    )
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith(FSDP)
+
+
+def covered_method(value: Any) -> Any:
+    """The method below those that `register_fsdp_forward_method` has set; None for anything else."""
+    found = None
+    # `functools.wraps` gives it the name and the module of the method, but its code is FSDP's own.
+    while (function := getattr(value, "__func__", None)) is not None and _is_of_fsdp_itself(function):
+        found = value = getattr(function, "__wrapped__", None)
+    return found
+
+
+def _is_of_fsdp_itself(function: Any) -> bool:
+    module: str = getattr(function, "__globals__", {}).get("__name__", "")
+    return module.startswith(FSDP)
+
+
+def _refill(target: dict[Any, Any], items: list[tuple[Any, Any]]) -> None:
+    target.clear()
+    target.update(items)

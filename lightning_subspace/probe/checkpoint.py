@@ -1,0 +1,290 @@
+"""The state of a run as tensors and plain values, and back.
+
+The k * n floats of a basis are not written. The sketches of past subspaces are: they are as good as the basis itself up
+to 4,096 parameters, and beyond that estimate every overlap with the standard deviation that `sketch` states. Whatever
+is written loads with `weights_only=True`, and is read without the model that was measured.
+
+A state of an older format is brought up to date by `MIGRATIONS`. One that no run can have written is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_subspace.linalg import Outcome
+from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.probe.entries import CheckpointError, Entries
+from lightning_subspace.probe.schedule import Position
+from lightning_subspace.subspace.overlap_history import OverlapHistory
+from lightning_subspace.subspace.record import Record
+from lightning_subspace.subspace.sketch import CELLS, Sketch
+from lightning_subspace.subspace.subspace import ORTHONORMALITY, Subspace, orthonormality_defect
+
+FORMAT = 1
+# By the format that it reads, a function from a state of that format to one of the next.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything that a run hands on to the one that resumes it.
+
+    Attributes:
+        k: number of eigenpairs.
+        which: end of the spectrum.
+        space: the parameters that were measured.
+        num_probes: how many probes were taken, without those that failed.
+        records: of the run, oldest first, without eigenvectors; those whose sketch is still held have it.
+        is_open: whether the last record still waited for the step from its point.
+        overlaps: between the subspaces of all probes.
+    """
+
+    k: int
+    which: str
+    space: ParameterSpace
+    num_probes: int
+    records: tuple[Record, ...]
+    is_open: bool
+    overlaps: OverlapHistory
+
+
+def read_history(path: str | os.PathLike[str], name: str | None = None) -> list[Record]:
+    """Read what a monitor had measured from a checkpoint of Lightning, without the model.
+
+    Args:
+        path: of the checkpoint, a file that `Trainer.save_checkpoint` or `ModelCheckpoint` has written.
+        name: of the monitor; may be left out where there is only one.
+
+    Returns:
+        The records, oldest first, as in `SubspaceMonitor.history`. The last one may lack the numbers of the step that
+        followed it, if the checkpoint was written before that step.
+
+    Raises:
+        CheckpointError: when the file holds no state of such a monitor, or a damaged one.
+
+    Example:
+        >>> import tempfile
+        >>> torch.save({"callbacks": {}}, f"{tempfile.gettempdir()}/empty.ckpt")
+        >>> read_history(f"{tempfile.gettempdir()}/empty.ckpt")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        lightning_subspace.probe.entries.CheckpointError: name: expected a monitor of the checkpoint, got None; ...
+    """
+    saved = Entries(torch.load(path, map_location="cpu", weights_only=True), "checkpoint")
+    states = saved.any("callbacks") if "callbacks" in saved else {}
+    prefix, suffix = "SubspaceMonitor{'name': ", "}"  # as Lightning makes the key of a state
+    found = {
+        key.removeprefix(prefix).removesuffix(suffix)[1:-1]: state
+        for key, state in states.items()
+        if key.startswith(prefix)
+    }
+    if name is None and len(found) == 1:
+        name = next(iter(found))
+    if name not in found:
+        names = ", ".join(map(repr, found)) or "none"
+        raise CheckpointError(f"name: expected a monitor of the checkpoint, got {name!r}; it has {names}")
+    return list(decode(found[name]).records)
+
+
+def encode(state: RunState) -> dict[str, Any]:
+    """A state as tensors and plain values.
+
+    With p probes of m metrics over n parameters: at most 64 sketches of 4 k min(n, 4096) bytes, 24 bytes for each of
+    at most 64 p overlaps, 8 m + 16 k + 40 bytes a record, and the names and shapes of the parameters.
+    """
+    return {
+        "format": FORMAT,
+        "k": state.k,
+        "which": state.which,
+        "names": list(state.space.names),
+        "shapes": [list(shape) for shape in state.space.shapes],
+        "complex_names": sorted(state.space.complex_names),
+        "num_probes": state.num_probes,
+        "history": _encode_records(state.records),
+        "overlaps": _encode_overlaps(state.overlaps),
+        "open": state.is_open,
+    }
+
+
+def decode(saved: Any) -> RunState:
+    """The state that `encode` was given.
+
+    Raises:
+        CheckpointError: for one that it cannot have been given, or of a format that is not known here.
+    """
+    entries = up_to_date(saved)
+    space = _decode_space(entries)
+    records = _decode_records(entries.below("history"))
+    k = entries.integer("k")
+    overlaps = _decode_overlaps(entries.below("overlaps"), k, space.n)
+    is_open = entries.flag("open")
+    entries.require(bool(records) or not is_open, "open", "False where there are no records")
+    return RunState(
+        k=k,
+        which=entries.text("which"),
+        space=space,
+        num_probes=entries.integer("num_probes", least=len(records)),
+        records=tuple(replace(record, sketch=overlaps.sketches.get(record.step)) for record in records),
+        is_open=is_open,
+        overlaps=overlaps,
+    )
+
+
+def up_to_date(saved: Any) -> Entries:
+    """A state of this or of an earlier format, as one of this format.
+
+    Raises:
+        CheckpointError: for any other.
+    """
+    entries = Entries(saved)
+    while True:
+        number = entries.any("format") if "format" in entries else None
+        if not isinstance(number, int) or isinstance(number, bool) or number not in (FORMAT, *MIGRATIONS):
+            raise CheckpointError(
+                f"format: expected {FORMAT}, got {number!r}; it was written by another version of lightning_subspace"
+            )
+        if number == FORMAT:
+            return entries
+        entries = Entries({**MIGRATIONS[number](dict(entries.values)), "format": number + 1})
+
+
+def require_same(who: str, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+    """Refuse a state of other settings: they measure something else.
+
+    Raises:
+        CheckpointError: naming the first setting of `now` that was another one then.
+    """
+    for name, value in now.items():
+        if then[name] != value:
+            raise CheckpointError(f"it was written with {name}={then[name]!r}, and this {who} has {name}={value!r}")
+
+
+def encode_position(position: Position) -> dict[str, Any]:
+    """Where a schedule is, as plain values."""
+    return {
+        "last_step": position.last_step,
+        "passed_over": list(position.passed_over),
+        "num_passed_over": position.num_passed_over,
+    }
+
+
+def decode_position(entries: Entries) -> Position:
+    """Where a schedule was.
+
+    Raises:
+        CheckpointError: for an entry that is none of `encode_position`.
+    """
+    passed_over = entries.ascending("passed_over")
+    count = entries.integer("num_passed_over", least=len(passed_over))
+    return Position(entries.integer("last_step"), tuple(passed_over), count)
+
+
+def _decode_space(entries: Entries) -> ParameterSpace:
+    names = entries.texts("names")
+    shapes = entries.any("shapes")
+    is_right = isinstance(shapes, list) and len(shapes) == len(names)
+    entries.require(is_right, "shapes", f"a list of {len(names)} shapes")
+    each = [torch.Size(Entries({i: shape}, "shapes").integers(i)) for i, shape in enumerate(shapes)]
+    complex_names = entries.texts("complex_names") if "complex_names" in entries else []
+    return ParameterSpace(tuple(names), tuple(each), frozenset(complex_names))
+
+
+def _encode_records(records: Sequence[Record]) -> dict[str, Any]:
+    """Records as a table with nan for what is absent; `Record.metrics` and eigenvalues hold no nan themselves."""
+    keys = list(dict.fromkeys(key for record in records for key in record.metrics))
+    rows = [[record.metrics.get(key, math.nan) for key in keys] for record in records]
+    spaces = [record.subspace for record in records]
+    return {
+        "steps": [record.step for record in records],
+        "keys": keys,
+        "metrics": torch.tensor(rows, dtype=torch.float64).reshape(len(records), len(keys)),
+        "sizes": [-1 if space is None else space.k for space in spaces],
+        "eigenvalues": _joined([space.eigenvalues for space in spaces if space is not None]),
+        "residuals": _joined([space.residuals for space in spaces if space is not None]),
+        "next_eigenvalues": [math.nan if space is None else space.next_eigenvalue for space in spaces],
+        "errors": [math.nan if space is None else space.error for space in spaces],
+        "outcomes": ["" if space is None else space.outcome.name for space in spaces],
+        "verified": [space is not None and space.verified for space in spaces],
+        "num_matvecs": [0 if space is None else space.num_matvecs for space in spaces],
+    }
+
+
+def _decode_records(entries: Entries) -> list[Record]:
+    steps, keys = entries.ascending("steps"), entries.texts("keys")
+    count = len(steps)
+    table = entries.tensor("metrics", (count, len(keys)))
+    entries.require(not table.isinf().any(), "metrics", "finite numbers, or nan where one is absent")
+    sizes = entries.integers("sizes", count, least=-1)
+    lengths = [max(size, 0) for size in sizes]
+    eigenvalues, residuals = (entries.tensor(name, (sum(lengths),)) for name in ("eigenvalues", "residuals"))
+    following, errors = entries.numbers("next_eigenvalues", count), entries.numbers("errors", count)
+    outcomes = entries.texts("outcomes", count)
+    is_right = all(
+        (name in Outcome.__members__) if size >= 0 else not name for name, size in zip(outcomes, sizes, strict=True)
+    )
+    entries.require(is_right, "outcomes", "names of outcomes, empty where a record has no subspace")
+    verified, num_matvecs = entries.flags("verified", count), entries.integers("num_matvecs", count)
+    parts = zip(torch.split(eigenvalues, lengths), torch.split(residuals, lengths), strict=True)
+    records = []
+    for i, (step, row, (values, bounds)) in enumerate(zip(steps, table.tolist(), parts, strict=True)):
+        subspace = None
+        if sizes[i] >= 0:
+            subspace = Subspace(
+                eigenvalues=values.clone(),
+                eigenvectors=None,
+                residuals=bounds.clone(),
+                next_eigenvalue=following[i],
+                error=errors[i],
+                outcome=Outcome[outcomes[i]],
+                verified=verified[i],
+                num_matvecs=num_matvecs[i],
+            )
+            is_finite = bool(torch.isfinite(values).all() and torch.isfinite(bounds).all())
+            entries.require(is_finite or not subspace.converged, "eigenvalues", "finite ones, and finite residuals")
+        metrics = {key: value for key, value in zip(keys, row, strict=True) if not math.isnan(value)}
+        records.append(Record(step, metrics, subspace))
+    return records
+
+
+def _encode_overlaps(overlaps: OverlapHistory) -> dict[str, Any]:
+    return {
+        "steps": list(overlaps.steps),
+        "pairs": torch.tensor(list(overlaps.pairs), dtype=torch.int64).reshape(-1, 2),
+        "overlaps": torch.tensor(list(overlaps.pairs.values()), dtype=torch.float64),
+        "sketches": {step: held.basis.clone() for step, held in overlaps.sketches.items()},
+        "exact": all(held.exact for held in overlaps.sketches.values()),
+        "reference_step": overlaps.reference_step,
+    }
+
+
+def _decode_overlaps(entries: Entries, k: int, n: int) -> OverlapHistory:
+    steps, is_exact = entries.ascending("steps"), entries.flag("exact")
+    overlaps = entries.any("overlaps")
+    count = len(overlaps) if isinstance(overlaps, Tensor) and overlaps.ndim else 0
+    overlaps = entries.tensor("overlaps", (count,))
+    entries.require(bool(((overlaps >= 0) & (overlaps <= 1)).all()), "overlaps", "numbers in [0, 1]")
+    pairs = [(a, b) for a, b in entries.tensor("pairs", (count, 2), torch.int64).tolist()]
+    is_right = all(a < b and {a, b} <= set(steps) for a, b in pairs)
+    entries.require(is_right, "pairs", "pairs of the steps, the earlier one first")
+    sketches, given = {}, entries.below("sketches")
+    for step in entries.any("sketches"):
+        entries.require(step in steps, "sketches", f"sketches of the steps {steps}")
+        basis = given.tensor(step, (k, min(n, CELLS)), torch.float32)
+        given.require(orthonormality_defect(basis) < ORTHONORMALITY, step, "orthonormal rows")
+        sketches[step] = Sketch(basis, is_exact)
+    entries.require(not steps or steps[-1] in sketches, "sketches", f"the last one, of step {steps[-1:]}, among them")
+    entries.require(is_exact == (n <= CELLS) or not sketches, "exact", f"{n <= CELLS} for {n} parameters")
+    reference = None if entries.any("reference_step") is None else entries.integer("reference_step")
+    entries.require(reference is None or reference in sketches, "reference_step", "None or the step of a sketch")
+    ordered = {step: sketches[step] for step in steps if step in sketches}
+    return OverlapHistory.of(steps, ordered, dict(zip(pairs, overlaps.tolist(), strict=True)), reference)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts).double().cpu() if parts else torch.zeros(0, dtype=torch.float64)

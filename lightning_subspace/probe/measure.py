@@ -1,0 +1,310 @@
+"""One measurement, from batches to numbers: `measure_subspace` needs no Trainer.
+
+    batches -> loss(theta) -> v |-> Hv -> Lanczos -> Subspace -> measurements
+
+A number is reported only when it can be stood behind. Eigenvalues need a converged solver; fractions and overlaps need,
+beyond that, a gap behind the k-th eigenvalue that is wide against the residuals (`Subspace.trusted`). What is left out
+is missing from the record's metrics; the solver's own numbers say why.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+
+from lightning_subspace.curvature import Choice, Operator, SelfCheck, exact_hessian
+from lightning_subspace.data.micro_batch import MicroBatch, Weight
+from lightning_subspace.data.sample import Sample, sample_of_batches
+from lightning_subspace.linalg.selection import Which
+from lightning_subspace.loss.loss_function import LossError, LossFunction
+from lightning_subspace.loss.training_loss import Mode, TrainingLoss
+from lightning_subspace.measurements import Measurement, Probe
+from lightning_subspace.measurements.base import Needs
+from lightning_subspace.measurements.spectrum import solver_metrics
+from lightning_subspace.parallel.fsdp import is_sharded
+from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.parallel.partition import Partition
+from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.probe.arguments import require_word
+from lightning_subspace.probe.settings import ProbeSettings
+from lightning_subspace.subspace.record import Record
+from lightning_subspace.subspace.sketch import sketch
+from lightning_subspace.subspace.solver import Solver
+from lightning_subspace.subspace.subspace import Subspace
+
+
+def measure_subspace(
+    module: nn.Module,
+    batches: Iterable[Any],
+    *,
+    k: int = 10,
+    tol: float = 1e-3,
+    verify: Literal["always", "never"] = "always",
+    which: Which = "LA",
+    ncv: int | None = None,
+    max_matvecs: int = 200,
+    loss_fn: LossFunction | None = None,
+    weight: Weight | None = None,
+    params: Sequence[str] | None = None,
+    mode: Mode = "train",
+    measurements: Sequence[Measurement] = (),
+    optimizer: Optimizer | None = None,
+    previous: Record | None = None,
+    dtype: str | torch.dtype = "float32",
+    curvature: str = "hessian",
+    on_check_fail: str = "warn",
+    seed: int = 0,
+    group: ProcessGroup | None = None,
+) -> Record:
+    """Measure the top eigenspace of the Hessian of the training loss, and the gradient's share in it.
+
+    Args:
+        module: a LightningModule, or any module together with `loss_fn`.
+        batches: the whole sample: a list of batches, of (batch, weight) pairs, or a loader.
+        k: number of eigenpairs; 0 takes one Hessian product instead and gives only the numbers along the gradient.
+        tol: residual of every wanted pair over the largest |eigenvalue|.
+        verify: "always" excludes missed copies of equal eigenvalues, for 4 to 13 more products.
+        which: "LA" the algebraically largest (the paper's "top"), "SA" smallest, "LM" largest in magnitude, "BE" half
+            from each end.
+        ncv: largest number of basis vectors; by default min(n, 2k + 10).
+        max_matvecs: Hessian products at most.
+        loss_fn: `loss_fn(module, batch, batch_idx) -> scalar`, by default the module's `training_step`.
+        weight: share of a batch in the mean loss, by default its number of examples.
+        params: shell-style patterns of the parameters to differentiate by, by default all trainable ones.
+        mode: "train" or "eval" mode of the module.
+        measurements: more measurements, beside the default ones.
+        optimizer: for `sharpness_over_threshold`.
+        previous: an earlier record of the same module, for `overlap_previous` and a warm start.
+        dtype: narrowest type computed in, "float32" or "float64"; parameters of a wider one keep it. "native" takes the
+            loss as it is trained, with its types and autocast.
+        curvature: see `SubspaceMonitor`.
+        on_check_fail: where the second derivatives turn out wrong: "warn", "raise" or go on by "finite-difference".
+        seed: of dropout masks and of the start vector.
+        group: the processes of torch.distributed that measure together, all of which call this with the same module and
+            batches: they share the work and the memory. None: this process alone.
+
+    Returns:
+        A `Record` at step 0 whose subspace holds the eigenvectors, under `group` dealt to ranks: `subspace.gather()`.
+
+    Raises:
+        LossError: when the loss is not a finite scalar that depends on the parameters.
+        SampleError: for an empty or an unweighable sample.
+        ValueError: for a module without trainable parameters, k outside 0..n, a word that is not a choice, or a
+            `previous` over other parameters or without its eigenvectors.
+        CheckError: with `on_check_fail="raise"`; with curvature="ggn" where it cannot be had.
+        PeerError: when something of this went wrong on another rank.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Linear(4, 3)
+        >>> batch = (torch.randn(32, 4), torch.randint(3, (32,)))
+        >>> def loss_fn(module, batch, batch_idx):
+        ...     return nn.functional.cross_entropy(module(batch[0]), batch[1])
+        >>> record = measure_subspace(net, [batch], k=2, loss_fn=loss_fn)
+        >>> record.subspace.outcome.name, tuple(record.subspace.eigenvectors.shape)
+        ('CONVERGED', (2, 15))
+    """
+    ranks = Ranks(group, next((p.device for p in module.parameters()), torch.device("cpu")))
+    with ranks.together():
+        require_word("verify", verify, ("always", "never"))
+        dtype = str(dtype).removeprefix("torch.")
+        settings = ProbeSettings.of(locals())
+        solver, choice, chosen = settings.solver, settings.choice, settings.taken
+        space = ParameterSpace.of(module, params)
+        checked_k(k, space)
+        _require_the_same(ranks, module, (solver, replace(choice, loss_fn=None), space, verify, len(chosen)))
+        sample = sample_of_batches(batches, weight, ranks)
+        partition = Partition.of(space, module, ranks)
+        check = choice.check(module, sample, partition)
+        choice, notice = choice_after(choice, check, module, sample, partition)
+        if notice is not None:
+            warnings.warn(notice, stacklevel=2)
+        with choice.loss(module, space, ranks) as loss:
+            _, record = take_probe(
+                loss,
+                sample,
+                solver,
+                chosen,
+                operator=choice.operator,
+                partition=partition,
+                verify=verify == "always",
+                optimizer=optimizer,
+                previous=_trusted_basis(previous, partition),
+            )
+    return record
+
+
+def take_probe(
+    loss: TrainingLoss,
+    sample: Sample,
+    solver: Solver,
+    measurements: Iterable[Measurement],
+    *,
+    operator: Callable[[TrainingLoss, Sample, Partition], Operator] | None = None,
+    partition: Partition | None = None,
+    step: int = 0,
+    number: int = 0,
+    verify: bool = True,
+    previous: Tensor | None = None,
+    reference: Tensor | None = None,
+    history: Sequence[Record] = (),
+    optimizer: Optimizer | None = None,
+    on_matvec: Callable[[int, float], None] | None = None,
+) -> tuple[Probe, Record]:
+    """Take every measurement at the parameters of an open loss; `operator` makes its Hessian, by default the exact one.
+
+    A collective of the ranks that `partition` deals to; None: of this process alone.
+
+    Returns:
+        The probe, which `Measurement.after_step` gets later, and its record, whose subspace holds the eigenvectors.
+    """
+    partition = Partition.even(loss.space) if partition is None else partition
+    hessian = (exact_hessian if operator is None else operator)(loss, sample, partition)
+    gradient = _gradient(hessian, sample)
+    subspace = None
+    if solver.k > 0:
+        subspace = solver.solve(hessian, start=previous, verify=verify, on_matvec=on_matvec)
+
+    def solve(matvec: Operator | Callable[[Tensor], Tensor], k: int | None = None) -> Subspace:
+        start = subspace.eigenvectors if subspace is not None and subspace.converged else None
+        asked = solver if k is None else replace(solver, k=k, ncv=None)
+        if isinstance(matvec, Operator):
+            return asked.solve(matvec, start=start, verify=False)
+        if not callable(matvec):
+            raise TypeError(
+                "matvec: expected a function v -> A v, or a part of the probe's operator, got an object of type "
+                f"{type(matvec).__name__}; pass its method."
+            )
+        return asked.solve(hessian, matvec, start=start, verify=False)
+
+    def batch_gradients() -> Iterator[tuple[MicroBatch, Tensor]]:
+        yield from hessian.batch_gradients()
+        yield from hessian.other_gradients(sample.extra)
+
+    probe = Probe(
+        step=step,
+        number=number,
+        partition=partition,
+        gradient=gradient,
+        operator=hessian,
+        parameters=loss.originals,
+        sample=sample,
+        batch_gradients=batch_gradients,
+        subspace=subspace,
+        previous=previous,
+        reference=reference,
+        history=history,
+        optimizer=optimizer,
+        which=solver.which,
+        solve=solve,
+    )
+    metrics = {} if subspace is None else solver_metrics(subspace)
+    for measurement in measurements:
+        if is_taken(measurement, number, subspace):
+            metrics.update(measurement.measure(probe))
+    trusted = subspace is not None and subspace.trusted
+    image = sketch(subspace.basis, partition) if subspace is not None and trusted else None
+    return probe, Record(step, partition.ranks.first(finite(metrics)), subspace, image)
+
+
+def is_taken(measurement: Measurement, number: int, subspace: Subspace | None) -> bool:
+    """Whether the measurement is due, and the eigenpairs are good enough for it."""
+    if not measurement.is_due(number):
+        return False
+    match measurement.needs:
+        case Needs.NOTHING:
+            return True
+        case Needs.EIGENVALUES:
+            return subspace is not None and subspace.converged
+        case Needs.SUBSPACE:
+            return subspace is not None and subspace.trusted
+
+
+def finite(metrics: dict[str, float]) -> dict[str, float]:
+    """Drop what is not a finite number: it means "not defined here"."""
+    return {key: float(value) for key, value in metrics.items() if math.isfinite(value)}
+
+
+def choice_after(
+    choice: Choice, check: SelfCheck, module: nn.Module, sample: Sample, partition: Partition
+) -> tuple[Choice, str | None]:
+    """What to go on with after the self-check, and what the user should be told about it; a collective.
+
+    Raises:
+        CheckError: see `Choice.after`.
+    """
+    after, notice = choice.after(check)
+    if after.curvature != choice.curvature:
+        after.check(module, sample, partition)  # differences have conditions of their own
+    return after, notice
+
+
+def checked_k(k: int, space: ParameterSpace) -> int:
+    """k, or an error that names it.
+
+    Raises:
+        ValueError: for k outside 0..n.
+    """
+    if not 0 <= k <= space.n:
+        raise ValueError(f"k: expected 0..{space.n}, the number of parameters, got {k}.")
+    return k
+
+
+def _require_the_same(ranks: Ranks, module: nn.Module, arguments: object) -> None:
+    """Whether all ranks were given the same; a collective.
+
+    Raises:
+        ValueError: when the arguments differ, or the values of parameters that are not sharded.
+    """
+    if ranks.count == 1:
+        return
+    own = [float(_widest(p.detach()).abs().sum()) for p in module.parameters() if not is_sharded(p)]
+    for what, given in (("arguments", repr(arguments)), ("modules", own)):
+        if any(other != given for other in ranks.listed(given)):
+            raise ValueError(f"group: expected the same {what} on all ranks, got different ones.")
+
+
+def _widest(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _trusted_basis(previous: Record | None, partition: Partition) -> Tensor | None:  # (k, n)
+    """The eigenvectors of an earlier record; None where there are none to trust."""
+    if previous is None or previous.subspace is None or not previous.subspace.trusted:
+        return None
+    basis, held = previous.subspace.basis, previous.subspace.partition
+    num_parameters = basis.shape[1] if held is None else held.n
+    if num_parameters != partition.n:
+        raise ValueError(
+            f"previous: expected a record over the same {partition.n} parameters, got one over {num_parameters}."
+        )
+    if held is not None and held.ranges != partition.ranges:
+        raise ValueError(
+            f"previous: expected a record dealt to {len(partition.ranges)} ranks as this one is, got one dealt to "
+            f"{len(held.ranges)}; leave it out, or measure it with the same group=."
+        )
+    return basis
+
+
+def _gradient(hessian: Operator, sample: Sample) -> Tensor:
+    """Gradient over the gradient sample, which continues the Hessian's."""
+    gradient = hessian.gradient()
+    if sample.extra:
+        first, rest = _weight(sample.hessian), _weight(sample.extra)
+        gradient.mul_(first / (first + rest)).add_(hessian.mean_gradient(sample.extra), alpha=rest / (first + rest))
+    return gradient
+
+
+def _weight(batches: Iterable[MicroBatch]) -> float:
+    return sum(batch.weight for batch in batches)
+
+
+__all__ = ["LossError", "measure_subspace", "take_probe"]

@@ -1,0 +1,55 @@
+"""Record of a probe while the optimizer step from its point is still to come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+
+from lightning_subspace.measurements import Probe
+from lightning_subspace.subspace.record import Record
+
+
+@dataclass
+class OpenRecord:
+    """A record that waits for the optimizer step taken from its point.
+
+    Attributes:
+        probe: for `Measurement.after_step`; its operator is over.
+        record: what is known at theta_t; its subspace holds the eigenvectors.
+        theta: (n,), the parameters at the probe.
+        gradient: (n,), the accumulated mini-batch gradient of the next step, before clipping, once it is known.
+        failure: why it is not known.
+    """
+
+    probe: Probe
+    record: Record
+    theta: Tensor
+    gradient: Tensor | None = None
+    failure: Exception | None = None
+
+    def see_gradient(self, module: nn.Module) -> None:
+        """Keep the accumulated gradient of the first step after the probe. Never raises: the others are not here."""
+        if self.gradient is None and self.failure is None:
+            partition = self.probe.partition
+            try:
+                self.gradient = partition.flatten([p.grad for p in partition.space.tensors(module)], like=self.theta)
+            except Exception as error:  # no memory, or a parameter that has gone: told when the record is closed
+                self.failure = error
+
+
+def ended(probe: Probe) -> Probe:
+    """The probe without what it can do only while it lasts, so that its graphs are free before the next step."""
+    over: Any = _Over()
+    return replace(probe, operator=over, solve=over, batch_gradients=over)
+
+
+class _Over:
+    """Stand-in for what a probe could do while it lasted."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"`{name}` was asked for after the probe; the operator can be used in `measure` only.")
+
+    def __call__(self, *args: object) -> NoReturn:
+        raise RuntimeError("the probe is over; the operator can be used in `measure` only.")

@@ -1,0 +1,328 @@
+"""A sequence of probes along one training run: what each hands to the next, and what it leaves behind.
+
+Between probes only the eigenvectors of the last and of the reference probe are kept, on the CPU. An open record adds
+the parameters, the gradient and the eigenvectors of its probe; the graphs of the Hessian go as soon as it is taken.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_subspace.curvature import CheckError, SelfCheck
+from lightning_subspace.data.sample import Sample
+from lightning_subspace.measurements import Probe
+from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.parallel.partition import Partition
+from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.probe.checkpoint import RunState
+from lightning_subspace.probe.forecast import verifies
+from lightning_subspace.probe.measure import checked_k, choice_after, finite, is_taken, take_probe
+from lightning_subspace.probe.open_record import OpenRecord, ended
+from lightning_subspace.probe.settings import ProbeSettings
+from lightning_subspace.subspace.overlap_history import OverlapHistory
+from lightning_subspace.subspace.record import Record
+from lightning_subspace.subspace.sketch import Sketch, sketch_overlap
+
+# Neighbours closer than this, in units of the largest |eigenvalue|, are taken for copies: a converged eigenvalue is off
+# by about tol^2 / gap, 1e-6 by default, and to take two for copies by chance costs a few products.
+COPIES = 1e-5
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What stands in, after a resume, for what a checkpoint does not hold.
+
+    Attributes:
+        previous: sketch of the last probe, until there is one with eigenvectors.
+        reference: sketch of the reference probe.
+        reopened: a record that was open when the checkpoint was written. Its probe is taken again at the same point for
+            the eigenvectors, which the numbers of the next step need; those it has already stay as they were.
+    """
+
+    previous: Sketch | None = None
+    reference: Sketch | None = None
+    reopened: Record | None = None
+
+    def complete(self, record: Record) -> Record:
+        """A new record with the overlaps that could not be taken from eigenvectors, estimated from sketches."""
+        metrics = dict(record.metrics)
+        if record.sketch is not None:
+            for key, other in (("overlap_previous", self.previous), ("overlap_reference", self.reference)):
+                if other is not None and key not in metrics:
+                    metrics[key] = sketch_overlap(other, record.sketch)
+        if self.reopened is not None and self.reopened.step == record.step:
+            metrics.update(self.reopened.metrics)
+        return replace(record, metrics=metrics)
+
+    def after(self, record: Record) -> Resumed:
+        """What is still needed when this record has been taken."""
+        return Resumed(self.previous if record.sketch is None else None, self.reference)
+
+
+class ProbeRun:
+    """Takes probes of one run and keeps their records.
+
+    Args:
+        settings: what is measured, and how.
+        module: gives the parameter space at the start.
+        ranks: the processes that measure together; None: this one alone.
+
+    Attributes:
+        history: the closed records, oldest first.
+        overlaps: between the subspaces of all probes.
+        partition: the present parameter space, and how it is dealt to ranks.
+        num_probes: how many probes were taken, those apart that failed.
+        self_check: what the last self-check of the second derivatives showed; None until there was one, and again when
+            the set of trainable parameters has changed.
+        notice: what a user should be told about it; None where all is well.
+
+    Raises:
+        ValueError: for a module without trainable parameters, a pattern without a match, k > n, or a word that is not
+            a choice.
+    """
+
+    def __init__(self, settings: ProbeSettings, module: nn.Module, ranks: Ranks | None = None) -> None:
+        self.settings = settings
+        self.ranks = Ranks() if ranks is None else ranks
+        self.history: list[Record] = []
+        self.num_probes = 0
+        self.self_check: SelfCheck | None = None
+        self.notice: str | None = None
+        self._refusal: str | None = None  # why the check lets nothing be measured
+        self._choice = settings.choice
+        self._choice.require_no_obstacle(module)
+        self.partition = self._partition_of(module)
+        self._previous: Tensor | None = None
+        self._reference: Tensor | None = None
+        self._resumed = Resumed()
+        self._start_overlaps()
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The present parameter space."""
+        return self.partition.space
+
+    @property
+    def curvature(self) -> str:
+        """What the next probe is measured with: a word as for `SubspaceMonitor`."""
+        return self._choice.curvature
+
+    def check(self, module: nn.Module, sample: Sample) -> SelfCheck:
+        """Compare second derivatives with differences of gradients, in float64, on a few examples.
+
+        Where there are none, or where they are wrong and the plan says so, the run goes on with differences.
+
+        Raises:
+            CheckError: when they are wrong, with `on_check_fail="raise"`, or where nothing else would do.
+        """
+        with self.ranks.together():
+            result = self._choice.check(module, sample, self.partition)
+        self.self_check, self._refusal = result, None
+        with self.ranks.together():
+            try:
+                choice, notice = choice_after(self._choice, result, module, sample, self.partition)
+            except CheckError as error:
+                self._refusal = str(error)
+                raise
+        self._choice, self.notice = choice, notice
+        return result
+
+    def refresh_parameters(self, module: nn.Module) -> bool:
+        """Start the overlaps anew if the set of trainable parameters has changed; whether it has. A collective."""
+        with self.ranks.together():
+            partition = self._partition_of(module)
+        has_changed = partition != self.partition  # also where the next fit deals them otherwise
+        if has_changed:
+            self.partition, self.self_check, self._refusal = partition, None, None
+            self._start_overlaps()
+        return has_changed
+
+    def measure(
+        self,
+        module: nn.Module,
+        sample: Sample,
+        step: int,
+        *,
+        optimizer: Optimizer | None = None,
+        on_matvec: Callable[[int, float], None] | None = None,
+    ) -> OpenRecord:
+        """Take a probe of the module as it is; nothing of it is changed, also by an exception.
+
+        A collective: what goes wrong on one rank goes wrong on all, and leaves all as they were.
+
+        Raises:
+            CheckError: when the self-check has let nothing be measured; it is not made again.
+            PeerError: when it went wrong on another rank.
+        """
+        if self._refusal is not None:
+            raise CheckError(self._refusal)
+        with self.ranks.together():
+            theta = self._theta(module)
+            probe, record = self._take(module, sample, step, optimizer, on_matvec)
+            record = self._resumed.complete(record)
+            kept = self._prepared(record)
+        # What changes from here on cannot fail on one rank and not on another.
+        self.num_probes += 1
+        self._resumed = self._resumed.after(record)
+        if kept is not None:
+            self._remember(record, *kept)
+        return OpenRecord(ended(probe), record, theta)
+
+    def close(self, opened: OpenRecord, module: nn.Module | None = None) -> Record:
+        """Add a record to the history.
+
+        Args:
+            opened: the record.
+            module: after the optimizer step from the record's point; None when no step was taken.
+        """
+        metrics = dict(opened.record.metrics)
+        if module is not None:
+            with self.ranks.together():
+                metrics.update(self._after_step(opened, module))
+        record = _without_eigenvectors(replace(opened.record, metrics=metrics))
+        self.history.append(record)
+        return record
+
+    def rebind(self, ranks: Ranks) -> None:
+        """Go on in another fit, whose process group is a new one of as many ranks."""
+        self.ranks, self.partition = ranks, replace(self.partition, ranks=ranks)
+
+    def state(self, opened: OpenRecord | None = None) -> RunState:
+        """What `resumed` needs; an open record goes in as it is, without its eigenvectors."""
+        solver = self.settings.solver
+        records = [*self.history, *([] if opened is None else [_without_eigenvectors(opened.record)])]
+        is_open = opened is not None
+        return RunState(
+            solver.k, solver.which, self.space, self.num_probes, tuple(records), is_open, copy.copy(self.overlaps)
+        )
+
+    def resumed(self, state: RunState, *, reopen: bool = False) -> tuple[ProbeRun, bool]:
+        """One like this, put where the one was that the state was taken from. This one stays as it is.
+
+        Args:
+            state: of a run with the same k and end of the spectrum.
+            reopen: whether a record that was open is to be taken again; otherwise it is kept without the numbers of the
+                step that followed.
+
+        Returns:
+            The other one, and whether it awaits that a record is taken again.
+        """
+        other, records, reopened = copy.copy(self), list(state.records), None
+        overlaps = copy.copy(state.overlaps)
+        if state.is_open and reopen:
+            reopened = records.pop()
+            if reopened.step in overlaps.sketches:
+                overlaps.forget(reopened.step)
+        held = overlaps.sketches
+        previous = list(held.values())[-1] if held else None
+        reference = None if overlaps.reference_step is None else held[overlaps.reference_step]
+        # Where the module has other parameters now, the next probe finds out, and starts the overlaps anew.
+        if state.space != self.space:
+            other.partition = Partition.even(state.space, self.ranks)
+        # Sketches of small spaces are the eigenvectors themselves.
+        other._previous, other._reference = (
+            None if sketch is None or not sketch.exact else other.partition.cut(sketch.basis)
+            for sketch in (previous, reference)
+        )
+        other._resumed = Resumed(previous, reference, reopened)
+        other.overlaps, other.history = overlaps, records
+        other.num_probes = state.num_probes - (reopened is not None)
+        return other, reopened is not None
+
+    def _theta(self, module: nn.Module) -> Tensor:
+        """This rank's part of the parameters."""
+        parameters = self.space.tensors(module)
+        like = torch.empty(0, dtype=self.space.widest_dtype(module), device=parameters[0].device)
+        return self.partition.flatten(parameters, like)
+
+    def _take(
+        self,
+        module: nn.Module,
+        sample: Sample,
+        step: int,
+        optimizer: Optimizer | None,
+        on_matvec: Callable[[int, float], None] | None,
+    ) -> tuple[Probe, Record]:
+        number = self.num_probes
+        # Read off eigenvalues, which are equal on all ranks as far as their processors are: the first one decides.
+        verify = self.ranks.first(verifies(number) or has_degenerate_values(self.history))
+        with self._choice.loss(module, self.space, self.ranks) as loss:
+            return take_probe(
+                loss,
+                sample,
+                self.settings.solver,
+                self.settings.taken,
+                operator=self._choice.operator,
+                partition=self.partition,
+                step=step,
+                number=number,
+                verify=verify,
+                previous=self._previous,
+                reference=self._reference,
+                history=self.history,
+                optimizer=optimizer,
+                on_matvec=on_matvec,
+            )
+
+    def _after_step(self, opened: OpenRecord, module: nn.Module) -> dict[str, float]:
+        """What the step from an open record's point tells."""
+        failure, opened.failure = opened.failure, None
+        if failure is not None:
+            raise failure
+        metrics: dict[str, float] = {}
+        probe = opened.probe
+        update = probe.partition.flatten(probe.space.tensors(module), like=opened.theta).sub_(opened.theta)
+        for measurement in self.settings.taken:
+            if is_taken(measurement, probe.number, probe.subspace):
+                metrics.update(measurement.after_step(probe, opened.gradient, update))
+        return self.ranks.first(finite(metrics))
+
+    def _prepared(self, record: Record) -> tuple[Tensor, dict[int, float]] | None:
+        """What the probes to come need of a trusted subspace: its basis, and its overlaps with those before it."""
+        if record.subspace is None or record.sketch is None:
+            return None
+        return record.subspace.basis.cpu(), self.overlaps.compare(record.sketch)
+
+    def _remember(self, record: Record, basis: Tensor, overlaps: dict[int, float]) -> None:
+        """Keep the basis and the sketch of a trusted subspace for the probes to come."""
+        assert record.sketch is not None, "see `_prepared`"
+        self._previous = basis
+        due = self.settings.reference_step is not None and record.step >= self.settings.reference_step
+        if due and self.overlaps.reference_step is None:
+            self._reference = self._previous
+            self.overlaps.reference_step = record.step
+        given_up = self.overlaps.add(record.step, record.sketch, overlaps)
+        if given_up is not None:
+            self.history[:] = [replace(r, sketch=None) if r.step == given_up else r for r in self.history]
+
+    def _partition_of(self, module: nn.Module) -> Partition:
+        """The coordinates of the probes to come."""
+        space = ParameterSpace.of(module, self.settings.params)
+        checked_k(self.settings.solver.k, space)
+        return Partition.of(space, module, self.ranks)
+
+    def _start_overlaps(self) -> None:
+        """Forget the spaces of earlier probes."""
+        self.overlaps = OverlapHistory()
+        self._previous = self._reference = None
+        self._resumed = Resumed()
+
+
+def has_degenerate_values(history: Sequence[Record]) -> bool:
+    """Whether the last probe that excluded missed copies found eigenvalues that occur more than once."""
+    last = next((r.subspace for r in reversed(history) if r.subspace is not None and r.subspace.verified), None)
+    if last is None or last.k < 2:
+        return False
+    values = last.eigenvalues.sort().values
+    return bool((values.diff() <= COPIES * values.abs().max()).any())
+
+
+def _without_eigenvectors(record: Record) -> Record:
+    subspace = record.subspace
+    return record if subspace is None else replace(record, subspace=subspace.without_eigenvectors())

@@ -1,0 +1,158 @@
+"""Settings of a probe, as the user gives them, checked in one place.
+
+The callbacks and `measure_subspace` take them as flat arguments and make one `ProbeSettings` of them. What a layer
+below needs is cut from it: the `Solver`, the `Choice` of an operator, the `SampleRequest`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, get_args
+
+from lightning_subspace.curvature import Choice
+from lightning_subspace.curvature.selection import Curvature, OnCheckFail, Precision
+from lightning_subspace.data.micro_batch import Weight
+from lightning_subspace.data.source import SampleRequest
+from lightning_subspace.linalg.selection import Which
+from lightning_subspace.loss.loss_function import LossFunction
+from lightning_subspace.loss.training_loss import Mode
+from lightning_subspace.measurements import Measurement, default_measurements
+from lightning_subspace.probe.arguments import (
+    is_number,
+    require_function,
+    require_integer,
+    require_patterns,
+    require_word,
+    wrong,
+)
+from lightning_subspace.subspace.solver import MAX_TOL, Solver
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeSettings:
+    """What is measured at every probe, of which examples, and how; see `SubspaceMonitor` for the arguments.
+
+    Attributes:
+        defaults: whether the default measurements are taken, beside `measurements`.
+
+    Raises:
+        ValueError: for a wrong argument, naming it, what was expected, what came, and the way out.
+        TypeError: for `measurements` that are none.
+
+    Example:
+        >>> ProbeSettings(k=3, tol=0.5)
+        Traceback (most recent call last):
+        ValueError: tol: expected a number in (0, 0.1], got 0.5; it is relative to the largest eigenvalue
+    """
+
+    k: int = 10
+    which: Which = "LA"
+    tol: float = 1e-3
+    ncv: int | None = None
+    max_matvecs: int = 200
+    seed: int = 0
+    sample: int | str | Iterable[Any] = 1024
+    gradient_sample: int | str = 8192
+    batch_size: int | None = None
+    weight: Weight | None = None
+    params: Sequence[str] | None = None
+    loss_fn: LossFunction | None = None
+    mode: Mode = "train"
+    dtype: Precision = "float32"
+    curvature: Curvature = "hessian"
+    on_check_fail: OnCheckFail = "warn"
+    measurements: Sequence[Measurement] | None = None
+    defaults: bool = True
+    reference_step: int | None = None
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any], **others: Any) -> ProbeSettings:
+        """Settings from all arguments of a function, of which some may be for others; `others` come first."""
+        known = {field.name: arguments[field.name] for field in fields(cls) if field.name in arguments}
+        return cls(**{**known, **others})
+
+    def __post_init__(self) -> None:
+        require_integer("k", self.k, 0)
+        self._check_sample()
+        require_integer("batch_size", self.batch_size, 1, optional=True)
+        require_function("weight", self.weight)
+        require_word("which", self.which, get_args(Which))
+        if not is_number(self.tol) or not 0.0 < self.tol <= MAX_TOL:
+            raise wrong("tol", f"a number in (0, {MAX_TOL}]", self.tol, "it is relative to the largest eigenvalue")
+        require_integer("max_matvecs", self.max_matvecs, 1)
+        require_integer("ncv", self.ncv, self.k + 3, optional=True)
+        require_patterns("params", self.params)
+        require_function("loss_fn", self.loss_fn)
+        for name in ("curvature", "on_check_fail"):
+            if isinstance(word := getattr(self, name), str):
+                object.__setattr__(self, name, word.replace("_", "-"))
+        for name, words in (
+            ("mode", Mode),
+            ("dtype", Precision),
+            ("curvature", Curvature),
+            ("on_check_fail", OnCheckFail),
+        ):
+            require_word(name, getattr(self, name), get_args(words))
+        _ = self.choice  # checks how they go together
+        self._check_measurements()
+        require_integer("reference_step", self.reference_step, 0, optional=True)
+        require_integer("seed", self.seed, 0)
+
+    @cached_property
+    def solver(self) -> Solver:
+        """How eigenpairs are computed."""
+        return Solver(self.k, self.which, self.tol, self.ncv, self.max_matvecs, self.seed)
+
+    @cached_property
+    def choice(self) -> Choice:
+        """How the loss is evaluated and differentiated."""
+        return Choice(self.loss_fn, self.mode, self.seed, self.dtype, self.curvature, self.on_check_fail)
+
+    @property
+    def taken(self) -> tuple[Measurement, ...]:
+        """All measurements: the default ones, and the user's own."""
+        return (*(default_measurements(self.k) if self.defaults else ()), *(self.measurements or ()))
+
+    @property
+    def sample_request(self) -> SampleRequest:
+        """The examples; those for the gradient alone are left out where nothing is measured."""
+        gradient_sample = self.gradient_sample
+        if isinstance(self.sample, int) and not self.taken:
+            gradient_sample = self.sample
+        return SampleRequest(self.sample, gradient_sample, self.batch_size, self.weight, self.seed)
+
+    def same_subspace_as(self, other: ProbeSettings) -> bool:
+        """Whether both compute the same subspace, whatever they measure in it.
+
+        Given batches are the same if they are the same object.
+        """
+        apart = {"sample", "measurements", "defaults", "reference_step"}
+        names = [field.name for field in fields(self) if field.name not in apart]
+        is_named = isinstance(self.sample, int | str) and isinstance(other.sample, int | str)
+        same = self.sample == other.sample if is_named else self.sample is other.sample
+        return same and all(getattr(self, name) == getattr(other, name) for name in names)
+
+    def _check_sample(self) -> None:
+        if isinstance(self.sample, str):
+            require_word("sample", self.sample, ("all", "current"))
+        elif isinstance(self.sample, int):
+            require_integer("sample", self.sample, 1)
+        elif not hasattr(self.sample, "__iter__"):
+            expected = "a number of examples, 'all', 'current', a loader or a list of batches"
+            raise wrong("sample", expected, self.sample)
+        if isinstance(self.gradient_sample, str):
+            return require_word("gradient_sample", self.gradient_sample, ("all",))
+        require_integer("gradient_sample", self.gradient_sample, 1)
+        if isinstance(self.sample, int) and self.gradient_sample < self.sample:
+            expected = f"at least the {self.sample} of `sample`, which it contains"
+            raise wrong("gradient_sample", expected, self.gradient_sample)
+        return None
+
+    def _check_measurements(self) -> None:
+        given = self.measurements or ()
+        if not isinstance(given, Sequence) or not all(isinstance(item, Measurement) for item in given):
+            raise TypeError(str(wrong("measurements", "a list of instances of lightning_subspace.Measurement", given)))
+        for item in given:
+            require_integer(f"{type(item).__name__}.every", item.every, 1)

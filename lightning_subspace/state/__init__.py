@@ -1,0 +1,1 @@
+"""Python state: what can hold it, how to copy it, random generators."""

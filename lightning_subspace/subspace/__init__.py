@@ -1,0 +1,8 @@
+"""The top eigenspace of the Hessian, what is read off it, and what is kept of it."""
+
+from lightning_subspace.subspace.record import Record as Record
+from lightning_subspace.subspace.record import to_rows as to_rows
+from lightning_subspace.subspace.subspace import Subspace as Subspace
+from lightning_subspace.subspace.subspace import fraction as fraction
+from lightning_subspace.subspace.subspace import overlap as overlap
+from lightning_subspace.subspace.subspace import principal_angles as principal_angles

@@ -1,0 +1,37 @@
+"""What one probe leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from lightning_subspace.subspace.sketch import Sketch
+from lightning_subspace.subspace.subspace import Subspace
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measurement at one point of the training.
+
+    Attributes:
+        step: the t of theta_t: the number of optimizer steps taken before the measurement.
+        metrics: the measured numbers, keyed as in the README's table without the monitor's prefix
+            (`"gradient_fraction"`, `"solver/seconds"`, `"eigenvalues/01"` ...). What could not be trusted is absent.
+        subspace: the eigenspace; without its eigenvectors in `SubspaceMonitor.history`; None for k = 0.
+        sketch: the compressed eigenspace, from which overlaps with every other probe are computed.
+    """
+
+    step: int
+    metrics: Mapping[str, float]
+    subspace: Subspace | None = None
+    sketch: Sketch | None = field(default=None, repr=False)
+
+
+def to_rows(records: Iterable[Record]) -> list[dict[str, float]]:
+    """Flatten records into one dict a probe, all with the same keys in the same order; nan where a value is absent.
+
+    The rows go as they are into `csv.DictWriter`, `pandas.DataFrame` or a printed table.
+    """
+    records = list(records)
+    keys = list(dict.fromkeys(key for record in records for key in record.metrics))
+    return [{"step": r.step, **{key: r.metrics.get(key, float("nan")) for key in keys}} for r in records]

@@ -1,0 +1,160 @@
+"""Past subspaces in constant memory: count-sketch, then QR.
+
+A basis of k * n floats a probe cannot be kept for a whole run. Each coordinate, identified by (parameter name, offset),
+is hashed to a cell and a sign in each of 4 tables, d cells in all; summing the signed coordinates of V into the cells
+gives a (k, d) image that nearly preserves inner products, and QR makes it orthonormal again. The hash depends on
+nothing but names and offsets, so sketches of different probes, runs and processes can be compared. Where n <= d the
+sketch is the basis itself.
+
+How far an estimate is from the true overlap o of two k-dimensional spaces with principal angles of cosine c_i: to
+leading order its variance, over hashes, is
+
+    4 mean(c_i^2 (1 - c_i^2)^2) / (k d) + 2 (1 - o)^2 / d^2  <=  16/27 / (k d) + 2 / d^2,
+
+because the inner product of the images of u and v has variance (|u|^2 |v|^2 + <u, v>^2 - 2 sum_p u_p^2 v_p^2) / d, and
+the two Gram matrices, which QR undoes, vary with it. At d = 4096 the standard deviation is thus at most .012 for k = 1,
+.0085 for k = 2, .0038 for k = 10 and .0017 for k = 50, whatever n; .0004 for orthogonal spaces and 0 for equal ones.
+The bias is at most 1 / d; the largest error in 200 pairs is 2 to 3 standard deviations, and .002 for orthogonal spaces,
+whose errors are not normal.
+
+One table would do for vectors that are spread out, but two large coordinates that share its only cell would look like
+one. With 4 tables such a pair has an inner product of 1/4, and a space that lives on 30 coordinates obeys the formula,
+with outliers of 5 standard deviations. At the extreme, between one-hot bases, two given coordinates share a cell with
+probability 16 / d, and that moves the estimate by about 1 / (16 k): a standard deviation of .002 to .005, but errors of
+up to .06 for k = 1 and .02 for k = 10.
+
+References: Charikar, Chen and Farach-Colton 2002 (count-sketch); Kane and Nelson 2014 (one cell in each of several
+tables, their block construction); Woodruff 2014, section 2 (subspace embeddings).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_subspace.parallel.partition import Partition
+from lightning_subspace.subspace.subspace import overlap
+
+CELLS = 4096
+# Cells that each coordinate is added to, one in each of as many tables.
+TABLES = 4
+# Coordinates that are hashed at a time.
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Sketch:
+    """The image of a subspace under the hash.
+
+    Attributes:
+        basis: (k, d) orthonormal rows, float32 on the CPU.
+        exact: whether no hashing was needed, so that overlaps are exact.
+    """
+
+    basis: Tensor
+    exact: bool
+
+
+def sketch(
+    basis: Tensor,  # (k, n) orthonormal rows; under ranks this rank's columns
+    partition: Partition,
+    cells: int = CELLS,
+) -> Sketch:
+    """Sketch a subspace of the parameter space. Under ranks one sum of k min(n, cells) numbers.
+
+    Example:
+        >>> from lightning_subspace.parallel.parameters import ParameterSpace
+        >>> partition = Partition.even(ParameterSpace.of(torch.nn.Linear(3, 2)))
+        >>> sketch(torch.eye(8)[:2], partition).exact
+        True
+    """
+    if partition.n <= cells:
+        return Sketch(_whole(basis, partition).to("cpu", torch.float32, copy=True), exact=True)
+    orthonormal, _ = torch.linalg.qr(count_sketch(basis, partition, cells).cpu().double().T)
+    return Sketch(orthonormal.T.float().contiguous(), exact=False)
+
+
+def sketch_overlap(sketch: Sketch, other: Sketch) -> float:
+    """Estimate of the overlap of the two sketched subspaces, in [0, 1].
+
+    Raises:
+        ValueError: when the sketches are of parameter spaces, or of numbers of cells, that cannot be compared.
+    """
+    if sketch.exact != other.exact or sketch.basis.shape[1] != other.basis.shape[1]:
+        raise ValueError(
+            f"the sketches cannot be compared: {sketch.basis.shape[1]} cells (exact={sketch.exact}) and "
+            f"{other.basis.shape[1]} cells (exact={other.exact}); both need the same `cells` and parameters."
+        )
+    value = overlap(sketch.basis, other.basis)
+    if sketch.exact:
+        return value
+    (k, d), (m, _) = sketch.basis.shape, other.basis.shape
+    # To order 1 / d, 1 - value is (1 - o) (1 - max / d) (1 + o min / d) on average; the last factor is from QR.
+    chance = max(k, m) / d
+    value = (value - chance) / (1.0 - chance)
+    value += min(k, m) / d * value * (1.0 - value)
+    return min(max(value, 0.0), 1.0)
+
+
+def sketch_error(sketch: Sketch) -> float:
+    """Largest standard deviation of an overlap with a sketch of the same shape, over all true overlaps; 0 where exact.
+
+    Example:
+        >>> round(sketch_error(Sketch(torch.eye(10, 4096), exact=False)), 4)
+        0.0038
+    """
+    k, d = sketch.basis.shape
+    return 0.0 if sketch.exact else math.sqrt(16 / 27 / (k * d) + 2 / d**2)
+
+
+def count_sketch(
+    vectors: Tensor,  # (k, n); under ranks this rank's columns
+    partition: Partition,
+    cells: int = CELLS,
+) -> Tensor:  # (k, cells)
+    """Add up signed coordinates in cells, over all ranks. Linear in the vectors; inner products are right on average.
+
+    Raises:
+        ValueError: when `cells` is not a multiple of 4 in [4, 131072].
+    """
+    if cells % TABLES or not TABLES <= cells <= TABLES << 15:
+        raise ValueError(f"cells must be a multiple of {TABLES} in [{TABLES}, {TABLES << 15}], got {cells!r}.")
+    image = torch.zeros(len(vectors), cells, dtype=vectors.dtype, device=vectors.device)
+    tables = torch.split(image, cells // TABLES, dim=1)
+    for name, offset, place in partition.locate():
+        columns = vectors.detach()[:, place.start : place.stop]
+        for start in range(0, columns.shape[1], BLOCK):
+            block = columns[:, start : start + BLOCK]
+            word = _words(name, offset + start, block)
+            for t, table in enumerate(tables):
+                bits = word >> 16 * t  # 15 for the cell, then one for the sign
+                sign = ((bits >> 15) & 1).to(block.dtype).mul_(2).sub_(1)
+                table.index_add_(1, (bits & 0x7FFF).remainder(cells // TABLES), block * sign)
+    return partition.ranks.all_sum(image) / math.sqrt(TABLES)
+
+
+def _whole(vectors: Tensor, partition: Partition) -> Tensor:
+    """All columns of a few short vectors, by one sum."""
+    whole = vectors.new_zeros(len(vectors), partition.n)
+    done = 0
+    for piece in partition.own:
+        whole[:, piece.start : piece.stop] = vectors.detach()[:, done : done + len(piece)]
+        done += len(piece)
+    return partition.ranks.all_sum(whole)
+
+
+def _words(name: str, start: int, block: Tensor) -> Tensor:
+    """64 random bits for every column of a block that begins at offset `start` of a parameter."""
+    digest = hashlib.blake2b(name.encode(), digest_size=7).digest()  # 56 bits: adding an offset cannot overflow
+    return _mix(torch.arange(start, start + block.shape[1], device=block.device) + int.from_bytes(digest, "big"))
+
+
+def _mix(word: Tensor) -> Tensor:
+    """The finaliser of splitmix64 on int64, which wraps as uint64 does; shifts are made logical by masks."""
+    word = (word ^ ((word >> 30) & ((1 << 34) - 1))) * -0x40A7B892E31B1A47
+    word = (word ^ ((word >> 27) & ((1 << 37) - 1))) * -0x6B2FB644ECCEEE15
+    return word ^ ((word >> 31) & ((1 << 33) - 1))

@@ -1,0 +1,132 @@
+"""How the eigenpairs of a probe are computed: the settings, and one call of the eigensolver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_subspace.linalg import eigsh
+from lightning_subspace.linalg.selection import Which
+from lightning_subspace.parallel.partition import Partition
+from lightning_subspace.subspace.subspace import Subspace, inner_products
+
+# Beyond that an eigenvector has hardly begun to show.
+MAX_TOL = 0.1
+# The number of the random vector that a warm start is mixed with, far from those that the solver draws.
+WARM_START = 1_000
+# Products to expect of a solve, for a forecast: so many, and for each pair the first number while the network is
+# untrained, the second later on; the certificate takes so many more. In the middle of what was measured at tol = 1e-3
+# for k = 1 to 20, which is wide: for k = 10, 22 to 54 products at the start, 14 to 30 later.
+PRODUCTS, PRODUCTS_A_PAIR, PRODUCTS_OF_CERTIFICATE = 5.0, (4.5, 2.0), 12.0
+
+
+class Operator(Protocol):
+    """What the solver asks of a symmetric operator; see `curvature.Operator`."""
+
+    n: int
+    dtype: torch.dtype
+    device: torch.device
+    partition: Partition
+    fails_as_nan: bool
+    max_asymmetry: float
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """The image of a vector."""
+        ...
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How the eigenpairs are computed; see `lightning_subspace.linalg.eigsh` for the arguments."""
+
+    k: int = 10
+    which: Which = "LA"
+    tol: float = 1e-3
+    ncv: int | None = None
+    max_matvecs: int = 200
+    seed: int = 0
+
+    def expected_products(self, *, trained: bool, verify: bool = False) -> float:
+        """How many products a solve will probably take: right to a factor of two or so.
+
+        Args:
+            trained: whether the network is past its first steps.
+            verify: exclude missed copies of equal eigenvalues.
+        """
+        pairs = PRODUCTS_A_PAIR[trained] * self.k
+        return min(PRODUCTS + pairs + verify * PRODUCTS_OF_CERTIFICATE, self.max_matvecs) if self.k else 0.0
+
+    def solve(
+        self,
+        operator: Operator,
+        matvec: Callable[[Tensor], Tensor] | None = None,
+        *,
+        start: Tensor | None = None,  # (k, n)
+        verify: bool = True,
+        on_matvec: Callable[[int, float], None] | None = None,
+    ) -> Subspace:
+        """The eigenspace of an operator.
+
+        Args:
+            operator: gives dtype, device, and how vectors are dealt to ranks.
+            matvec: a product in place of the operator's own.
+            start: eigenvectors of a nearby operator; their sum plus a random vector is the start, which saves a few
+                products at best. Never the gradient: an unconverged space would then contain it.
+            verify: exclude missed copies of equal eigenvalues.
+            on_matvec: called with (number of products, worst relative residual).
+        """
+        partition = operator.partition
+        v0 = None if start is None else self._warm_start(operator, start)
+        with partition.ranks.bare():
+            result = eigsh(
+                agreed_product(operator, matvec),
+                operator.n,
+                self.k,
+                which=self.which,
+                tol=self.tol,
+                ncv=self.ncv,
+                max_matvecs=self.max_matvecs,
+                v0=v0,
+                verify="always" if verify else "never",
+                seed=self.seed,
+                dtype=operator.dtype,
+                device=operator.device,
+                all_sum=partition.ranks.all_sum if partition.ranks.count > 1 else None,
+                random=partial(partition.random, dtype=operator.dtype),
+                on_matvec=on_matvec,
+                dimension=partition.n,
+                max_asymmetry=operator.max_asymmetry,
+            )
+        return Subspace.of(result, partition)
+
+    def _warm_start(self, operator: Operator, vectors: Tensor) -> Tensor:
+        noise = operator.partition.random(self.seed, WARM_START, operator.dtype).to(operator.device)
+        # Rounding decides the signs of eigenvectors: taken towards the noise, they are those of any number of ranks.
+        towards = inner_products(vectors, noise[None], operator.partition.ranks)[:, 0]
+        total = (torch.where(towards < 0.0, -1.0, 1.0).to(vectors) @ vectors).to(noise)
+        parts = torch.stack([total, noise])
+        squares = operator.partition.ranks.all_sum(torch.linalg.vector_norm(parts, dim=1, dtype=torch.float64).square())
+        start: Tensor = (parts / squares.sqrt()[:, None].to(parts)).sum(dim=0)
+        return start
+
+
+def agreed_product(operator: Operator, matvec: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
+    """A product that may fail on one rank and still gets all ranks to its end, for use inside of `Ranks.bare`.
+
+    Args:
+        operator: says whether its own products see to that themselves.
+        matvec: a product in place of the operator's own.
+    """
+    if matvec is None and operator.fails_as_nan:
+        return operator.matvec
+
+    def product(vector: Tensor) -> Tensor:
+        with operator.partition.ranks.together():
+            return (operator.matvec if matvec is None else matvec)(vector)
+
+    return product

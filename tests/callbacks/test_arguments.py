@@ -1,0 +1,271 @@
+"""What is refused, when, and in which words; a refusal changes nothing of the run."""
+
+import inspect
+import re
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_subspace import Measurement, SubspaceMonitor, measure_subspace
+from lightning_subspace.callbacks.project import check_project, warn_of_missing_keys
+
+# The first is raised by torch's own pytree, in Lightning's CombinedLoader; the second depends on the machine.
+NAN = float("nan")
+
+# argument -> what is expected of it -> values that are not
+WRONG = {
+    "k": [("an integer of at least 0", [-1, 2.0, "10", True, None])],
+    "every_n_steps": [
+        ("an integer of at least 1", [0, -5, True]),
+        ("a positive integer or a list of steps, each 0 or more", [1.5, "100", [], [3, -1], [2.0], [True], None]),
+    ],
+    "max_overhead": [("a number between 0 and 1 or None", [0, 1, 0.0, 1.0, -0.1, 20, NAN, "0.2", True])],
+    "sample": [
+        ("an integer of at least 1", [0, -1, True]),
+        ("one of 'all', 'current'", ["everything", ""]),
+        ("a number of examples, 'all', 'current', a loader or a list of batches", [0.5, None]),
+    ],
+    "gradient_sample": [
+        ("one of 'all'", ["current"]),
+        ("an integer of at least 1", [0, -1, 0.5, None, True]),
+        ("at least the 1024 of `sample`, which it contains", [1023]),
+    ],
+    "batch_size": [("an integer of at least 1 or None", [0, 1.5, "64", True])],
+    "weight": [("a function or None", [3, "tokens"])],
+    "reference_step": [("an integer of at least 0 or None", [-1, 0.5, True])],
+    "which": [("one of 'LA', 'SA', 'LM', 'BE'", ["SM", "la", None, 3])],
+    "tol": [("a number in (0, 0.1]", [0, 0.2, -1e-3, NAN, "1e-3", None, True])],
+    "max_matvecs": [("an integer of at least 10", [9, 1]), ("an integer of at least 1", [0, 50.0, None, True])],
+    "ncv": [("an integer of at least 13 or None", [12, 0, 20.0, True])],
+    "params": [("a list of patterns such as ['head.*'], or None", ["head.*", 3, [3]])],
+    "loss_fn": [("a function or None", [3, "cross_entropy"])],
+    "mode": [("one of 'train', 'eval'", ["test", None, True])],
+    "dtype": [("one of 'float32', 'float64', 'native'", ["bfloat16", torch.float64, None])],
+    "curvature": [("one of 'hessian', 'ggn', 'finite-difference', 'empirical-fisher'", ["gauss-newton", None])],
+    "on_check_fail": [("one of 'warn', 'raise', 'finite-difference'", ["ignore", None, True])],
+    "measurements": [("a list of instances of lightning_subspace.Measurement", [[3], [Measurement], Measurement(), 3])],
+    "log": [("one of 'default', 'all'", ["everything", None, True])],
+    "layout": [("True or False", ["yes", 1, None])],
+    "on_failure": [("one of 'warn', 'raise'", ["ignore", None])],
+    "name": [("an ASCII word of letters, digits, '_', '-' and '.'", ["", "a b", "a/b", "größe", 3, None])],
+    "seed": [("an integer of at least 0", [-1, 0.5, None, True])],
+}
+# What is added behind the value.
+WAY_OUT = {"tol": "; it is relative to the largest eigenvalue"}
+CASES = [(name, expected, value) for name, rows in WRONG.items() for expected, values in rows for value in values]
+
+
+def test_the_table_has_every_argument():
+    assert list(WRONG) == list(inspect.signature(SubspaceMonitor).parameters)
+
+
+@pytest.mark.parametrize(("name", "expected", "value"), CASES)
+def test_a_wrong_argument_is_named_with_what_was_expected_and_what_came(name, expected, value):
+    with pytest.raises(MisconfigurationException) as caught:
+        SubspaceMonitor(**{name: value})
+    assert str(caught.value) == f"SubspaceMonitor: {name}: expected {expected}, got {value!r}{WAY_OUT.get(name, '')}"
+
+
+RIGHT = {
+    "k": [0, 1, 50],
+    "every_n_steps": [1, [0], (5, 3), range(3)],
+    "max_overhead": [None, 0.001, 0.999],
+    "sample": [1, "all", "current", [torch.zeros(2, 2)], (b for b in [])],
+    "gradient_sample": [1024, "all"],
+    "batch_size": [None, 1],
+    "weight": [None, len],
+    "reference_step": [None, 0],
+    "which": ["LA", "SA", "LM", "BE"],
+    "tol": [0.1, 1e-9],
+    "max_matvecs": [10],
+    "ncv": [None, 13],
+    "params": [None, ["head.*"], ()],
+    "loss_fn": [None, lambda module, batch, batch_idx: None],
+    "mode": ["train", "eval"],
+    "dtype": ["float32", "float64", "native"],
+    "curvature": ["hessian", "finite-difference"],
+    "on_check_fail": ["warn", "raise", "finite-difference"],
+    "measurements": [None, [], [Measurement()], (Measurement(),)],
+    "log": ["default", "all"],
+    "layout": [True, False],
+    "on_failure": ["warn", "raise"],
+    "name": ["subspace", "2nd-run_v1.0"],
+    "seed": [0, 7],
+}
+
+
+@pytest.mark.parametrize("every", [0, 2.0, None])
+def test_how_often_a_measurement_is_taken_is_a_positive_integer(every):
+    class Seldom(Measurement):
+        pass
+
+    Seldom.every = every
+    with pytest.raises(
+        MisconfigurationException,
+        match=f"SubspaceMonitor: Seldom.every: expected an integer of at least 1, got {every}",
+    ):
+        SubspaceMonitor(measurements=[Seldom()])
+    with pytest.raises(ValueError, match=f"Seldom.every: expected an integer of at least 1, got {every}"):
+        measure_subspace(nn.Linear(2, 1), [torch.ones(1, 2)], loss_fn=Net.training_step, measurements=[Seldom()])
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in RIGHT.items() for value in values])
+def test_what_is_right_is_taken(name, value):
+    assert SubspaceMonitor(**{name: value}).history == []
+
+
+# What a trainer and a module must have
+
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class ManualNet(Net):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+class IteratorNet(Net):
+    def training_step(self, dataloader_iter):
+        return super().training_step(next(dataloader_iter)[0], 0)
+
+
+class FrozenNet(Net):
+    def __init__(self):
+        super().__init__()
+        self.requires_grad_(False)
+
+
+class RandomState(pl.Callback):
+    """What the monitor behind it finds; Lightning itself moves the generator when it starts the loader."""
+
+    def setup(self, trainer, pl_module, stage):
+        self.state = torch.get_rng_state()
+
+    def on_train_start(self, trainer, pl_module):
+        self.state = torch.get_rng_state()
+
+
+def batches(count=4):
+    return DataLoader(torch.randn(4 * count, 4, generator=torch.Generator().manual_seed(0)), batch_size=4)
+
+
+def trainer(*callbacks, **kwargs):
+    settings = {"max_steps": 2, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(**{**settings, **quiet, **kwargs}, callbacks=list(callbacks))
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor:UserWarning")
+@pytest.mark.parametrize(
+    ("module", "loader", "arguments", "words"),
+    [
+        (FrozenNet, batches, {}, "FrozenNet has no parameter with requires_grad=True"),
+        (Net, batches, {"k": 11}, r"k: expected 0\.\.10, the number of parameters, got 11"),
+        (Net, batches, {"params": ["head.*"]}, "the pattern 'head.*' matches no trainable parameter of Net"),
+        (ManualNet, batches, {}, "ManualNet optimizes manually.*pass loss_fn="),
+        (IteratorNet, batches, {}, "training_step takes a dataloader_iter.*pass loss_fn="),
+        (Net, lambda: batches(), {"sample": []}, "expected at least one batch, got none"),
+        (Net, lambda: batches(), {"sample": [{"text": ["a"]}]}, "number of examples.*pass weight="),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training_and_changes_nothing(module, loader, arguments, words):
+    torch.manual_seed(0)
+    net, monitor = module(), SubspaceMonitor(**{"k": 2, **arguments})
+    weights = [parameter.clone() for parameter in net.parameters()]
+    before = RandomState()
+    run = trainer(before, monitor)
+    data = loader()
+    with pytest.raises(MisconfigurationException, match=f"(?s)SubspaceMonitor: .*{words}"):
+        run.fit(net, data)
+    assert run.global_step == 0
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), weights, strict=True))
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert torch.equal(torch.get_rng_state(), before.state)
+    assert monitor.history == []
+    assert monitor.to_rows() == []
+    monitor.plot()
+
+
+@pytest.mark.parametrize("module", [ManualNet, IteratorNet])
+def test_a_loss_function_is_the_way_out(module):
+    monitor = SubspaceMonitor(
+        k=2, max_overhead=None, loss_fn=lambda net, batch, batch_idx: net.layer(batch).square().mean()
+    )
+    check_project(trainer(monitor), module(), monitor._settings.loss_fn)
+    if module is ManualNet:
+        trainer(monitor).fit(module(), batches())
+        assert [record.step for record in monitor.history] == [0, 2]
+
+
+def test_differences_of_what_is_computed_in_a_narrow_type_are_refused():
+    with pytest.raises(MisconfigurationException, match=r"SubspaceMonitor: dtype: .*expected 'float32' or 'float64'"):
+        SubspaceMonitor(dtype="native", curvature="finite-difference")
+
+
+def test_two_monitors_of_one_name_are_refused():
+    class Other(SubspaceMonitor):
+        pass
+
+    with pytest.raises(MisconfigurationException, match="name: expected another one for every callback"):
+        trainer(SubspaceMonitor(k=1), Other(k=2)).fit(Net(), batches())
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `SubspaceMonitor`"):
+        trainer(SubspaceMonitor(k=1), SubspaceMonitor(k=2))  # Lightning's own: they would share a place in checkpoints
+
+
+@pytest.mark.filterwarnings("ignore:Total length of .* across ranks is zero:UserWarning")
+def test_an_empty_dataset_is_left_to_lightning_which_skips_training():
+    monitor = SubspaceMonitor(k=2)
+    trainer(monitor).fit(Net(), DataLoader(TensorDataset(torch.zeros(0, 4)), batch_size=4))
+    assert monitor.history == []
+    monitor.plot()
+
+
+# Callbacks that wait for a value
+
+
+@pytest.mark.parametrize("key", ["subspace/sharpness", "subspace_eigenvalues/01"])
+def test_early_stopping_that_insists_on_a_value_is_told_what_will_happen(key):
+    run = trainer(EarlyStopping(key, strict=True))
+    with pytest.warns(UserWarning, match=re.escape(f"EarlyStopping(monitor={key!r}, strict=True) will end the run")):
+        warn_of_missing_keys(run, "subspace")
+
+
+def test_a_checkpoint_that_waits_for_a_value_is_told_too(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, monitor="subspace/sharpness")
+    with pytest.warns(UserWarning, match="saves nothing before a probe has logged that value"):
+        warn_of_missing_keys(trainer(checkpoint, enable_checkpointing=True), "subspace")
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        EarlyStopping("subspace/sharpness", strict=False),
+        EarlyStopping("val_loss", strict=True),
+        EarlyStopping("subspaces/sharpness", strict=True),
+        ModelCheckpoint(),
+    ],
+)
+def test_nothing_is_said_where_nothing_can_happen(callback):
+    warn_of_missing_keys(trainer(callback, enable_checkpointing=True), "subspace")

@@ -1,0 +1,403 @@
+"""Training is bit for bit what it is without the monitor: through the real Trainer, and whatever fails inside a probe.
+
+The last part removes each piece of the containment in turn and asserts that the comparison then sees a difference: a
+comparison that cannot fail proves nothing.
+"""
+
+import contextlib
+import functools
+import itertools
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, get_worker_info
+
+from lightning_subspace import SubspaceMonitor, _lightning, measure_subspace
+from lightning_subspace.curvature import Hessian
+from lightning_subspace.curvature.selection import Choice
+from lightning_subspace.data import sample
+from lightning_subspace.data.sample import sample_of_current
+from lightning_subspace.linalg.lanczos import Lanczos
+from lightning_subspace.loss import shadow as containment
+from lightning_subspace.loss import training_loss
+from lightning_subspace.measurements import Measurement
+from lightning_subspace.measurements.base import Needs
+from lightning_subspace.report import Publisher
+from lightning_subspace.state import object_graph as containers
+from tests.modules import (
+    BATCH,
+    NOT_A_GRADIENT,
+    PROJECTS,
+    Augmented,
+    Everything,
+    InPlaceBatch,
+    Project,
+    RandomDataset,
+    bag,
+    differences,
+    examples,
+    fingerprint,
+    random_bytes,
+    train,
+)
+
+
+def monitor(**options) -> SubspaceMonitor:
+    defaults = {
+        "k": 2,
+        "every_n_steps": 4,
+        "max_overhead": None,
+        "sample": 16,
+        "gradient_sample": 24,
+        "on_failure": "raise",
+    }
+    return SubspaceMonitor(**{**defaults, **options})
+
+
+@pytest.fixture(autouse=True)
+def _no_figures(request, monkeypatch):
+    """Figures take ten times as long as a run; one test draws them."""
+    if "figures" not in request.node.name:
+        monkeypatch.setattr(Publisher, "draw", lambda *args: None)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run of a project without a monitor, once for all tests."""
+    return functools.cache(
+        lambda name, accumulate=1: train(PROJECTS[name], tmp_path_factory.mktemp("alone"), accumulate=accumulate)
+    )
+
+
+def watched(name, folder, callback, accumulate=1):
+    """The run of a project with a monitor, which may say that the gradient is none, where that is so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "SubspaceMonitor: at step")  # two eigenvalues may lie close together
+        if name in NOT_A_GRADIENT:
+            warnings.filterwarnings("ignore", "SubspaceMonitor: The second derivatives of this model are not those")
+            warnings.filterwarnings("ignore", "SubspaceMonitor: the set of measured parameters has changed")
+        return train(PROJECTS[name], folder, callback, accumulate=accumulate)
+
+
+# -- bit identity -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PROJECTS)
+@pytest.mark.parametrize(
+    ("options", "accumulate"),
+    [({"sample": 16}, 1), ({"sample": "current", "every_n_steps": 1}, 4)],
+    ids=["fixed sample", "current batch, accumulated"],
+)
+def test_a_monitored_run_is_the_same_run(name, options, accumulate, alone, tmp_path):
+    callback = monitor(**options)
+    run = watched(name, tmp_path, callback, accumulate)
+    assert differences(alone(name, accumulate), run) == []
+    assert len(callback.history) >= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "accumulate", "mode"),
+    [
+        *itertools.product(["Everything"], [16, "all", "current"], [1, 4], ["train"]),
+        *itertools.product(["InPlaceBatch", "Augmented"], ["all", "current"], [1], ["train"]),
+        ("Everything", "all", 1, "eval"),
+        ("Toggled", "current", 4, "eval"),
+    ],
+)
+def test_whatever_the_sample_the_mode_and_the_accumulation(name, size, accumulate, mode, alone, tmp_path):
+    callback = monitor(sample=size, every_n_steps=4 // accumulate, mode=mode)
+    run = watched(name, tmp_path, callback, accumulate)
+    assert differences(alone(name, accumulate), run) == []
+    assert len(callback.history) >= 3
+
+
+def test_figures_and_all_measurements_change_nothing(alone, tmp_path):
+    callback = monitor(log="all", reference_step=4, layout=True)
+    assert differences(alone("Metrics"), watched("Metrics", tmp_path, callback)) == []
+
+
+def test_the_cheap_tier_changes_nothing(alone, tmp_path):
+    assert differences(alone("Everything"), watched("Everything", tmp_path, monitor(k=0))) == []
+
+
+def test_two_monitors_change_nothing(alone, tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "SubspaceMonitor")
+        run = train(Everything, tmp_path, monitor(), monitor(name="subspace_eval", mode="eval", sample="current"))
+    assert differences(alone("Everything"), run) == []
+
+
+def test_the_comparison_sees_a_single_bit(alone):
+    run = dict(alone("Everything"))
+    path = next(path for path, value in run.items() if "randomness" in path and path.endswith(".weight"))
+    data, *rest = run[path]
+    run[path] = (bytes([data[0] ^ 1]) + data[1:], *rest)
+    assert differences(alone("Everything"), run) == [path]
+    assert len(run) > 5_000
+
+
+# -- a probe that fails -----------------------------------------------------------------------------------------------
+
+
+class DeliberateError(Exception):
+    """What is raised inside probes here."""
+
+
+def failing_at(function: Callable, count: int, error: type[BaseException] = DeliberateError) -> Callable:
+    """The function, which does its work and then raises at one of its calls."""
+    calls = itertools.count(1)
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        result = function(*args, **kwargs)
+        if next(calls) == count:
+            raise error("on purpose")
+        return result
+
+    return wrapper
+
+
+def failing_evaluation(call):
+    return lambda patch: patch.setattr(training_loss, "as_scalar", failing_at(training_loss.as_scalar, call))
+
+
+class FailingMeasurement(Measurement):
+    needs = Needs.NOTHING
+
+    def __init__(self, where):
+        self.where = where
+
+    def measure(self, probe):
+        if self.where == "measure":
+            probe.operator.matvec(torch.ones(probe.space.n))
+            raise DeliberateError("on purpose")
+        return {}
+
+    def after_step(self, probe, gradient, update):
+        raise DeliberateError("on purpose")
+
+
+FAILURES = {
+    "self-check": lambda patch: patch.setattr(Choice, "check", failing_at(Choice.check, 1)),
+    # the self-check evaluates nine times before, and takes one product
+    "first evaluation": lambda patch: patch.setattr(
+        training_loss, "as_scalar", failing_at(training_loss.as_scalar, 10)
+    ),
+    "fifth evaluation": lambda patch: patch.setattr(
+        training_loss, "as_scalar", failing_at(training_loss.as_scalar, 14)
+    ),
+    "transfer": lambda patch: patch.setattr(training_loss, "transfer", failing_at(training_loss.transfer, 11)),
+    "first product": lambda patch: patch.setattr(Hessian, "matvec", failing_at(Hessian.matvec, 2)),
+    "tenth product": lambda patch: patch.setattr(Hessian, "matvec", failing_at(Hessian.matvec, 11)),
+    "restart": lambda patch: patch.setattr(Lanczos, "contract", failing_at(Lanczos.contract, 1)),
+    "measurement": lambda patch: {"measurements": [FailingMeasurement("measure")]},
+    "after_step": lambda patch: {"measurements": [FailingMeasurement("after_step")]},
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failing_probe_is_told_and_changes_nothing(failure, alone, tmp_path, monkeypatch):
+    options = FAILURES[failure](monkeypatch) or {}
+    callback = monitor(on_failure="warn", ncv=5, **options)
+    with pytest.warns(UserWarning, match="DeliberateError: on purpose"):
+        run = watched("Everything", tmp_path, callback)
+    assert differences(alone("Everything"), run) == []
+
+
+def test_a_self_check_that_fails_inside_is_inconclusive_and_changes_nothing(alone, tmp_path, monkeypatch):
+    failing_evaluation(3)(monkeypatch)
+    assert differences(alone("Everything"), watched("Everything", tmp_path, monitor())) == []
+
+
+class OnlyInTraining(RandomDataset):
+    def __getitem__(self, index):
+        if get_worker_info() is not None:
+            raise DeliberateError("on purpose")
+        return super().__getitem__(index)
+
+
+class NotForWorkers(Augmented):
+    def __init__(self):
+        super().__init__()
+        self.data = OnlyInTraining()
+
+
+def test_a_sample_that_cannot_be_drawn_is_told_and_changes_nothing(alone, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # how long to wait for a dead worker
+    callback = monitor(on_failure="warn")
+    with pytest.warns(UserWarning, match="the sample could not be drawn, so nothing is measured"):
+        run = train(NotForWorkers, tmp_path, callback)
+    differing = differences(alone("Augmented"), run)
+    assert {run[path] for path in differing} <= {"OnlyInTraining", "NotForWorkers"}  # names, and nothing else
+    assert len(callback.history) == 0
+
+
+class Uncopyable(Project):
+    def train_dataloader(self):
+        def collate(items):
+            x, y = (torch.stack(column) for column in zip(*items, strict=True))
+            return x, y, (item for item in ())  # a generator: no copy of it is possible
+
+        return DataLoader(examples(), batch_size=BATCH, shuffle=True, collate_fn=collate)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch[:2], batch_idx)
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        return batch
+
+
+def test_a_batch_that_cannot_be_copied_is_told_and_changes_nothing(tmp_path):
+    with pytest.warns(UserWarning, match="the batch could not be copied, so nothing is measured"):
+        run = train(Uncopyable, tmp_path / "watched", monitor(sample="current", on_failure="warn"))
+    assert differences(train(Uncopyable, tmp_path / "alone"), run) == []
+
+
+class BrokenLogger(CSVLogger):
+    def log_metrics(self, metrics, step=None):
+        if any(name.startswith("subspace") for name in metrics):
+            raise DeliberateError("on purpose")
+        super().log_metrics(metrics, step)
+
+
+def test_a_failing_logger_is_told_and_changes_nothing(alone, tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.modules.CSVLogger", BrokenLogger)
+    with pytest.warns(UserWarning, match="BrokenLogger raised DeliberateError: on purpose"):
+        run = watched("Metrics", tmp_path, monitor())
+    assert differences(alone("Metrics"), run) == []
+
+
+@pytest.mark.filterwarnings("ignore:The second derivatives of this model are not those")
+@pytest.mark.parametrize("name", ["Everything", "Teacher", "Hooks"])
+@pytest.mark.parametrize(
+    ("owner", "function"), [(Hessian, "matvec"), (training_loss, "as_scalar"), (containment.Shadow, "renew")]
+)
+def test_an_interrupted_probe_leaves_every_object_in_place(name, owner, function, monkeypatch):
+    module = PROJECTS[name]()
+    for cover in ("log", "log_dict"):  # without a Trainer there is nowhere to log to
+        monkeypatch.setattr(type(module), cover, lambda *args, **kwargs: None)
+    batches = [tuple(column[i : i + BATCH] for column in examples().tensors) for i in (0, BATCH)]
+    module.training_step(batches[0], 0)
+    before = {**fingerprint(module, "module", identity=True), **fingerprint(random_bytes(), "random")}
+    monkeypatch.setattr(owner, function, failing_at(getattr(owner, function), 4, KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        measure_subspace(module, batches, k=2)
+    after = {**fingerprint(module, "module", identity=True), **fingerprint(random_bytes(), "random")}
+    assert differences(before, after) == []
+
+
+@pytest.mark.filterwarnings("ignore:SubspaceMonitor. The second derivatives of this model are not those")
+@pytest.mark.filterwarnings("ignore:.*Detected KeyboardInterrupt")
+def test_an_interrupt_during_a_probe_of_a_trainer(alone, tmp_path, monkeypatch):
+    made = []
+
+    def make():
+        made.append(Everything())
+        return made[0]
+
+    monkeypatch.setattr(SubspaceMonitor, "should_measure", lambda self, step: step == 4)
+    callback = monitor(every_n_steps=[4])
+    monkeypatch.setattr(Hessian, "matvec", failing_at(Hessian.matvec, 5, KeyboardInterrupt))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(make, tmp_path, callback)
+    fourth = "epoch 0 batch 3 module"
+    expected = {path: value for path, value in alone("Everything").items() if path.startswith(fourth)}
+    assert differences(expected, fingerprint(made[0], fourth)) == []
+
+
+# -- nothing of the containment is there for nothing ------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def nothing(*args):
+    yield
+
+
+@contextlib.contextmanager
+def mode_for_good(module, mode):
+    module.train(mode == "train")
+    yield
+
+
+def unchanged(self, value, *args):
+    return value
+
+
+def without(factory: str, empty):
+    return lambda patch: patch.setattr(containers, factory, lambda *args: empty)
+
+
+def not_copied(kind: Callable) -> Callable:
+    """Parameters of one kind are used as they are."""
+
+    def remove(patch):
+        copy = containment.Shadow._copy_parameter
+        patch.setattr(containment.Shadow, "_copy_parameter", lambda self, p: p if kind(p) else copy(self, p))
+
+    return remove
+
+
+def own_process(patch):
+    init = DataLoader.__init__
+    here = {"num_workers": 0, "multiprocessing_context": None}
+    patch.setattr(DataLoader, "__init__", lambda *args, **kwargs: init(*args, **{**kwargs, **here}))
+
+
+def both_batch_copies(patch):
+    for place in (sample, training_loss):
+        patch.setattr(place, "copied", lambda data, copy_tensor: data)
+
+
+CONSTANT = containers.Container([], lambda items: None)
+
+# piece: how to take it away, the project that needs it, and how it is monitored
+PIECES = {
+    "random state": (lambda p: p.setattr(training_loss, "preserved_random_state", nothing), "Randomness", {}),
+    "generators": (without("_rewind", None), "Randomness", {}),
+    "tensors": (lambda p: p.setattr(containment.Shadow, "_copy_tensor", unchanged), "Statistics", {}),
+    "arrays": (lambda p: p.setattr(containment.np, "ndarray", ()), "Attributes", {}),
+    "frozen parameters": (not_copied(lambda p: not p.requires_grad), "Teacher", {}),
+    "trainable parameters": (not_copied(lambda p: p.requires_grad), "Clamped", {}),
+    "dicts and attributes": (without("_of_dict", CONSTANT), "Attributes", {}),
+    "lists": (without("_of_list", CONSTANT), "Metrics", {}),
+    "sets": (without("_of_set", CONSTANT), "Attributes", {}),
+    "tuples": (lambda p: p.setattr(containment.Shadow, "_copy_immutable", unchanged), "Attributes", {}),
+    "partials": (without("_of_partial", CONSTANT), "Attributes", {}),
+    "slots": (without("_of_slots", []), "Attributes", {}),
+    "functions": (without("_of_function", CONSTANT), "Hooks", {}),
+    "closures": (without("_of_cell", []), "Hooks", {}),
+    "plain objects": (without("_is_own", False), "Attributes", {}),
+    "caches": (lambda p: p.setattr(containment, "own_caches", lambda module: []), "Cached", {}),
+    "bystanders": (lambda p: p.setattr(training_loss, "bystanders", lambda module: []), "Conductor", {}),
+    "self.log": (lambda p: p.setattr(_lightning, "_cover", nothing), "Metrics", {}),
+    "loggers": (lambda p: p.setattr(_lightning, "Silent", lambda logger: logger), "Writers", {}),
+    "kept writers": (lambda p: p.setattr(_lightning, "_writes", lambda *args: False), "Writers", {}),
+    "modes": (lambda p: p.setattr(training_loss, "_in_mode", mode_for_good), "Statistics", {"mode": "eval"}),
+    "own process": (own_process, "Augmented", {}),
+    "batch": (both_batch_copies, "InPlaceBatch", {"sample": "current"}),
+}
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_without_a_piece_of_the_containment_the_run_is_another(piece, alone, tmp_path, monkeypatch):
+    remove, name, options = PIECES[piece]
+    expected = alone(name)
+    remove(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is broken may well complain
+        try:
+            run = train(PROJECTS[name], tmp_path, monitor(on_failure="warn", **options))
+        except Exception as error:
+            run = {"raised": error}
+    assert differences(expected, run) != []
+
+
+def test_what_training_does_to_its_batch_does_not_reach_the_sample():
+    batch = bag([examples()[i] for i in range(BATCH)])
+    kept = sample_of_current(batch).hessian[0].data
+    before = fingerprint(kept, "sample")
+    InPlaceBatch().training_step(batch, 0)
+    assert differences(before, fingerprint(kept, "sample")) == []

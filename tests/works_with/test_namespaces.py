@@ -86,7 +86,7 @@ def test_it_is_a_callback_of_both_and_its_errors_are_those_of_both(pl):
     assert isinstance(monitor(), pl.Callback)
     error = sub(pl, "utilities.exceptions").MisconfigurationException
     assert issubclass(MisconfigurationException, error)
-    with pytest.raises(error, match="`k` must be an integer"):
+    with pytest.raises(error, match="k: expected an integer"):
         SubspaceMonitor(k="2")
     with pytest.raises(error, match="k: expected 0"):
         train(pl, monitor(k=1000, max_matvecs=2000))

@@ -74,6 +74,8 @@ __all__ = [
     "muted",
     "rank_zero_info",
     "rank_zero_warn",
+    "state_key",
+    "training_bar",
     "training_loaders",
     "transfer",
     "undistributed",
@@ -103,6 +105,16 @@ def bystanders(module: nn.Module) -> list[Any]:
         return []
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     return [trainer, *trainer.optimizers, *schedulers, *([] if trainer.datamodule is None else [trainer.datamodule])]
+
+
+def state_key(callback: Callback, **settings: str) -> str:
+    """The key of a callback's state in checkpoints, as Lightning makes it where there are several of a class."""
+    return callback._generate_state_key(**settings)
+
+
+def training_bar(callback: Any) -> Any:
+    """The bar of a TQDMProgressBar, or None; `train_progress_bar`, which is public, raises as long as there is none."""
+    return getattr(callback, "_train_progress_bar", None)
 
 
 def training_loaders(trainer: Any) -> CombinedLoader:

@@ -5,13 +5,31 @@ Each entry says what it is for and why nothing public does. Seen in torch 2.6 to
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
 
 # A mode that sees every operation of ATen, also those of backward passes; torch.overrides sees calls from Python alone.
 # Documented in torch's notes on extending it, under this name and nowhere public.
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
-__all__ = ["DispatchMode", "base_of", "storages_of"]
+__all__ = [
+    "FSDP",
+    "DispatchMode",
+    "base_of",
+    "fsdp_method_below",
+    "is_of_fsdp",
+    "mixed_precision_policy",
+    "module_hooks",
+    "storages_of",
+    "version_of",
+    "without_gradient_hooks",
+]
+
+# The package of FSDP2, by which its own functions are told from a user's.
+FSDP = "torch.distributed.fsdp"
 
 
 def base_of(tensor: Tensor) -> Tensor:
@@ -28,3 +46,50 @@ def storages_of(tensor: Tensor) -> tuple[Tensor, ...]:
     The public `indices()` and `values()` want a coalesced tensor, and `coalesce()` copies: it is not what is held.
     """
     return (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been written to in place; autograd itself notices writes by this counter alone."""
+    return tensor._version
+
+
+def module_hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    """The forward pre-hooks and forward hooks of a module; public methods add hooks and remove one's own."""
+    return module._forward_pre_hooks, module._forward_hooks
+
+
+def is_of_fsdp(hook: Any) -> bool:
+    """Whether a hook is FSDP2's, which leaves no other mark on it than where it was defined."""
+    return (getattr(hook, "__module__", None) or "").startswith(FSDP)
+
+
+def fsdp_method_below(value: Any) -> Any:
+    """The method below those that `register_fsdp_forward_method` has set, or None; nothing takes it off again."""
+    found = None
+    # `functools.wraps` gives it the name and the module of the method, but its code is FSDP's own.
+    while (function := getattr(value, "__func__", None)) is not None:
+        if not getattr(function, "__globals__", {}).get("__name__", "").startswith(FSDP):
+            break
+        found = value = getattr(function, "__wrapped__", None)
+    return found
+
+
+def mixed_precision_policy(module: Any) -> Any:
+    """The `MixedPrecisionPolicy` that `fully_shard` was given for a module; there is no public reader."""
+    return getattr(module._get_fsdp_state(), "_mp_policy", None)
+
+
+@contextmanager
+def without_gradient_hooks(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Set aside what runs when a gradient has been accumulated; public methods remove one's own hooks only.
+
+    FSDP calls these itself when it has summed a gradient: an optimizer may step in one.
+    """
+    before = [parameter._post_accumulate_grad_hooks for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+        yield
+    finally:
+        for parameter, hooks in zip(parameters, before, strict=True):
+            parameter._post_accumulate_grad_hooks = hooks

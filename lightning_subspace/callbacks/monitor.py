@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_subspace._lightning import Callback
+from lightning_subspace._lightning import Callback, state_key
 from lightning_subspace.callbacks.notices import Notices
 from lightning_subspace.callbacks.project import check_names, check_project, misconfiguration, warn_of_missing_keys
 from lightning_subspace.callbacks.recorder import Recorder
@@ -309,7 +309,7 @@ class SubspaceMonitor(Callback):
     @property
     def state_key(self) -> str:
         """Tells the monitors of a Trainer apart in its checkpoints."""
-        return self._generate_state_key(name=self.name)
+        return state_key(self, name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on with its history, its overlaps and its schedule; no eigenvectors.

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace._lightning import Callback, is_a
+from lightning_subspace._lightning import Callback, is_a, state_key
 from lightning_subspace.callbacks.monitor import SubspaceMonitor
 from lightning_subspace.callbacks.notices import Notices
 from lightning_subspace.callbacks.project import check_names, check_project, misconfiguration
@@ -321,7 +321,7 @@ class SubspaceProjection(Callback):
     @property
     def state_key(self) -> str:
         """Tells the projections of a Trainer apart in its checkpoints."""
-        return self._generate_state_key(name=self.name)
+        return state_key(self, name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run is; no eigenvectors, which are computed anew where it goes on."""

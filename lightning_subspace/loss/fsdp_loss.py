@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_subspace._lightning import bystanders
+from lightning_subspace._torch import without_gradient_hooks
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.loss_function import LossError, LossFunction, as_scalar
 from lightning_subspace.loss.shadow import Shadow
@@ -176,17 +177,14 @@ def _preserved(module: nn.Module) -> Iterator[dict[nn.Parameter, Tensor]]:
     """The values of this rank's shards, to be put back to the bit; gradients, hooks and flags go back in the end."""
     with torch.no_grad():
         kept: dict[Any, Tensor] = {parameter: local_part(parameter).clone() for parameter in module.parameters()}
-    others = {p: (p.grad, p._post_accumulate_grad_hooks, p.requires_grad) for p in kept}
+    others = {parameter: (parameter.grad, parameter.requires_grad) for parameter in kept}
     try:
-        for parameter in kept:
-            # FSDP calls these itself when it has summed a gradient: an optimizer may step in one.
-            parameter._post_accumulate_grad_hooks = None
-        yield kept
+        with without_gradient_hooks(list(kept)):
+            yield kept
     finally:
-        for parameter, (gradient, hooks, requires_grad) in others.items():
+        for parameter, (gradient, requires_grad) in others.items():
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
-            parameter._post_accumulate_grad_hooks = hooks
 
 
 def _put_back(module: nn.Module, kept: Mapping[nn.Parameter, Tensor]) -> None:

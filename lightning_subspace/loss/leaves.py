@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_subspace._torch import version_of
 from lightning_subspace.parallel.fsdp import is_sharded, local_part, own_part
 
 
@@ -26,7 +27,7 @@ class Leaf:
 
     def __post_init__(self) -> None:
         self.is_whole_of_shards = is_sharded(self.original)
-        self._made = (self.copy._version, self.copy.data_ptr())
+        self._made = (version_of(self.copy), self.copy.data_ptr())
 
     def evidence(self, value: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Two tensors that are equal if nobody has written to the copy; None where somebody has for certain.
@@ -38,7 +39,7 @@ class Leaf:
             return None
         if value is not None:
             return self.copy.detach(), value
-        return self._evidence_of_own_part() if (self.copy._version, self.copy.data_ptr()) == self._made else None
+        return self._evidence_of_own_part() if (version_of(self.copy), self.copy.data_ptr()) == self._made else None
 
     def _evidence_of_own_part(self) -> tuple[Tensor, Tensor]:
         """The same for this rank's shard: each rank guards its own, with neither a copy nor a collective."""

@@ -18,7 +18,6 @@ Where FSDP2 has sharded the parameters, whole ones stand in for them, and FSDP i
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,11 +26,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_subspace._lightning import attached_trainer, bystanders, move_data_to_device, muted, transfer
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.loss_function import LossFunction, as_scalar, loss_of_training
+from lightning_subspace.loss.precision import eager, twice_differentiable
 from lightning_subspace.loss.shadow import Shadow
 from lightning_subspace.parallel.fsdp import reshard, without_fsdp
 from lightning_subspace.parallel.parameters import ParameterSpace
@@ -118,9 +117,9 @@ class TrainingLoss:
         originals = self.space.tensors(self.module)
         with ExitStack() as stack:  # closed again if anything below raises
             stack.enter_context(preserved_random_state())
-            stack.enter_context(_eager(self.device, self._narrowest))
+            stack.enter_context(eager(self.device, self._narrowest))
             if self._order == 2:
-                stack.enter_context(_twice_differentiable(self.module))
+                stack.enter_context(twice_differentiable(self.module))
             stack.enter_context(_in_mode(self.module, self.mode))
             stack.enter_context(muted(self.module))
             self._shadow = self._contained(stack)
@@ -232,30 +231,3 @@ def _in_mode(module: nn.Module, mode: Mode) -> Iterator[None]:
     finally:
         for m, training in before:
             m.training = training
-
-
-@contextmanager
-def _eager(device: torch.device, narrowest: torch.dtype | None) -> Iterator[None]:
-    """Set aside compiled code and inference mode, and with a `narrowest` type autocast and the default type."""
-    default = torch.get_default_dtype()
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        if "torch._dynamo" in sys.modules:  # without it nothing is compiled, and importing it takes seconds
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if narrowest is not None:
-            for kind in {device.type, "cpu"}:
-                stack.enter_context(torch.autocast(kind, enabled=False))
-            stack.callback(torch.set_default_dtype, default)
-            torch.set_default_dtype(narrowest)
-        yield
-
-
-@contextmanager
-def _twice_differentiable(module: nn.Module) -> Iterator[None]:
-    """Set aside kernels without a second derivative: fused attention, cuDNN's RNNs."""
-    with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if any(isinstance(m, nn.RNNBase) for m in module.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        yield

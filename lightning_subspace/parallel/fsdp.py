@@ -12,8 +12,7 @@ whole parameters are gathered once, stand in for the shards as leaves, and FSDP'
 
 By differences of gradients on the shards, where FSDP does the communication: see `sharded_loss`.
 
-FSDP2 modules are told by the public `FSDPModule`; the policy of mixed precision, which has no public reader, is the one
-private attribute that is looked at. Seen working with torch 2.14.
+FSDP2 modules are told by the public `FSDPModule`; what has no public reader is in `_torch.py`.
 """
 
 from __future__ import annotations
@@ -26,12 +25,11 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from lightning_subspace._torch import FSDP, fsdp_method_below, is_of_fsdp, mixed_precision_policy, module_hooks
 from lightning_subspace.parallel.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-
-FSDP = "torch.distributed.fsdp"
 
 
 def is_sharded(tensor: object) -> TypeGuard[DTensor]:
@@ -144,13 +142,13 @@ def without_fsdp(module: nn.Module) -> Iterator[None]:
         for m in fsdp_modules(module):
             own = vars(m)
             for name, value in [*own.items()]:
-                if (original := covered_method(value)) is not None:
+                if (original := fsdp_method_below(value)) is not None:
                     stack.callback(own.__setitem__, name, value)
                     own[name] = original
         for m in module.modules():
-            for hooks in (m._forward_pre_hooks, m._forward_hooks):
+            for hooks in module_hooks(m):
                 items = list(hooks.items())
-                kept = [(key, hook) for key, hook in items if not _is_of_fsdp(hook)]
+                kept = [(key, hook) for key, hook in items if not is_of_fsdp(hook)]
                 if len(kept) < len(items):
                     stack.callback(_refill, hooks, items)
                     _refill(hooks, kept)
@@ -166,7 +164,7 @@ def refusal_of_differences(module: nn.Module) -> str | None:
                 f"{parameter.dtype} for {name!r}; with curvature='hessian' every rank makes a float32 copy."
             )
     for m in fsdp_modules(module):
-        policy = getattr(m._get_fsdp_state(), "_mp_policy", None)
+        policy = mixed_precision_policy(m)
         for field in ("param_dtype", "reduce_dtype"):
             dtype = getattr(policy, field, None)
             if dtype is not None and dtype not in (torch.float32, torch.float64):
@@ -227,24 +225,6 @@ def is_dim0_sharded(parameter: DTensor) -> bool:
     return parameter.device_mesh.ndim == 1 and all(
         placement.is_shard(0) and type(placement).__name__ == "Shard" for placement in parameter.placements
     )
-
-
-def _is_of_fsdp(hook: Any) -> bool:
-    return (getattr(hook, "__module__", None) or "").startswith(FSDP)
-
-
-def covered_method(value: Any) -> Any:
-    """The method below those that `register_fsdp_forward_method` has set; None for anything else."""
-    found = None
-    # `functools.wraps` gives it the name and the module of the method, but its code is FSDP's own.
-    while (function := getattr(value, "__func__", None)) is not None and _is_of_fsdp_itself(function):
-        found = value = getattr(function, "__wrapped__", None)
-    return found
-
-
-def _is_of_fsdp_itself(function: Any) -> bool:
-    module: str = getattr(function, "__globals__", {}).get("__name__", "")
-    return module.startswith(FSDP)
 
 
 def _refill(target: dict[Any, Any], items: list[tuple[Any, Any]]) -> None:

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
+from lightning_subspace._lightning import training_bar
+
 # Seconds a probe runs in silence: short ones would only flicker.
 PATIENCE = 1.0
 # Seconds between two refreshes.
@@ -168,7 +170,7 @@ def _find_display(trainer: Any, stream: TextIO) -> _Display:
         if getattr(callback, "is_disabled", False):
             return _Nothing()
         if "TQDMProgressBar" in names:
-            bar = getattr(callback, "_train_progress_bar", None)
+            bar = training_bar(callback)
             if bar is not None and not bar.disable:
                 return _TqdmPostfix(bar)
         elif "RichProgressBar" in names:

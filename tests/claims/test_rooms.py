@@ -1,0 +1,81 @@
+"""How the package is laid out: few rooms, imports that go one way, private attributes of others in two files."""
+
+import ast
+import re
+
+import pytest
+
+from tests.rooms import PACKAGE, between_rooms, circles, imports, levels, modules, room, within_room
+
+GRAPH = imports()
+ROOMS = between_rooms(GRAPH)
+FOLDERS = {
+    "state", "parallel", "data", "loss", "curvature", "linalg", "subspace", "measurements", "metrics", "report", "probe",
+    "callbacks",
+}  # fmt: skip
+# Longer ones are cut in two, or have a reason: the callbacks' arguments are explained in their class.
+MOST_LINES = 310
+LONGER = {"callbacks/monitor.py": 380, "callbacks/projection.py": 380, "probe/measure.py": 320}
+
+
+def test_nothing_else_is_in_the_root_of_the_package():
+    found = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert found == FOLDERS | {"__init__.py", "_lightning.py", "_torch.py", "py.typed"}
+
+
+def test_there_are_no_circles():
+    assert circles(ROOMS) == []
+    assert [circle for name in FOLDERS for circle in circles(within_room(GRAPH, name))] == []
+    assert circles({name: targets for name, targets in GRAPH.items() if name}) == []
+
+
+def test_there_are_few_levels_and_arrows():
+    assert max(levels(ROOMS).values()) <= 9
+    assert sum(map(len, ROOMS.values())) <= 60
+
+
+def test_circles_and_levels_are_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}
+    assert circles(graph) == [["a", "b", "c"]]
+    assert levels({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == {"a": 3, "b": 2, "c": 1}
+    assert room("linalg.eigsh") == "linalg"
+
+
+@pytest.mark.parametrize("name", sorted(FOLDERS))
+def test_a_room_says_in_one_sentence_what_it_is(name):
+    text = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text()))
+    assert text
+    assert text.split("\n\n")[0].endswith(".")
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if name])
+def test_a_file_is_short_and_says_what_it_is(name):
+    path = modules()[name]
+    source = path.read_text()
+    assert source.count("\n") <= LONGER.get(str(path.relative_to(PACKAGE)), MOST_LINES)
+    first = (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
+    assert first
+    assert len(first.split()) <= 20
+
+
+def private_attributes(source):
+    """Underscored attributes of anything but `self`, `cls` and what the file itself defines."""
+    tree = ast.parse(source)
+    own = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and _is_own(node.value)}
+    own |= {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    own |= {n.target.id for n in ast.walk(tree) if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    for node in ast.walk(tree):
+        is_private = isinstance(node, ast.Attribute) and re.fullmatch(r"_[a-z]\w*", node.attr)
+        if is_private and not _is_own(node.value) and node.attr not in own:
+            yield node.attr
+
+
+def _is_own(node):
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if name not in ("", "_torch", "_lightning")])
+def test_private_attributes_of_other_packages_are_named_in_two_files_alone(name):
+    # `_asdict`, `_replace` and `_fields` are the public interface of named tuples; the last one is of functools itself.
+    allowed = {"_asdict", "_replace", "_fields", "_lru_cache_wrapper"}
+    assert set(private_attributes(modules()[name].read_text())) <= allowed

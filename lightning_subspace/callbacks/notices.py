@@ -55,7 +55,7 @@ class Notices:
         """
         if self._on_failure == "raise":
             raise error
-        cause = ranks.cause(error)
+        cause = ranks.describe(error)
         self.warn_once(cause, f"{what}, training goes on. {cause} (on_failure='raise' shows where.)")
 
     def budget_skipped(self, count: int, first: Sequence[int], max_overhead: float | None) -> None:

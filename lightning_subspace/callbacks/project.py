@@ -16,7 +16,7 @@ from lightning_subspace.probe.arguments import wrong
 
 @contextmanager
 def misconfiguration(speaker: str) -> Iterator[None]:
-    """Turn what is refused inside into the exception that Lightning's users expect, under the callback's name.
+    """Assignment what is refused inside into the exception that Lightning's users expect, under the callback's name.
 
     Raises:
         MisconfigurationException: for a ValueError or a TypeError.

@@ -24,7 +24,7 @@ from lightning_subspace.callbacks.notices import Notices
 from lightning_subspace.callbacks.project import check_names, check_project, misconfiguration
 from lightning_subspace.callbacks.projector import Keep, Projector
 from lightning_subspace.callbacks.runner import ProbeRunner
-from lightning_subspace.callbacks.start import Start, StartWhenAligned
+from lightning_subspace.callbacks.start import StartCondition, StartWhenAligned
 from lightning_subspace.callbacks.step_hooks import StepHooks
 from lightning_subspace.callbacks.strategy import ranks_of
 from lightning_subspace.curvature.selection import Curvature, OnCheckFail, Precision
@@ -158,7 +158,7 @@ class SubspaceProjection(Callback):
         self.name = name
         self._keep: Keep = keep
         self._start_when = start_when
-        self._start = Start(start_when)
+        self._start = StartCondition(start_when)
         self._schedule = Schedule(refresh_every_n_steps, max_overhead=None)
         self._notices = Notices(SPEAKER, on_failure)
         self._runner = ProbeRunner(self._settings, self._schedule, self._notices, INSTEAD)
@@ -210,7 +210,7 @@ class SubspaceProjection(Callback):
         continues = is_same_run and ranks.count == self._runner.ranks.count
         self._notices.begin()
         if not continues:
-            self._start = Start(self._start_when)
+            self._start = StartCondition(self._start_when)
             self._schedule.begin(step)
             self._seen_step, self._projector = -1, None
         elif self._projector is not None:

@@ -44,7 +44,7 @@ class ProbeRunner:
     def __init__(self, settings: ProbeSettings, schedule: Schedule, notices: Notices, otherwise: str = "") -> None:
         self.run: ProbeRun | None = None
         self.ranks = Ranks()
-        self.source = SampleSource(settings.sample_request)
+        self.source = SampleSource(settings.sample_spec)
         self._settings = settings
         self._schedule = schedule
         self._notices = notices
@@ -90,10 +90,10 @@ class ProbeRunner:
             MisconfigurationException: when it was such an exception, on any rank.
         """
         try:
-            with self.ranks.together(), self._schedule.aside():
+            with self.ranks.agree(), self._schedule.aside():
                 return block()
         except Exception as error:
-            if wrong is not None and any(self.ranks.listed(isinstance(error, wrong))):
+            if wrong is not None and any(self.ranks.all_gather_object(isinstance(error, wrong))):
                 raise MisconfigurationException(f"{self._notices.speaker}: {error}") from error
             self._notices.failure(f"{what}{self._otherwise}", error, self.ranks)
             return None
@@ -111,7 +111,7 @@ class ProbeRunner:
 
     def should_probe(self, wants: bool = True) -> bool:
         """Whether the first rank wants to probe, and every rank can. A collective."""
-        if self.run is None or not self.ranks.first(wants):
+        if self.run is None or not self.ranks.broadcast_object(wants):
             return False
 
         def sample() -> Sample | None:
@@ -151,13 +151,13 @@ class ProbeRunner:
         """Follow the set of trainable parameters, and check the second derivatives where that is still to be done."""
         changed = run.refresh_parameters(module)
         if changed:
-            with self.ranks.together():  # only the first rank warns, and a warning may be an error there
+            with self.ranks.agree():  # only the first rank warns, and a warning may be an error there
                 self._notices.warn(f"the set of measured parameters has changed by step {step}; overlaps start anew.")
         if run.self_check is not None:
             return
         with self._schedule.aside():
             run.check(module, sample)
-        with self.ranks.together():
+        with self.ranks.agree():
             if run.notice is not None:
                 self._notices.warn_once("self-check", run.notice)
             if self._settings.k and self._settings.defaults and len(sample.hessian) == 1 and sample.hessian_share < 1.0:

@@ -43,7 +43,7 @@ class StartWhenAligned:
                 raise MisconfigurationException(f"StartWhenAligned: {error}")
 
 
-class Start:
+class StartCondition:
     """Follows a run until the projection begins.
 
     Args:
@@ -54,7 +54,7 @@ class Start:
         average: of chi so far; None before the first, and where a step is waited for.
 
     Example:
-        >>> start = Start(StartWhenAligned(chi=0.5, decay=0.5))
+        >>> start = StartCondition(StartWhenAligned(chi=0.5, decay=0.5))
         >>> for chi in (0.2, 0.6, 0.8):
         ...     print(start.see_chi(chi), start.begun)
         0.2 False

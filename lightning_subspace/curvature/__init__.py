@@ -7,7 +7,7 @@ from lightning_subspace.curvature.forward_difference import ForwardDifferenceHes
 from lightning_subspace.curvature.gauss_newton import GaussNewton, gauss_newton_check
 from lightning_subspace.curvature.gradient import backward_gradient
 from lightning_subspace.curvature.hessian import Hessian
-from lightning_subspace.curvature.selection import CheckError, Choice, exact_hessian
+from lightning_subspace.curvature.selection import CheckError, CurvatureConfig, exact_hessian
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck, self_check
 
 Operator = BatchMean  # what solver and measurements know of it
@@ -16,7 +16,7 @@ __all__ = [
     "BatchMean",
     "CheckError",
     "CheckOutcome",
-    "Choice",
+    "CurvatureConfig",
     "EmpiricalFisher",
     "FiniteDifferenceHessian",
     "ForwardDifferenceHessian",

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from lightning_subspace.curvature.gradient import backward_gradient
-from lightning_subspace.data.assignment import Turn, by_rounds, owner, rounds
+from lightning_subspace.data.assignment import Assignment, group_by_round, owner, rounds
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.training_loss import TrainingLoss
-from lightning_subspace.parallel.buffers import Transfers
+from lightning_subspace.parallel.buffers import VectorBuffers
 from lightning_subspace.parallel.partition import Partition
 
 
@@ -47,8 +47,8 @@ class BatchMean(ABC):
         n: length of a vector here: of this rank's part.
         partition: how vectors are dealt to ranks; `partition.n` is the dimension of the whole space.
         batches: the micro-batches, of all ranks.
-        fails_as_nan: whether a product that fails on one rank gets to all its collectives nevertheless, with nan as its
-            part, and raises behind them: then ranks need not compare notes in it.
+        raises_after_collectives: whether a product that fails on one rank still takes part in all its collectives, with
+            nan, and raises behind them; then ranks need not compare notes in it.
         max_asymmetry: how far v.Au and u.Av of unit vectors may be apart by rounding, relative to the largest
             |eigenvalue|.
 
@@ -57,7 +57,7 @@ class BatchMean(ABC):
         ValueError: for an empty sample.
     """
 
-    fails_as_nan = True
+    raises_after_collectives = True
     max_asymmetry = 1e-4  # 2e-6 at most, and far more where something is wrong
 
     def __init__(
@@ -77,11 +77,11 @@ class BatchMean(ABC):
         self.batches = tuple(batches)
         self._loss = loss
         self._held = self.batches  # also in a part: where to look for a micro-batch to evaluate at weight zero
-        self._turns = self._rounds(self.batches)
-        self._together = by_rounds(self.batches, self.partition.ranks)  # what all ranks evaluate in each turn
-        self._retained: list[Any] = [None] * len(self._turns)  # what a subclass keeps of each turn
+        self._assignments = self._rounds(self.batches)
+        self._together = group_by_round(self.batches, self.partition.ranks)  # what all ranks evaluate in each turn
+        self._retained: list[Any] = [None] * len(self._assignments)  # what a subclass keeps of each turn
         self._mean: Tensor | None = None  # the gradient, once it is known
-        if self.fails_as_nan:  # then no product may take memory between its collectives
+        if self.raises_after_collectives:  # then no product may take memory between its collectives
             _ = self._buffers
 
     @abstractmethod
@@ -106,7 +106,7 @@ class BatchMean(ABC):
     def other_gradients(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
         """Each of other micro-batches of all ranks, with its gradient, (n,)."""
         own = (self._gradient_of(batch) for batch, _ in self._rounds(batches))
-        return self._by_batch(by_rounds(batches, self.partition.ranks), own)
+        return self._by_batch(group_by_round(batches, self.partition.ranks), own)
 
     def value(
         self,
@@ -119,10 +119,10 @@ class BatchMean(ABC):
         whole = None if offset is None else self.partition.gather(offset.to(self._loss.dtype))
         own, failures = math.nan, []
         try:
-            own = self._loss.value_at(whole, self._turns)
+            own = self._loss.value_at(whole, self._assignments)
         except Exception as error:
             failures.append(error)
-        total = float(self.partition.ranks.all_sum(torch.tensor([own], dtype=torch.float64)))
+        total = float(self.partition.ranks.all_reduce(torch.tensor([own], dtype=torch.float64)))
         if failures:
             raise failures[0]
         return total
@@ -140,33 +140,35 @@ class BatchMean(ABC):
         left = [[batch for batch in together if batch.index in chosen] for together in self._together]
         kept = [number for number, together in enumerate(left) if together]
         part._together = [left[number] for number in kept]
-        part._turns = []
-        for batch, share in (self._turns[number] for number in kept):
-            part._turns.append(Turn(batch, batch.weight / total if share and batch.index in chosen else 0.0))
+        part._assignments = []
+        for batch, share in (self._assignments[number] for number in kept):
+            part._assignments.append(
+                Assignment(batch, batch.weight / total if share and batch.index in chosen else 0.0)
+            )
         part._retained = [self._retained[number] for number in kept]
         part._mean = None
         return part
 
     @cached_property
-    def _buffers(self) -> Transfers:
-        """Communication buffers (see `Transfers`)."""
-        return Transfers(self.partition, self._loss.dtype, self.device)
+    def _buffers(self) -> VectorBuffers:
+        """Communication buffers (see `VectorBuffers`)."""
+        return VectorBuffers(self.partition, self._loss.dtype, self.device)
 
-    def _rounds(self, batches: Sequence[MicroBatch]) -> list[Turn]:
+    def _rounds(self, batches: Sequence[MicroBatch]) -> list[Assignment]:
         return rounds(batches, self.partition.ranks, held=self._held)
 
     def _gradient_of(self, batch: MicroBatch) -> Tensor:  # (n,) of the whole space
         """The gradient of one micro-batch."""
         return backward_gradient(self._loss, batch)
 
-    def _gradient_over(self, turns: Sequence[Turn]) -> Tensor:
+    def _gradient_over(self, turns: Sequence[Assignment]) -> Tensor:
         """This rank's part of the gradient of the mean over these turns, in the precision of the loss."""
         return self._mean_of((self._gradient_of(batch) for batch, _ in turns), turns)
 
     def _centre(self) -> Tensor:
         """This rank's part of g(theta), in the precision of the loss."""
         if self._mean is None:
-            self._mean = self._gradient_over(self._turns)
+            self._mean = self._gradient_over(self._assignments)
         return self._mean
 
     def _product(
@@ -181,7 +183,7 @@ class BatchMean(ABC):
         """
         return self._mean_of(images(self._buffers.gather(v.to(self._loss.dtype)))).to(self.dtype)
 
-    def _mean_of(self, terms: Iterable[Tensor], turns: Sequence[Turn] | None = None) -> Tensor:
+    def _mean_of(self, terms: Iterable[Tensor], turns: Sequence[Assignment] | None = None) -> Tensor:
         """This rank's part of the weighted mean of one whole vector a turn.
 
         All ranks get to the sum: one that fails contributes nan, and raises behind it.
@@ -189,7 +191,7 @@ class BatchMean(ABC):
         total = self._buffers.total.zero_()
         failure: Exception | None = None
         try:
-            for (_, share), term in zip(self._turns if turns is None else turns, terms, strict=True):
+            for (_, share), term in zip(self._assignments if turns is None else turns, terms, strict=True):
                 if share:
                     total.add_(term, alpha=share)
         except Exception as error:

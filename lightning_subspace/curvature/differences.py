@@ -17,7 +17,7 @@ from lightning_subspace.curvature.batch_mean import BatchMean
 class DisplacedGradients(BatchMean):
     """A Hessian whose products are made of gradients; see `BatchMean`."""
 
-    fails_as_nan = False  # a product takes memory between its sums
+    raises_after_collectives = False  # a product takes memory between its sums
 
     def _gradient_at(
         self,
@@ -28,7 +28,7 @@ class DisplacedGradients(BatchMean):
 
         def gradients() -> Iterator[Tensor]:  # inside of the sum, as a displacement takes memory
             self._loss.displace(direction * scale)
-            yield from (self._gradient_of(batch) for batch, _ in self._turns)
+            yield from (self._gradient_of(batch) for batch, _ in self._assignments)
 
         try:
             return self._mean_of(gradients())
@@ -38,5 +38,5 @@ class DisplacedGradients(BatchMean):
     def _norms(self, *vectors: Tensor) -> list[float]:
         """The lengths of vectors over all ranks, in one sum."""
         squares = torch.stack([torch.linalg.vector_norm(vector).square() for vector in vectors])
-        norms: list[float] = self.partition.ranks.all_sum(squares).sqrt().tolist()
+        norms: list[float] = self.partition.ranks.all_reduce(squares).sqrt().tolist()
         return norms

@@ -80,14 +80,14 @@ class EmpiricalFisher(BatchMean):
         super().__init__(loss, batches, partition=partition)
         self._examples = examples
         ranks = self.partition.ranks
-        counts = [len(self._cut(batch)) for batch, _ in self._turns]
+        counts = [len(self._cut(batch)) for batch, _ in self._assignments]
         # A training step may contain collectives of its own, so all ranks evaluate equally often in every turn.
-        passes = [max(together) for together in zip(*ranks.listed(counts), strict=True)]
+        passes = [max(together) for together in zip(*ranks.all_gather_object(counts), strict=True)]
         budget = memory_budget(self.device, ranks.count) if memory is None else memory
         room = budget / (loss.space.n * loss.dtype.itemsize)
-        kept = ranks.smallest(sum(needed <= room for needed in accumulate(counts)))
+        kept = ranks.all_reduce_min(sum(needed <= room for needed in accumulate(counts)))
         self._retained = [(number, None) for number in passes]
-        for turn, (batch, share) in enumerate(self._turns[:kept]):
+        for turn, (batch, share) in enumerate(self._assignments[:kept]):
             gradients = [g for g in self._gradients(batch, passes[turn]) if share]
             self._retained[turn] = (passes[turn], gradients)
 
@@ -103,7 +103,7 @@ class EmpiricalFisher(BatchMean):
         """F v: an inner product and a sum for each gradient."""
 
         def images(whole: Tensor) -> Iterator[Tensor]:
-            for (batch, _), (passes, gradients) in zip(self._turns, self._retained, strict=True):
+            for (batch, _), (passes, gradients) in zip(self._assignments, self._retained, strict=True):
                 image, count = torch.zeros_like(whole), 0
                 for gradient in self._gradients(batch, passes) if gradients is None else gradients:
                     image.addcmul_(gradient, gradient @ whole)  # by a tensor, so that nothing is read from the device

@@ -28,7 +28,7 @@ from lightning_subspace._torch import DispatchMode
 from lightning_subspace.curvature.batch_mean import BatchMean
 from lightning_subspace.curvature.differences import DisplacedGradients
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck
-from lightning_subspace.data.assignment import Turn
+from lightning_subspace.data.assignment import Assignment
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.fsdp_loss import ShardedLoss
 
@@ -80,7 +80,7 @@ class ShardedDifferenceHessian(DisplacedGradients):
         if not 0.0 < length < float("inf"):
             return torch.zeros_like(v, dtype=self.dtype) * length  # nan stays nan
         offset = v.to(self.dtype) * (step / length)
-        plus, minus = (self._evaluated(sign * offset, self._turns)[0] for sign in (1.0, -1.0))
+        plus, minus = (self._evaluated(sign * offset, self._assignments)[0] for sign in (1.0, -1.0))
         return plus.sub_(minus).mul_(length / (2.0 * step))
 
     def other_gradients(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
@@ -90,17 +90,17 @@ class ShardedDifferenceHessian(DisplacedGradients):
     def part(self, positions: Iterable[int]) -> BatchMean:
         """The Hessian over some micro-batches, dealt anew, as nothing is retained."""
         part = super().part(positions)
-        part._turns = part._rounds(part.batches)
+        part._assignments = part._rounds(part.batches)
         return part
 
     def value(self, offset: Tensor | None) -> float:
         """The mean loss at theta + offset."""
-        _, own = self._evaluated(offset, self._turns)
-        return float(self.partition.ranks.all_sum(torch.tensor([own], dtype=torch.float64, device=self.device)))
+        _, own = self._evaluated(offset, self._assignments)
+        return float(self.partition.ranks.all_reduce(torch.tensor([own], dtype=torch.float64, device=self.device)))
 
     def dot(self, u: Tensor, v: Tensor) -> float:
         """The inner product over all ranks."""
-        return float(self.partition.ranks.all_sum((u.to(torch.float64) @ v.to(torch.float64)).reshape(1)))
+        return float(self.partition.ranks.all_reduce((u.to(torch.float64) @ v.to(torch.float64)).reshape(1)))
 
     def norm(self, v: Tensor) -> float:
         """The Euclidean norm over all ranks."""
@@ -109,12 +109,12 @@ class ShardedDifferenceHessian(DisplacedGradients):
     def norms(self, v: Tensor) -> Tensor:
         """The norm of each parameter's part over all ranks."""
         pieces = torch.split(v.to(torch.float64), list(self._loss.local_numels))
-        return self.partition.ranks.all_sum(torch.stack([piece.square().sum() for piece in pieces])).sqrt()
+        return self.partition.ranks.all_reduce(torch.stack([piece.square().sum() for piece in pieces])).sqrt()
 
-    def _gradient_over(self, turns: Sequence[Turn]) -> Tensor:
+    def _gradient_over(self, turns: Sequence[Assignment]) -> Tensor:
         return self._evaluated(None, turns)[0]
 
-    def _evaluated(self, offset: Tensor | None, turns: Sequence[Turn]) -> tuple[Tensor, float]:
+    def _evaluated(self, offset: Tensor | None, turns: Sequence[Assignment]) -> tuple[Tensor, float]:
         """The gradient at theta + offset, and this rank's share of the loss."""
         self._loss.displace(offset)
         try:

@@ -117,7 +117,7 @@ class RetainedGraphs(BatchMean):
 
         def built() -> Iterator[GradientGraph]:
             nonlocal used
-            for number, (batch, _) in enumerate(self._turns):
+            for number, (batch, _) in enumerate(self._assignments):
                 with SavedBytes() as saved:
                     graph = self._build(batch)
                 used += saved.count(graph.held, graph.leaves)
@@ -125,11 +125,11 @@ class RetainedGraphs(BatchMean):
                 yield graph
 
         self._mean = self._mean_of(map(self._flat_gradient, built()))
-        count = self.partition.ranks.smallest(self.num_retained)
-        self._retained[count:] = [None] * (len(self._turns) - count)
+        count = self.partition.ranks.all_reduce_min(self.num_retained)
+        self._retained[count:] = [None] * (len(self._assignments) - count)
 
     def _graphs(self) -> Iterator[GradientGraph]:
-        for (batch, _), graph in zip(self._turns, self._retained, strict=True):
+        for (batch, _), graph in zip(self._assignments, self._retained, strict=True):
             yield graph if graph is not None else self._build(batch)
 
     def _flat_gradient(self, graph: GradientGraph) -> Tensor:

@@ -1,4 +1,4 @@
-"""Choice of the operator, its precision, and what follows from the self-check.
+"""CurvatureConfig of the operator, its precision, and what follows from the self-check.
 
     "hessian"            double backward: exact, one retained graph a micro-batch
     "ggn"                the generalised Gauss-Newton matrix, one retained graph a micro-batch; see `gauss_newton.py`
@@ -34,7 +34,7 @@ from lightning_subspace.data.sample import Sample
 from lightning_subspace.loss.fsdp_loss import ShardedLoss
 from lightning_subspace.loss.loss_function import LossError, LossFunction
 from lightning_subspace.loss.training_loss import Mode, TrainingLoss
-from lightning_subspace.parallel.fsdp import fsdp_modules, refusal_of_differences, stand_ins
+from lightning_subspace.parallel.fsdp import fsdp_modules, stand_ins, unsupported_reason
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
@@ -107,7 +107,7 @@ OPERATORS: dict[str, Row] = {
 
 
 @dataclass(frozen=True)
-class Choice:
+class CurvatureConfig:
     """How the loss is evaluated and differentiated.
 
     Attributes:
@@ -182,7 +182,7 @@ class Choice:
         partition = Partition.even(ParameterSpace.of(module)) if partition is None else partition
         if self._is_on_shards(module):
             return self._check_on_shards(module, sample, partition)
-        first, whole = partition.ranks.first, sample.hessian[0]
+        first, whole = partition.ranks.broadcast_object, sample.hessian[0]
         few = few_examples(whole, OPERATORS[self.curvature].check_examples)
         few_is_part = few is not whole
         few = first(few)
@@ -192,7 +192,7 @@ class Choice:
         self._evaluate_twice(module, few, partition)
         return result
 
-    def after(self, check: SelfCheck) -> tuple[Choice, str | None]:
+    def after(self, check: SelfCheck) -> tuple[CurvatureConfig, str | None]:
         """What to go on with after the self-check, and what to tell the user.
 
         Raises:
@@ -223,7 +223,7 @@ class Choice:
         Raises:
             ValueError: for finite differences on shards whose gradients are narrower than float32.
         """
-        if self._is_on_shards(module) and (refusal := refusal_of_differences(module)) is not None:
+        if self._is_on_shards(module) and (refusal := unsupported_reason(module)) is not None:
             raise ValueError(refusal)
 
     def _compare(self, module: nn.Module, batch: MicroBatch, partition: Partition) -> SelfCheck:

@@ -15,7 +15,7 @@ from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.parallel.ranks import Ranks
 
 
-class Turn(NamedTuple):
+class Assignment(NamedTuple):
     """What this rank does in one round.
 
     Attributes:
@@ -27,7 +27,7 @@ class Turn(NamedTuple):
     share: float
 
 
-def rounds(batches: Sequence[MicroBatch], ranks: Ranks, held: Sequence[MicroBatch] = ()) -> list[Turn]:
+def rounds(batches: Sequence[MicroBatch], ranks: Ranks, held: Sequence[MicroBatch] = ()) -> list[Assignment]:
     """This rank's turns in the weighted mean over `batches`, equally many on every rank.
 
     Args:
@@ -44,14 +44,14 @@ def rounds(batches: Sequence[MicroBatch], ranks: Ranks, held: Sequence[MicroBatc
     """
     total = sum(batch.weight for batch in batches)
     owners = Counter(owner(batch, ranks) for batch in batches)
-    turns = [Turn(batch, batch.weight / total) for batch in batches if owner(batch, ranks) == ranks.index]
+    turns = [Assignment(batch, batch.weight / total) for batch in batches if owner(batch, ranks) == ranks.index]
     company = next((batch for batch in (*batches, *held) if batch.held), None)
     if company is None:
         raise ValueError("batches: expected at least one micro-batch whose data are on this rank, got none.")
-    return turns + [Turn(company, 0.0)] * (max(owners.values(), default=0) - len(turns))
+    return turns + [Assignment(company, 0.0)] * (max(owners.values(), default=0) - len(turns))
 
 
-def by_rounds(batches: Sequence[MicroBatch], ranks: Ranks) -> list[list[MicroBatch]]:
+def group_by_round(batches: Sequence[MicroBatch], ranks: Ranks) -> list[list[MicroBatch]]:
     """The same rounds seen from above: the micro-batches that are evaluated together, by rank."""
     of_rank: dict[int, list[MicroBatch]] = {}
     for batch in batches:

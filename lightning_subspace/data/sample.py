@@ -32,7 +32,7 @@ from lightning_subspace.data.micro_batch import (
     own_copy,
     tensors_of,
 )
-from lightning_subspace.data.training_set import Pool, batch_size_of, gives_batches, load
+from lightning_subspace.data.training_set import TrainingSet, batch_size_of, gives_batches, load
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.state.rng import preserved_random_state
 
@@ -135,7 +135,7 @@ def sample_of_dataset(
 
     Args:
         loader: gives dataset, collate function, batch size, workers, and the examples its sampler may choose from: see
-            `Pool`.
+            `TrainingSet`.
         sample: number of examples for the Hessian; None takes all, an epoch's worth where draws are weighted.
         gradient_sample: number of examples for the gradient, at least `sample`; None takes all. Ignored where
             `sample` is None.
@@ -148,7 +148,7 @@ def sample_of_dataset(
     Raises:
         SampleError: for a loader without a sized dataset, or an empty one.
     """
-    pool = Pool.of(loader, limit)
+    pool = TrainingSet.of(loader, limit)
     generator = torch.Generator().manual_seed(seed)
     order = pool.order(generator)
     goal = None if sample is None or gradient_sample is None else max(sample, gradient_sample)
@@ -231,7 +231,7 @@ def _read(loader: DataLoader[Any], ranks: Ranks) -> Iterator[Any]:
     generators = {g for owner in (loader, sampler, inner) if (g := getattr(owner, "generator", None)) is not None}
     states = [(generator, generator.get_state()) for generator in generators]
     try:
-        units = ranks.first(list(sampler))
+        units = ranks.broadcast_object(list(sampler))
     finally:
         for generator, state in states:
             generator.set_state(state)
@@ -267,7 +267,7 @@ def require_same_batches(batches: Sequence[MicroBatch], ranks: Ranks) -> None:
     if ranks.count == 1:
         return
     own = [(batch.index, batch.weight, batch.checksum) for batch in batches]
-    everybody = ranks.listed(own)
+    everybody = ranks.all_gather_object(own)
     if any([entry[:2] for entry in other] != [entry[:2] for entry in own] for other in everybody):
         raise SampleError(
             f"sample: every rank has to read the same batches, but they differ in number or in weight: "

@@ -19,12 +19,12 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_subspace._lightning import CombinedLoader
 from lightning_subspace.data.micro_batch import SampleError, Weight
 from lightning_subspace.data.sample import Sample, micro_batch, require_same_batches, sample_of_dataset
-from lightning_subspace.data.training_set import Pool, batch_size_of, load
+from lightning_subspace.data.training_set import TrainingSet, batch_size_of, load
 from lightning_subspace.parallel.ranks import Ranks
 
 
 @dataclass(frozen=True)
-class Chunk:
+class IndexBatch:
     """The indices of one batch of one of the loaders."""
 
     part: int
@@ -68,8 +68,8 @@ def sample_of_loaders(
     generator = torch.Generator().manual_seed(seed)
     of_part = []
     for number, (loader, limit) in enumerate(zip(parts, limits, strict=True)):
-        order, size = Pool.of(loader, limit).order(generator), batch_size_of(loader)
-        of_part.append([Chunk(number, order[i : i + size]) for i in range(0, len(order), size)])
+        order, size = TrainingSet.of(loader, limit).order(generator), batch_size_of(loader)
+        of_part.append([IndexBatch(number, order[i : i + size]) for i in range(0, len(order), size)])
     goal = None if sample is None or gradient_sample is None else max(sample, gradient_sample)
     combined = list(_combinations(loaders, of_part))
     chosen, seen = [], 0
@@ -86,13 +86,13 @@ def sample_of_loaders(
     batches = []
     for index, item in enumerate(chosen):
         size = sum(len(chunk.indices) for chunk in _chunks(item))
-        loaded = apply_to_collection(item, Chunk, lambda chunk: next(data[chunk.part]))
+        loaded = apply_to_collection(item, IndexBatch, lambda chunk: next(data[chunk.part]))
         batches.append(micro_batch(loaded, index, weight, size=size, ranks=ranks))
     require_same_batches(batches, Ranks() if ranks is None else ranks)
     return Sample.of(batches, sample)
 
 
-def _combinations(loaders: CombinedLoader, of_part: list[list[Chunk]]) -> Iterator[Any]:
+def _combinations(loaders: CombinedLoader, of_part: list[list[IndexBatch]]) -> Iterator[Any]:
     """The combined batches of an epoch, in indices."""
     own = copy.copy(loaders)  # has the mode, and the structure that batches are put into
     own.flattened = of_part
@@ -101,8 +101,8 @@ def _combinations(loaders: CombinedLoader, of_part: list[list[Chunk]]) -> Iterat
         yield item
 
 
-def _chunks(item: Any) -> list[Chunk]:
+def _chunks(item: Any) -> list[IndexBatch]:
     """The chunks of one combined batch, in the order in which they are replaced by data."""
-    found: list[Chunk] = []
-    apply_to_collection(item, Chunk, found.append)
+    found: list[IndexBatch] = []
+    apply_to_collection(item, IndexBatch, found.append)
     return found

@@ -10,13 +10,13 @@ from lightning_subspace._lightning import training_loaders
 from lightning_subspace.data.micro_batch import Weight
 from lightning_subspace.data.sample import Sample, sample_of_batches, sample_of_current
 from lightning_subspace.data.several_loaders import sample_of_loaders
-from lightning_subspace.data.stream import FirstSeen
+from lightning_subspace.data.stream import StreamSample
 from lightning_subspace.data.training_set import is_drawable
 from lightning_subspace.parallel.ranks import Ranks
 
 
 @dataclass(frozen=True)
-class SampleRequest:
+class SampleSpec:
     """What a user asks for; see the arguments of `SubspaceMonitor`."""
 
     sample: int | str | Iterable[Any]
@@ -25,7 +25,7 @@ class SampleRequest:
     weight: Weight | None
     seed: int
 
-    def is_of_the_examples_of(self, other: SampleRequest) -> bool:
+    def is_of_the_examples_of(self, other: SampleSpec) -> bool:
         """Whether both give the same examples; given batches are the same if they are the same object."""
         is_named = isinstance(self.sample, int | str) and isinstance(other.sample, int | str)
         same = self.sample == other.sample if is_named else self.sample is other.sample
@@ -41,11 +41,11 @@ class SampleSource:
         failure: why this rank, perhaps alone, has none of the current batch.
     """
 
-    def __init__(self, request: SampleRequest) -> None:
+    def __init__(self, request: SampleSpec) -> None:
         self.sample: Sample | None = None
         self.failure: Exception | None = None
         self.request = request
-        self._first_seen: FirstSeen | None = None
+        self._first_seen: StreamSample | None = None
         self._ranks = Ranks()
         self._has_seen = False
 
@@ -84,7 +84,7 @@ class SampleSource:
                     ranks=ranks,
                 )
             else:
-                anew = FirstSeen(asked.sample, asked.gradient_sample, asked.weight, ranks)
+                anew = StreamSample(asked.sample, asked.gradient_sample, asked.weight, ranks)
                 goes_on = continues and first_seen is not None and first_seen.num_ranks == ranks.count
                 self._first_seen = first_seen if goes_on and first_seen is not None else anew
                 self._first_seen.go_on(ranks)

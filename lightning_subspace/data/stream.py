@@ -15,7 +15,7 @@ from lightning_subspace.data.sample import Sample, micro_batch
 from lightning_subspace.parallel.ranks import Ranks
 
 
-class FirstSeen:
+class StreamSample:
     """A sample that fills with the first batches of training, but never with the same ones again.
 
     Args:
@@ -29,7 +29,7 @@ class FirstSeen:
 
     Example:
         >>> import torch
-        >>> first_seen = FirstSeen(6, 12)
+        >>> first_seen = StreamSample(6, 12)
         >>> for epoch, batch in [(0, torch.zeros(4, 2)), (0, torch.ones(4, 2)), (1, torch.zeros(4, 2))]:
         ...     first_seen.see(batch, epoch)
         ...     first_seen.sample is not None
@@ -83,10 +83,10 @@ class FirstSeen:
             self.close()
         if self._is_closed:
             return
-        with self._ranks.together():
+        with self._ranks.agree():
             index = len(self._batches) + self._ranks.index
             own = micro_batch(batch, index, self._weight, transferred=True)
-            listed = self._ranks.listed(replace(own, data=None, held=False))
+            listed = self._ranks.all_gather_object(replace(own, data=None, held=False))
         self._batches.extend(own if other.index == index else other for other in listed)
 
     @property

@@ -26,12 +26,12 @@ from torch.utils.data import (
 
 from lightning_subspace._lightning import undistributed
 from lightning_subspace.data.micro_batch import SampleError
-from lightning_subspace.state.object_graph import FOREIGN, Found, explore
+from lightning_subspace.state.object_graph import FOREIGN, ObjectGraph, walk
 from lightning_subspace.state.rng import preserved_random_state
 
 
 @dataclass(frozen=True)
-class Pool:
+class TrainingSet:
     """The examples that training draws from, and how often each comes.
 
     Known samplers are followed: what a SubsetRandomSampler leaves out stays out; a WeightedRandomSampler's weights are
@@ -53,7 +53,7 @@ class Pool:
     replacement: bool = False
 
     @classmethod
-    def of(cls, loader: DataLoader[Any], limit: float = math.inf) -> Pool:
+    def of(cls, loader: DataLoader[Any], limit: float = math.inf) -> TrainingSet:
         """The pool behind a training loader, of which an epoch takes at most `limit` batches.
 
         Raises:
@@ -75,7 +75,7 @@ class Pool:
         return pool
 
     @classmethod
-    def _of_sampler(cls, loader: DataLoader[Any], limit: float) -> Pool:
+    def _of_sampler(cls, loader: DataLoader[Any], limit: float) -> TrainingSet:
         count = len(loader.dataset)  # type: ignore[arg-type]  # it is sized
         batch_sampler = _batch_sampler(loader)
         sampler, num_replicas = undistributed(getattr(batch_sampler, "sampler", loader.sampler))
@@ -169,7 +169,7 @@ def _workers(loader: DataLoader[Any]) -> tuple[int, Any]:
 def _in_this_process(own: DataLoader[Any]) -> Iterator[Any]:
     """Load here, and put back the global random numbers and the state of the dataset and what it holds."""
     packages = frozenset(cls.__module__.split(".")[0] for cls in type(own.dataset).__mro__) - FOREIGN
-    found = explore([vars(own.dataset)] if hasattr(own.dataset, "__dict__") else [], Found(packages))
+    found = walk([vars(own.dataset)] if hasattr(own.dataset, "__dict__") else [], ObjectGraph(packages))
     try:
         with preserved_random_state():
             yield from own

@@ -32,7 +32,7 @@ from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.loss_function import LossError, LossFunction, as_scalar
 from lightning_subspace.loss.shadow import Shadow
 from lightning_subspace.loss.training_loss import Evaluation, Mode, TrainingLoss
-from lightning_subspace.parallel.fsdp import fsdp_modules, is_sharded, local_part, refusal_of_differences, reshard
+from lightning_subspace.parallel.fsdp import fsdp_modules, is_sharded, local_part, reshard, unsupported_reason
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.ranks import Ranks
 
@@ -50,7 +50,7 @@ class ShardedLoss(TrainingLoss):
         mode: see `TrainingLoss`.
         seed: see `TrainingLoss`.
         stand_ins: for buffers; see `TrainingLoss`.
-        ranks: that the parameters are sharded over; they compare notes within their `together`. None: they do not.
+        ranks: that the parameters are sharded over; they compare notes within their `agree`. None: they do not.
 
     Attributes:
         n: number of coordinates that this rank holds.
@@ -73,7 +73,7 @@ class ShardedLoss(TrainingLoss):
     ) -> None:
         reshard(module)
         super().__init__(module, space, loss_fn, mode=mode, seed=seed, order=1, stand_ins=stand_ins)
-        if (refusal := refusal_of_differences(module)) is not None:
+        if (refusal := unsupported_reason(module)) is not None:
             raise ValueError(refusal)
         for name, parameter in zip(space.names, space.tensors(module), strict=True):
             if not is_sharded(parameter):
@@ -166,7 +166,7 @@ def _begun_together(step: LossFunction, ranks: Ranks) -> LossFunction:
     """The loss function, evaluated by all ranks or by none; its collectives are FSDP's."""
 
     def begun_together(module: nn.Module, batch: Any, batch_idx: int) -> Tensor:
-        with ranks.bare():
+        with ranks.unchecked():
             return step(module, batch, batch_idx)
 
     return begun_together

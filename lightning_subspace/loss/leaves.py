@@ -17,8 +17,8 @@ from lightning_subspace.parallel.fsdp import is_sharded, local_part, own_part
 
 
 @dataclass
-class Leaf:
-    """A parameter and its copy, made in some round of `Shadow.renew` with some displacement."""
+class ParameterCopy:
+    """A parameter and its copy, made in some round of `Shadow.reset` with some displacement."""
 
     original: nn.Parameter
     copy: nn.Parameter
@@ -29,7 +29,7 @@ class Leaf:
         self.is_whole_of_shards = is_sharded(self.original)
         self._made = (version_of(self.copy), self.copy.data_ptr())
 
-    def evidence(self, value: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    def comparison(self, value: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Two tensors that are equal if nobody has written to the copy; None where somebody has for certain.
 
         Args:
@@ -39,9 +39,9 @@ class Leaf:
             return None
         if value is not None:
             return self.copy.detach(), value
-        return self._evidence_of_own_part() if (version_of(self.copy), self.copy.data_ptr()) == self._made else None
+        return self._comparison_of_own_part() if (version_of(self.copy), self.copy.data_ptr()) == self._made else None
 
-    def _evidence_of_own_part(self) -> tuple[Tensor, Tensor]:
+    def _comparison_of_own_part(self) -> tuple[Tensor, Tensor]:
         """The same for this rank's shard: each rank guards its own, with neither a copy nor a collective."""
         part = own_part(self.copy.detach(), self.original)
         if part is None:
@@ -52,14 +52,14 @@ class Leaf:
         return part, value
 
 
-def are_intact(evidence: Iterable[tuple[Tensor, Tensor] | None]) -> list[bool]:
-    """For each piece of `Leaf.evidence` whether it holds, with one read from the device.
+def unmodified(evidence: Iterable[tuple[Tensor, Tensor] | None]) -> list[bool]:
+    """For each piece of `ParameterCopy.evidence` whether it holds, with one read from the device.
 
     Example:
         >>> one = torch.ones(2)
-        >>> are_intact([(one, torch.ones(2)), (one, torch.zeros(2)), (one, torch.ones(3)), None])
+        >>> unmodified([(one, torch.ones(2)), (one, torch.zeros(2)), (one, torch.ones(3)), None])
         [True, False, False, False]
-        >>> are_intact([(one * torch.nan, one * torch.nan), (one * torch.nan, one)])
+        >>> unmodified([(one * torch.nan, one * torch.nan), (one * torch.nan, one)])
         [True, False]
     """
     flags = [pair is not None and _is_equal(*pair) for pair in evidence]  # one pair at a time takes memory

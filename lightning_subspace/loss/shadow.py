@@ -6,7 +6,7 @@ and fills it with copies. Modules, dicts and lists stay the same *objects*, so t
 too; only their contents are exchanged. Whatever is written goes to the copies. Closing puts the original contents
 back: not equal ones, the same ones, so nothing of the user's was ever written.
 
-`renew` gives fresh copies: called before every evaluation of the loss, it makes each evaluation start from the same
+`reset` gives fresh copies: called before every evaluation of the loss, it makes each evaluation start from the same
 state, which is what makes the loss a function. Copies of parameters are kept between evaluations as long as nobody
 writes to them, so that all graphs of a probe share one set of leaves.
 
@@ -31,16 +31,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace.loss.leaves import Leaf, are_intact
+from lightning_subspace.loss.leaves import ParameterCopy, unmodified
 from lightning_subspace.parallel.fsdp import is_sharded
-from lightning_subspace.state.object_graph import Container, Found, explore, own_caches, own_generators, own_packages
+from lightning_subspace.state.object_graph import (
+    MutableObject,
+    ObjectGraph,
+    own_caches,
+    own_generators,
+    own_packages,
+    walk,
+)
 
 # What stands for something else inside a shadow; a tuple or a read-only dict only if it holds any.
 COPIED = (Tensor, np.ndarray, tuple, types.MappingProxyType)
 
 
 class Shadow:
-    """Exchange the state of `module` for copies, from the first `renew` until `close`.
+    """Exchange the state of `module` for copies, from the first `reset` until `close`.
 
     Args:
         module: the module; its tree is walked once.
@@ -59,7 +66,7 @@ class Shadow:
     Example:
         >>> norm = nn.BatchNorm1d(2)
         >>> shadow = Shadow(norm)
-        >>> shadow.renew()
+        >>> shadow.reset()
         >>> _ = norm(torch.ones(3, 2)); norm.num_batches_tracked
         tensor(1)
         >>> shadow.close(); norm.num_batches_tracked
@@ -80,26 +87,26 @@ class Shadow:
         self._stand_ins = {} if stand_ins is None else stand_ins
         self._copies_parameters = parameters
         self._displacement = displacement if displacement is not None else lambda parameter: None
-        self._leaves: dict[int, Leaf] = {}  # by the id of the original
+        self._leaves: dict[int, ParameterCopy] = {}  # by the id of the original
         self._written: set[int] = set()  # ids of the originals whose copies were written to
         self._round = 0
         self._caches = [(cache, cache.cache_info().misses) for cache in own_caches(module)]
         packages = own_packages(module)
-        inside = explore([module], Found(packages))
-        around = explore([*map(vars, bystanders), *own_generators(module)], Found(packages, inside.seen))
+        inside = walk([module], ObjectGraph(packages))
+        around = walk([*map(vars, bystanders), *own_generators(module)], ObjectGraph(packages, inside.seen))
         self._generators = inside.generators + around.generators
         self._owners = _owners(inside.tensors)
         self._require_stand_ins(inside.tensors)
         self._sealed = {id(iterator): _Sealed(iterator) for iterator in inside.iterators}
-        self._copied: list[Container] = []  # what holds something that is copied
-        self._others: list[Container] = around.containers
+        self._copied: list[MutableObject] = []  # what holds something that is copied
+        self._others: list[MutableObject] = around.containers
         for container in inside.containers:
             needs_copy = any(isinstance(i, COPIED) or id(i) in self._sealed for i in container.items)
             (self._copied if needs_copy else self._others).append(container)
 
-    def renew(self) -> None:
+    def reset(self) -> None:
         """Start again from the original state: fresh copies, generators rewound; untouched parameter copies stay."""
-        self.settle()
+        self.drop_written()
         self._round += 1
         offset = self._displacement
         self._leaves = {key: leaf for key, leaf in self._leaves.items() if offset(leaf.original) is leaf.offset}
@@ -112,7 +119,7 @@ class Shadow:
             leaf.copy.__dict__.update({key: self._copy(item, memo) for key, item in vars(leaf.original).items()})
         self._put_back(self._others)
 
-    def settle(self) -> None:
+    def drop_written(self) -> None:
         """Part with the parameter copies that were written to; to be called when the graph of an evaluation is built.
 
         Raises:
@@ -120,7 +127,7 @@ class Shadow:
                 the copy is the whole of a sharded parameter.
         """
         leaves = list(self._leaves.items())
-        intact = are_intact(None if key in self._written else self._evidence(leaf) for key, leaf in leaves)
+        intact = unmodified(None if key in self._written else self._comparison(leaf) for key, leaf in leaves)
         for (key, leaf), is_intact in zip(leaves, intact, strict=True):
             if is_intact:
                 continue
@@ -145,7 +152,7 @@ class Shadow:
                 cache.cache_clear()
         self._put_back([*self._copied, *self._others])
 
-    def _put_back(self, containers: list[Container]) -> None:
+    def _put_back(self, containers: list[MutableObject]) -> None:
         """Fill with the original contents and rewind the generators: all of them, also when one raises."""
         errors: list[BaseException] = []
         for container in containers:
@@ -191,7 +198,7 @@ class Shadow:
             value = self._value(original, offset, clone=not is_sharded(original))
             cls = type(original) if issubclass(type(original), nn.Parameter) else nn.Parameter
             leaf = nn.Parameter.__new__(cls, value, requires_grad=original.requires_grad)
-            self._leaves[id(original)] = Leaf(original, leaf, offset, self._round)
+            self._leaves[id(original)] = ParameterCopy(original, leaf, offset, self._round)
         return self._leaves[id(original)].copy
 
     def _copy_tensor(self, original: Tensor, memo: dict[int, Any]) -> Tensor:
@@ -205,8 +212,8 @@ class Shadow:
         view: Tensor = self._copy(owner, memo).as_strided(original.size(), original.stride(), start)
         return view if original.requires_grad else view.detach()
 
-    def _evidence(self, leaf: Leaf) -> tuple[Tensor, Tensor] | None:
-        return leaf.evidence(None if leaf.is_whole_of_shards else self._value(leaf.original, leaf.offset))
+    def _comparison(self, leaf: ParameterCopy) -> tuple[Tensor, Tensor] | None:
+        return leaf.comparison(None if leaf.is_whole_of_shards else self._value(leaf.original, leaf.offset))
 
     def _value(self, original: nn.Parameter, offset: Tensor | None, *, clone: bool = False) -> Tensor:
         """What the copy of a parameter holds when nobody has written to it."""

@@ -164,7 +164,7 @@ class TrainingLoss:
         finally:
             self.displace(None)
             if self._shadow is not None:
-                self._shadow.renew()  # what is recomputed inside of a product must meet theta
+                self._shadow.reset()  # what is recomputed inside of a product must meet theta
         return total
 
     def __call__(self, batch: MicroBatch) -> Evaluation:
@@ -184,7 +184,7 @@ class TrainingLoss:
             raise RuntimeError(
                 "TrainingLoss is a context manager; evaluate it inside `with TrainingLoss(...) as loss:`."
             )
-        self._shadow.renew()
+        self._shadow.reset()
         leaves = self.space.tensors(self.module)
         if self._random_state is not None:
             self._random_state.restore()
@@ -196,7 +196,7 @@ class TrainingLoss:
             output = self._step(self.module, convert(data), batch.index)
         for leaf in leaves:
             leaf.requires_grad_(True)  # where the step has frozen it, the graph does not lead to it: no gradient
-        self._shadow.settle()
+        self._shadow.drop_written()
         return output, leaves
 
     def _offset(self, parameter: nn.Parameter) -> Tensor | None:

@@ -146,7 +146,7 @@ def spectrum_of(probe: Probe, steps: int, vectors: int, seed: int) -> Quadrature
     def random(seed: int, number: int) -> Tensor:
         return partition.random(seed, FIRST_VECTOR + number, operator.dtype)
 
-    with partition.ranks.bare():
+    with partition.ranks.unchecked():
         return quadrature(
             agreed_product(operator),
             operator.n,
@@ -156,7 +156,7 @@ def spectrum_of(probe: Probe, steps: int, vectors: int, seed: int) -> Quadrature
             seed=seed,
             dtype=operator.dtype,
             device=operator.device,
-            all_sum=partition.ranks.all_sum if partition.ranks.count > 1 else None,
+            all_sum=partition.ranks.all_reduce if partition.ranks.count > 1 else None,
             random=random,
             dimension=partition.n,
         )

@@ -24,7 +24,7 @@ Diagonal = Tensor | float
 
 
 @dataclass(frozen=True)
-class Edge:
+class StabilityEdge:
     """The curvature at which an optimizer becomes unstable: where the largest eigenvalue of S (H + D) is 1.
 
     On a quadratic, full-batch steps with heavy-ball momentum b and learning rate r diverge above H + D = (2 + 2 b) / r.
@@ -47,7 +47,7 @@ class Edge:
         return not isinstance(self.scale, Tensor) and not isinstance(self.shift, Tensor)
 
 
-def edge(probe: Probe) -> Edge | None:
+def edge(probe: Probe) -> StabilityEdge | None:
     """The stability edge of the optimizer in use at its present learning rates; None where it is not known (yet).
 
     2/lr for gradient descent, (2 + 2b)/lr with heavy-ball momentum b, (2 + 2b)/(lr (1 + 2b)) with Nesterov's (Cohen et
@@ -55,7 +55,7 @@ def edge(probe: Probe) -> Edge | None:
     whose momentum is an average (Cohen et al. 2022, arXiv 2207.14484, section 2); (2 + 2b)/lr with P = sqrt(v) + eps
     for RMSprop.
     """
-    view = _View.of(probe)
+    view = _OptimizerView.of(probe)
     if view is None or not view.has_moved:
         return None
     kind = type(view.optimizer)
@@ -73,7 +73,7 @@ def edge(probe: Probe) -> Edge | None:
         divisor = (second.sqrt() + view.setting("eps")) * (1.0 - view.setting(_first_beta) ** ages)
         thresholds = view.setting(lambda g: (2.0 + 2.0 * _first_beta(g)) / ((1.0 - _first_beta(g)) * _rate(g)))
     threshold = float("nan") if isinstance(thresholds, Tensor) else thresholds
-    return Edge(view.moved / (divisor * thresholds), view.setting(_coupled_decay), threshold)
+    return StabilityEdge(view.moved / (divisor * thresholds), view.setting(_coupled_decay), threshold)
 
 
 def next_step(probe: Probe) -> Tensor | None:  # (n,)
@@ -81,7 +81,7 @@ def next_step(probe: Probe) -> Tensor | None:  # (n,)
 
     None where the optimizer is not known. Nothing of its state changes.
     """
-    view = _View.of(probe)
+    view = _OptimizerView.of(probe)
     if view is None:
         return None
     rates = view.setting("lr")
@@ -159,7 +159,7 @@ def _coupled_decay(group: Group) -> float:
 
 
 @dataclass(frozen=True)
-class _View:
+class _OptimizerView:
     """Settings and state of an optimizer by coordinates.
 
     Attributes:
@@ -175,7 +175,7 @@ class _View:
     states: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, probe: Probe) -> _View | None:
+    def of(cls, probe: Probe) -> _OptimizerView | None:
         """None where the rule of the optimizer is not known."""
         optimizer = probe.optimizer
         if optimizer is None or _refusal(optimizer) is not None:

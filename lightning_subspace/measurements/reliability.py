@@ -109,5 +109,5 @@ def _products(probe: Probe, vector: Tensor) -> tuple[Tensor, float, float]:
     """The coordinates of a vector in the space, (k,), and its products with the mean gradient and with itself."""
     wide = vector.double()
     others = torch.stack([torch.dot(probe.gradient.double(), wide), torch.dot(wide, wide)])
-    found = probe.partition.ranks.all_sum(torch.cat([(probe.top.basis @ vector).double(), others])).cpu()
+    found = probe.partition.ranks.all_reduce(torch.cat([(probe.top.basis @ vector).double(), others])).cpu()
     return found[:-2], float(found[-2]), float(found[-1])

@@ -9,7 +9,13 @@ from torch.optim import SGD, Optimizer
 
 from lightning_subspace.curvature.preconditioned import Preconditioned
 from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect
-from lightning_subspace.measurements.optimizer_rules import Edge, Notice, edge, sgd_group_threshold, why_unknown
+from lightning_subspace.measurements.optimizer_rules import (
+    Notice,
+    StabilityEdge,
+    edge,
+    sgd_group_threshold,
+    why_unknown,
+)
 
 
 class SharpnessOverThreshold(Measurement):
@@ -36,9 +42,10 @@ class SharpnessOverThreshold(Measurement):
 class Stability(Measurement):
     """`stability`: how close the optimizer in use is to the edge of stability, 1 being the edge; at least 0 if H is.
 
-    The largest eigenvalue of S^1/2 (H + D) S^1/2, see `Edge`: for SGD with one learning rate (lambda_1 + weight decay)
-    over 2/lr, or what momentum makes of it; for Adam, AdamW and RMSprop the preconditioned sharpness over its threshold
-    (38/lr for Adam with b1 = .9; Cohen et al. 2022, arXiv 2207.14484, section 2), P being that of the last step taken.
+    The largest eigenvalue of S^1/2 (H + D) S^1/2, see `StabilityEdge`: for SGD with one learning rate (lambda_1 +
+    weight decay) over 2/lr, or what momentum makes of it; for Adam, AdamW and RMSprop the preconditioned sharpness over
+    its threshold (38/lr for Adam with b1 = .9; Cohen et al. 2022, arXiv 2207.14484, section 2), P being that of the
+    last step taken.
     Parameter groups enter each with their own settings. It crosses 1 where `sharpness_over_threshold` does.
 
     `preconditioned_sharpness`, where there is a P and one threshold: lambda_1 of P^-1/2 (H + D) P^-1/2, in units of
@@ -79,7 +86,7 @@ class Stability(Measurement):
         return {"stability": ratio, "preconditioned_sharpness": ratio * limit.threshold}
 
 
-def _ratio(probe: Probe, limit: Edge) -> float | None:
+def _ratio(probe: Probe, limit: StabilityEdge) -> float | None:
     """The largest eigenvalue of S^1/2 (H + D) S^1/2; None where the solver did not converge."""
     if not isinstance(limit.scale, float) or not isinstance(limit.shift, float):
         found = probe.solve(Preconditioned(probe.operator.matvec, limit.scale, limit.shift).matvec, k=1)

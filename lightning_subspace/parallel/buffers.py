@@ -1,7 +1,7 @@
 """Vectors between dealt and whole, in memory that is taken in advance.
 
-In the eigensolver's inner loop a rank cannot leave before the others (`Ranks.bare`), so nothing that can fail on one
-rank alone may stand between it and its collective. What can is taking memory; here that is done once an operator.
+In the eigensolver's inner loop a rank cannot leave before the others (`Ranks.unchecked`). So nothing that can fail on
+one rank alone may stand between it and its collective. Taking memory can; here that is done once an operator.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_subspace.parallel.partition import Partition
 
 
-class Transfers:
+class VectorBuffers:
     """What moves vectors of one type for one operator.
 
     Holds 2 n + 2 n / W numbers for a flat cut, and 4 n + 2 n / W where ranks have several ranges; n in a process alone.

@@ -73,7 +73,7 @@ def full_tensors(
     Args:
         module: the module; {} where nothing is sharded.
         narrowest: what is narrower is widened at once, so that no second copy is needed; None keeps all.
-        ranks: that the parameters are sharded over. Within their `together`, one that runs out of memory tells the
+        ranks: that the parameters are sharded over. Within their `agree`, one that runs out of memory tells the
             others.
     """
     whole = {}
@@ -155,7 +155,7 @@ def without_fsdp(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def refusal_of_differences(module: nn.Module) -> str | None:
+def unsupported_reason(module: nn.Module) -> str | None:
     """Why differences of float32 gradients cannot be taken on these shards, or None."""
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and parameter.dtype.to_real() not in (torch.float32, torch.float64):

@@ -1,12 +1,12 @@
 """The processes that measure together. The only file that talks to torch.distributed.
 
 Every method is a collective: all ranks call the same ones in the same order. That is so by construction as long as
-whatever decides comes out of a sum over ranks; `Ranks.together` is for what construction cannot give, an exception on
+whatever decides comes out of a sum over ranks; `Ranks.agree` is for what construction cannot give, an exception on
 one rank. Inside it every collective begins with a comparison of notes, one all-reduce of three numbers: has a rank
 failed, and are all at the same place? A rank that fails thus meets the others at their next collective, and all leave
 the block by an exception, as long as the code in it communicates by these methods alone.
 
-The sums of the eigensolver go without (`bare`): there a rank that fails takes part until the end with nan as its
+The sums of the eigensolver go without (`unchecked`): there a rank that fails takes part until the end with nan as its
 contribution, and the sums carry it to all. Its products are blocks of their own.
 
 A process alone (`group=None`) takes the same path with no communication.
@@ -60,7 +60,7 @@ class Ranks:
 
     Example:
         >>> alone = Ranks()
-        >>> alone.count, alone.all_sum(torch.ones(2)).tolist(), alone.first("a decision")
+        >>> alone.count, alone.all_reduce(torch.ones(2)).tolist(), alone.broadcast_object("a decision")
         (1, [1.0, 1.0], 'a decision')
     """
 
@@ -82,7 +82,7 @@ class Ranks:
         """Of all calls so far."""
         return sum(self.nbytes.values())
 
-    def all_sum(self, local: Tensor) -> Tensor:
+    def all_reduce(self, local: Tensor) -> Tensor:
         """Sum a small tensor over ranks, in its own precision; equal to the bit on all of them."""
         if self._group is None:
             return local
@@ -91,9 +91,9 @@ class Ranks:
         dist.all_reduce(total, group=self._group)
         return total.to(local.device)
 
-    def smallest(self, value: int) -> int:
+    def all_reduce_min(self, value: int) -> int:
         """The smallest of one number a rank."""
-        return min(self.listed(value))
+        return min(self.all_gather_object(value))
 
     def all_gather(
         self,
@@ -146,7 +146,7 @@ class Ranks:
             if moved is not tensor:
                 tensor.copy_(moved)
 
-    def first(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """What the first rank has: a decision, or anything that can be pickled."""
         if self._group is None:
             return value
@@ -157,7 +157,7 @@ class Ranks:
         result: T = value if self.index == 0 else pickle.loads(held[0])
         return result
 
-    def listed(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """What each rank has, by rank; anything that can be pickled."""
         if self._group is None:
             return [value]
@@ -167,7 +167,7 @@ class Ranks:
         return [pickle.loads(packed) for packed in held]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def agree(self) -> Iterator[None]:
         """All ranks get to the end of the block, or none does: see the top of this file.
 
         Raises:
@@ -187,15 +187,15 @@ class Ranks:
             self._compares_notes = False
 
     def fail(self, error: Exception) -> None:
-        """Within `together`: tell the others at once, where the exception may not come to the end of the block soon."""
+        """Within `agree`: tell the others at once, where the exception may not come to the end of the block soon."""
         if self._compares_notes and not self._ended:
             self._meet("", error)
 
     @contextmanager
-    def bare(self) -> Iterator[None]:
-        """Within `together`: collectives without the comparison, where no rank can leave before the others.
+    def unchecked(self) -> Iterator[None]:
+        """Within `agree`: collectives without the comparison, where no rank can leave before the others.
 
-        All ranks get into it, or none does. A `together` in it compares notes, and is a block of its own.
+        All ranks get into it, or none does. A `agree` in it compares notes, and is a block of its own.
         """
         if self._compares_notes:
             self._meet("bare")
@@ -205,7 +205,7 @@ class Ranks:
         finally:
             self._compares_notes = before
 
-    def cause(self, error: Exception) -> str:
+    def describe(self, error: Exception) -> str:
         """What went wrong in a block, in words, and on which of several ranks."""
         if self.count == 1:
             return in_words(error)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from lightning_subspace.curvature import Choice, Operator, SelfCheck, exact_hessian
+from lightning_subspace.curvature import CurvatureConfig, Operator, SelfCheck, exact_hessian
 from lightning_subspace.data.micro_batch import MicroBatch, Weight
 from lightning_subspace.data.sample import Sample, sample_of_batches
 from lightning_subspace.linalg.selection import Which
@@ -113,7 +113,7 @@ def measure_subspace(
         ('CONVERGED', (2, 15))
     """
     ranks = Ranks(group, next((p.device for p in module.parameters()), torch.device("cpu")))
-    with ranks.together():
+    with ranks.agree():
         require_word("verify", verify, ("always", "never"))
         dtype = str(dtype).removeprefix("torch.")
         settings = ProbeSettings.of(locals())
@@ -212,7 +212,7 @@ def take_probe(
             metrics.update(measurement.measure(probe))
     trusted = subspace is not None and subspace.trusted
     image = sketch(subspace.basis, partition) if subspace is not None and trusted else None
-    return probe, Record(step, partition.ranks.first(finite(metrics)), subspace, image)
+    return probe, Record(step, partition.ranks.broadcast_object(finite(metrics)), subspace, image)
 
 
 def is_taken(measurement: Measurement, number: int, subspace: Subspace | None) -> bool:
@@ -234,12 +234,12 @@ def finite(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def choice_after(
-    choice: Choice, check: SelfCheck, module: nn.Module, sample: Sample, partition: Partition
-) -> tuple[Choice, str | None]:
+    choice: CurvatureConfig, check: SelfCheck, module: nn.Module, sample: Sample, partition: Partition
+) -> tuple[CurvatureConfig, str | None]:
     """What to go on with after the self-check, and what the user should be told about it; a collective.
 
     Raises:
-        CheckError: see `Choice.after`.
+        CheckError: see `CurvatureConfig.after`.
     """
     after, notice = choice.after(check)
     if after.curvature != choice.curvature:
@@ -268,7 +268,7 @@ def _require_the_same(ranks: Ranks, module: nn.Module, arguments: object) -> Non
         return
     own = [float(_widest(p.detach()).abs().sum()) for p in module.parameters() if not is_sharded(p)]
     for what, given in (("arguments", repr(arguments)), ("modules", own)):
-        if any(other != given for other in ranks.listed(given)):
+        if any(other != given for other in ranks.all_gather_object(given)):
             raise ValueError(f"group: expected the same {what} on all ranks, got different ones.")
 
 

@@ -121,10 +121,10 @@ class ProbeRun:
         Raises:
             CheckError: when they are wrong, with `on_check_fail="raise"`, or where nothing else would do.
         """
-        with self.ranks.together():
+        with self.ranks.agree():
             result = self._choice.check(module, sample, self.partition)
         self.self_check, self._refusal = result, None
-        with self.ranks.together():
+        with self.ranks.agree():
             try:
                 choice, notice = choice_after(self._choice, result, module, sample, self.partition)
             except CheckError as error:
@@ -135,7 +135,7 @@ class ProbeRun:
 
     def refresh_parameters(self, module: nn.Module) -> bool:
         """Start the overlaps anew if the set of trainable parameters has changed; whether it has. A collective."""
-        with self.ranks.together():
+        with self.ranks.agree():
             partition = self._partition_of(module)
         has_changed = partition != self.partition  # also where the next fit deals them otherwise
         if has_changed:
@@ -162,7 +162,7 @@ class ProbeRun:
         """
         if self._refusal is not None:
             raise CheckError(self._refusal)
-        with self.ranks.together():
+        with self.ranks.agree():
             theta = self._theta(module)
             probe, record = self._take(module, sample, step, optimizer, on_matvec)
             record = self._resumed.complete(record)
@@ -183,7 +183,7 @@ class ProbeRun:
         """
         metrics = dict(opened.record.metrics)
         if module is not None:
-            with self.ranks.together():
+            with self.ranks.agree():
                 metrics.update(self._after_step(opened, module))
         record = _without_eigenvectors(replace(opened.record, metrics=metrics))
         self.history.append(record)
@@ -251,7 +251,7 @@ class ProbeRun:
     ) -> tuple[Probe, Record]:
         number = self.num_probes
         # Read off eigenvalues, which are equal on all ranks as far as their processors are: the first one decides.
-        verify = self.ranks.first(verifies(number) or has_degenerate_values(self.history))
+        verify = self.ranks.broadcast_object(verifies(number) or has_degenerate_values(self.history))
         with self._choice.loss(module, self.space, self.ranks) as loss:
             return take_probe(
                 loss,
@@ -281,7 +281,7 @@ class ProbeRun:
         for measurement in self.settings.taken:
             if is_taken(measurement, probe.number, probe.subspace):
                 metrics.update(measurement.after_step(probe, opened.gradient, update))
-        return self.ranks.first(finite(metrics))
+        return self.ranks.broadcast_object(finite(metrics))
 
     def _prepared(self, record: Record) -> tuple[Tensor, dict[int, float]] | None:
         """What the probes to come need of a trusted subspace: its basis, and its overlaps with those before it."""

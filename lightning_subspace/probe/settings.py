@@ -1,7 +1,7 @@
 """Settings of a probe, as the user gives them, checked in one place.
 
 The callbacks and `measure_subspace` take them as flat arguments and make one `ProbeSettings` of them. What a layer
-below needs is cut from it: the `Solver`, the `Choice` of an operator, the `SampleRequest`.
+below needs is cut from it: the `Solver`, the `CurvatureConfig` of an operator, the `SampleSpec`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, get_args
 
-from lightning_subspace.curvature import Choice
+from lightning_subspace.curvature import CurvatureConfig
 from lightning_subspace.curvature.selection import Curvature, OnCheckFail, Precision
 from lightning_subspace.data.micro_batch import Weight
-from lightning_subspace.data.source import SampleRequest
+from lightning_subspace.data.source import SampleSpec
 from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss.loss_function import LossFunction
 from lightning_subspace.loss.training_loss import Mode
@@ -106,9 +106,9 @@ class ProbeSettings:
         return Solver(self.k, self.which, self.tol, self.ncv, self.max_matvecs, self.seed)
 
     @cached_property
-    def choice(self) -> Choice:
+    def choice(self) -> CurvatureConfig:
         """How the loss is evaluated and differentiated."""
-        return Choice(self.loss_fn, self.mode, self.seed, self.dtype, self.curvature, self.on_check_fail)
+        return CurvatureConfig(self.loss_fn, self.mode, self.seed, self.dtype, self.curvature, self.on_check_fail)
 
     @property
     def taken(self) -> tuple[Measurement, ...]:
@@ -116,12 +116,12 @@ class ProbeSettings:
         return (*(default_measurements(self.k) if self.defaults else ()), *(self.measurements or ()))
 
     @property
-    def sample_request(self) -> SampleRequest:
+    def sample_spec(self) -> SampleSpec:
         """The examples; those for the gradient alone are left out where nothing is measured."""
         gradient_sample = self.gradient_sample
         if isinstance(self.sample, int) and not self.taken:
             gradient_sample = self.sample
-        return SampleRequest(self.sample, gradient_sample, self.batch_size, self.weight, self.seed)
+        return SampleSpec(self.sample, gradient_sample, self.batch_size, self.weight, self.seed)
 
     def same_subspace_as(self, other: ProbeSettings) -> bool:
         """Whether both compute the same subspace, whatever they measure in it.

@@ -159,7 +159,7 @@ def _exactly(tag: str) -> str:
 
 
 def _as_dict(layout: Any) -> Layout:
-    """Turn the protobuf into what `add_custom_scalars` takes."""
+    """Assignment the protobuf into what `add_custom_scalars` takes."""
     result: Layout = {}
     for category in layout.category:
         its_charts = result.setdefault(category.title, {})

@@ -1,7 +1,7 @@
 """Where Python keeps state, and how to exchange it while every object stays the same object.
 
-`explore` walks from some roots through everything that can hold state and returns the containers on the way, the random
-generators and the tensors. A `Container` is one mutable object with its original contents.
+`walk` walks from some roots through everything that can hold state and returns the containers on the way, the random
+generators and the tensors. A `MutableObject` is one mutable object with its original contents.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PLAIN = (
 
 
 @dataclass(frozen=True)
-class Container:
+class MutableObject:
     """A mutable object.
 
     Attributes:
@@ -50,7 +50,7 @@ class Container:
 
 
 @dataclass
-class Found:
+class ObjectGraph:
     """What an exploration has found.
 
     Attributes:
@@ -64,20 +64,20 @@ class Found:
 
     packages: frozenset[str]
     seen: set[int] = field(default_factory=set)
-    containers: list[Container] = field(default_factory=list)
+    containers: list[MutableObject] = field(default_factory=list)
     generators: list[tuple[Callable[[Any], Any], Any]] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
     iterators: list[Iterator[Any]] = field(default_factory=list)
 
 
-def explore(roots: Iterable[Any], found: Found) -> Found:
+def walk(roots: Iterable[Any], found: ObjectGraph) -> ObjectGraph:
     """Add everything that can be reached from the roots, once.
 
     Raises:
         TypeError: for a TorchScript module.
 
     Example:
-        >>> found = explore([{"a": [1, 2]}], Found(frozenset()))
+        >>> found = walk([{"a": [1, 2]}], ObjectGraph(frozenset()))
         >>> [container.items for container in found.containers]
         [['a', [1, 2]], [1, 2]]
     """
@@ -133,14 +133,14 @@ def _package(cls: type) -> str:
     return cls.__module__.split(".")[0]
 
 
-def _containers(value: Any, packages: frozenset[str]) -> list[Container]:
+def _containers(value: Any, packages: frozenset[str]) -> list[MutableObject]:
     """The value as containers: of items, of attributes, of both, or none for a constant."""
     if isinstance(value, torch.jit.ScriptModule):
         raise TypeError(
             f"{type(value).__name__} is a compiled TorchScript module, whose parameters cannot be exchanged for "
             "copies; use the eager module, or pass loss_fn= and leave it out."
         )
-    found: list[Container] = []
+    found: list[MutableObject] = []
     if isinstance(value, dict):
         found.append(_of_dict(value))
     elif isinstance(value, list | collections.deque):
@@ -154,7 +154,7 @@ def _containers(value: Any, packages: frozenset[str]) -> list[Container]:
     elif isinstance(value, types.CellType):
         return _of_cell(value)
     elif isinstance(value, types.MethodType | types.BuiltinMethodType):
-        return [Container([value.__self__], lambda items: None)]
+        return [MutableObject([value.__self__], lambda items: None)]
     if found or isinstance(value, (nn.Module, *PLAIN)) or _is_own(value, packages):
         found.extend([_of_dict(vars(value))] if hasattr(value, "__dict__") else [])
         found.extend(_of_slots(value))
@@ -169,7 +169,7 @@ def _is_own(value: Any, packages: frozenset[str]) -> bool:
     return bool(own & packages) and not own & TRAINING
 
 
-def _of_dict(target: dict[Any, Any]) -> Container:
+def _of_dict(target: dict[Any, Any]) -> MutableObject:
     size = len(target)
 
     def fill(items: list[Any]) -> None:
@@ -184,54 +184,54 @@ def _of_dict(target: dict[Any, Any]) -> Container:
             if old is not new:
                 target[key] = new
 
-    return Container([*target, *target.values()], fill)
+    return MutableObject([*target, *target.values()], fill)
 
 
-def _of_list(target: list[Any] | collections.deque[Any]) -> Container:
+def _of_list(target: list[Any] | collections.deque[Any]) -> MutableObject:
     def fill(items: list[Any]) -> None:
         if len(items) != len(target) or not all(map(is_, items, target)):
             target.clear()
             target.extend(items)
 
-    return Container(list(target), fill)
+    return MutableObject(list(target), fill)
 
 
-def _of_set(target: set[Any]) -> Container:
+def _of_set(target: set[Any]) -> MutableObject:
     def fill(items: list[Any]) -> None:
         # Only what has come or gone, since the order of iteration depends on how a set was built.
         target.intersection_update(items)
         target.update(items)
 
-    return Container(list(target), fill)
+    return MutableObject(list(target), fill)
 
 
-def _of_partial(target: functools.partial[Any]) -> Container:
+def _of_partial(target: functools.partial[Any]) -> MutableObject:
     def fill(items: list[Any]) -> None:
         if target.func is not items[0] or target.args is not items[1]:
             target.__setstate__((items[0], items[1], target.keywords, vars(target)))  # type: ignore[attr-defined]
 
-    return Container([target.func, target.args, target.keywords], fill)
+    return MutableObject([target.func, target.args, target.keywords], fill)
 
 
-def _of_function(target: types.FunctionType) -> Container:
+def _of_function(target: types.FunctionType) -> MutableObject:
     def fill(items: list[Any]) -> None:
         if target.__defaults__ is not items[0]:
             target.__defaults__ = items[0]
 
-    return Container([target.__defaults__, target.__kwdefaults__, vars(target), *(target.__closure__ or ())], fill)
+    return MutableObject([target.__defaults__, target.__kwdefaults__, vars(target), *(target.__closure__ or ())], fill)
 
 
-def _of_cell(target: types.CellType) -> list[Container]:
+def _of_cell(target: types.CellType) -> list[MutableObject]:
     def fill(items: list[Any]) -> None:
         target.cell_contents = items[0]
 
     try:
-        return [Container([target.cell_contents], fill)]
+        return [MutableObject([target.cell_contents], fill)]
     except ValueError:  # a variable without a value yet
         return []
 
 
-def _of_slots(target: Any) -> list[Container]:
+def _of_slots(target: Any) -> list[MutableObject]:
     classes = [cls for cls in type(target).__mro__ if "__slots__" in vars(cls)]
     slots = [d for cls in classes for d in vars(cls).values() if isinstance(d, types.MemberDescriptorType)]
     if not slots:
@@ -245,7 +245,7 @@ def _of_slots(target: Any) -> list[Container]:
         for slot, item in zip(held, items, strict=True):
             slot.__set__(target, item)
 
-    return [Container([slot.__get__(target) for slot in held], fill)]
+    return [MutableObject([slot.__get__(target) for slot in held], fill)]
 
 
 def _has(slot: types.MemberDescriptorType, target: Any) -> bool:

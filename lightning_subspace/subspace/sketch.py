@@ -134,7 +134,7 @@ def count_sketch(
                 bits = word >> 16 * t  # 15 for the cell, then one for the sign
                 sign = ((bits >> 15) & 1).to(block.dtype).mul_(2).sub_(1)
                 table.index_add_(1, (bits & 0x7FFF).remainder(cells // TABLES), block * sign)
-    return partition.ranks.all_sum(image) / math.sqrt(TABLES)
+    return partition.ranks.all_reduce(image) / math.sqrt(TABLES)
 
 
 def _whole(vectors: Tensor, partition: Partition) -> Tensor:
@@ -144,7 +144,7 @@ def _whole(vectors: Tensor, partition: Partition) -> Tensor:
     for piece in partition.own:
         whole[:, piece.start : piece.stop] = vectors.detach()[:, done : done + len(piece)]
         done += len(piece)
-    return partition.ranks.all_sum(whole)
+    return partition.ranks.all_reduce(whole)
 
 
 def _words(name: str, start: int, block: Tensor) -> Tensor:

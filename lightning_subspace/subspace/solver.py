@@ -32,7 +32,7 @@ class Operator(Protocol):
     dtype: torch.dtype
     device: torch.device
     partition: Partition
-    fails_as_nan: bool
+    raises_after_collectives: bool
     max_asymmetry: float
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class Solver:
         """
         partition = operator.partition
         v0 = None if start is None else self._warm_start(operator, start)
-        with partition.ranks.bare():
+        with partition.ranks.unchecked():
             result = eigsh(
                 agreed_product(operator, matvec),
                 operator.n,
@@ -96,7 +96,7 @@ class Solver:
                 seed=self.seed,
                 dtype=operator.dtype,
                 device=operator.device,
-                all_sum=partition.ranks.all_sum if partition.ranks.count > 1 else None,
+                all_sum=partition.ranks.all_reduce if partition.ranks.count > 1 else None,
                 random=partial(partition.random, dtype=operator.dtype),
                 on_matvec=on_matvec,
                 dimension=partition.n,
@@ -110,23 +110,25 @@ class Solver:
         towards = inner_products(vectors, noise[None], operator.partition.ranks)[:, 0]
         total = (torch.where(towards < 0.0, -1.0, 1.0).to(vectors) @ vectors).to(noise)
         parts = torch.stack([total, noise])
-        squares = operator.partition.ranks.all_sum(torch.linalg.vector_norm(parts, dim=1, dtype=torch.float64).square())
+        squares = operator.partition.ranks.all_reduce(
+            torch.linalg.vector_norm(parts, dim=1, dtype=torch.float64).square()
+        )
         start: Tensor = (parts / squares.sqrt()[:, None].to(parts)).sum(dim=0)
         return start
 
 
 def agreed_product(operator: Operator, matvec: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
-    """A product that may fail on one rank and still gets all ranks to its end, for use inside of `Ranks.bare`.
+    """A product that may fail on one rank and still gets all ranks to its end, for use inside of `Ranks.unchecked`.
 
     Args:
         operator: says whether its own products see to that themselves.
         matvec: a product in place of the operator's own.
     """
-    if matvec is None and operator.fails_as_nan:
+    if matvec is None and operator.raises_after_collectives:
         return operator.matvec
 
     def product(vector: Tensor) -> Tensor:
-        with operator.partition.ranks.together():
+        with operator.partition.ranks.agree():
             return (operator.matvec if matvec is None else matvec)(vector)
 
     return product

@@ -181,7 +181,7 @@ def inner_products(
 ) -> Tensor:  # (k, m) float64
     """All inner products A B^T, in float64 block by block: out of reach of autocast, TF32 and a large n."""
     blocks = zip(torch.split(rows, BLOCK, dim=1), torch.split(others.to(rows.device), BLOCK, dim=1), strict=True)
-    return ranks.all_sum(torch.stack([_exact(a) @ _exact(b).T for a, b in blocks]).sum(0))
+    return ranks.all_reduce(torch.stack([_exact(a) @ _exact(b).T for a, b in blocks]).sum(0))
 
 
 def fraction(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_subspace.curvature import Choice
+from lightning_subspace.curvature import CurvatureConfig
 from lightning_subspace.data.sample import sample_of_batches
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.subspace.solver import Solver
@@ -99,7 +99,7 @@ def main() -> None:
     ncv = basis_size(space.n, asked.k, (asked.memory - asked.graphs) * 2**30)
     print(f"n = {space.n:,}, k = {asked.k}, ncv = {ncv}, {torch.get_num_threads()} threads", flush=True)
 
-    choice = Choice(next_token, curvature=asked.curvature)
+    choice = CurvatureConfig(next_token, curvature=asked.curvature)
     sample = sample_of_batches([text])
     started = time.perf_counter()
     with choice.loss(module, space) as loss:

@@ -21,7 +21,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator
 from scipy.sparse.linalg import eigsh as arpack
 from torch import Tensor, nn
 
-from lightning_subspace.curvature import Choice, Hessian
+from lightning_subspace.curvature import CurvatureConfig, Hessian
 from lightning_subspace.linalg import eigsh
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.subspace.solver import Solver
@@ -34,10 +34,16 @@ MOST_MATVECS = 400
 
 
 def ours(
-    case: Case, k: int, tol: float, *, verify: bool = False, start: Tensor | None = None, choice: Choice | None = None
+    case: Case,
+    k: int,
+    tol: float,
+    *,
+    verify: bool = False,
+    start: Tensor | None = None,
+    choice: CurvatureConfig | None = None,
 ) -> Answer:
     """What a probe does: graphs of the sample, then the solver with its defaults."""
-    choice = Choice(cross_entropy) if choice is None else choice
+    choice = CurvatureConfig(cross_entropy) if choice is None else choice
     with choice.loss(case.module, case.space) as loss:
         hessian = choice.operator(loss, case.sample)
         found = Solver(k=k, tol=tol).solve(hessian, start=start, verify=verify)
@@ -46,16 +52,16 @@ def ours(
 
 def ours_as_the_peers(case: Case, k: int, tol: float) -> Answer:
     """Asked for residuals alone, as the peers are, and not for a space that the gap behind it makes certain."""
-    choice = Choice(cross_entropy)
+    choice = CurvatureConfig(cross_entropy)
     with choice.loss(case.module, case.space) as loss:
         hessian = choice.operator(loss, case.sample)
         found = eigsh(hessian.matvec, hessian.n, k, tol=tol, subspace_tol=None, verify="never")
     return Answer(found.eigenvalues, found.eigenvectors, found.num_matvecs, found.converged)
 
 
-def choice_of(case: Case, curvature: str) -> Choice:
+def choice_of(case: Case, curvature: str) -> CurvatureConfig:
     """As a run would choose after its self-check, which is made once and not a part of the cost of a probe."""
-    choice = Choice(cross_entropy, curvature=curvature)
+    choice = CurvatureConfig(cross_entropy, curvature=curvature)
     return choice.after(choice.check(case.module, case.sample))[0]
 
 

@@ -57,7 +57,7 @@ def probe(rank: int, num_ranks: int, n: int, examples: int, results: mp.Queue) -
     images = means[labels] + torch.randn(examples, 784, generator=generator)
     sample = sample_of_batches(list(zip(images.split(32), labels.split(32), strict=True)), ranks=ranks)
     before, started = resident(), time.monotonic()
-    with ranks.together(), TrainingLoss(module, space, loss_fn) as loss:
+    with ranks.agree(), TrainingLoss(module, space, loss_fn) as loss:
         _, record = take_probe(loss, sample, Solver(K), [], partition=Partition.even(space, ranks), verify=False)
     seconds, peak = time.monotonic() - started, peak_resident() - before
     assert record.subspace is not None

@@ -30,7 +30,7 @@ from typing import TypeVar
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_subspace.curvature import Choice, Hessian, Operator
+from lightning_subspace.curvature import CurvatureConfig, Hessian, Operator
 from tests.benchmarks import competitors as ways
 from tests.benchmarks.accuracy import Answer, Judge
 from tests.benchmarks.workloads import WORKLOADS, Case, colour_images, cross_entropy, digits, trained
@@ -144,7 +144,7 @@ def contestants(case: Case, k: int, tol: float) -> Iterator[tuple[str, Contestan
     """Every way with its name; peers that are not installed are left out."""
     later = Case(case.workload, case.later, case.later, case.batch)
     before = ways.ours(case, k, tol).vectors
-    exact = our_operations(case, Choice(cross_entropy))
+    exact = our_operations(case, CurvatureConfig(cross_entropy))
     yield f"{OURS}, cold", Contestant(lambda: ways.ours(case, k, tol), exact)
     yield f"{OURS}, cold, residuals alone", Contestant(lambda: ways.ours_as_the_peers(case, k, tol), exact)
     yield f"{OURS}, cold, verified", Contestant(lambda: ways.ours(case, k, tol, verify=True), exact)
@@ -194,7 +194,7 @@ def operations(call: Callable[[], object]) -> float:
     return float(counter.get_total_flops())
 
 
-def our_operations(case: Case, choice: Choice) -> Callable[[int], float]:
+def our_operations(case: Case, choice: CurvatureConfig) -> Callable[[int], float]:
     with choice.loss(case.module, case.space) as loss:
         made: list[Operator] = []
         setup = operations(lambda: made.append(choice.operator(loss, case.sample)))
@@ -211,7 +211,7 @@ def prices(case: Case) -> str:
         if curvature != "finite-difference" or case.workload.is_smooth:
             cost = our_operations(case, ways.choice_of(case, curvature))
             found[what] = (cost(1) - cost(0)) / one
-    with Choice(cross_entropy).loss(case.module, case.space) as loss:
+    with CurvatureConfig(cross_entropy).loss(case.module, case.space) as loss:
         rebuilding = Hessian(loss, case.sample.hessian, memory=0.0)
         product = operations(lambda: rebuilding.matvec(torch.ones(rebuilding.n)))
     found["exact with the graph rebuilt"] = product / one

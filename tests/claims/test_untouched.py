@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from lightning_subspace import SubspaceMonitor, _lightning, measure_subspace
 from lightning_subspace.curvature import Hessian
-from lightning_subspace.curvature.selection import Choice
+from lightning_subspace.curvature.selection import CurvatureConfig
 from lightning_subspace.data import sample
 from lightning_subspace.data.sample import sample_of_current
 from lightning_subspace.linalg.lanczos import Lanczos
@@ -181,7 +181,7 @@ class FailingMeasurement(Measurement):
 
 
 FAILURES = {
-    "self-check": lambda patch: patch.setattr(Choice, "check", failing_at(Choice.check, 1)),
+    "self-check": lambda patch: patch.setattr(CurvatureConfig, "check", failing_at(CurvatureConfig.check, 1)),
     # the self-check evaluates nine times before, and takes one product
     "first evaluation": lambda patch: patch.setattr(
         training_loss, "as_scalar", failing_at(training_loss.as_scalar, 10)
@@ -351,7 +351,7 @@ def both_batch_copies(patch):
         patch.setattr(place, "copied", lambda data, copy_tensor: data)
 
 
-CONSTANT = containers.Container([], lambda items: None)
+CONSTANT = containers.MutableObject([], lambda items: None)
 
 # piece: how to take it away, the project that needs it, and how it is monitored
 PIECES = {

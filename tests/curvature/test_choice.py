@@ -11,7 +11,7 @@ from lightning_subspace import measure_subspace
 from lightning_subspace.curvature import (
     BatchMean,
     CheckOutcome,
-    Choice,
+    CurvatureConfig,
     EmpiricalFisher,
     FiniteDifferenceHessian,
     SelfCheck,
@@ -55,13 +55,13 @@ def test_every_word_is_measured(module, curvature):
 )
 def test_a_word_that_is_none_of_them(name, choices):
     with pytest.raises(ValueError, match=f"{name}: expected one of {', '.join(map(repr, get_args(choices)))}, got 'x'"):
-        Choice(**{name: "x"})
+        CurvatureConfig(**{name: "x"})
 
 
 @pytest.mark.parametrize("outcome", [CheckOutcome.FAILED, CheckOutcome.UNAVAILABLE])
 def test_a_check_that_fails_after_one_that_has_passed(module, outcome):
     """As where more parameters are trained: what the first has allowed is over."""
-    choice, _ = Choice(classify, on_check_fail="finite-difference").after(SelfCheck(CheckOutcome.PASSED))
+    choice, _ = CurvatureConfig(classify, on_check_fail="finite-difference").after(SelfCheck(CheckOutcome.PASSED))
     choice, notice = choice.after(SelfCheck(outcome, float("inf")))
     assert "finite differences of float64" in notice
     with choice.loss(module, ParameterSpace.of(module)) as loss:
@@ -73,7 +73,7 @@ class SecondMoment(BatchMean):
 
     def matvec(self, v):
         def images(whole):
-            for batch, _ in self._turns:
+            for batch, _ in self._assignments:
                 gradient = self._gradient_of(batch)
                 yield gradient * (gradient @ whole)
 
@@ -82,7 +82,7 @@ class SecondMoment(BatchMean):
 
 def test_a_new_operator_is_one_method_and_one_row(module, monkeypatch):
     monkeypatch.setitem(OPERATORS, "second-moment", Row(SecondMoment, order=1))
-    choice, sample = Choice(classify, dtype="float64", curvature="second-moment"), sample_of_batches(BATCHES)
+    choice, sample = CurvatureConfig(classify, dtype="float64", curvature="second-moment"), sample_of_batches(BATCHES)
     choice, notice = choice.after(choice.check(module, sample))
     assert notice is None
     with choice.loss(module, ParameterSpace.of(module)) as loss:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor, SubspaceProjection, measure_subspace
-from lightning_subspace.curvature import CheckOutcome, Choice, EmpiricalFisher
+from lightning_subspace.curvature import CheckOutcome, CurvatureConfig, EmpiricalFisher
 from lightning_subspace.data.sample import sample_of_batches
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
@@ -300,7 +300,7 @@ CHECKED = {
 def test_the_check_finds_losses_that_are_no_means_over_examples(name):
     make, loss_fn, mode, reason = CHECKED[name]
     module, data = built(make), batches((12, 12))
-    choice = Choice(loss_fn, mode, curvature="empirical-fisher", dtype="float64")
+    choice = CurvatureConfig(loss_fn, mode, curvature="empirical-fisher", dtype="float64")
     check = choice.check(module, sample_of_batches(data))
     assert check.outcome is (CheckOutcome.PASSED if reason is None else CheckOutcome.SKIPPED)
     choice, notice = choice.after(check)

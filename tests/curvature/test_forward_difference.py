@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from lightning_subspace import measure_subspace
 from lightning_subspace.curvature import (
     CheckOutcome,
-    Choice,
+    CurvatureConfig,
     FiniteDifferenceHessian,
     ForwardDifferenceHessian,
     Hessian,
@@ -120,7 +120,7 @@ def test_zero_and_nan_come_back():
 
 def chosen(name, **options):
     module = built((NETS | KINKED)[name], 0)
-    choice = Choice(classify, curvature="finite-difference", **options)
+    choice = CurvatureConfig(classify, curvature="finite-difference", **options)
     space, sample = ParameterSpace.of(module), sample_of_batches(batches())
     choice, notice = choice.after(choice.check(module, sample))
     assert notice is None

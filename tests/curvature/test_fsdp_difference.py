@@ -109,7 +109,7 @@ def buffers_of_others():
     with ShardedLoss(module, ParameterSpace.of(module), loss_fn, mode="eval", stand_ins=stand_ins) as loss:
         used = []
         operator_of(loss, images).mean_gradient([micro_batch(images, 0)])
-        loss._shadow.renew()
+        loss._shadow.reset()
         used.append(module[1].running_mean.clone())
     return used[0].tolist(), bool(module[1].running_mean.any())
 

@@ -6,7 +6,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_subspace import measure_subspace
-from lightning_subspace.curvature import CheckError, CheckOutcome, Choice, GaussNewton, Hessian, gauss_newton_check
+from lightning_subspace.curvature import (
+    CheckError,
+    CheckOutcome,
+    CurvatureConfig,
+    GaussNewton,
+    Hessian,
+    gauss_newton_check,
+)
 from lightning_subspace.data.sample import sample_of_batches
 from lightning_subspace.loss.loss_function import LossError
 from lightning_subspace.loss.training_loss import TrainingLoss
@@ -197,7 +204,7 @@ def test_the_check():
         (lambda: Through(OnceDifferentiable), CheckOutcome.FAILED),
     ):
         assert gauss_newton_check(opened(net(act=act), loss_fn), batch).outcome is outcome
-    choice = Choice(loss_fn, curvature="ggn")
+    choice = CurvatureConfig(loss_fn, curvature="ggn")
     broken = net(act=lambda: Through(OnceDifferentiable))
     check = choice.check(broken, sample_of_batches(batches()))
     with pytest.raises(CheckError, match="curvature='hessian'"):

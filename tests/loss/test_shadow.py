@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 
 from lightning_subspace.loss.shadow import Shadow
 from lightning_subspace.state.copies import copied
-from lightning_subspace.state.object_graph import Found, explore
+from lightning_subspace.state.object_graph import ObjectGraph, walk
 from tests.modules import PROJECTS, counting_tensors, differences, fingerprint
 
 
@@ -168,7 +168,7 @@ def test_every_kind_of_state_is_copied_rewound_and_put_back(name):
     shadow = Shadow(module)
     seen = []
     for _ in range(3):
-        shadow.renew()
+        shadow.reset()
         seen.append(use(module.held))
     assert seen[0] == seen[1] == seen[2]
     shadow.close()
@@ -185,7 +185,7 @@ def test_every_object_is_itself_and_every_address_the_same_after_a_shadow(name):
     before = look(module)
     shadow = Shadow(module, torch.float64)
     for _ in range(2):
-        shadow.renew()
+        shadow.reset()
         assert all(a is not b for a, b in zip(module.parameters(), PROJECTS[name]().parameters(), strict=True))
         with torch.no_grad():
             for tensor in (*module.parameters(), *module.buffers()):
@@ -199,7 +199,7 @@ def test_the_dicts_of_a_module_stay_the_same_objects_inside():
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     parts = [(m, vars(m), m._parameters, m._buffers, m._modules, m._forward_hooks) for m in module.modules()]
     shadow = Shadow(module)
-    shadow.renew()
+    shadow.reset()
     for m, *dicts in parts:
         assert all(
             a is b
@@ -212,7 +212,7 @@ def test_attributes_that_come_and_go():
     module = Holder(gone=1, stays=2)
     before, order = look(module), list(vars(module))
     shadow = Shadow(module)
-    shadow.renew()
+    shadow.reset()
     del module.gone
     module.new = torch.zeros(1)
     module.register_buffer("buffer", torch.zeros(1))
@@ -220,7 +220,7 @@ def test_attributes_that_come_and_go():
     module.child = nn.Linear(1, 1)
     module.linear = nn.Linear(3, 3)
     module.linear.register_forward_hook(print)
-    shadow.renew()
+    shadow.reset()
     assert not hasattr(module, "new")
     assert module.gone == 1
     shadow.close()
@@ -234,7 +234,7 @@ def test_shared_tensors_are_shared_among_the_copies():
     module.state = torch.zeros(4)
     module.same_state, module.part = [module.state], module.state[1:3]
     shadow = Shadow(module, torch.float64)
-    shadow.renew()
+    shadow.reset()
     assert module.again is module.linear.weight is module.inside[0]
     assert module.same_state[0] is module.state
     module.part.add_(1)
@@ -252,7 +252,7 @@ def test_a_view_of_a_parameter_is_a_view_of_its_copy():
         module.linear.weight.t(),
     )
     shadow = Shadow(module)
-    shadow.renew()
+    shadow.reset()
     (gradient,) = torch.autograd.grad(module.row.sum() + module.transposed[0, 0], module.linear.weight)
     assert gradient.tolist() == [[1, 0], [1, 1]]
     assert not module.raw.requires_grad
@@ -263,7 +263,7 @@ def test_a_view_of_a_parameter_is_a_view_of_its_copy():
 def test_a_view_of_something_larger_that_is_not_in_the_module_copies_the_view_alone():
     module = Holder(part=torch.zeros(1_000_000)[3:5])
     shadow = Shadow(module)
-    shadow.renew()
+    shadow.reset()
     assert module.part.untyped_storage().nbytes() == 8
     shadow.close()
 
@@ -278,7 +278,7 @@ def test_copies_of_parameters_keep_class_and_attributes():
     before = look(module)
     shadow = Shadow(module)
     for _ in range(2):
-        shadow.renew()
+        shadow.reset()
         weight = module.linear.weight
         assert type(weight) is Special
         assert (weight.tag, weight.history, weight.ema.tolist(), weight.grad) == (1, [], [0, 0], None)
@@ -293,11 +293,11 @@ def test_copies_of_parameters_keep_class_and_attributes():
 def test_copies_of_parameters_stay_until_they_are_written_to():
     module = nn.Linear(2, 2)
     shadow = Shadow(module)
-    shadow.renew()
+    shadow.reset()
     weight, bias = module.weight, module.bias
     weight.data.clamp_(-0.1, 0.1)
-    shadow.settle()
-    shadow.renew()
+    shadow.drop_written()
+    shadow.reset()
     assert module.weight is not weight
     assert module.bias is bias
     shadow.close()
@@ -306,12 +306,12 @@ def test_copies_of_parameters_stay_until_they_are_written_to():
 def test_a_write_that_would_spoil_an_earlier_graph_is_refused():
     module = nn.Linear(2, 2)
     shadow = Shadow(module)
-    shadow.renew()
-    shadow.settle()
-    shadow.renew()
+    shadow.reset()
+    shadow.drop_written()
+    shadow.reset()
     module.weight.data.mul_(0.5)
     with pytest.raises(RuntimeError, match="writes to a parameter at some batches and not at others"):
-        shadow.settle()
+        shadow.drop_written()
     shadow.close()
 
 
@@ -322,9 +322,9 @@ def test_displaced_copies_are_made_anew_and_are_no_writes():
     weight = module.weight
     for size in (0.0, 1.0, 2.0, 0.0):
         offsets = {id(weight): torch.full((2, 2), size)} if size else {}
-        shadow.renew()
+        shadow.reset()
         assert torch.equal(module.weight.detach(), weight.detach() + size)
-        shadow.settle()
+        shadow.drop_written()
     shadow.close()
     assert module.weight is weight
 
@@ -332,7 +332,7 @@ def test_displaced_copies_are_made_anew_and_are_no_writes():
 def test_floating_point_state_is_widened_and_nothing_else():
     module = Holder(state=torch.zeros(1), count=torch.zeros(1, dtype=torch.long)).bfloat16()
     shadow = Shadow(module, torch.float32)
-    shadow.renew()
+    shadow.reset()
     assert module.linear.weight.dtype == torch.float32
     assert (module.state.dtype, module.count.dtype) == (torch.float32, torch.long)
     shadow.close()
@@ -344,7 +344,7 @@ def test_an_iterator_is_refused_when_it_is_used_and_not_before(make):
     module = Holder(batches=make(), inside=[make()])
     original = module.batches
     shadow = Shadow(module)
-    shadow.renew()
+    shadow.reset()
     for iterator in (module.batches, module.inside[0]):
         with pytest.raises(TypeError, match="cannot be put back afterwards; pass loss_fn="):
             next(iterator)
@@ -357,7 +357,7 @@ def test_a_file_is_not_written_to(tmp_path):
     with (tmp_path / "log.txt").open("w") as file:
         module = Holder(file=file)
         shadow = Shadow(module)
-        shadow.renew()
+        shadow.reset()
         with pytest.raises(TypeError, match="pass loss_fn="):
             module.file.write("twice")
         shadow.close()
@@ -379,7 +379,7 @@ def test_other_people_s_objects_are_not_followed():
     """Trainers, loggers, optimizers, datasets, and libraries that have nothing to do with the module."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     dataset = torch.utils.data.TensorDataset(torch.zeros(3))
-    found = explore([Holder(optimizer=optimizer, dataset=dataset, parser=copy)], Found(frozenset({"tests"})))
+    found = walk([Holder(optimizer=optimizer, dataset=dataset, parser=copy)], ObjectGraph(frozenset({"tests"})))
     assert id(vars(optimizer)) not in found.seen
     assert not any(tensor is dataset.tensors[0] for tensor in found.tensors)
 
@@ -389,7 +389,7 @@ def test_bystanders_are_put_back_without_copies_of_their_tensors():
     before = look(optimizer)
     shadow = Shadow(nn.Linear(2, 2), bystanders=[optimizer])
     for _ in range(2):
-        shadow.renew()
+        shadow.reset()
         assert optimizer.param_groups[0]["lr"] == 0.1
         optimizer.param_groups[0]["lr"] *= 2
         optimizer.note = "new"
@@ -405,7 +405,7 @@ def test_everything_is_put_back_even_if_one_thing_cannot_be():
     module = Holder(first=[1], stubborn=Stubborn(a=1), last=[1])
     weight = module.linear.weight
     shadow = Shadow(module)
-    shadow.renew()
+    shadow.reset()
     module.first.append(2)
     module.stubborn["b"] = 2
     module.last.append(2)
@@ -433,13 +433,13 @@ def test_a_cache_filled_by_a_probe_is_emptied_and_one_left_alone_is_not():
     cached_table.cache_clear()
     module = UsesTable()
     shadow = Shadow(module)
-    shadow.renew()
+    shadow.reset()
     module()
     shadow.close()
     assert cached_table.cache_info().currsize == 0
     table = cached_table()
     shadow = Shadow(module)
-    shadow.renew()
+    shadow.reset()
     module()
     shadow.close()
     assert cached_table() is table
@@ -451,7 +451,7 @@ def test_parametrizations_and_flattened_weights_follow_the_copies():
     module = nn.ModuleList([lstm, ortho])
     before = look(module)
     shadow = Shadow(module, torch.float64)
-    shadow.renew()
+    shadow.reset()
     out = ortho(lstm(torch.ones(1, 1, 2, dtype=torch.float64))[0]).sum()
     gradients = torch.autograd.grad(out, list(module.parameters()))
     assert all(g.dtype == torch.float64 and g.isfinite().all() for g in gradients)
@@ -465,8 +465,8 @@ def test_a_shadow_leaves_nothing_behind():
     with counting_tensors() as count:
         for _ in range(4):
             shadow = Shadow(module)
-            shadow.renew()
-            shadow.renew()
+            shadow.reset()
+            shadow.reset()
             shadow.close()
             del shadow
             counts.append(count())

@@ -22,14 +22,14 @@ NOTES = 3 * 8  # bytes that are compared
 
 # Every verb, and what it is called with in the tests of what surrounds it.
 VERBS = {
-    "all_sum": lambda ranks: ranks.all_sum(torch.ones(3)),
-    "smallest": lambda ranks: ranks.smallest(ranks.index),
+    "all_sum": lambda ranks: ranks.all_reduce(torch.ones(3)),
+    "smallest": lambda ranks: ranks.all_reduce_min(ranks.index),
     "all_gather": lambda ranks: ranks.all_gather(torch.ones(2), torch.empty(2 * ranks.count)),
     "reduce_scatter": lambda ranks: ranks.reduce_scatter(torch.ones(2 * ranks.count), torch.empty(2)),
     "all_to_all": lambda ranks: ranks.all_to_all(torch.ones(2 * ranks.count)),
     "broadcast": lambda ranks: ranks.broadcast([torch.ones(4), torch.ones(2, dtype=torch.int64)]),
-    "first": lambda ranks: ranks.first("a decision"),
-    "listed": lambda ranks: ranks.listed(ranks.index),
+    "first": lambda ranks: ranks.broadcast_object("a decision"),
+    "listed": lambda ranks: ranks.all_gather_object(ranks.index),
 }
 # Of each: what it is counted as, how many bytes in all for W ranks, and in how many calls.
 TRAFFIC = {
@@ -86,14 +86,14 @@ def check_verbs(ranks):
     for dtype in (torch.float32, torch.float64, torch.int64):
         given = [(100 * numbers(rank, 5, 3)).to(dtype) for rank in everybody]
         local = given[own].clone()
-        total = ranks.all_sum(local)
+        total = ranks.all_reduce(local)
         assert torch.allclose(total, sum(given), rtol=1e-6, atol=1e-5)
         assert total.dtype == dtype
         assert torch.equal(local, given[own])
         same.append(total.numpy().tobytes())
-    transposed = ranks.all_sum(numbers(own, 4, 2).T)
+    transposed = ranks.all_reduce(numbers(own, 4, 2).T)
     assert torch.allclose(transposed, sum(numbers(rank, 4, 2) for rank in everybody).T)
-    assert ranks.all_sum(torch.tensor(own + 1)).item() == count * (count + 1) // 2
+    assert ranks.all_reduce(torch.tensor(own + 1)).item() == count * (count + 1) // 2
 
     parts = [numbers(rank, 4) for rank in everybody]
     gathered = torch.empty(4 * count, dtype=torch.float64)
@@ -114,9 +114,12 @@ def check_verbs(ranks):
     assert torch.equal(tensors[0], numbers(0, 2, 3))
     assert torch.equal(tensors[1], (10 * numbers(0, 4)).long())
 
-    assert ranks.first({"rank": own, "x": numbers(own, 2).tolist()}) == {"rank": 0, "x": numbers(0, 2).tolist()}
-    assert ranks.listed(("rank", own)) == [("rank", rank) for rank in everybody]
-    assert ranks.smallest(7 + (own - 1) ** 2) == min(7 + (rank - 1) ** 2 for rank in everybody)
+    assert ranks.broadcast_object({"rank": own, "x": numbers(own, 2).tolist()}) == {
+        "rank": 0,
+        "x": numbers(0, 2).tolist(),
+    }
+    assert ranks.all_gather_object(("rank", own)) == [("rank", rank) for rank in everybody]
+    assert ranks.all_reduce_min(7 + (own - 1) ** 2) == min(7 + (rank - 1) ** 2 for rank in everybody)
     return same
 
 
@@ -126,7 +129,7 @@ def test_verbs_do_what_they_say(count):
         ranks = world()
         assert (ranks.index, ranks.count) == (dist.get_rank(), count)
         same = check_verbs(ranks)
-        with ranks.together():
+        with ranks.agree():
             assert check_verbs(ranks) == same
         return same
 
@@ -136,12 +139,12 @@ def test_verbs_do_what_they_say(count):
 
 def test_a_process_alone_takes_the_same_path():
     alone = Ranks()
-    with alone.together(), alone.bare():
+    with alone.agree(), alone.unchecked():
         check_verbs(alone)
     assert not alone.calls
     assert not alone.nbytes
     alone.fail(BrokenError("nobody to tell"))
-    with pytest.raises(BrokenError), alone.together():
+    with pytest.raises(BrokenError), alone.agree():
         raise BrokenError
 
 
@@ -150,15 +153,15 @@ def test_a_group_of_some_of_the_processes():
         group = dist.new_group([1, 2])
 
         def block():
-            with ranks.together():
+            with ranks.agree():
                 if ranks.index == 1:
                     raise BrokenError("late")
-                ranks.all_sum(torch.ones(1))
+                ranks.all_reduce(torch.ones(1))
 
         if dist.get_rank():
             ranks = Ranks(group)
             check_verbs(ranks)
-            found = ranks.index, ranks.count, ranks.first(dist.get_rank()), outcome(block)
+            found = ranks.index, ranks.count, ranks.broadcast_object(dist.get_rank()), outcome(block)
         dist.barrier()
         return found if dist.get_rank() else None
 
@@ -179,13 +182,13 @@ def test_traffic_is_counted_by_verb():
             calls[name] += times
             nbytes[name] += size(ranks.count)
             assert (ranks.calls, ranks.nbytes) == (calls, nbytes), verb
-        with ranks.together():
+        with ranks.agree():
             for call in VERBS.values():
                 call(ranks)
         meetings = calls.total() + 1
         assert ranks.calls == calls + calls + Counter(meet=meetings)
         assert ranks.nbytes == nbytes + nbytes + Counter(meet=meetings * NOTES)
-        with ranks.together(), ranks.bare():
+        with ranks.agree(), ranks.unchecked():
             for call in VERBS.values():
                 call(ranks)
         assert ranks.calls["meet"] == meetings + 2  # before the bare part, and at the end
@@ -230,10 +233,10 @@ def test_no_verb_goes_without_a_meeting_in_a_block():
                 if place == "outside":
                     call(ranks)
                 elif place == "inside":
-                    with ranks.together():
+                    with ranks.agree():
                         call(ranks)
                 else:
-                    with ranks.together(), ranks.bare():
+                    with ranks.agree(), ranks.unchecked():
                         call(ranks)
                 found[verb, place] = list(seen)
         return found
@@ -262,7 +265,7 @@ def go_through(ranks, at=None, error=None):
 
 
 def in_a_block(ranks, at=None, error=None):
-    with ranks.together():
+    with ranks.agree():
         return go_through(ranks, at, error)
 
 
@@ -308,8 +311,8 @@ def test_ranks_at_different_places_are_told_so():
     """Another verb, another shape, another type, or the end of the block: none is mistaken for another."""
     places = {
         **{name: verb for name, verb in VERBS.items() if name != "smallest"},  # which is made of `listed`
-        "other shape": lambda ranks: ranks.all_sum(torch.ones(1, 3)),
-        "other type": lambda ranks: ranks.all_sum(torch.ones(3, dtype=torch.float64)),
+        "other shape": lambda ranks: ranks.all_reduce(torch.ones(1, 3)),
+        "other type": lambda ranks: ranks.all_reduce(torch.ones(3, dtype=torch.float64)),
         "longer": lambda ranks: ranks.all_gather(torch.ones(3), torch.empty(3 * ranks.count)),
         END: lambda ranks: None,
     }
@@ -318,7 +321,7 @@ def test_ranks_at_different_places_are_told_so():
         ranks = world()
 
         def block(name):
-            with ranks.together():
+            with ranks.agree():
                 places[name](ranks)
 
         found = {}
@@ -339,7 +342,7 @@ def test_a_failure_counts_for_more_than_a_difference():
         ranks = world()
 
         def block():
-            with ranks.together():
+            with ranks.agree():
                 if ranks.index == 0:
                     raise BrokenError("first")
                 list(VERBS.values())[ranks.index](ranks)
@@ -353,25 +356,25 @@ def test_a_failure_counts_for_more_than_a_difference():
 def test_a_block_in_a_block_is_part_of_it():
     def in_a_process():
         ranks = world()
-        with ranks.together():
-            with ranks.together():
-                ranks.all_sum(torch.ones(1))
-            ranks.all_sum(torch.ones(1))
+        with ranks.agree():
+            with ranks.agree():
+                ranks.all_reduce(torch.ones(1))
+            ranks.all_reduce(torch.ones(1))
         assert ranks.calls["meet"] == 3  # one a sum, and one at the end
 
         def inside(failing, place):
-            with ranks.together():
+            with ranks.agree():
                 in_a_block(ranks, place if ranks.index == failing else None, BrokenError("inside"))
-                ranks.all_sum(torch.ones(1))
+                ranks.all_reduce(torch.ones(1))
 
         def behind(failing):
-            with ranks.together():
+            with ranks.agree():
                 in_a_block(ranks)
                 if ranks.index == failing:
                     raise BrokenError("behind")
 
         def swallowed():
-            with ranks.together():
+            with ranks.agree():
                 outcome(in_a_block, ranks, 0 if ranks.index == 0 else None, BrokenError("swallowed"))
 
         return [
@@ -399,7 +402,7 @@ def test_code_that_catches_everything_gets_no_further():
         seen = []
 
         def block():
-            with ranks.together():
+            with ranks.agree():
                 for call in VERBS.values():
                     seen.append(outcome(call, ranks))
                     if ranks.index == 0:
@@ -425,8 +428,8 @@ def test_a_failure_can_be_told_before_it_is_raised():
         seen = []
 
         def block(raises):
-            with ranks.together():
-                ranks.all_sum(torch.ones(1))
+            with ranks.agree():
+                ranks.all_reduce(torch.ones(1))
                 kept = BrokenError("kept") if ranks.index == 1 else None
                 if kept is not None:
                     ranks.fail(kept)
@@ -451,23 +454,23 @@ def test_bare_collectives_are_not_compared():
         ranks = world()
 
         def failing_behind():
-            with ranks.together():
-                with ranks.bare():
-                    ranks.all_sum(torch.ones(1))
+            with ranks.agree():
+                with ranks.unchecked():
+                    ranks.all_reduce(torch.ones(1))
                     ranks.fail(BrokenError("is not told"))
                     if ranks.index == 0:
                         raise BrokenError("bare")
-                ranks.all_sum(torch.ones(1))
+                ranks.all_reduce(torch.ones(1))
 
         def comparing_again():
-            with ranks.together():
-                with ranks.bare():
-                    ranks.all_sum(torch.ones(1))
-                ranks.all_sum(torch.ones(1 + ranks.index))
+            with ranks.agree():
+                with ranks.unchecked():
+                    ranks.all_reduce(torch.ones(1))
+                ranks.all_reduce(torch.ones(1 + ranks.index))
 
-        with ranks.bare():  # outside of a block it changes nothing
-            ranks.all_sum(torch.ones(1))
-        ranks.all_sum(torch.ones(1))
+        with ranks.unchecked():  # outside of a block it changes nothing
+            ranks.all_reduce(torch.ones(1))
+        ranks.all_reduce(torch.ones(1))
         assert ranks.calls["meet"] == 0
         return outcome(failing_behind), outcome(comparing_again)[:50], in_a_block(ranks)
 
@@ -483,32 +486,32 @@ def test_bare_collectives_begin_when_all_are_there():
         ranks = world()
 
         def block(where):
-            with ranks.together():
+            with ranks.agree():
                 if ranks.index == 1 and where == "before":
                     raise BrokenError("before")
-                with ranks.bare():
+                with ranks.unchecked():
                     for _ in range(2):
-                        ranks.all_sum(torch.ones(1))
-                    with ranks.together():  # a block of its own
-                        ranks.all_sum(torch.ones(1))
+                        ranks.all_reduce(torch.ones(1))
+                    with ranks.agree():  # a block of its own
+                        ranks.all_reduce(torch.ones(1))
                         if ranks.index == 1 and where == "inside":
                             raise BrokenError("inside")
                         if where == "different":
-                            ranks.all_sum(torch.ones(1 + ranks.index))
-                    ranks.all_sum(torch.ones(1))
+                            ranks.all_reduce(torch.ones(1 + ranks.index))
+                    ranks.all_reduce(torch.ones(1))
             return "well"
 
         def keeping():
             """As the eigensolver does it."""
-            with ranks.together(), ranks.bare():
+            with ranks.agree(), ranks.unchecked():
                 try:
-                    with ranks.together():
+                    with ranks.agree():
                         if ranks.index == 0:
                             raise BrokenError("kept")
-                        ranks.all_sum(torch.ones(1))
+                        ranks.all_reduce(torch.ones(1))
                 except Exception as error:
                     kept = error
-                total = ranks.all_sum(torch.ones(1)).item()
+                total = ranks.all_reduce(torch.ones(1)).item()
                 raise type(kept)(f"{kept}, {total}")
 
         found = [outcome(lambda where=where: block(where)) for where in ("before", "inside", "different", "nowhere")]
@@ -537,12 +540,12 @@ def test_what_cannot_be_sent_or_said_leaves_no_other_waiting(verb, failing):
         ranks = world()
 
         def sending():
-            with ranks.together():
+            with ranks.agree():
                 getattr(ranks, verb)((lambda: None) if ranks.index == failing else 1)
 
         def speaking():
             try:
-                with ranks.together():
+                with ranks.agree():
                     if ranks.index == failing:
                         raise Speechless
             except Exception as error:
@@ -567,10 +570,10 @@ def test_an_interrupt_waits_for_nobody():
         ranks = world()
         for interrupt in (KeyboardInterrupt, SystemExit):
             time.sleep(0.05 * ranks.index)
-            with pytest.raises(interrupt), ranks.together():
+            with pytest.raises(interrupt), ranks.agree():
                 raise interrupt
         assert ranks.calls["meet"] == 0
-        ranks.all_sum(torch.ones(1))
+        ranks.all_reduce(torch.ones(1))
         assert ranks.calls["meet"] == 0
         return in_a_block(ranks)
 
@@ -580,11 +583,11 @@ def test_an_interrupt_waits_for_nobody():
 def test_a_rank_that_is_killed_leaves_no_other_waiting():
     def in_a_process():
         ranks = world()
-        with ranks.together():
-            ranks.all_sum(torch.ones(1))
+        with ranks.agree():
+            ranks.all_reduce(torch.ones(1))
             if ranks.index == 1:
                 raise SystemExit("killed")
-            ranks.all_sum(torch.ones(1))
+            ranks.all_reduce(torch.ones(1))
 
     start = time.monotonic()
     with pytest.raises((SystemExit, RuntimeError)) as caught:
@@ -604,11 +607,11 @@ path, rank, backend, end = sys.argv[1:]
 dist.init_process_group(backend or None, store=dist.FileStore(path, 2), rank=int(rank), world_size=2)
 ranks = Ranks(dist.group.WORLD)
 for _ in range(5):
-    ranks.all_sum(torch.ones(100_000))
+    ranks.all_reduce(torch.ones(100_000))
 if end == "destroyed":
     dist.destroy_process_group()
 else:
-    ranks.listed("the last")
+    ranks.all_gather_object("the last")
 """
 
 

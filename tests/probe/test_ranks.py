@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_subspace.curvature import Hessian
-from lightning_subspace.data.assignment import by_rounds
+from lightning_subspace.data.assignment import group_by_round
 from lightning_subspace.data.sample import Sample, sample_of_batches
 from lightning_subspace.linalg.lanczos import Lanczos
 from lightning_subspace.loss.training_loss import TrainingLoss
@@ -411,7 +411,7 @@ def test_a_solve_moves_two_vectors_a_product_and_a_few_numbers():
         partition = Partition.even(space, ranks)
         sample = sample_of_batches(UNEVEN["batches"], ranks=ranks)
         found = []
-        with TrainingLoss(module, space, cross_entropy) as loss, ranks.together():
+        with TrainingLoss(module, space, cross_entropy) as loss, ranks.agree():
             hessian = Hessian(loss, sample.hessian, partition=partition)
             calls, nbytes = counted(ranks, lambda: found.append(Solver(3).solve(hessian)))
         matvecs, vector = found[0].num_matvecs, 4 * (space.n + space.n % 2)
@@ -434,7 +434,7 @@ def test_a_measurement_that_solves_for_an_operator_compares_no_notes_in_its_prod
         ranks = world()
         sample = sample_of_batches(UNEVEN["batches"], ranks=ranks)
         space = ParameterSpace.of(module)
-        with TrainingLoss(module, space, cross_entropy) as loss, ranks.together():
+        with TrainingLoss(module, space, cross_entropy) as loss, ranks.agree():
             probe, _ = take_probe(loss, sample, Solver(3), [], partition=Partition.even(space, ranks))
             half = probe.operator.part(range(0, 5, 2))
             for other, notes in ((half, 0), (half.matvec, 3)):  # at the all-gather, the reduce-scatter and the end
@@ -513,7 +513,7 @@ def of_gathered_losses(module, batch, batch_idx):
 def test_a_loss_may_have_collectives_of_its_own(loss_fn, count):
     """With unequal numbers of batches a rank, for the Hessian and its halves and for the gradient."""
     case = Case(**UNEVEN, extra=MORE, k=2, halves=True, dtype="float64")
-    assert len(by_rounds(case.sample(Ranks()).hessian, Ranks())) % count
+    assert len(group_by_round(case.sample(Ranks()).hessian, Ranks())) % count
     alone = case.measure(Ranks())
     case.settings = replace(case.settings, loss_fn=loss_fn)
     found = run(lambda: case.measure(world()), count)

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from lightning_subspace import Measurement, Needs, SubspaceMonitor, SubspaceProjection
 from lightning_subspace import measurements as default
 from lightning_subspace.callbacks import monitor, recorder
-from lightning_subspace.curvature import Choice, FiniteDifferenceHessian, Hessian
+from lightning_subspace.curvature import CurvatureConfig, FiniteDifferenceHessian, Hessian
 from lightning_subspace.curvature.differences import DisplacedGradients
 from lightning_subspace.curvature.forward_difference import ForwardDifferenceHessian
 from lightning_subspace.curvature.fsdp_difference import ShardedDifferenceHessian
@@ -173,8 +173,8 @@ def _in_a_probe(what: str) -> Callable[..., str]:
 
 
 PLACES: list[tuple[Any, str, str | Callable[..., str]]] = [
-    (Choice, "_compare", "self-check"),
-    (Choice, "_evaluate_twice", "second evaluation"),
+    (CurvatureConfig, "_compare", "self-check"),
+    (CurvatureConfig, "_evaluate_twice", "second evaluation"),
     (TrainingLoss, "__enter__", _in_a_probe("enter")),
     (Hessian, "_retain", _in_a_probe("build")),
     (Hessian, "mean_gradient", _in_a_probe("extra")),
@@ -290,7 +290,15 @@ def _follow_collectives() -> None:
         return ending
 
     Ranks._begin, Ranks._meet = beginning, meeting  # type: ignore[method-assign]
-    for name in ("all_sum", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "first", "listed"):
+    for name in (
+        "all_reduce",
+        "all_gather",
+        "reduce_scatter",
+        "all_to_all",
+        "broadcast",
+        "broadcast_object",
+        "all_gather_object",
+    ):
         setattr(Ranks, name, followed(getattr(Ranks, name)))
 
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor
-from lightning_subspace.curvature import CheckOutcome, Choice, Hessian
+from lightning_subspace.curvature import CheckOutcome, CurvatureConfig, Hessian
 from lightning_subspace.data.sample import sample_of_batches
 from lightning_subspace.parallel.parameters import ParameterSpace
 
@@ -181,7 +181,7 @@ def reference(module, batch, v):
 
 
 def product(module, batch, v, dtype, mode="train"):
-    with Choice(dtype=dtype, mode=mode).loss(module, ParameterSpace.of(module)) as loss:
+    with CurvatureConfig(dtype=dtype, mode=mode).loss(module, ParameterSpace.of(module)) as loss:
         return Hessian(loss, sample_of_batches([batch]).hessian).matvec(v).double()
 
 
@@ -196,7 +196,7 @@ def test_products_are_those_of_differences(name, mode):
     if mode == "eval":  # without dropout, whose masks depend on the type
         assert (product(module, batch, v, "float32", mode) - expected).norm() < 1e-5 * expected.norm()
     sample = sample_of_batches([batch])
-    assert Choice(mode=mode).check(module, sample).outcome is CheckOutcome.PASSED
+    assert CurvatureConfig(mode=mode).check(module, sample).outcome is CheckOutcome.PASSED
 
 
 # Compiled

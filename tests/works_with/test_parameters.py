@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor
-from lightning_subspace.curvature import CheckOutcome, Choice, Hessian
+from lightning_subspace.curvature import CheckOutcome, CurvatureConfig, Hessian
 from lightning_subspace.data.sample import sample_of_batches
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
@@ -81,7 +81,7 @@ def test_complex_parameters_are_pairs_of_real_coordinates():
     assert (matrix(module, INPUTS) - expected).norm() < 1e-8 * expected.norm()
     assert (expected - expected.T).norm() < 1e-8 * expected.norm()
     sample = sample_of_batches([(INPUTS, LABELS)])
-    assert Choice(classify).check(module, sample).outcome is CheckOutcome.PASSED
+    assert CurvatureConfig(classify).check(module, sample).outcome is CheckOutcome.PASSED
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "finite-difference"])
@@ -144,7 +144,7 @@ def test_products_are_those_of_the_dense_hessian(name):
     expected = dense_hessian(module, lambda net: classify(net, (inputs, LABELS), 0))
     assert (matrix(module, inputs) - expected).norm() < 1e-12 * expected.norm()
     sample = sample_of_batches([(inputs, LABELS)])
-    assert Choice(classify).check(module, sample).outcome is CheckOutcome.PASSED
+    assert CurvatureConfig(classify).check(module, sample).outcome is CheckOutcome.PASSED
 
 
 def test_patterns_choose_a_block():

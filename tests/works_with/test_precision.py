@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import measure_subspace
-from lightning_subspace.curvature import Choice, Hessian
+from lightning_subspace.curvature import CurvatureConfig, Hessian
 from lightning_subspace.data.sample import sample_of_batches, sample_of_current
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.run import ProbeRun
@@ -95,7 +95,7 @@ def test_products_are_those_of_float64(precision, dtype):
     def measure(module, batch):
         space = ParameterSpace.of(module)
         seen_types.clear()
-        with Choice(dtype=dtype).loss(module, space) as loss:
+        with CurvatureConfig(dtype=dtype).loss(module, space) as loss:
             operator = Hessian(loss, sample_of_batches([(INPUTS, LABELS)]).hessian)
             v = torch.randn(space.n, generator=torch.Generator().manual_seed(2), dtype=operator.dtype)
             product = operator.matvec(v)
@@ -118,7 +118,7 @@ def test_native_is_the_loss_as_it_is_trained(precision):
         trained = set(seen_types)
         seen_types.clear()
         for sample in (sample_of_batches([(INPUTS, LABELS)]), sample_of_current(batch)):
-            with Choice(dtype="native").loss(module, ParameterSpace.of(module)) as loss:
+            with CurvatureConfig(dtype="native").loss(module, ParameterSpace.of(module)) as loss:
                 operator = Hessian(loss, sample.hessian)
                 product = operator.matvec(torch.ones(operator.n))
             assert product.dtype == (torch.float64 if precision == "64-true" else torch.float32)

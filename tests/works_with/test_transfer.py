@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-class Transfers:
+class VectorBuffers:
     """Doubles before the transfer, adds one after it; both show in what training_step gets."""
 
     def on_before_batch_transfer(self, batch, dataloader_idx):
@@ -26,7 +26,7 @@ class Transfers:
         return batch[0] + 1, batch[1]
 
 
-class TransferringModule(Transfers, Classifier):
+class TransferringModule(VectorBuffers, Classifier):
     def training_step(self, batch, batch_idx):
         assert isinstance(batch, tuple)
         self.got = getattr(self, "got", [])
@@ -39,7 +39,7 @@ class Data(LightningDataModule):
         return loader(shuffle=True)
 
 
-class TransferringData(Transfers, Data):
+class TransferringData(VectorBuffers, Data):
     pass
 
 

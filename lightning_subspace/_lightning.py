@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from lightning_utilities.core import rank_zero
@@ -53,6 +53,7 @@ else:
     class MisconfigurationException(
         *_all(
             "MisconfigurationException",
+            "Trainer",
             "lightning.pytorch.utilities.exceptions",
             "pytorch_lightning.utilities.exceptions",
         )
@@ -78,8 +79,54 @@ __all__ = [
     "training_bar",
     "training_loaders",
     "transfer",
+    "undeclared",
     "undistributed",
 ]
+
+
+class Trainer(Protocol):
+    """What the package asks of a Trainer; those of both namespaces have it.
+
+    Read-only, so that a class that says more of an attribute fits, too.
+    """
+
+    @property
+    def callback_metrics(self) -> dict[str, Any]: ...
+    @property
+    def loggers(self) -> Any: ...
+    @loggers.setter
+    def loggers(self, loggers: Any) -> None: ...
+    @property
+    def current_epoch(self) -> int: ...
+    @property
+    def fit_loop(self) -> Any: ...
+    @property
+    def global_step(self) -> int: ...
+    @property
+    def interrupted(self) -> bool: ...
+    @property
+    def is_global_zero(self) -> bool: ...
+    @property
+    def lightning_module(self) -> Any: ...
+    @property
+    def lr_scheduler_configs(self) -> Sequence[Any]: ...
+    @property
+    def optimizers(self) -> Sequence[Any]: ...
+    @property
+    def precision_plugin(self) -> Any: ...
+    @property
+    def progress_bar_callback(self) -> Any: ...
+    @property
+    def strategy(self) -> Any: ...
+    @property
+    def train_dataloader(self) -> Any: ...
+    @property
+    def world_size(self) -> int: ...
+
+
+def undeclared(trainer: Trainer, name: str) -> Any:
+    """An attribute of a trainer that Lightning's connectors set, so that its class declares none of the name."""
+    return getattr(trainer, name)
 
 
 def is_a(value: Any, name: str) -> bool:
@@ -93,7 +140,7 @@ def is_a(value: Any, name: str) -> bool:
     return any(cls.__name__ == name for cls in type(value).__mro__)
 
 
-def attached_trainer(module: nn.Module) -> Any:
+def attached_trainer(module: nn.Module) -> Trainer | None:
     """The trainer of a LightningModule, or None. `module.trainer` raises when there is none, `_trainer` does not."""
     return getattr(module, "_trainer", None)
 
@@ -104,7 +151,8 @@ def bystanders(module: nn.Module) -> list[Any]:
     if trainer is None:
         return []
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    return [trainer, *trainer.optimizers, *schedulers, *([] if trainer.datamodule is None else [trainer.datamodule])]
+    datamodule = undeclared(trainer, "datamodule")
+    return [trainer, *trainer.optimizers, *schedulers, *([] if datamodule is None else [datamodule])]
 
 
 def state_key(callback: Callback, **settings: str) -> str:
@@ -117,7 +165,7 @@ def training_bar(callback: Any) -> Any:
     return getattr(callback, "_train_progress_bar", None)
 
 
-def training_loaders(trainer: Any) -> CombinedLoader:
+def training_loaders(trainer: Trainer) -> CombinedLoader:
     """The loaders of training, with how they are combined and how many batches of each an epoch takes.
 
     `trainer.train_dataloader`, which is public, has lost mode and limits: it is what is inside of the CombinedLoader.

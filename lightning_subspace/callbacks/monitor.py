@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from torch import nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
-from lightning_subspace._lightning import Callback, state_key
+from lightning_subspace._lightning import Callback, Trainer, state_key, undeclared
 from lightning_subspace.callbacks.notices import Notices
 from lightning_subspace.callbacks.project import check_names, check_project, misconfiguration, warn_of_missing_keys
 from lightning_subspace.callbacks.recorder import Recorder
@@ -211,15 +212,17 @@ class SubspaceMonitor(Callback):
 
     # -- hooks, in the order of a run ---------------------------------------------------------------------------------
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    @override
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work, before anything has run."""
         if stage == "fit":
             with misconfiguration(SPEAKER):
-                check_names([c.name for c in trainer.callbacks if isinstance(c, SubspaceMonitor)])
+                check_names([c.name for c in undeclared(trainer, "callbacks") if isinstance(c, SubspaceMonitor)])
                 check_project(trainer, pl_module, self._settings.loss_fn)
             warn_of_missing_keys(trainer, self.name)
 
-    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: nn.Module) -> None:
         """Draw the sample, and probe the point where training starts."""
         step = trainer.global_step
         saved, self._saved = self._saved, None
@@ -240,16 +243,21 @@ class SubspaceMonitor(Callback):
             self._resume(self._runner.run, saved, step)
         self._take_first_probe(trainer, pl_module)
 
-    def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         """Keep the batch where it is of the sample: training_step may write into it."""
         if self._runner.observe_batch(batch, trainer.current_epoch):
             self._take_first_probe(trainer, pl_module)
 
-    def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Optimizer) -> None:
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: nn.Module, optimizer: Optimizer) -> None:
         """Keep the gradient of the first step after a probe, before it is clipped."""
         self._recorder.see_gradient(pl_module)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """After an optimizer step: close the open record, and probe if it is time."""
         step = trainer.global_step
         if step == self._seen_step:  # gradients are still being accumulated
@@ -259,7 +267,8 @@ class SubspaceMonitor(Callback):
         if self._agree_to_measure(step):
             self._probe(trainer, pl_module, step)
 
-    def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: nn.Module) -> None:
         """A last probe, and the last figures."""
         step = trainer.global_step
         self._recorder.close(trainer)
@@ -275,7 +284,8 @@ class SubspaceMonitor(Callback):
             schedule = self._schedule
             self._notices.budget_skipped(schedule.num_passed_over, schedule.passed_over, self._max_overhead)
 
-    def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: nn.Module, exception: BaseException) -> None:
         """Nothing measured is lost when training is interrupted."""
         self._recorder.close(trainer)
         self._runner.source.release()
@@ -283,7 +293,7 @@ class SubspaceMonitor(Callback):
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
-    def _take_first_probe(self, trainer: Any, pl_module: nn.Module) -> None:
+    def _take_first_probe(self, trainer: Trainer, pl_module: nn.Module) -> None:
         step = trainer.global_step
         is_owed = self._awaits_first and self._schedule.probes_first_step and step != self._probed_step
         if is_owed and self._runner.should_probe():
@@ -300,17 +310,19 @@ class SubspaceMonitor(Callback):
             wants = bool(self._runner.on_all_ranks(what, lambda: self.should_measure(step)))
         return may_differ and self._runner.should_probe(wants)
 
-    def _probe(self, trainer: Any, pl_module: nn.Module, step: int) -> None:
+    def _probe(self, trainer: Trainer, pl_module: nn.Module, step: int) -> None:
         self._probed_step, self._awaits_first = step, False
         self._recorder.take(trainer, pl_module, step)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     @property
+    @override
     def state_key(self) -> str:
         """Tells the monitors of a Trainer apart in its checkpoints."""
         return state_key(self, name=self.name)
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on with its history, its overlaps and its schedule; no eigenvectors.
 
@@ -326,6 +338,7 @@ class SubspaceMonitor(Callback):
             self._notices.failure("a checkpoint was written without what was measured", error, self._runner.ranks)
             return {}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts: there is no module yet to compare it with."""
         self._saved = state_dict

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
-from lightning_subspace._lightning import MisconfigurationException, is_a, rank_zero_warn
+from lightning_subspace._lightning import MisconfigurationException, Trainer, is_a, rank_zero_warn, undeclared
 from lightning_subspace.callbacks.strategy import ranks_of
 from lightning_subspace.loss.loss_function import LossFunction, check_loss_function
 from lightning_subspace.probe.arguments import wrong
@@ -27,7 +26,7 @@ def misconfiguration(speaker: str) -> Iterator[None]:
         raise MisconfigurationException(f"{speaker}: {error}") from error
 
 
-def check_project(trainer: Any, module: nn.Module, loss_fn: LossFunction | None) -> None:
+def check_project(trainer: Trainer, module: nn.Module, loss_fn: LossFunction | None) -> None:
     """Refuse a trainer or a module of which no probe can be taken.
 
     Raises:
@@ -54,9 +53,9 @@ def check_names(names: Sequence[str]) -> None:
             raise wrong("name", "another one for every callback of a Trainer", name)
 
 
-def warn_of_missing_keys(trainer: Any, name: str) -> None:
+def warn_of_missing_keys(trainer: Trainer, name: str) -> None:
     """A probe that cannot stand behind a value withholds it; say what callbacks that wait for one will then do."""
-    for callback in trainer.callbacks:
+    for callback in undeclared(trainer, "callbacks"):
         key = str(getattr(callback, "monitor", None))
         if not key.startswith((f"{name}/", f"{name}_")):
             continue

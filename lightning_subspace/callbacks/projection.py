@@ -17,8 +17,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from lightning_subspace._lightning import Callback, is_a, state_key
+from lightning_subspace._lightning import Callback, Trainer, is_a, state_key, undeclared
 from lightning_subspace.callbacks.monitor import SubspaceMonitor
 from lightning_subspace.callbacks.notices import Notices
 from lightning_subspace.callbacks.project import check_names, check_project, misconfiguration
@@ -187,7 +188,8 @@ class SubspaceProjection(Callback):
 
     # -- hooks, in the order of a run ---------------------------------------------------------------------------------
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    @override
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work, before anything has run."""
         if stage != "fit":
             return
@@ -197,10 +199,11 @@ class SubspaceProjection(Callback):
                     f"writes whole parameters, and {type(trainer.strategy).__name__} has shards of them; use "
                     "strategy='ddp', or devices=1."
                 )
-            check_names([c.name for c in trainer.callbacks if isinstance(c, SubspaceProjection)])
+            check_names([c.name for c in undeclared(trainer, "callbacks") if isinstance(c, SubspaceProjection)])
             check_project(trainer, pl_module, self._settings.loss_fn)
 
-    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: nn.Module) -> None:
         """Draw the sample, and hang on to the optimizers."""
         step = trainer.global_step
         saved, self._saved = self._saved, None
@@ -223,7 +226,8 @@ class SubspaceProjection(Callback):
             self._hooks.attach(trainer.optimizers)
         self._wants_space = self._projector is None and (self._start.begun or self._start.average is None)
 
-    def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         """Compute the space for the step to come, if it is time."""
         step = trainer.global_step
         self._hooks.attach(trainer.optimizers)  # a callback may have put others in their place
@@ -238,18 +242,23 @@ class SubspaceProjection(Callback):
         if self._runner.observe_batch(batch, trainer.current_epoch):
             self._refresh(trainer, pl_module, step)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Log what was removed."""
         removed, self._removed = self._removed, {}
         for step, share in removed.items():
             self._log(trainer, "removed", share, step)
 
-    def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: nn.Module) -> None:
         """Leave the optimizers as they were."""
         self._hooks.release()
         self._runner.source.release()
 
-    def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: nn.Module, exception: BaseException) -> None:
         """Leave the optimizers as they were."""
         self.on_train_end(trainer, pl_module)
 
@@ -269,7 +278,7 @@ class SubspaceProjection(Callback):
             self._notices.warn_once("parameters", f"the set of trainable parameters has changed by step {step}.")
         return changed
 
-    def _refresh(self, trainer: Any, module: nn.Module, step: int) -> None:
+    def _refresh(self, trainer: Trainer, module: nn.Module, step: int) -> None:
         if not self._wants_space or not self._runner.should_probe():
             return
         self._wants_space = False
@@ -286,9 +295,9 @@ class SubspaceProjection(Callback):
             assert record.subspace.partition is not None, "taken by a probe"
             self._projector = Projector(record.subspace.basis, record.subspace.partition, keep=self._keep)
 
-    def _record_of(self, trainer: Any, module: nn.Module, step: int) -> Record | None:
+    def _record_of(self, trainer: Trainer, module: nn.Module, step: int) -> Record | None:
         """The record of theta_t, with its eigenvectors: of a monitor that has just probed it, or of a probe."""
-        for callback in trainer.callbacks:
+        for callback in undeclared(trainer, "callbacks"):
             if isinstance(callback, SubspaceMonitor):
                 record = callback.record_at(step, self._settings)
                 if record is not None:
@@ -300,18 +309,18 @@ class SubspaceProjection(Callback):
         """Directly before an optimizer step."""
         self._theta = None if self._projector is None else self._projector.theta(module)
 
-    def _project(self, trainer: Any, module: nn.Module) -> None:
+    def _project(self, trainer: Trainer, module: nn.Module) -> None:
         """Directly after it."""
         if self._projector is None or self._theta is None:
             return
         theta, self._theta = self._theta, None
-        step, every = trainer.global_step, trainer.log_every_n_steps
+        step, every = trainer.global_step, undeclared(trainer, "log_every_n_steps")
         is_logged = every > 0 and step % every == 0
         removed = self._projector.project(module, theta, measured=is_logged)
         if is_logged:
             self._removed[step] = removed
 
-    def _log(self, trainer: Any, key: str, value: float, step: int) -> None:
+    def _log(self, trainer: Trainer, key: str, value: float, step: int) -> None:
         named = {logged_name(self.name, key): value}
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in named.items()})
         self._reporter.scalars(trainer.loggers, named, step)
@@ -319,10 +328,12 @@ class SubspaceProjection(Callback):
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     @property
+    @override
     def state_key(self) -> str:
         """Tells the projections of a Trainer apart in its checkpoints."""
         return state_key(self, name=self.name)
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         """Where the run is; no eigenvectors, which are computed anew where it goes on."""
         run = self._runner.run
@@ -338,6 +349,7 @@ class SubspaceProjection(Callback):
             "num_probes": run.num_probes,
         }
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts."""
         self._saved = state_dict

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_subspace._lightning import Trainer
 from lightning_subspace.callbacks.notices import Notices
 from lightning_subspace.callbacks.runner import ProbeRunner
 from lightning_subspace.data.sample import Sample
@@ -57,7 +58,7 @@ class Recorder:
         self._name = name
         self._max_overhead = max_overhead
 
-    def take(self, trainer: Any, module: nn.Module, step: int) -> None:
+    def take(self, trainer: Trainer, module: nn.Module, step: int) -> None:
         """Probe and open a record, on all ranks or on none. What goes wrong is told, and raised only on request."""
         ranks = self._runner.ranks
         moved = ranks.bytes_moved
@@ -82,7 +83,7 @@ class Recorder:
         if self.open is not None:
             self.open.see_gradient(module)
 
-    def close(self, trainer: Any, module: nn.Module | None = None) -> None:
+    def close(self, trainer: Trainer, module: nn.Module | None = None) -> None:
         """Close the open record, with what the step from its point tells if one was taken, and log it."""
         run = self._runner.run
         if self.open is None or run is None:
@@ -101,7 +102,7 @@ class Recorder:
         if count & (count - 1) == 0:  # 1, 2, 4, 8, ...: TensorBoard keeps ten images a tag
             self.draw(trainer)
 
-    def draw(self, trainer: Any) -> None:
+    def draw(self, trainer: Trainer) -> None:
         """Log the figures of the run so far."""
         run = self._runner.run
         if run is not None:
@@ -117,7 +118,7 @@ class Recorder:
         return {**vars(self), "open": None}
 
     def _measure(
-        self, run: ProbeRun, trainer: Any, module: nn.Module, sample: Sample, step: int, line: ProgressLine
+        self, run: ProbeRun, trainer: Trainer, module: nn.Module, sample: Sample, step: int, line: ProgressLine
     ) -> OpenRecord:
         optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
         prospect = Prospect(run.num_probes, self._settings.solver, sample, optimizer, run.ranks.count)

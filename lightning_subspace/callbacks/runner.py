@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lightning_subspace._lightning import MisconfigurationException
+from lightning_subspace._lightning import MisconfigurationException, Trainer
 from lightning_subspace.callbacks.notices import Notices
 from lightning_subspace.curvature.selection import CheckError
 from lightning_subspace.data.micro_batch import SampleError
@@ -50,7 +50,7 @@ class ProbeRunner:
         self._notices = notices
         self._otherwise = f"; {otherwise}" if otherwise else ""
 
-    def begin(self, trainer: Any, module: nn.Module, ranks: Ranks, *, continues: bool) -> None:
+    def begin(self, trainer: Trainer, module: nn.Module, ranks: Ranks, *, continues: bool) -> None:
         """Build the run, and draw the sample or prepare to gather it. A collective.
 
         Args:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from lightning_subspace._lightning import is_a
+from lightning_subspace._lightning import Trainer, is_a
 from lightning_subspace.parallel.ranks import Ranks, world
 
 # Strategies that cannot be measured under, and what to do instead.
@@ -16,7 +14,7 @@ UNSUPPORTED = {
 }
 
 
-def ranks_of(trainer: Any) -> Ranks:
+def ranks_of(trainer: Trainer) -> Ranks:
     """The processes that share the data of training.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_subspace._lightning import training_loaders
+from lightning_subspace._lightning import Trainer, training_loaders
 from lightning_subspace.data.micro_batch import Weight
 from lightning_subspace.data.sample import Sample, sample_of_batches, sample_of_current
 from lightning_subspace.data.several_loaders import sample_of_loaders
@@ -61,7 +61,7 @@ class SampleSource:
             return self._has_seen
         return self.sample is not None or self._first_seen is None
 
-    def begin(self, trainer: Any, ranks: Ranks, *, continues: bool) -> None:
+    def begin(self, trainer: Trainer, ranks: Ranks, *, continues: bool) -> None:
         """Training starts: draw the sample, or prepare to gather it; one that was gathered is kept if a run goes on.
 
         Raises:

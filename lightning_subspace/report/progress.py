@@ -16,7 +16,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
-from lightning_subspace._lightning import training_bar
+from lightning_subspace._lightning import Trainer, training_bar
 
 # Seconds a probe runs in silence: short ones would only flicker.
 PATIENCE = 1.0
@@ -35,7 +35,11 @@ class ProgressLine:
     """
 
     def __init__(
-        self, trainer: Any = None, *, clock: Callable[[], float] = time.monotonic, stream: TextIO | None = None
+        self,
+        trainer: Trainer | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        stream: TextIO | None = None,
     ) -> None:
         """Remember where to show the line; nothing is shown yet.
 
@@ -160,7 +164,7 @@ class _RichDescription:
         self._progress.refresh()
 
 
-def _find_display(trainer: Any, stream: TextIO) -> _Display:
+def _find_display(trainer: Trainer | None, stream: TextIO) -> _Display:
     """The display for the trainer's progress bar as it is now, in the middle of an epoch or before the first."""
     if not getattr(trainer, "is_global_zero", True):
         return _Nothing()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
+from lightning_subspace._lightning import Trainer
 from lightning_subspace.report.loggers import LogLevel, Reporter, logged_name, select
 from lightning_subspace.subspace.record import Record
 
@@ -27,13 +27,13 @@ class Publisher:
         self._reporter = Reporter()
         self._drawn: Record | None = None
 
-    def offer(self, trainer: Any, record: Record) -> None:
+    def offer(self, trainer: Trainer, record: Record) -> None:
         """Let ModelCheckpoint and EarlyStopping see the values; a withheld one leaves the last good one there."""
         trainer.callback_metrics.update(
             {logged_name(self._name, key): torch.tensor(value) for key, value in record.metrics.items()}
         )
 
-    def send(self, trainer: Any, record: Record) -> None:
+    def send(self, trainer: Trainer, record: Record) -> None:
         """Scalars and the histogram of the eigenvalues, at x = the step of the record; from the first rank alone."""
         if not trainer.is_global_zero:
             return
@@ -44,7 +44,7 @@ class Publisher:
             self._reporter.histogram(trainer.loggers, f"{self._name}/eigenvalues", values, record.step)
 
     def draw(
-        self, trainer: Any, history: Sequence[Record], steps: Sequence[int], matrix: np.ndarray, error: float | None
+        self, trainer: Trainer, history: Sequence[Record], steps: Sequence[int], matrix: np.ndarray, error: float | None
     ) -> None:
         """The spectrum of the last converged record and the overlaps between all; once for each. Never raises.
 

@@ -277,9 +277,9 @@ def monitored(ranks, curvature, folder):
     alone, one = fitted(Classifier(), folder, ranks=ranks), monitor(curvature=curvature)
     changes, bases, numbers = [], [], []
 
-    def take(self, tracker, trainer, module, *args, original=Recorder.take):
+    def take(self, trainer, module, *args, original=Recorder.take):
         with watched(trainer, module, changes):
-            original(self, tracker, trainer, module, *args)
+            original(self, trainer, module, *args)
         numbers.append(sum(local(p).numel() for p in module.parameters() if p.requires_grad))
 
     def made(self, *args, original=Lanczos.__init__, **kwargs):

@@ -47,7 +47,7 @@ def check_names(names: Sequence[str]) -> None:
 
     Raises:
         ValueError: naming it.
-    """
+    """  # noqa: DOC501  # `wrong` makes one
     for name in names:
         if names.count(name) > 1:
             raise wrong("name", "another one for every callback of a Trainer", name)

@@ -92,7 +92,7 @@ def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfC
         >>> loss = TrainingLoss(net, ParameterSpace.of(net), fn, dtype=torch.float64)
         >>> self_check(loss, MicroBatch(torch.ones(4, 2), 4.0, 0)).outcome.name
         'PASSED'
-    """
+    """  # noqa: DOC501  # the RuntimeError is caught below
     if loss.dtype != torch.float64:
         raise ValueError(f"loss: expected a TrainingLoss with dtype=torch.float64, got {loss.dtype}.")
     generator = torch.Generator().manual_seed(seed)

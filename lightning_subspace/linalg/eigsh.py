@@ -140,6 +140,9 @@ def _solve(lanczos: Lanczos, rules: Rules, draw: Callable[[int], Tensor], on_mat
     Invariant at its head: A V = T V + b q, V V^T = I, V q = 0, |q| = 1, up to rounding and to dropped residuals (see
     `lanczos.py`), unless q is not finite, which ends the run. V has fewer than ncv rows, so that the image of q fits;
     during a verification the first k of them are the pairs found. All numbers decided upon are equal on all ranks.
+
+    Raises:
+        ValueError: when `random` gives a vector inside the span of those before it.
     """
     k, which = rules.k, rules.which
     progress, verification = Progress(), Verification(rules)

@@ -125,6 +125,9 @@ def _event_records(path: Path) -> Iterator[bytes]:
 
     TensorBoard's own reader verifies the checksums in Python, at 10 MB a second: a minute of waiting at the start of
     every resumed run with images in its log.
+
+    Yields:
+        The bytes of one event after another.
     """
     with path.open("rb") as file:
         while len(header := file.read(12)) == 12:

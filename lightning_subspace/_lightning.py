@@ -1,4 +1,4 @@
-"""What is needed of Lightning beyond its documented callback interface, each with its reason.
+"""Everything used of Lightning beyond its documented callback interface, with reasons.
 
 Lightning comes under two names, `lightning` and `pytorch_lightning`, whose classes are different objects: a Trainer of
 one refuses an un-listed callback of the other, and so does a LightningCLI. What the package derives from is therefore
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 else:
 
     def _all(name: str, *modules: str) -> list[Any]:
-        """What these modules, one of each namespace, have under this name, as far as they are installed."""
+        """The objects of this name in the modules that are installed."""
         found = []
         for module in modules:
             with suppress(ImportError):
@@ -48,7 +48,7 @@ else:
         rank_zero.log = _logger
 
     class Callback(*_all("Callback", "lightning.pytorch", "pytorch_lightning")):
-        """A callback that the Trainers and the LightningCLIs of both namespaces take for one of their own."""
+        """Callback for the Trainers and the LightningCLIs of both namespaces."""
 
     class MisconfigurationException(
         *_all(
@@ -85,9 +85,9 @@ __all__ = [
 
 
 class Trainer(Protocol):
-    """What the package asks of a Trainer; those of both namespaces have it.
+    """The part of a Trainer that the package uses, in both namespaces.
 
-    Read-only, so that a class that says more of an attribute fits, too.
+    Its attributes are read-only and vague, so that Lightning's own Trainer satisfies it.
     """
 
     @property
@@ -125,12 +125,12 @@ class Trainer(Protocol):
 
 
 def undeclared(trainer: Trainer, name: str) -> Any:
-    """An attribute of a trainer that Lightning's connectors set, so that its class declares none of the name."""
+    """An attribute that connectors set and the Trainer class does not declare."""
     return getattr(trainer, name)
 
 
 def is_a(value: Any, name: str) -> bool:
-    """Whether a value is of a class of this name, or derived from one, in whichever namespace.
+    """Whether a value is of a class of this name, in either namespace.
 
     Example:
         >>> from lightning.pytorch.callbacks import EarlyStopping
@@ -141,12 +141,12 @@ def is_a(value: Any, name: str) -> bool:
 
 
 def attached_trainer(module: nn.Module) -> Trainer | None:
-    """The trainer of a LightningModule, or None. `module.trainer` raises when there is none, `_trainer` does not."""
+    """The trainer of a LightningModule, or None, where `module.trainer` would raise."""
     return getattr(module, "_trainer", None)
 
 
 def bystanders(module: nn.Module) -> list[Any]:
-    """What a training step can assign to beside its module: the trainer, the data module, optimizers, schedulers."""
+    """Objects a training step can write to: trainer, data module, optimizers, schedulers."""
     trainer = attached_trainer(module)
     if trainer is None:
         return []
@@ -156,17 +156,17 @@ def bystanders(module: nn.Module) -> list[Any]:
 
 
 def state_key(callback: Callback, **settings: str) -> str:
-    """The key of a callback's state in checkpoints, as Lightning makes it where there are several of a class."""
+    """The key of a callback's state in checkpoints, one per instance."""
     return callback._generate_state_key(**settings)
 
 
 def training_bar(callback: Any) -> Any:
-    """The bar of a TQDMProgressBar, or None; `train_progress_bar`, which is public, raises as long as there is none."""
+    """The bar of a TQDMProgressBar, or None, where `train_progress_bar` would raise."""
     return getattr(callback, "_train_progress_bar", None)
 
 
 def training_loaders(trainer: Trainer) -> CombinedLoader:
-    """The loaders of training, with how they are combined and how many batches of each an epoch takes.
+    """The loaders of training, with their mode and their limits.
 
     `trainer.train_dataloader`, which is public, has lost mode and limits: it is what is inside of the CombinedLoader.
     """
@@ -175,7 +175,7 @@ def training_loaders(trainer: Trainer) -> CombinedLoader:
 
 
 def undistributed(sampler: Any) -> tuple[Any, int]:
-    """What a sampler would be in a single process, and how many ranks it deals its draws to.
+    """A sampler's single-process equivalent, and its number of ranks.
 
     Lightning puts a DistributedSampler in the place of torch's own samplers, and wraps any other in one, which keeps it
     in a private attribute.
@@ -214,7 +214,7 @@ def muted(module: nn.Module) -> Iterator[None]:
 
 
 class Silent:
-    """A stand-in for a logger: its plain attributes, such as `log_dir`, are the original's; every call does nothing.
+    """Logger that has the plain attributes of another one and does nothing.
 
     Example:
         >>> from lightning.pytorch.loggers import CSVLogger
@@ -248,7 +248,7 @@ class Silent:
 
 
 def transfer(module: nn.Module, batch: Any, device: torch.device) -> Any:
-    """Move a batch to the device as the trainer does, through the transfer hooks of the module or the data module."""
+    """Move a batch to the device through the trainer's transfer hooks."""
     trainer = attached_trainer(module)
     hooks: Any = module
     if trainer is not None and trainer.lightning_module is module:
@@ -263,7 +263,7 @@ def transfer(module: nn.Module, batch: Any, device: torch.device) -> Any:
 
 
 def _writes(value: Any, loggers: list[Any]) -> bool:
-    """Whether a value is one of the loggers, the experiment behind one, or a TensorBoard writer of the user's own."""
+    """Whether a value is a logger, its experiment, or a TensorBoard writer."""
     # `logger.experiment` would open it; `_experiment` is where Lightning's loggers keep an open one
     known = [*loggers, *(getattr(logger, "_experiment", None) for logger in loggers)]
     return (value is not None and any(value is other for other in known)) or is_a(value, "SummaryWriter")

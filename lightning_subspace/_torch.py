@@ -41,7 +41,7 @@ def base_of(tensor: Tensor) -> Tensor:
 
 
 def storages_of(tensor: Tensor) -> tuple[Tensor, ...]:
-    """The strided tensors that hold a tensor's memory: itself, or a sparse one's parts.
+    """The strided tensors behind a tensor: itself, or a sparse one's parts.
 
     The public `indices()` and `values()` want a coalesced tensor, and `coalesce()` copies: it is not what is held.
     """
@@ -49,22 +49,22 @@ def storages_of(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often a tensor has been written to in place; autograd itself notices writes by this counter alone."""
+    """The number of in-place writes, which autograd itself relies on."""
     return tensor._version
 
 
 def module_hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
-    """The forward pre-hooks and forward hooks of a module; public methods add hooks and remove one's own."""
+    """All forward pre-hooks and forward hooks of a module."""
     return module._forward_pre_hooks, module._forward_hooks
 
 
 def is_of_fsdp(hook: Any) -> bool:
-    """Whether a hook is FSDP2's, which leaves no other mark on it than where it was defined."""
+    """Whether a hook is FSDP2's: nothing but its module says so."""
     return (getattr(hook, "__module__", None) or "").startswith(FSDP)
 
 
 def fsdp_method_below(value: Any) -> Any:
-    """The method below those that `register_fsdp_forward_method` has set, or None; nothing takes it off again."""
+    """The method that `register_fsdp_forward_method` has covered, or None."""
     found = None
     # `functools.wraps` gives it the name and the module of the method, but its code is FSDP's own.
     while (function := getattr(value, "__func__", None)) is not None:
@@ -75,13 +75,13 @@ def fsdp_method_below(value: Any) -> Any:
 
 
 def mixed_precision_policy(module: Any) -> Any:
-    """The `MixedPrecisionPolicy` that `fully_shard` was given for a module; there is no public reader."""
+    """The `MixedPrecisionPolicy` of a module, which has no public reader."""
     return getattr(module._get_fsdp_state(), "_mp_policy", None)
 
 
 @contextmanager
 def without_gradient_hooks(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Set aside what runs when a gradient has been accumulated; public methods remove one's own hooks only.
+    """Set aside the hooks on accumulated gradients, not only one's own.
 
     FSDP calls these itself when it has summed a gradient: an optimizer may step in one.
     """

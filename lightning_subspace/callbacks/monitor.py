@@ -1,4 +1,4 @@
-"""The callback: decides when to probe, and hands what a probe found to the trainer and its loggers.
+"""Callback that probes on a schedule and logs what was found.
 
 No mathematics here. A probe of theta_t is taken when t optimizer steps are done. Its record stays open until the next
 step ends, since some numbers belong to the step taken *from* theta_t; then it is closed and logged at x = t. Every rank
@@ -52,7 +52,7 @@ NOT_RESUMED = "the state in the checkpoint is not used, history and overlaps sta
 
 
 class SubspaceMonitor(Callback):
-    """Log how much of the gradient lies in the top eigenspace of the Hessian of the training loss.
+    """Log the gradient's share in the top eigenspace of the Hessian.
 
     Training is bit for bit what it is without the monitor. What a probe cannot stand behind is left out of its record,
     with a warning; a probe that fails does not stop training, unless asked to. See the README for the keys.
@@ -166,16 +166,16 @@ class SubspaceMonitor(Callback):
         return [] if self._runner.run is None else self._runner.run.history
 
     def to_rows(self) -> list[dict[str, float]]:
-        """The history as one flat dict a probe, nan where a value is absent."""
+        """The history as flat dicts, with nan where a value is absent."""
         return to_rows(self.history)
 
     def overlap_matrix(self) -> tuple[list[int], np.ndarray]:
-        """Steps, and the matrix of overlaps between the spaces of all their probes (estimated from sketches)."""
+        """The steps of all probes, and the matrix of their spaces' overlaps."""
         run = self._runner.run
         return ([], np.zeros((0, 0))) if run is None else run.overlaps.matrix()
 
     def plot(self) -> Figure:
-        """A matplotlib Figure: eigenvalues, fractions and overlaps over steps, and the overlap matrix."""
+        """A matplotlib Figure of eigenvalues, fractions, overlaps and their matrix."""
         from lightning_subspace.report import summary_figure  # matplotlib takes a while to import
 
         error = None if self._runner.run is None else self._runner.run.overlaps.error
@@ -183,7 +183,7 @@ class SubspaceMonitor(Callback):
 
     @property
     def overhead(self) -> float:
-        """Share of the wall time since training began that went into probes, in [0, 1]."""
+        """The share of training's wall time spent on probes, in [0, 1]."""
         return self._schedule.overhead
 
     @property
@@ -192,18 +192,18 @@ class SubspaceMonitor(Callback):
         return self._schedule.later_overhead
 
     def record_at(self, step: int, settings: ProbeSettings) -> Record | None:
-        """The record, with its eigenvectors, of a probe just taken at this step that finds the space of these settings.
+        """The open record of this step, if these settings give its space.
 
-        It is there until the next step ends. `SubspaceProjection` takes its subspace from here.
+        It has eigenvectors, and is open until the next step ends. `SubspaceProjection` takes its subspace from here.
         """
         opened = self._recorder.open
         is_same = self._settings.same_subspace_as(settings)
         return opened.record if is_same and opened is not None and opened.record.step == step else None
 
     def should_measure(self, step: int) -> bool:
-        """Whether to probe after optimizer step `step`; asked once after each. Override it for another schedule.
+        """Whether to probe after this optimizer step; override it for another schedule.
 
-        Under ranks the first one's answer counts.
+        It is asked once after each step. Under ranks the first one's answer counts.
         """
         return self._schedule.is_due(step)
 
@@ -242,20 +242,20 @@ class SubspaceMonitor(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
-        """Keep the batch where it is of the sample: training_step may write into it."""
+        """Copy the batch for a gathered sample, before training_step writes to it."""
         if self._runner.observe_batch(batch, trainer.current_epoch):
             self._take_first_probe(trainer, pl_module)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: nn.Module, optimizer: Optimizer) -> None:
-        """Keep the gradient of the first step after a probe, before it is clipped."""
+        """Keep the first gradient after a probe, before it is clipped."""
         self._recorder.see_gradient(pl_module)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After an optimizer step: close the open record, and probe if it is time."""
+        """Close the open record after an optimizer step, and probe if due."""
         step = trainer.global_step
         if step == self._seen_step:  # gradients are still being accumulated
             return
@@ -298,7 +298,7 @@ class SubspaceMonitor(Callback):
             self._awaits_first = False
 
     def _agree_to_measure(self, step: int) -> bool:
-        """Whether all ranks are to probe after this step. They ask each other only where they may differ."""
+        """Whether all ranks probe now; they communicate only where they may differ."""
         if getattr(self.should_measure, "__func__", None) is _SHOULD_MEASURE:
             wants, may_differ = self.should_measure(step), self._schedule.was_candidate
         else:
@@ -320,7 +320,7 @@ class SubspaceMonitor(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on with its history, its overlaps and its schedule; no eigenvectors.
+        """History, overlaps and schedule of the run, without eigenvectors.
 
         With k eigenpairs and n parameters at most 256 k min(n, 4096) bytes of sketches (10.5 MB for k = 10), and about
         2 kB a probe.
@@ -335,11 +335,11 @@ class SubspaceMonitor(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until training starts: there is no module yet to compare it with."""
+        """Keep the state until training starts and there is a module."""
         self._saved = state_dict
 
     def _resume(self, run: ProbeRun, saved: Any, step: int) -> None:
-        """Go on where the run of the checkpoint was, or say why not."""
+        """Continue the run of the checkpoint, or warn why not."""
         read = self._runner.on_all_ranks(NOT_RESUMED, lambda: self._read(saved, step))
         if read is None:
             return
@@ -355,7 +355,7 @@ class SubspaceMonitor(Callback):
         self._probed_step = -1 if self._awaits_first or not self.history else self.history[-1].step
 
     def _read(self, saved: Any, step: int) -> RunState | None:
-        """What the checkpoint holds of a run that can go on here, or None with a warning."""
+        """The checkpoint's run; a warning and None if it cannot continue."""
         try:
             state = decode(saved)
             state.require_continuable(self._settings.k, self._settings.which, step)
@@ -367,7 +367,7 @@ class SubspaceMonitor(Callback):
         return state
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the methods that Lightning attaches for logging, which hold the module."""
+        """Leave out Lightning's logging methods, which hold the module."""
         return {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
 
 

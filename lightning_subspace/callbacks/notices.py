@@ -1,4 +1,4 @@
-"""Notices to the user: one sentence on what happened, one on what to do, each once a run."""
+"""Notices to the user: what happened and what to do, once a run."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class Notices:
             self.warn(f"{text} Later ones like it are not told.")
 
     def info_once(self, text: str, cause: str | None = None) -> None:
-        """Something to know, not to worry about; once a run and cause, which is by default the text."""
+        """Inform once a run and cause, which is by default the text."""
         cause = text if cause is None else cause
         if self.is_new(cause):
             self._told.add(cause)
             rank_zero_info(f"{self.speaker}: {text}")
 
     def failure(self, what: str, error: Exception, ranks: Ranks) -> None:
-        """Something went wrong in a probe, on all ranks, and training goes on without it.
+        """Warn of a probe that failed on all ranks; training goes on.
 
         Raises:
             Exception: `error`, with on_failure="raise".
@@ -59,7 +59,7 @@ class Notices:
         self.warn_once(cause, f"{what}, training goes on. {cause} (on_failure='raise' shows where.)")
 
     def budget_skipped(self, count: int, first: Sequence[int], max_overhead: float | None) -> None:
-        """The budget has left out `count` steps that were asked for, of which a few are named."""
+        """Warn of the steps that the budget left out, naming a few."""
         some = ", ".join(map(str, first)) + (", ..." if count > len(first) else "")
         self.warn(
             f"{count} steps ({some}) were passed over to keep max_overhead={max_overhead}, since a probe takes long "

@@ -15,7 +15,7 @@ from lightning_subspace.probe.arguments import wrong
 
 @contextmanager
 def misconfiguration(speaker: str) -> Iterator[None]:
-    """Assignment what is refused inside into the exception that Lightning's users expect, under the callback's name.
+    """Turn a refusal inside into a MisconfigurationException under the callback's name.
 
     Raises:
         MisconfigurationException: for a ValueError or a TypeError.
@@ -27,7 +27,7 @@ def misconfiguration(speaker: str) -> Iterator[None]:
 
 
 def check_project(trainer: Trainer, module: nn.Module, loss_fn: LossFunction | None) -> None:
-    """Refuse a trainer or a module of which no probe can be taken.
+    """Refuse a trainer or a module that cannot be probed.
 
     Raises:
         ValueError: for a strategy that is not supported, or manual optimization without a `loss_fn`.
@@ -54,7 +54,7 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def warn_of_missing_keys(trainer: Trainer, name: str) -> None:
-    """A probe that cannot stand behind a value withholds it; say what callbacks that wait for one will then do."""
+    """Warn of callbacks that wait for a value a probe may withhold."""
     for callback in undeclared(trainer, "callbacks"):
         key = str(getattr(callback, "monitor", None))
         if not key.startswith((f"{name}/", f"{name}_")):

@@ -1,4 +1,4 @@
-"""The callback that trains inside or outside of the top eigenspace of the Hessian.
+"""Callback that trains inside or outside of the top eigenspace.
 
 The one callback here that changes training. Its place is in the optimizer itself: hooks that torch calls directly
 before and after `optimizer.step`. So nothing ever sees an update that has not been projected, neither the module after
@@ -48,39 +48,27 @@ AVERAGE = "a number in [0, 1], or None"
 
 
 class SubspaceProjection(Callback):
-    """Keep, of every optimizer step, the part inside the top eigenspace of the Hessian, or the part outside of it.
+    """Project every optimizer step into the top eigenspace, or out of it.
 
     After a step of any optimizer, with P the projector on the top k eigenvectors of the Hessian of the training loss,
 
         keep="top":   theta_{t+1} <- theta_t + P (theta_{t+1} - theta_t)
         keep="bulk":  theta_{t+1} <- theta_t + (I - P) (theta_{t+1} - theta_t)
 
-    One rule for all there is in a step: clipping, momentum, preconditioning, weight decay. With plain SGD it is descent
-    along the projected gradient: Dom-SGD and Bulk-SGD of Song, Ahn and Yun, "Does SGD really happen in tiny subspaces?"
-    (arXiv 2405.16002), who find that the loss falls with "bulk" as without a projection, and not with "top". States of
-    the optimizer, such as momentum, are those of the whole gradient.
+    With plain SGD this is Dom-SGD and Bulk-SGD of Song, Ahn and Yun, "Does SGD really happen in tiny subspaces?" (arXiv
+    2405.16002), who find that the loss falls with "bulk" as without a projection, and not with "top". Clipping,
+    momentum, preconditioning and weight decay are all in a step; the optimizer's state is that of the whole gradient.
 
-    *Parameters*: those of `params`, by default all trainable ones, make up the space. Frozen ones are not touched;
-    trainable ones outside of `params` take the full step. When the set changes in mid-run, the space is computed anew.
+    The space is over `params`, by default all trainable parameters; others take the full step. It is that of theta_t at
+    the last refresh. One that is not trusted is not used: the last good one stays in use, and while there is none the
+    step is left as it is, with one warning. A `SubspaceMonitor` of the same arguments that has just probed theta_t
+    lends its space at no cost. Checkpoints hold no basis: it is computed anew where the run continues.
 
-    *The space* is that of theta_t at the last refresh. One that is not trusted (the solver did not converge, or there
-    is no gap behind eigenvalue k) is not used, nor is a probe that fails: the last good one stays in use, and while
-    there is none, as before the sample of an iterable dataset is full, the step is left as it is. One warning says so.
+    Under DDP the basis is dealt to ranks, and all have the same parameters to the bit; FSDP2 is refused. A refresh
+    costs a probe; a step one sum of k numbers and an all-gather of n. It holds (k + 2) n floats, divided by the ranks.
 
-    *A `SubspaceMonitor`* beside it that has just probed theta_t with the same arguments lends its space at no cost. The
-    two agree to the tolerance of the solver, so such a monitor changes training by as much. It sees updates projected.
-
-    *Ranks*: under DDP the basis is dealt to ranks; a step takes one sum of k numbers and one all-gather of n. All have
-    the same parameters to the bit. FSDP2 is refused.
-
-    *Checkpoints* hold the schedule, whether projection has begun and the average of chi, but not the k * n floats of
-    the basis, which is computed anew where the run goes on. Resumed at a refresh step it is the straight run, to the
-    tolerance of the solver; elsewhere it differs by how far the space has turned since the last refresh.
-
-    *Logged*, at x = t and every `trainer.log_every_n_steps`: `projection/removed`, the share |u - u'|^2 / |u|^2 in
-    [0, 1] that was taken from the update u; until a `StartWhenAligned` begins, at every refresh, `projection/chi`.
-
-    A refresh costs what a probe of the monitor costs; (k + 2) n floats are held, divided by the number of ranks.
+    Logged at x = t, every `trainer.log_every_n_steps`: `projection/removed`, the share |u - u'|^2 / |u|^2 in [0, 1]
+    taken from the update u; at every refresh until a `StartWhenAligned` begins, `projection/chi`.
 
     Args:
         keep: "top" or "bulk".
@@ -183,7 +171,7 @@ class SubspaceProjection(Callback):
 
     @property
     def chi(self) -> float | None:
-        """The average that `StartWhenAligned` watches; None before the first refresh, and without it."""
+        """The average that `StartWhenAligned` watches, or None."""
         return self._start.average
 
     # -- hooks, in the order of a run ---------------------------------------------------------------------------------
@@ -265,7 +253,7 @@ class SubspaceProjection(Callback):
     # -- helpers ------------------------------------------------------------------------------------------------------
 
     def _has_changed(self, module: nn.Module, step: int) -> bool:
-        """Whether the set of trainable parameters is another than before, so that earlier spaces are of no use."""
+        """Whether the trainable parameters changed, so that earlier spaces are useless."""
         run = self._runner.run
         if run is None:
             return False
@@ -296,7 +284,7 @@ class SubspaceProjection(Callback):
             self._projector = Projector(record.subspace.basis, record.subspace.partition, keep=self._keep)
 
     def _record_of(self, trainer: Trainer, module: nn.Module, step: int) -> Record | None:
-        """The record of theta_t, with its eigenvectors: of a monitor that has just probed it, or of a probe."""
+        """The record of theta_t, from a monitor's probe or a new one."""
         for callback in undeclared(trainer, "callbacks"):
             if isinstance(callback, SubspaceMonitor):
                 record = callback.record_at(step, self._settings)
@@ -335,7 +323,7 @@ class SubspaceProjection(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Where the run is; no eigenvectors, which are computed anew where it goes on."""
+        """The state of the run, without eigenvectors, which are computed anew."""
         run = self._runner.run
         if run is None:
             return dict(self._saved or {})
@@ -355,7 +343,7 @@ class SubspaceProjection(Callback):
         self._saved = state_dict
 
     def _resume(self, saved: Any, step: int) -> None:
-        """Go on where the run of the checkpoint was, or say why not."""
+        """Continue the run of the checkpoint, or warn why not."""
         read = self._runner.on_all_ranks("the state in the checkpoint is not used", lambda: self._read(saved))
         if read is None:
             return
@@ -367,7 +355,7 @@ class SubspaceProjection(Callback):
             self._runner.run.num_probes = num_probes
 
     def _read(self, saved: Any) -> tuple[Position, int, str, bool, float | None] | None:
-        """What the checkpoint holds of a run that can go on here, or None with a warning."""
+        """The checkpoint's run; a warning and None if it cannot continue."""
         try:
             entries = up_to_date(saved)
             now = {"k": self._settings.k, "which": self._settings.which}
@@ -381,13 +369,13 @@ class SubspaceProjection(Callback):
             return None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the methods that Lightning attaches for logging, and what belongs to a step or to optimizers."""
+        """Leave out Lightning's logging methods, and what belongs to a step."""
         own = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
         return {**own, "_hooks": StepHooks(_nothing, _nothing), "_theta": None, "_removed": {}}
 
 
 def _nothing() -> None:
-    """What is done around a step outside of a run."""
+    """Stand in for a hook outside of a run."""
 
 
 def _refusal(subspace: Subspace) -> str:

@@ -1,4 +1,4 @@
-"""The part of an update inside a subspace, or outside of it: what `SubspaceProjection` does to parameters.
+"""Projection of a parameter update into a subspace, or out of it.
 
     keep="top":   theta_{t+1} <- theta_t + P u        u = theta_{t+1} - theta_t,  P = V^T V
     keep="bulk":  theta_{t+1} <- theta_t + (I - P) u
@@ -52,7 +52,7 @@ class Projector:
         self._keep = keep
 
     def rebind(self, ranks: Ranks) -> None:
-        """Go on in another fit, whose process group is a new one of as many ranks."""
+        """Continue in a new process group of as many ranks."""
         self._partition = replace(self._partition, ranks=ranks)
 
     def theta(self, module: nn.Module) -> Tensor:  # (n,)
@@ -70,7 +70,7 @@ class Projector:
         *,
         measured: bool = False,
     ) -> float:
-        """Take back the part of an update that is not to be kept. A collective of the ranks.
+        """Undo the part of an update that is not kept. A collective.
 
         Args:
             module: after the update.

@@ -39,7 +39,7 @@ class Recorder:
         self._name = name
 
     def take(self, trainer: Trainer, module: nn.Module, step: int) -> None:
-        """Probe and open a record, on all ranks or on none. What goes wrong is told, and raised only on request."""
+        """Probe and open a record, on all ranks or on none."""
         ranks, schedule = self._runner.ranks, self._runner.schedule
         moved = ranks.bytes_moved
         with schedule.probing(), ProgressLine(trainer) as line:
@@ -64,7 +64,7 @@ class Recorder:
             self.open.see_gradient(module)
 
     def close(self, trainer: Trainer, module: nn.Module | None = None) -> None:
-        """Close the open record, with what the step from its point tells if one was taken, and log it."""
+        """Complete the open record with the numbers of its step, and log it."""
         run = self._runner.run
         if self.open is None or run is None:
             return

@@ -1,4 +1,4 @@
-"""Driver of probes in a Trainer: on all ranks or on none, and training goes on whatever happens.
+"""Driver of probes in a Trainer, on all ranks or on none.
 
 Both callbacks have one. It builds the run, draws the sample or gathers it, checks the second derivatives, and takes a
 probe when it is asked to. What goes wrong in any of this becomes one warning.
@@ -52,7 +52,7 @@ class ProbeRunner:
         self._otherwise = f"; {otherwise}" if otherwise else ""
 
     def begin(self, trainer: Trainer, module: nn.Module, ranks: Ranks, *, continues: bool) -> None:
-        """Build the run, and draw the sample or prepare to gather it. A collective.
+        """Build the run, and draw or prepare the sample. A collective.
 
         Args:
             trainer: gives the data of training.
@@ -80,7 +80,7 @@ class ProbeRunner:
             self.source.forget()
 
     def on_all_ranks(self, what: str, block: Callable[[], T], wrong: type[Exception] | None = None) -> T | None:
-        """What a block gives on all ranks, or None on all of them, with a warning.
+        """Run a block on all ranks; warn and return None where one fails.
 
         Args:
             what: comes of it when the block fails, in words.
@@ -100,7 +100,7 @@ class ProbeRunner:
             return None
 
     def observe_batch(self, batch: Any, epoch: int) -> bool:
-        """Keep a batch that training is about to use, where it is of the sample; whether such are gathered."""
+        """Keep a batch for a sample that is gathered; whether it is."""
         if not self.source.is_gathered:
             return False
         try:
@@ -111,7 +111,7 @@ class ProbeRunner:
         return True
 
     def should_probe(self, wants: bool = True) -> bool:
-        """Whether the first rank wants to probe, and every rank can. A collective."""
+        """Whether the first rank wants to probe and all can. A collective."""
         if self.run is None or not self.ranks.broadcast_object(wants):
             return False
 
@@ -125,7 +125,7 @@ class ProbeRunner:
     def probe(
         self, module: nn.Module, step: int, measure: Callable[[ProbeRun, Sample], OpenRecord] | None = None
     ) -> OpenRecord | None:
-        """Take a probe, on all ranks or on none. A collective, of ranks that `should_probe`.
+        """Take a probe, on all ranks or on none, after `should_probe`.
 
         Args:
             module: as it is at this step.
@@ -149,7 +149,7 @@ class ProbeRunner:
             return None
 
     def _prepare(self, run: ProbeRun, module: nn.Module, sample: Sample, step: int) -> None:
-        """Follow the set of trainable parameters, and check the second derivatives where that is still to be done."""
+        """Refresh the parameters, and make the self-check if it is still due."""
         changed = run.refresh_parameters(module)
         if changed:
             with self.ranks.agree():  # only the first rank warns, and a warning may be an error there

@@ -1,4 +1,4 @@
-"""When a projection begins: at a step, or when the gradient has come to lie in the top subspace."""
+"""Condition for a projection to begin: a step, or an aligned gradient."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_subspace.probe.arguments import is_number, wrong
 
 @dataclass(frozen=True)
 class StartWhenAligned:
-    """Begin when an exponential moving average of chi = |P g| / |g| has exceeded a threshold.
+    """Begin when a moving average of chi = |P g| / |g| exceeds a threshold.
 
     chi is the square root of the gradient fraction f_top, g the gradient over the gradient sample; chi = .95 is f_top =
     .9025. It is measured at every refresh, and the average is one over refreshes: a <- decay a + (1 - decay) chi,
@@ -69,7 +69,7 @@ class StartCondition:
 
     @property
     def watches(self) -> bool:
-        """Whether chi is being waited for, so that the subspace is wanted before it is used."""
+        """Whether chi is waited for, so that a subspace is needed already."""
         return isinstance(self._when, StartWhenAligned) and not self.begun
 
     def see_step(self, step: int) -> bool:

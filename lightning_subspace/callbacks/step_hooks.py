@@ -1,4 +1,4 @@
-"""Functions that are called directly before and directly after an optimizer step.
+"""Functions called directly before and after an optimizer step.
 
 They hang on the optimizer (`torch.optim.Optimizer.register_step_pre_hook` and `register_step_post_hook`), so nothing of
 a training loop can come between them and the step, and they are not called where no step is taken: while gradients are
@@ -44,7 +44,7 @@ class StepHooks:
         self._held: list[int] = []  # identities of the optimizers
 
     def attach(self, optimizers: Iterable[Any]) -> None:
-        """Hang on to these optimizers, and to no others any more. To be called while no step is being taken.
+        """Attach to these optimizers alone. To be called between steps.
 
         Raises:
             TypeError: for something that is not derived from `torch.optim.Optimizer`.

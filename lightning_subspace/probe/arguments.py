@@ -47,7 +47,7 @@ def require_flag(name: str, value: Any) -> None:
 
 
 def require_patterns(name: str, value: Any) -> None:
-    """A list of shell-style patterns, or None; a lone string would be read letter by letter."""
+    """A list of shell-style patterns, or None; not a lone string."""
     if value is None:
         return
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(p, str) for p in value):

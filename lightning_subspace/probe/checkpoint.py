@@ -69,7 +69,7 @@ class RunState:
 
 
 def read_history(path: str | os.PathLike[str], name: str | None = None) -> list[Record]:
-    """Read what a monitor had measured from a checkpoint of Lightning, without the model.
+    """Read a monitor's history from a checkpoint, without the model.
 
     Args:
         path: of the checkpoint, a file that `Trainer.save_checkpoint` or `ModelCheckpoint` has written.
@@ -152,7 +152,7 @@ def decode(saved: Any) -> RunState:
 
 
 def up_to_date(saved: Any) -> Entries:
-    """A state of this or of an earlier format, as one of this format.
+    """Migrate a state of an earlier format to this one.
 
     Raises:
         CheckpointError: for any other.
@@ -181,7 +181,7 @@ def require_same(who: str, now: Mapping[str, Any], then: Mapping[str, Any]) -> N
 
 
 def encode_position(position: Position) -> dict[str, Any]:
-    """Where a schedule is, as plain values."""
+    """A schedule's position as plain values."""
     return {
         "last_step": position.last_step,
         "passed_over": list(position.passed_over),
@@ -190,7 +190,7 @@ def encode_position(position: Position) -> dict[str, Any]:
 
 
 def decode_position(entries: Entries) -> Position:
-    """Where a schedule was.
+    """The position that `encode_position` was given.
 
     Raises:
         CheckpointError: for an entry that is none of `encode_position`.
@@ -211,7 +211,7 @@ def _decode_space(entries: Entries) -> ParameterSpace:
 
 
 def _encode_records(records: Sequence[Record]) -> dict[str, Any]:
-    """Records as a table with nan for what is absent; `Record.metrics` and eigenvalues hold no nan themselves."""
+    """Records as a table, with nan where a metric is absent."""
     keys = list(dict.fromkeys(key for record in records for key in record.metrics))
     rows = [[record.metrics.get(key, math.nan) for key in keys] for record in records]
     spaces = [record.subspace for record in records]

@@ -1,4 +1,4 @@
-"""Entries of a saved state, read with a check of type, shape and range.
+"""Entries of a saved state, checked for type, shape and range.
 
 A checkpoint may come from another version, or be damaged. Whatever an entry turns out to be, reading it gives the
 value that was asked for or a `CheckpointError` that names it; nothing else goes wrong.
@@ -16,7 +16,7 @@ Name = str | int  # of an entry: a key of a dict
 
 
 class CheckpointError(ValueError):
-    """A saved state cannot be used; the message names the entry, what was expected and what came."""
+    """A saved state cannot be used; the message names the entry."""
 
 
 class Entries:
@@ -93,7 +93,7 @@ class Entries:
         return self._list(name, length, lambda value: isinstance(value, bool), "True or False")
 
     def numbers(self, name: Name, length: int) -> list[float]:
-        """A list of so many floating-point numbers, of which some may be nan."""
+        """A list of so many floats, of which some may be nan."""
         return self._list(name, length, lambda value: isinstance(value, float), "a floating-point number")
 
     def tensor(self, name: Name, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
@@ -106,7 +106,7 @@ class Entries:
         return value.detach().cpu()
 
     def require(self, holds: bool, name: Name, expected: str) -> None:
-        """Refuse an entry whose value is not one that a run can have."""
+        """Refuse an entry with a value that no run can have."""
         self._checked(name, lambda _: holds, expected)
 
     def _list(self, name: Name, length: int | None, is_right: Callable[[Any], bool], what: str) -> list[Any]:

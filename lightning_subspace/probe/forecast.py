@@ -22,7 +22,7 @@ ENOUGH_PRODUCTS, ENOUGH_SECONDS = 10, 5.0
 
 
 class Forecast:
-    """The cost of a probe and of a later one, from the first products.
+    """Forecast of this probe's cost and a later one's, from few products.
 
     Args:
         settings: of the probe.
@@ -41,7 +41,7 @@ class Forecast:
         self._times = [time.monotonic()]
 
     def see(self, count: int) -> str | None:
-        """A product has been taken, `count` in all: the forecast in one sentence, as soon as there is one."""
+        """Count a product; the forecast in one sentence once there is one."""
         times = self._times
         times.append(time.monotonic())
         if not is_enough(count, self._settings.k, times[-1] - times[1]):
@@ -65,15 +65,15 @@ class Forecast:
 
 
 def is_enough(count: int, k: int, seconds: float) -> bool:
-    """Whether so many products, the first apart in so many seconds, tell what a probe will take.
+    """Whether so many products are enough for a forecast.
 
-    Ten do, or as many as every solve takes, or two where they take long.
+    Ten are, or k where that is less, or two if those behind the first took long (`seconds`).
     """
     return count >= 2 and (count >= min(k, ENOUGH_PRODUCTS) or seconds >= ENOUGH_SECONDS)
 
 
 def expected_products(settings: ProbeSettings, prospect: Prospect) -> tuple[float, float]:
-    """About how many products the probe will take, and on average one later on.
+    """The expected products of this probe, and the mean of later ones.
 
     Raises:
         TypeError: when a measurement tells something else than a number.

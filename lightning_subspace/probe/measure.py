@@ -64,7 +64,7 @@ def measure_subspace(
     seed: int = 0,
     group: ProcessGroup | None = None,
 ) -> Record:
-    """Measure the top eigenspace of the Hessian of the training loss, and the gradient's share in it.
+    """Measure the top eigenspace of the Hessian and the gradient in it.
 
     Args:
         module: a LightningModule, or any module together with `loss_fn`.
@@ -159,9 +159,10 @@ def take_probe(
     optimizer: Optimizer | None = None,
     on_matvec: Callable[[int, float], None] | None = None,
 ) -> tuple[Probe, Record]:
-    """Take every measurement at the parameters of an open loss; `operator` makes its Hessian, by default the exact one.
+    """Take every measurement at the parameters of an open loss.
 
-    A collective of the ranks that `partition` deals to; None: of this process alone.
+    A collective of the ranks that `partition` deals to; None: of this process alone. `operator` makes the operator, by
+    default the exact Hessian.
 
     Returns:
         The probe, which `Measurement.after_step` gets later, and its record, whose subspace holds the eigenvectors.
@@ -216,7 +217,7 @@ def take_probe(
 
 
 def is_taken(measurement: Measurement, number: int, subspace: Subspace | None) -> bool:
-    """Whether the measurement is due, and the eigenpairs are good enough for it."""
+    """Whether the measurement is due and the eigenpairs are good enough."""
     is_good_enough = {
         Needs.NOTHING: True,
         Needs.EIGENVALUES: subspace is not None and subspace.converged,
@@ -274,7 +275,7 @@ def _widest(tensor: Tensor) -> Tensor:
 
 
 def _trusted_basis(previous: Record | None, partition: Partition) -> Tensor | None:  # (k, n)
-    """The eigenvectors of an earlier record; None where there are none to trust."""
+    """The eigenvectors of an earlier record, if it is trusted."""
     if previous is None or previous.subspace is None or not previous.subspace.trusted:
         return None
     basis, held = previous.subspace.basis, previous.subspace.partition

@@ -1,4 +1,4 @@
-"""Record of a probe while the optimizer step from its point is still to come."""
+"""Record of a probe whose optimizer step is still to come."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class OpenRecord:
     failure: Exception | None = None
 
     def see_gradient(self, module: nn.Module) -> None:
-        """Keep the accumulated gradient of the first step after the probe. Never raises: the others are not here."""
+        """Keep the gradient of the first step after the probe. Never raises."""
         if self.gradient is None and self.failure is None:
             partition = self.probe.partition
             try:
@@ -40,7 +40,7 @@ class OpenRecord:
 
 
 def ended(probe: Probe) -> Probe:
-    """The probe without what it can do only while it lasts, so that its graphs are free before the next step."""
+    """The probe without its operator, so that its graphs are freed."""
     over: Any = _Over()
     return replace(probe, operator=over, solve=over, batch_gradients=over)
 

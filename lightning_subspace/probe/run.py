@@ -33,7 +33,7 @@ from lightning_subspace.subspace.sketch import Sketch, sketch_overlap
 
 @dataclass(frozen=True)
 class Resumed:
-    """What stands in, after a resume, for what a checkpoint does not hold.
+    """Substitutes, after a resume, for what a checkpoint does not hold.
 
     Attributes:
         previous: sketch of the last probe, until there is one with eigenvectors.
@@ -47,7 +47,7 @@ class Resumed:
     reopened: Record | None = None
 
     def complete(self, record: Record) -> Record:
-        """A new record with the overlaps that could not be taken from eigenvectors, estimated from sketches."""
+        """Add the overlaps that have no eigenvectors, estimated from sketches."""
         metrics = dict(record.metrics)
         if record.sketch is not None:
             for key, other in (("overlap_previous", self.previous), ("overlap_reference", self.reference)):
@@ -58,7 +58,7 @@ class Resumed:
         return replace(record, metrics=metrics)
 
     def after(self, record: Record) -> Resumed:
-        """What is still needed when this record has been taken."""
+        """The substitutes still needed after this record."""
         return Resumed(self.previous if record.sketch is None else None, self.reference)
 
 
@@ -107,13 +107,13 @@ class ProbeRun:
 
     @property
     def curvature(self) -> str:
-        """What the next probe is measured with: a word as for `SubspaceMonitor`."""
+        """The word for the operator of the next probe."""
         return self._choice.curvature
 
     def check(self, module: nn.Module, sample: Sample) -> SelfCheck:
-        """Compare second derivatives with differences of gradients, in float64, on a few examples.
+        """Make the self-check on a few examples, and follow it. A collective.
 
-        Where there are none, or where they are wrong and the plan says so, the run goes on with differences.
+        Without second derivatives, or where they are wrong and the settings say so, finite differences take over.
 
         Raises:
             CheckError: when they are wrong, with `on_check_fail="raise"`, or where nothing else would do.
@@ -131,7 +131,7 @@ class ProbeRun:
         return result
 
     def refresh_parameters(self, module: nn.Module) -> bool:
-        """Start the overlaps anew if the set of trainable parameters has changed; whether it has. A collective."""
+        """Start overlaps anew if the trainable parameters changed; whether they did."""
         with self.ranks.agree():
             partition = self._partition_of(module)
         has_changed = partition != self.partition  # also where the next fit deals them otherwise
@@ -149,9 +149,9 @@ class ProbeRun:
         optimizer: Optimizer | None = None,
         on_matvec: Callable[[int, float], None] | None = None,
     ) -> OpenRecord:
-        """Take a probe of the module as it is; nothing of it is changed, also by an exception.
+        """Take a probe of the module, which is left unchanged. A collective.
 
-        A collective: what goes wrong on one rank goes wrong on all, and leaves all as they were.
+        A failure on one rank fails on all of them, and leaves everything as it was.
 
         Raises:
             CheckError: when the self-check has let nothing be measured; it is not made again.
@@ -187,11 +187,11 @@ class ProbeRun:
         return record
 
     def rebind(self, ranks: Ranks) -> None:
-        """Go on in another fit, whose process group is a new one of as many ranks."""
+        """Continue in a new process group of as many ranks."""
         self.ranks, self.partition = ranks, replace(self.partition, ranks=ranks)
 
     def state(self, position: Position, opened: OpenRecord | None = None) -> RunState:
-        """What `resumed` needs, and where the schedule is; an open record goes in without its eigenvectors."""
+        """The state that `resumed` continues from, without eigenvectors."""
         records = [*self.history, *([] if opened is None else [_without_eigenvectors(opened.record)])]
         return RunState(
             k=self.settings.k,
@@ -205,7 +205,7 @@ class ProbeRun:
         )
 
     def resumed(self, state: RunState, *, reopen: bool = False) -> tuple[ProbeRun, bool]:
-        """One like this, put where the one was that the state was taken from. This one stays as it is.
+        """A copy of this run that continues from a state.
 
         Args:
             state: of a run with the same k and end of the spectrum.
@@ -273,7 +273,7 @@ class ProbeRun:
             )
 
     def _after_step(self, opened: OpenRecord, module: nn.Module) -> dict[str, float]:
-        """What the step from an open record's point tells."""
+        """The numbers of the step from an open record's point."""
         failure, opened.failure = opened.failure, None
         if failure is not None:
             raise failure
@@ -286,13 +286,13 @@ class ProbeRun:
         return self.ranks.broadcast_object(finite(metrics))
 
     def _prepared(self, record: Record) -> tuple[Tensor, dict[int, float]] | None:
-        """What the probes to come need of a trusted subspace: its basis, and its overlaps with those before it."""
+        """Basis and overlaps of a trusted subspace, for the probes to come."""
         if record.subspace is None or record.sketch is None:
             return None
         return record.subspace.basis.cpu(), self.overlaps.compare(record.sketch)
 
     def _remember(self, record: Record, basis: Tensor, overlaps: dict[int, float]) -> None:
-        """Keep the basis and the sketch of a trusted subspace for the probes to come."""
+        """Keep the basis and the sketch of a trusted subspace."""
         assert record.sketch is not None, "see `_prepared`"
         self._previous = basis
         due = self.settings.reference_step is not None and record.step >= self.settings.reference_step

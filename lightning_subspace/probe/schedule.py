@@ -1,4 +1,4 @@
-"""When to probe: at which steps, and how often the time allows.
+"""Schedule of probes, by steps and by a budget of time.
 
 Steps are counted by crossings (`step // every` changes), not by remainders, since a step may count for several. A
 budget makes the interval a minimum distance: a candidate step is passed over while the probes so far, together with
@@ -22,7 +22,7 @@ NAMED_STEPS = 5
 
 @dataclass(frozen=True)
 class Position:
-    """Where a schedule is among the steps. Time is counted anew in every process.
+    """Position of a schedule among the steps, without its time.
 
     Attributes:
         last_step: the step that was asked about last.
@@ -36,7 +36,7 @@ class Position:
 
 
 class Schedule:
-    """Decides when a probe is due, and keeps the account of its time.
+    """Decides when a probe is due, and keeps account of the time.
 
     Args:
         every_n_steps: distance between probes in optimizer steps, or the list of steps to probe at.
@@ -78,7 +78,7 @@ class Schedule:
 
     @property
     def position(self) -> Position:
-        """Where it is among the steps."""
+        """The position among the steps."""
         return Position(self._last_step, tuple(self.passed_over), self.num_passed_over)
 
     def resume(self, position: Position, step: int) -> None:
@@ -97,16 +97,16 @@ class Schedule:
 
     @property
     def probes_first_step(self) -> bool:
-        """Whether the point where training starts is to be probed: always for an interval, on request for a list."""
+        """Whether to probe where training starts: always, unless a list says otherwise."""
         return isinstance(self._every, int) or self._last_step in self._every
 
     @property
     def probes_last_step(self) -> bool:
-        """Whether the end of training is to be probed: for an interval, if the budget allows it."""
+        """Whether to probe the end: for an interval, within the budget."""
         return isinstance(self._every, int) and self.is_affordable()
 
     def is_due(self, step: int) -> bool:
-        """Whether to probe at `step`. To be asked once after each optimizer step."""
+        """Whether to probe at `step`; to be asked once after each."""
         last, self._last_step = self._last_step, step
         if isinstance(self._every, int):
             is_candidate = step // self._every > last // self._every
@@ -122,7 +122,7 @@ class Schedule:
         return True
 
     def is_affordable(self) -> bool:
-        """Whether one more probe keeps the share of the time after the first probe within the budget."""
+        """Whether one more probe stays within the budget."""
         if self.max_overhead is None or self._num_probes == 0:
             return True
         elapsed = self._elapsed - self._first
@@ -131,7 +131,7 @@ class Schedule:
 
     @contextmanager
     def probing(self) -> Iterator[None]:
-        """Count the time inside as that of one probe, but for what is counted `aside`."""
+        """Count the time inside as a probe's, except what is counted `aside`."""
         start, aside = self._clock(), self._spent
         try:
             yield
@@ -145,7 +145,7 @@ class Schedule:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Count the time inside as overhead beside a probe: what precedes the first, and the reports that follow each.
+        """Count the time inside as overhead beside a probe: set-up and reports.
 
         Reports raise the price of the next probe, which will have its own. Those of the first do not, as little as its
         set-up does: libraries are imported there.
@@ -163,7 +163,7 @@ class Schedule:
 
     @property
     def overhead(self) -> float:
-        """Share of the wall time of training that went into probes, in [0, 1]."""
+        """The share of training's wall time spent on probes, in [0, 1]."""
         return self._spent / self._elapsed if self._elapsed > 0.0 else 0.0
 
     @property

@@ -1,4 +1,4 @@
-"""Settings of a probe, as the user gives them, checked in one place.
+"""Settings of a probe, as users give them, checked in one place.
 
 The callbacks and `measure_subspace` take them as flat arguments and make one `ProbeSettings` of them. What a layer
 below needs is cut from it: the `Solver`, the `CurvatureConfig` of an operator, the `SampleSpec`.
@@ -32,7 +32,7 @@ from lightning_subspace.subspace.solver import MAX_TOL, Solver
 
 @dataclass(frozen=True, eq=False)
 class ProbeSettings:
-    """What is measured at every probe, of which examples, and how; see `SubspaceMonitor` for the arguments.
+    """Settings of every probe; see `SubspaceMonitor` for the arguments.
 
     Attributes:
         defaults: whether the default measurements are taken, beside `measurements`.
@@ -69,7 +69,7 @@ class ProbeSettings:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], **others: Any) -> ProbeSettings:
-        """Settings from all arguments of a function, of which some may be for others; `others` come first."""
+        """Settings from the arguments of a function; `others` take precedence."""
         known = {field.name: arguments[field.name] for field in fields(cls) if field.name in arguments}
         return cls(**{**known, **others})
 
@@ -102,12 +102,12 @@ class ProbeSettings:
 
     @cached_property
     def solver(self) -> Solver:
-        """How eigenpairs are computed."""
+        """The settings of the eigensolver."""
         return Solver(self.k, self.which, self.tol, self.ncv, self.max_matvecs, self.seed)
 
     @cached_property
     def choice(self) -> CurvatureConfig:
-        """How the loss is evaluated and differentiated."""
+        """The settings of the operator."""
         return CurvatureConfig(self.loss_fn, self.mode, self.seed, self.dtype, self.curvature, self.on_check_fail)
 
     @property
@@ -117,7 +117,7 @@ class ProbeSettings:
 
     @property
     def sample_spec(self) -> SampleSpec:
-        """The examples; those for the gradient alone are left out where nothing is measured."""
+        """The examples, without those for the gradient where nothing is measured."""
         gradient_sample = self.gradient_sample
         if isinstance(self.sample, int) and not self.taken:
             gradient_sample = self.sample

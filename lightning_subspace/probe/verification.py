@@ -15,7 +15,7 @@ COPIES = 1e-5
 
 
 def is_scheduled(number: int) -> bool:
-    """Whether the probe of this number is verified, whatever was found before it."""
+    """Whether the probe of this number is verified in any case."""
     return number % VERIFY_EVERY == 0
 
 

@@ -8,7 +8,7 @@ does all of this; what a clock or an exception decides, ranks decide together.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from torch import nn
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_subspace._lightning import Callback, Trainer, state_key, undeclared
-from lightning_subspace.callbacks.notices import Notices
+from lightning_subspace.callbacks.notices import Notices, OnFailure
 from lightning_subspace.callbacks.project import check_names, check_project, misconfiguration, warn_of_missing_keys
 from lightning_subspace.callbacks.recorder import Recorder
 from lightning_subspace.callbacks.runner import ProbeRunner
@@ -127,9 +127,9 @@ class SubspaceMonitor(Callback):
         curvature: Curvature = "hessian",
         on_check_fail: OnCheckFail = "warn",
         measurements: Sequence[Measurement] | None = None,
-        log: Literal["default", "all"] = "default",
+        log: LogLevel = "default",
         layout: bool = False,
-        on_failure: Literal["warn", "raise"] = "warn",
+        on_failure: OnFailure = "warn",
         name: str = "subspace",
         seed: int = 0,
     ) -> None:
@@ -142,7 +142,7 @@ class SubspaceMonitor(Callback):
             require_word("log", log, get_args(LogLevel))
             require_flag("layout", layout)
             require_integer("max_matvecs", max_matvecs, max(k, 1))
-            require_word("on_failure", on_failure, ("warn", "raise"))
+            require_word("on_failure", on_failure, get_args(OnFailure))
             require_name("name", name)
         self.name = name
         self._layout = layout

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from lightning_subspace._lightning import rank_zero_info, rank_zero_warn
 from lightning_subspace.parallel.ranks import Ranks
+
+OnFailure: TypeAlias = Literal["warn", "raise"]
 
 
 class Notices:
@@ -17,7 +19,7 @@ class Notices:
         on_failure: "raise" turns a failure into the exception that it is.
     """
 
-    def __init__(self, speaker: str, on_failure: Literal["warn", "raise"]) -> None:
+    def __init__(self, speaker: str, on_failure: OnFailure) -> None:
         self.speaker = speaker
         self._on_failure = on_failure
         self._told: set[str] = set()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from lightning_subspace._lightning import Callback, Trainer, is_a, state_key, undeclared
 from lightning_subspace.callbacks.monitor import SubspaceMonitor
-from lightning_subspace.callbacks.notices import Notices
+from lightning_subspace.callbacks.notices import Notices, OnFailure
 from lightning_subspace.callbacks.project import check_names, check_project, misconfiguration
 from lightning_subspace.callbacks.projector import Keep, Projector
 from lightning_subspace.callbacks.runner import ProbeRunner
@@ -126,7 +126,7 @@ class SubspaceProjection(Callback):
         dtype: Precision = "float32",
         curvature: Curvature = "hessian",
         on_check_fail: OnCheckFail = "warn",
-        on_failure: Literal["warn", "raise"] = "warn",
+        on_failure: OnFailure = "warn",
         name: str = "projection",
         seed: int = 0,
     ) -> None:
@@ -142,7 +142,7 @@ class SubspaceProjection(Callback):
             own = [GradientFraction()] if isinstance(start_when, StartWhenAligned) else []
             self._settings = ProbeSettings.of(locals(), measurements=own, defaults=False)
             require_integer("max_matvecs", max_matvecs, max(k, 1))
-            require_word("on_failure", on_failure, ("warn", "raise"))
+            require_word("on_failure", on_failure, get_args(OnFailure))
             require_name("name", name)
         self.name = name
         self._keep: Keep = keep

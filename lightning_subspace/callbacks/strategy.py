@@ -37,6 +37,6 @@ def ranks_of(trainer: Trainer) -> Ranks:
     if not is_a(strategy, "DDPStrategy"):
         raise ValueError(
             f"strategy: expected DDP or FSDP2, got {type(strategy).__name__} with {trainer.world_size} processes; use "
-            "strategy='ddp', ModelParallelStrategy(tensor_parallel_size=1), or devices=1"
+            "strategy='ddp', ModelParallelStrategy(tensor_parallel_size=1), or devices=1."
         )
     return Ranks(world(), strategy.root_device)

@@ -15,9 +15,9 @@ def wrong(name: str, expected: str, value: object, way_out: str = "") -> ValueEr
 
     Example:
         >>> str(wrong("k", "an integer of at least 0", -1))
-        'k: expected an integer of at least 0, got -1'
+        'k: expected an integer of at least 0, got -1.'
     """
-    return ValueError(f"{name}: expected {expected}, got {value!r}{'; ' if way_out else ''}{way_out}")
+    return ValueError(f"{name}: expected {expected}, got {value!r}{'; ' if way_out else ''}{way_out}.")
 
 
 def require_integer(name: str, value: Any, least: int, *, optional: bool = False) -> None:

@@ -44,7 +44,7 @@ class ProbeSettings:
     Example:
         >>> ProbeSettings(k=3, tol=0.5)
         Traceback (most recent call last):
-        ValueError: tol: expected a number in (0, 0.1], got 0.5; it is relative to the largest eigenvalue
+        ValueError: tol: expected a number in (0, 0.1], got 0.5; it is relative to the largest eigenvalue.
     """
 
     k: int = 10

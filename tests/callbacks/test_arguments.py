@@ -68,7 +68,7 @@ def test_the_table_has_every_argument():
 def test_a_wrong_argument_is_named_with_what_was_expected_and_what_came(name, expected, value):
     with pytest.raises(MisconfigurationException) as caught:
         SubspaceMonitor(**{name: value})
-    assert str(caught.value) == f"SubspaceMonitor: {name}: expected {expected}, got {value!r}{WAY_OUT.get(name, '')}"
+    assert str(caught.value) == f"SubspaceMonitor: {name}: expected {expected}, got {value!r}{WAY_OUT.get(name, '')}."
 
 
 RIGHT = {

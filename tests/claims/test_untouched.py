@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from lightning_subspace import SubspaceMonitor, _lightning, measure_subspace
 from lightning_subspace.curvature import Hessian
 from lightning_subspace.curvature.selection import CurvatureConfig
-from lightning_subspace.data import sample
+from lightning_subspace.data import micro_batch
 from lightning_subspace.data.sample import sample_of_current
 from lightning_subspace.linalg.lanczos import Lanczos
 from lightning_subspace.loss import shadow as containment
@@ -347,7 +347,7 @@ def own_process(patch):
 
 
 def both_batch_copies(patch):
-    for place in (sample, training_loss):
+    for place in (micro_batch, training_loss):
         patch.setattr(place, "copied", lambda data, copy_tensor: data)
 
 

@@ -601,7 +601,7 @@ ENDING = """
 import sys
 import torch
 import torch.distributed as dist
-from lightning_subspace.collectives import Ranks
+from lightning_subspace.parallel.ranks import Ranks
 
 path, rank, backend, end = sys.argv[1:]
 dist.init_process_group(backend or None, store=dist.FileStore(path, 2), rank=int(rank), world_size=2)

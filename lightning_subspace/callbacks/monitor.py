@@ -150,8 +150,9 @@ class SubspaceMonitor(Callback):
         self._schedule = Schedule(every_n_steps, max_overhead)
         self._notices = Notices(SPEAKER, on_failure)
         self._runner = ProbeRunner(self._settings, self._schedule, self._notices)
+        publisher = Publisher(name, log, {key for measurement in self._settings.taken for key in measurement.extra})
         self._recorder = Recorder(
-            self._settings, self._runner, self._schedule, self._notices, Publisher(name, log), name, max_overhead
+            self._settings, self._runner, self._schedule, self._notices, publisher, name, max_overhead
         )
         self._saved: Any = None  # from a checkpoint, until training goes on from it
         # A step is over only when this differs from `global_step`: while gradients accumulate, batches end without one.

@@ -64,11 +64,11 @@ def edge(probe: Probe) -> StabilityEdge | None:
     else:
         key = "max_exp_avg_sq" if any("max_exp_avg_sq" in state for state in view.states) else "exp_avg_sq"
         ages = view.age.clamp(min=1.0) if isinstance(view.age, Tensor) else view.age
-        second = view.state(key) / (1.0 - view.setting(_second_beta) ** ages)
-        divisor = (second.sqrt() + view.setting("eps")) * (1.0 - view.setting(_first_beta) ** ages)
-        thresholds = view.setting(lambda g: (2.0 + 2.0 * _first_beta(g)) / ((1.0 - _first_beta(g)) * _rate(g)))
+        second = view.state(key) / (1.0 - view.setting("beta2") ** ages)
+        divisor = (second.sqrt() + view.setting("eps")) * (1.0 - view.setting("beta1") ** ages)
+        thresholds = view.setting(lambda g: (2.0 + 2.0 * g["beta1"]) / ((1.0 - g["beta1"]) * _rate(g)))
     threshold = float("nan") if isinstance(thresholds, Tensor) else thresholds
-    return StabilityEdge(view.spread(view.moved) / (divisor * thresholds), view.setting(_coupled_decay), threshold)
+    return StabilityEdge(view.spread(view.moved) / (divisor * thresholds), view.setting("coupled_decay"), threshold)
 
 
 def next_step(probe: Probe) -> Tensor | None:  # (n,)
@@ -81,7 +81,7 @@ def next_step(probe: Probe) -> Tensor | None:  # (n,)
         return None
     rates = view.setting("lr")
     theta = probe.partition.flatten(probe.parameters, like=probe.gradient)
-    gradient = probe.gradient + theta * view.setting(_coupled_decay)
+    gradient = probe.gradient + theta * view.setting("coupled_decay")
     kind = type(view.optimizer)
     if kind is SGD:
         keep, is_nesterov = view.setting("momentum"), view.setting("nesterov")
@@ -94,11 +94,11 @@ def next_step(probe: Probe) -> Tensor | None:  # (n,)
         centred = view.setting("centered") * mean.square()
         divisor = (square - centred).clamp(min=0.0).sqrt() + view.setting("eps")
         return -rates * (view.setting("momentum") * view.state("momentum_buffer") + gradient / divisor)
-    first, second, ages = view.setting(_first_beta), view.setting(_second_beta), view.age + 1.0
+    first, second, ages = view.setting("beta1"), view.setting("beta2"), view.age + 1.0
     mean = (first * view.state("exp_avg") + (1.0 - first) * gradient) / (1.0 - first**ages)
     square = second * view.state("exp_avg_sq") + (1.0 - second) * gradient.square()
     square = torch.maximum(square, view.state("max_exp_avg_sq")) / (1.0 - second**ages)
-    decay = view.setting("weight_decay") - view.setting(_coupled_decay)
+    decay = view.setting("weight_decay") - view.setting("coupled_decay")
     return -rates * (mean / (square.sqrt() + view.setting("eps")) + decay * theta)
 
 
@@ -157,17 +157,12 @@ def _sgd_threshold(group: Group) -> float:
     return (2.0 + 2.0 * momentum) / (_rate(group) * (1.0 + 2.0 * momentum if group["nesterov"] else 1.0))
 
 
-def _first_beta(group: Group) -> float:
-    return float(group["betas"][0])
-
-
-def _second_beta(group: Group) -> float:
-    return float(group["betas"][1])
-
-
-def _coupled_decay(group: Group) -> float:
-    """The weight decay where it is part of the gradient."""
-    return 0.0 if group["is_decoupled"] else float(group["weight_decay"])
+def _with_common_names(group: Group, kind: type[Optimizer]) -> Group:
+    """The settings, and those that the classes name in different ways."""
+    # Since torch 2.7 AdamW is an Adam with a setting.
+    is_decoupled = group.get("decoupled_weight_decay", kind is AdamW)
+    betas = {f"beta{i}": float(beta) for i, beta in enumerate(group.get("betas", ()), start=1)}
+    return {**group, **betas, "coupled_decay": 0.0 if is_decoupled else float(group["weight_decay"])}
 
 
 @dataclass(frozen=True)
@@ -185,12 +180,8 @@ class _OptimizerView:
         optimizer = probe.optimizer
         if optimizer is None or why_unknown(optimizer) is not None:
             return None
-        # Since torch 2.7 AdamW is an Adam with a setting.
-        groups = [
-            {**group, "is_decoupled": group.get("decoupled_weight_decay", type(optimizer) is AdamW)}
-            for group in optimizer.param_groups
-        ]
-        at_rest = {**groups[0], "lr": 0.0, "weight_decay": 0.0}
+        groups = [_with_common_names(group, type(optimizer)) for group in optimizer.param_groups]
+        at_rest = {**groups[0], "lr": 0.0, "weight_decay": 0.0, "coupled_decay": 0.0}
         group_of = {id(p): group for group in groups for p in group["params"]}
         own = [group_of.get(id(parameter), at_rest) for parameter in probe.parameters]
         return cls(probe, optimizer, own, [optimizer.state.get(parameter, {}) for parameter in probe.parameters])

@@ -1,4 +1,4 @@
-"""Functions behind the metrics: they check their arguments, `subspace` does the mathematics."""
+"""Fractions, overlaps and angles of subspaces: argument checks around `subspace`."""
 
 from __future__ import annotations
 

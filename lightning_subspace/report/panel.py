@@ -1,4 +1,4 @@
-"""What the panels of all figures share: lines with gaps, scales, titles, legends that lie above the data."""
+"""Parts of a panel: lines with gaps, scales, titles, legends above the data."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
+# The colours of Okabe and Ito, distinct for every kind of colour vision.
+BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 GREY = "0.55"
-# With more points than this in a panel, lines and markers are drawn small.
-CROWDED = 1000
+DPI = 100
+CROWDED = 1000  # with more points than this in a panel, lines and markers are drawn small
 
 
 def draw_line(
@@ -32,16 +34,9 @@ def draw_line(
     linestyle: str = "-",
     crowded: bool | None = None,
 ) -> None:
-    """Draw one metric over the steps, if any record has it; a missing value interrupts the line.
+    """Draw one metric over the steps, if any record has it; gaps where it is missing.
 
-    Args:
-        axes: the panel.
-        records: the history.
-        key: a key of `Record.metrics`.
-        colour: of line and markers.
-        label: the entry in the legend.
-        linestyle: as in matplotlib.
-        crowded: whether to draw small; by default for more than 100 records.
+    Line and markers are small if `crowded`, by default for more than 100 records.
     """
     values = series(records, key)
     if not np.isfinite(values).any():
@@ -123,7 +118,7 @@ def unit_limits(axes: Axes) -> None:
 
 
 def scale_values(axes: Axes, values: Array) -> None:
-    """Make the y axis logarithmic; with values <= 0 symmetric, and linear up to a hundredth or tenth of the largest."""
+    """Make the y axis logarithmic, or with values <= 0 symmetric and linear near zero."""
     values = values[np.isfinite(values)]
     if not values.any():
         return
@@ -137,16 +132,17 @@ def scale_values(axes: Axes, values: Array) -> None:
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
+        # Linear up to between a hundredth and a tenth of the largest.
         axes.set_yscale("symlog", linthresh=10.0 ** (np.floor(np.log10(np.abs(values).max())) - 1))
         axes.autoscale(axis="y")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def step_values(records: Sequence[Record]) -> Array:
-    """(p,) the x of every record."""
+    """The x of every record, (p,)."""
     return np.array([record.step for record in records], dtype=np.float64)
 
 
 def series(records: Sequence[Record], key: str) -> Array:
-    """(p,) the values of one metric, nan where a probe has none."""
+    """The values of one metric, (p,), nan where a probe has none."""
     return np.array([record.metrics.get(key, np.nan) for record in records], dtype=np.float64)

@@ -1,10 +1,8 @@
-"""One line that says what a long probe is doing, on whatever progress bar the trainer has.
+"""Progress of a long probe, as one line on the trainer's progress bar.
 
 A probe may take as long as hundreds of training steps, and a bar that stands still looks like a hang. Each display
-below borrows a place that is already on the screen and gives it back: nothing stays behind.
-
-Lightning's bars are recognised by the names of their classes, so that both of its namespaces work and neither tqdm nor
-rich is imported.
+below borrows a place on the screen and gives it back. Lightning's bars are recognised by the names of their classes, so
+that both of its namespaces work and neither tqdm nor rich is imported.
 """
 
 from __future__ import annotations
@@ -13,21 +11,25 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from lightning_subspace._lightning import Trainer, training_bar
 
-# Seconds a probe runs in silence: short ones would only flicker.
-PATIENCE = 1.0
-# Seconds between two refreshes.
-INTERVAL = 0.25
+PATIENCE = 1.0  # seconds before the line appears: that of a short probe would only flicker
+INTERVAL = 0.25  # seconds between two refreshes
 
 
 class ProgressLine:
-    """A context manager around a probe, whose line appears after a second and is gone at the end.
+    """A context manager around a probe: the line appears after a second and is erased at the end.
 
     Shown on rank 0 only. Never raises: a display that fails is not used again.
+
+    Args:
+        trainer: anything with a `progress_bar_callback`; None where there is no trainer.
+        clock: seconds from any origin.
+        stream: where the line goes when there is no progress bar; by default what `sys.stderr` is at that time.
 
     Example:
         >>> with ProgressLine(trainer) as line:  # doctest: +SKIP
@@ -41,13 +43,6 @@ class ProgressLine:
         clock: Callable[[], float] = time.monotonic,
         stream: TextIO | None = None,
     ) -> None:
-        """Remember where to show the line; nothing is shown yet.
-
-        Args:
-            trainer: anything with a `progress_bar_callback`; None where there is no trainer.
-            clock: seconds from any origin.
-            stream: where the line goes when there is no progress bar; by default what `sys.stderr` is at that time.
-        """
         self._trainer = trainer
         self._clock = clock
         self._stream = stream
@@ -55,16 +50,12 @@ class ProgressLine:
         self._due = float("inf")
 
     def __enter__(self) -> ProgressLine:
-        """Start the second of silence."""
+        """Start the wait of a second."""
         self._due = self._clock() + PATIENCE
         return self
 
     def update(self, text: str) -> None:
-        """Show a text, if it is time to.
-
-        Args:
-            text: one short line.
-        """
+        """Show a short text, unless the last refresh was less than a quarter of a second ago."""
         now = self._clock()
         if now < self._due:
             return
@@ -79,31 +70,25 @@ class ProgressLine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Give the borrowed place back."""
+        """Erase the line."""
         self._due = float("inf")
         display, self._display = self._display, None
         if display is not None:
-            try:
+            with suppress(Exception):
                 display.erase()
-            except Exception:
-                return
 
 
-class _Display(Protocol):
-    def show(self, text: str) -> None: ...
+class _Display:
+    """A display that shows nothing."""
 
-    def erase(self) -> None: ...
-
-
-class _Nothing:
     def show(self, text: str) -> None:
-        pass
+        """Replace the text that is shown."""
 
     def erase(self) -> None:
-        pass
+        """Restore what was there before."""
 
 
-class _TerminalLine:
+class _TerminalLine(_Display):
     """A line of its own, overwritten in place."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -124,8 +109,8 @@ class _TerminalLine:
         self._stream.flush()
 
 
-class _TqdmPostfix:
-    """The place of the metrics, to the right of a tqdm bar; works in terminals and notebooks alike."""
+class _TqdmPostfix(_Display):
+    """The place of the metrics, to the right of a tqdm bar, in terminals and notebooks."""
 
     def __init__(self, bar: Any) -> None:
         self._bar = bar
@@ -139,11 +124,11 @@ class _TqdmPostfix:
         self._bar.refresh()
 
 
-class _RichDescription:
+class _RichDescription(_Display):
     """The description of a rich task, to the left of its bar.
 
-    Not a task of its own: Lightning takes the ids of its tasks for positions in the list of tasks, and a task that
-    comes and goes would shift them. Not a print to the console either: above a live display that is there for good.
+    Not a task of its own: Lightning uses the ids of its tasks as positions in the list of tasks, and another task would
+    shift them. Not a print to the console: above a live display that cannot be erased.
     """
 
     def __init__(self, progress: Any, task_id: Any) -> None:
@@ -165,14 +150,14 @@ class _RichDescription:
 
 
 def _find_display(trainer: Trainer | None, stream: TextIO) -> _Display:
-    """The display for the trainer's progress bar as it is now, in the middle of an epoch or before the first."""
+    """The display for the trainer's progress bar as it is now: during an epoch, or before the first."""
     if not getattr(trainer, "is_global_zero", True):
-        return _Nothing()
+        return _Display()
     callback = getattr(trainer, "progress_bar_callback", None)
     if callback is not None:
         names = {base.__name__ for base in type(callback).__mro__}
         if getattr(callback, "is_disabled", False):
-            return _Nothing()
+            return _Display()
         if "TQDMProgressBar" in names:
             bar = training_bar(callback)
             if bar is not None and not bar.disable:
@@ -181,8 +166,8 @@ def _find_display(trainer: Trainer | None, stream: TextIO) -> _Display:
             progress, task_id = callback.progress, callback.train_progress_bar_id
             if progress is not None:
                 # Rich redirects the streams while its display lives: a line without a task would never be erased.
-                return _Nothing() if task_id is None else _RichDescription(progress, task_id)
+                return _Display() if task_id is None else _RichDescription(progress, task_id)
         else:
             # Someone's own bar may be on the terminal's current line.
-            return _Nothing()
-    return _TerminalLine(stream) if stream.isatty() else _Nothing()
+            return _Display()
+    return _TerminalLine(stream) if stream.isatty() else _Display()

@@ -123,10 +123,11 @@ def is_usable(monitor):
 
 def expected_scalars(monitor, name="subspace", log="default"):
     """(tag, step) -> value of all that should have been logged."""
+    extra = {"batch_gradient_fraction", "gap_index", "gradient_norm", "gradient_curvature"}
     return {
         (logged_name(name, key), record.step): value
         for record in monitor.history
-        for key, value in select(record.metrics, log).items()
+        for key, value in select(record.metrics, log, extra).items()
     }
 
 

@@ -64,10 +64,9 @@ class Prospect:
 class Probe:
     """Gradient, Hessian and top eigenspace at theta_t, the parameters after t optimizer steps.
 
-    On several ranks every rank measures, and flat vectors are this rank's part: n below is `partition.local_n`. `dot`,
-    `norm`, `Subspace.fraction` and `Subspace.overlap` sum over ranks; `partition.gather` gives a whole vector. These
-    and `operator` are collectives: every rank has to call them. Every rank records what the first one returns. Write
-    files on the first rank alone, where `partition.ranks.index` is 0.
+    On several ranks flat vectors are this rank's part: n below is `partition.local_n`. `operator`, `dot`, `norm`,
+    `Subspace.fraction`, `Subspace.overlap` and `partition.gather` are collectives: every rank has to call them. All
+    record what the first rank returns, where `partition.ranks.index` is 0; write files on that one alone.
 
     Attributes:
         step: t, the number of optimizer steps taken.
@@ -76,8 +75,7 @@ class Probe:
         gradient: (n,), of the mean loss over the gradient sample.
         operator: the Hessian of the mean loss over the Hessian sample: `matvec`, `gradient`, `value`, `part`. Valid
             while the probe lasts, not in `after_step`.
-        parameters: the module's own tensors at the coordinates of the space, as `optimizer` knows them; not to be
-            written to.
+        parameters: the module's own tensors at the coordinates, as `optimizer` knows them; do not write to them.
         sample: the micro-batches, and their share of the training set.
         batch_gradients: iterates over the gradient sample: each micro-batch with the gradient of its own mean loss,
             (n,). Valid while the probe lasts.
@@ -87,9 +85,8 @@ class Probe:
         history: the records so far, oldest first.
         optimizer: the optimizer in use; None without a Trainer or with several.
         which: the end of the spectrum that `subspace` belongs to, "LA" for the algebraically largest.
-        solve: `solve(matvec, k=None)` gives the top eigenspace, without the certificate, of a function v -> A v or of
-            another operator of the same parameters (a `part`); of the probe's k by default. An operator needs fewer
-            messages between ranks.
+        solve: `solve(matvec, k=None)` gives the top eigenspace, without certificate, of a function v -> A v or of an
+            operator of the same parameters (a `part`, with fewer messages between ranks); by default of the probe's k.
     """
 
     step: int

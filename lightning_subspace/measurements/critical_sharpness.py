@@ -26,13 +26,12 @@ class CriticalSharpness(Measurement):
     2 / (a lr), in units of an eigenvalue (Kalra et al. 2026, arXiv 2601.16979, section 2): for gradient descent on a
     quadratic it is g.Hg / |g|^2, at most lambda_1. It needs no second derivatives and no eigenvectors (k = 0).
 
-    Costs one gradient-free pass over the Hessian's sample for each point tried: 3 on a quadratic, at most `max_points`,
-    and one for the loss at theta. The search starts at the multiple of the last probe and uses the secant of
-    (L(theta + a u) - L(theta)) / a, which is a straight line on a quadratic. It misses a bump narrower than the
-    distance between its points. Random parts of a training step (dropout) are fixed.
-
-    Left out where the step is no direction of descent, where the loss does not rise within `max_points`, where its
-    changes are rounding, and, with one warning, for an unknown optimizer. Of several learning rates the largest is lr.
+    Costs one forward pass over the Hessian's sample for each point: 3 on a quadratic, at most `max_points`, and one for
+    the loss at theta. The search starts at the multiple of the last probe and uses the secant of
+    (L(theta + a u) - L(theta)) / a, which is a straight line on a quadratic. It misses a bump between its points.
+    Dropout is fixed. Of several learning rates lr is the largest. Left out where the step is no direction of descent,
+    where the loss does not rise within `max_points`, where its changes are rounding, and, with one warning, for an
+    unknown optimizer.
 
     Args:
         direction: "update" of the optimizer in use (SGD, Adam, AdamW and RMSprop), with its momentum, preconditioner

@@ -23,8 +23,7 @@ class Density(Measurement):
 
     phi(s) = (1/n) (sum_{i<=k} N(s; lambda_i, w^2) + (n - k) mean_u sum_j w_uj N(s; theta_uj, w^2)) (Ghorbani, Krishnan
     and Xiao 2019, arXiv 1901.10159, section 2; see `lightning_subspace.linalg.quadrature`). The top k eigenpairs of the
-    probe are taken out first, so that the Lanczos runs, from `vectors` random vectors u, resolve the rest. `history`
-    has one `SpectralDensity` a probe, `plot()` and `plot_ridge()` draw them. Logged are:
+    probe are taken out first, so that the Lanczos runs, from `vectors` random vectors u, resolve the rest. Logged are:
 
     - `trace`, `trace_error`, `frobenius_norm`, `frobenius_error`: see `Trace`.
     - `lowest_eigenvalue`: the smallest node, at least lambda_n and usually close to it.
@@ -34,9 +33,9 @@ class Density(Measurement):
     - `negative_mass`, `negative_mass_error`: the sum of the |lambda_i| of these over the sum of all, in [0, 1], with
       its standard error.
 
-    Costs `steps * vectors` products, and (k + steps + 1) n floats while it lasts. `history` holds 32 `steps * vectors`
-    bytes a probe; with more than `keep`, every second one of its older half is dropped. The random vectors are the same
-    at every probe: the change of a number from one to the next is better known than the number.
+    Costs `steps * vectors` products, and (k + steps + 1) n floats while it lasts. The random vectors are the same at
+    every probe: the change of a number is better known than the number. `history` has a `SpectralDensity` a probe, of
+    32 `steps * vectors` bytes; with more than `keep`, every second one of its older half is dropped.
 
     Args:
         steps: Lanczos steps from each vector: the resolution.

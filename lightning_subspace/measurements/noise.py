@@ -70,8 +70,7 @@ class GradientNoise(Measurement):
     need not be at an edge of stability. The second is at most lambda_1; it is tr(HS)/tr(S) for the second moment S of
     the g_B.
 
-    As for `BatchSharpness` the micro-batches should have the batch size of training. Costs a gradient over one and a
-    product over the whole sample for each of them.
+    The micro-batches are as for `BatchSharpness`. Costs a gradient over one and a product over the sample for each.
 
     Args:
         batches: number of micro-batches used; all where there are fewer.

@@ -133,17 +133,17 @@ def why_unknown(optimizer: Optimizer | None) -> str | None:
     return None
 
 
+@dataclass
 class Notice:
     """A warning that is given once, on the first rank."""
 
-    def __init__(self) -> None:
-        self._said = False
+    is_given: bool = False
 
     def say(self, probe: Probe, text: str) -> None:
         """Warn, at the first call."""
-        if not self._said and probe.partition.ranks.index == 0:
+        if not self.is_given and probe.partition.ranks.index == 0:
             warnings.warn(text, stacklevel=3)
-        self._said = True
+        self.is_given = True
 
 
 def _rate(group: Group) -> float:

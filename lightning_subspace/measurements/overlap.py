@@ -42,8 +42,8 @@ class Control(Measurement):
     most the mean of the sin_i, of both probes. Left out, here and at the probe after, where the mean of one probe is
     above .1 or its solver did not converge. After a resume it begins anew.
 
-    Costs one eigensolve for 2k pairs (50 to 100 products for k = 10 and a net of 1,930 parameters); holds 2k n floats
-    of each probe compared with, on the CPU.
+    Costs one eigensolve for 2k pairs (50 to 100 products for k = 10 and n = 1,930), and 2k n floats on the CPU for each
+    of the two probes.
 
     Args:
         every: taken at each probe whose number is a multiple of this.

@@ -10,12 +10,9 @@ from torch import Tensor
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.measurements.base import Measurement, Probe, Prospect, positive
 
-# Width of the band: standard errors of the gradient's noise, and multiples of the change by halving the sample. More of
-# the latter, since only two halves estimate it.
-STANDARD_ERRORS = 2.0
-SPREADS = 3.0
-# Cost of a gradient in products with the Hessian, which take as long as 1.2 to 2 gradients.
-GRADIENT = 0.7
+STANDARD_ERRORS = 2.0  # of the gradient's noise, on each side of the band
+SPREADS = 3.0  # multiples of the change by halving the sample; more than those, since only two halves estimate it
+GRADIENT = 0.7  # cost in products with the Hessian, which take as long as 1.2 to 2 gradients
 
 
 class Reliability(Measurement):
@@ -32,11 +29,10 @@ class Reliability(Measurement):
     - Noise in the space. The fractions of the same g in the spaces of the two halves show how much f changes when the
       sample is cut in two; errors go with one over the number of examples, so f is about as far from its limit.
 
-    Both are scaled down by the share of the training set that was not sampled (finite population correction). The band
-    is an error bar, not a proof: `tests/measurements/test_reliability.py` says how often it covers the truth.
-
-    Costs two eigensolves on half of the sample and one more pass over the gradient sample. Left out when a sample is
-    the whole training set, or a single micro-batch.
+    Both are scaled down by the share of the training set that was not sampled (finite population correction).
+    `tests/measurements/test_reliability.py` measures how often the band covers the truth. Costs two eigensolves on half
+    of the sample and a pass over the gradient sample. Left out when a sample is the whole training set, or a single
+    micro-batch.
 
     Args:
         every: taken at each probe whose number is a multiple of this.

@@ -47,15 +47,7 @@ class _Mean(Metric):
         return self.total / self.count
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plot one or several values of the metric.
-
-        Args:
-            val: a result of `forward` or `compute`, or a list of them; by default that of `compute`.
-            ax: a matplotlib axis to draw in.
-
-        Returns:
-            Figure and axis; the figure is None where `ax` is given.
-        """
+        """Plot `val`, one or several results (by default that of `compute`), into `ax` or a new figure."""
         return self._plot(val, ax)
 
     def _add(self, value: Tensor) -> None:

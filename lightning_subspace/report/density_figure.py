@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,9 +12,7 @@ from matplotlib.figure import Figure
 
 from lightning_subspace.report import panel
 from lightning_subspace.report.panel import Array
-
-if TYPE_CHECKING:
-    from lightning_subspace.subspace.spectral_density import SpectralDensity
+from lightning_subspace.subspace.spectral_density import SpectralDensity
 
 # Standard deviation of the Gaussians, and the margin on both sides, in units of the width of the spectrum.
 WIDTH, MARGIN = 3e-3, 0.03
@@ -45,13 +42,10 @@ def density_figure(densities: Sequence[SpectralDensity]) -> Figure:
     axes.axhline(single, color=panel.GREY, linestyle=":", linewidth=1, label="height of one eigenvalue")
     known = last.spectrum.known.numpy()
     if len(known):
-        axes.plot(
-            known, np.full(len(known), 0.2 * single), "|", color=panel.VERMILION, markersize=12, label="eigenvalues"
-        )
-    axes.set_ylim(0.1 * single, 3.0 * max(values.max(), single))
-    axes.set_xlim(low, high)
-    axes.set_xlabel("eigenvalue")
-    axes.set_ylabel("density")
+        heights = np.full(len(known), 0.2 * single)
+        axes.plot(known, heights, "|", color=panel.VERMILION, markersize=12, label="eigenvalues")
+    top = 3.0 * max(values.max(), single)
+    axes.set(xlim=(low, high), ylim=(0.1 * single, top), xlabel="eigenvalue", ylabel="density")
     axes.grid(alpha=0.25)
     panel.head(axes, f"Density of the {last.spectrum.dimension:,} eigenvalues at step {last.step}")
     panel.legend_above(axes)
@@ -77,9 +71,7 @@ def ridge_figure(densities: Sequence[SpectralDensity]) -> Figure:
         _draw_row(axes, density, (low, high), row, colour, zorder=len(shown) - row)
     rows = range(0, len(shown), -(-len(shown) // 12))
     axes.set_yticks(rows, [str(shown[row].step) for row in rows])
-    axes.set_xlim(low, high)
-    axes.set_xlabel("eigenvalue")
-    axes.set_ylabel("step")
+    axes.set(xlim=(low, high), xlabel="eigenvalue", ylabel="step")
     axes.grid(alpha=0.25, axis="x")
     panel.head(axes, f"Density of the {shown[-1].spectrum.dimension:,} eigenvalues")
     panel.note(axes, "logarithmic, from a third of a single eigenvalue upwards")

@@ -7,7 +7,6 @@ window nor touches the user's figures or rcParams. A missing value is a gap in a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib import colormaps
@@ -20,10 +19,8 @@ from matplotlib.ticker import MaxNLocator
 
 from lightning_subspace.report import panel
 from lightning_subspace.report.panel import Array
-
-if TYPE_CHECKING:
-    from lightning_subspace.subspace.record import Record
-    from lightning_subspace.subspace.subspace import Subspace
+from lightning_subspace.subspace.record import Record
+from lightning_subspace.subspace.subspace import Subspace
 
 UNKNOWN = "0.88"
 # Up to this many probes a matrix has room for its numbers, and for a label at every row.
@@ -31,7 +28,7 @@ READABLE_CELLS = 8
 
 
 def spectrum_figure(records: Sequence[Record]) -> Figure:
-    """The eigenvalues of the last probe, with the gap that separates the top subspace from the rest.
+    """The eigenvalues of the last probe, with the gap below the top subspace.
 
     Args:
         records: the history; the last record that has a subspace is drawn.
@@ -66,10 +63,10 @@ def overlap_figure(steps: Sequence[int], matrix: Array, error: float | None = No
 def summary_figure(
     records: Sequence[Record], steps: Sequence[int], matrix: Array, error: float | None = None
 ) -> Figure:
-    """Everything over the steps of the training.
+    """Four panels over the steps of the training.
 
-    Eigenvalues, where the gradient and the updates lie, how much of the subspace survives, and the overlap matrix; for
-    a run that measured no eigenvectors (k = 0), the quantities of a single Hessian product.
+    Eigenvalues, fractions of gradient and updates, overlaps with earlier probes, and the overlap matrix; for a run
+    without eigenvectors (k = 0), the quantities of a single Hessian product.
 
     Args:
         records: the history, in the order of the steps.
@@ -124,8 +121,7 @@ def _draw_spectrum(axes: Axes, subspace: Subspace) -> None:
         axes.set_xlim(0.4, k + 1.6)
     panel.scale_values(axes, values)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlabel("index")
-    axes.set_ylabel("eigenvalue")
+    axes.set(xlabel="index", ylabel="eigenvalue")
     axes.grid(alpha=0.25)
     panel.legend_above(axes)
 
@@ -159,16 +155,8 @@ def _draw_gradient(axes: Axes, records: Sequence[Record]) -> None:
     panel.draw_line(axes, records, "gradient_fraction", panel.BLUE, "gradient")
     if np.isfinite(low + high).any():
         # A bar at each probe that measured it; a band between them would show what nobody measured.
-        axes.vlines(
-            panel.step_values(records),
-            low,
-            high,
-            color=panel.BLUE,
-            alpha=0.25,
-            linewidth=6,
-            zorder=1,
-            label="its error bar",
-        )
+        at = panel.step_values(records)
+        axes.vlines(at, low, high, color=panel.BLUE, alpha=0.25, linewidth=6, zorder=1, label="its error bar")
     panel.draw_line(axes, records, "update_fraction", panel.ORANGE, "update")
     panel.draw_line(axes, records, "gradient_hessian_cosine", panel.VERMILION, "cosine of g and Hg")
     panel.finish(axes, records, "Fraction in the top subspace", "fraction, cosine")
@@ -201,8 +189,7 @@ def _draw_overlaps(axes: Axes, steps: Sequence[int], matrix: Array, error: float
     labels = [str(steps[index]) for index in shown]
     axes.set_xticks(shown, labels)
     axes.set_yticks(shown, labels)
-    axes.set_xlabel("step")
-    axes.set_ylabel("step")
+    axes.set(xlabel="step", ylabel="step")
     if count <= READABLE_CELLS:
         for (row, column), value in np.ndenumerate(matrix):
             if np.isfinite(value):

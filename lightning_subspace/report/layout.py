@@ -50,11 +50,7 @@ def add_layout(loggers: Iterable[Any], prefix: str, k: int) -> None:
 
 
 def charts(prefix: str, k: int) -> dict[str, list[Any]]:
-    """The charts of one monitor.
-
-    Args:
-        prefix: the monitor's `name`.
-        k: number of eigenpairs.
+    """The charts of the monitor of this name, with k eigenpairs.
 
     Example:
         >>> charts("subspace", 0)["gradient"]
@@ -98,11 +94,8 @@ def read_layout(log_dir: str) -> Layout:
 
     Empty where there is none.
 
-    Args:
-        log_dir: a local directory of event files.
-
     Raises:
-        OSError: when it cannot be listed or read.
+        OSError: where the directory or one of its event files cannot be read.
     """
     # Imported here, since tensorboard takes a while to import and most runs never need it.
     from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]

@@ -30,14 +30,10 @@ FAILURE_KEYS = frozenset({"solver/converged", "solver/residual"})
 
 
 def logged_name(prefix: str, key: str) -> str:
-    """Name of a metric in the logger.
+    """Name in the loggers for a key of `Record.metrics`, behind the monitor's name.
 
     TensorBoard groups by the part before the first slash. The eigenvalues get a group of their own, since k + 1 of them
     would bury the numbers a person looks at.
-
-    Args:
-        prefix: the monitor's `name`.
-        key: a key of `Record.metrics`.
 
     Example:
         >>> logged_name("subspace", "gradient_fraction"), logged_name("subspace", "eigenvalues/01")
@@ -61,12 +57,12 @@ def select(metrics: Mapping[str, float], log: LogLevel, extra: Set[str]) -> dict
     if log == "all":
         return dict(metrics)
     kept = SOLVER_KEYS | (FAILURE_KEYS if metrics.get("solver/converged") == 0.0 else frozenset())
-    left_out = extra if "solver/converged" in metrics else frozenset[str]()  # with k = 0 there is little else to log
-    return {
-        key: value
-        for key, value in metrics.items()
-        if key in kept or not (key in left_out or key.startswith("solver/"))
-    }
+    has_eigenpairs = "solver/converged" in metrics  # without them (k = 0) there is little else to log
+
+    def is_left_out(key: str) -> bool:
+        return key.startswith("solver/") or (has_eigenpairs and key in extra)
+
+    return {key: value for key, value in metrics.items() if key in kept or not is_left_out(key)}
 
 
 class Reporter:
@@ -92,7 +88,7 @@ class Reporter:
             return
         lost = f"{len(finite)} scalars ({', '.join(list(finite)[:3])}{', ...' if len(finite) > 3 else ''})"
         for logger in loggers:
-            self._attempt(logger, _send_scalars, "", finite, step, lost)
+            self._attempt(logger, _log_scalars, finite, step=step, lost=lost)
 
     def histogram(self, loggers: Iterable[Any], tag: str, values: Tensor, step: int) -> None:
         """Log the distribution of the finite values, of any shape, where the logger can show one."""
@@ -112,11 +108,11 @@ class Reporter:
             names = [base.__name__ for base in type(logger).__mro__]  # the most derived class first
             send = next((senders[name] for name in names if name in senders), None)
             if send is not None:
-                self._attempt(logger, send, tag, value, step, lost)
+                self._attempt(logger, send, tag, value, step=step, lost=lost)
 
-    def _attempt(self, logger: Any, send: _Sender, tag: str, value: Any, step: int, lost: str) -> None:
+    def _attempt(self, logger: Any, send: Callable[..., None], *values: Any, step: int, lost: str) -> None:
         try:
-            send(logger, tag, value, step)
+            send(logger, *values, step)
         except Exception as error:
             if id(logger) in self._warned:
                 return
@@ -129,7 +125,7 @@ class Reporter:
             )
 
 
-def _send_scalars(logger: Any, tag: str, metrics: Mapping[str, float], step: int) -> None:
+def _log_scalars(logger: Any, metrics: Mapping[str, float], step: int) -> None:
     # A dict for each, since loggers add keys to the one they are given.
     logger.log_metrics(dict(metrics), step=step)
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.typing import ColorType
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from matplotlib.typing import ColorType
-
-    from lightning_subspace.subspace.record import Record
+from lightning_subspace.subspace.record import Record
 
 Array = NDArray[np.float64]
 
@@ -58,8 +55,7 @@ def finish(axes: Axes, records: Sequence[Record], title: str, quantity: str) -> 
     margin = max(0.03 * (last - first), 0.5)
     axes.set_xlim(first - margin, last + margin)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
-    axes.set_xlabel("step")
-    axes.set_ylabel(quantity)
+    axes.set(xlabel="step", ylabel=quantity)
     axes.grid(alpha=0.25)
 
 
@@ -107,8 +103,7 @@ def colour_bar(axes: Axes, mappable: ScalarMappable, label: str) -> Axes:
 def say(axes: Axes, text: str) -> None:
     """Say why a panel is empty."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
 
 
 def unit_limits(axes: Axes) -> None:

@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from lightning_subspace._lightning import Trainer, training_bar
+if TYPE_CHECKING:
+    from lightning_subspace._lightning import Trainer
 
 PATIENCE = 1.0  # seconds before the line appears: that of a short probe would only flicker
 INTERVAL = 0.25  # seconds between two refreshes
@@ -98,15 +99,11 @@ class _TerminalLine(_Display):
     def show(self, text: str) -> None:
         # A line that wraps cannot be erased by a carriage return.
         text = text[: shutil.get_terminal_size().columns - 1]
-        self._write("\r" + text.ljust(self._length))
+        print("\r" + text.ljust(self._length), end="", file=self._stream, flush=True)
         self._length = len(text)
 
     def erase(self) -> None:
-        self._write("\r" + " " * self._length + "\r")
-
-    def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        print("\r" + " " * self._length, end="\r", file=self._stream, flush=True)
 
 
 class _TqdmPostfix(_Display):
@@ -151,23 +148,21 @@ class _RichDescription(_Display):
 
 def _find_display(trainer: Trainer | None, stream: TextIO) -> _Display:
     """The display for the trainer's progress bar as it is now: during an epoch, or before the first."""
-    if not getattr(trainer, "is_global_zero", True):
+    callback: Any = getattr(trainer, "progress_bar_callback", None)
+    if not getattr(trainer, "is_global_zero", True) or getattr(callback, "is_disabled", False):
         return _Display()
-    callback = getattr(trainer, "progress_bar_callback", None)
-    if callback is not None:
-        names = {base.__name__ for base in type(callback).__mro__}
-        if getattr(callback, "is_disabled", False):
-            return _Display()
-        if "TQDMProgressBar" in names:
-            bar = training_bar(callback)
-            if bar is not None and not bar.disable:
-                return _TqdmPostfix(bar)
-        elif "RichProgressBar" in names:
-            progress, task_id = callback.progress, callback.train_progress_bar_id
-            if progress is not None:
-                # Rich redirects the streams while its display lives: a line without a task would never be erased.
-                return _Display() if task_id is None else _RichDescription(progress, task_id)
-        else:
-            # Someone's own bar may be on the terminal's current line.
-            return _Display()
+    names = {base.__name__ for base in type(callback).__mro__}
+    if "TQDMProgressBar" in names:
+        from lightning_subspace._lightning import training_bar  # Lightning takes a while to import
+
+        bar = training_bar(callback)
+        if bar is not None and not bar.disable:
+            return _TqdmPostfix(bar)
+    elif "RichProgressBar" in names:
+        progress, task_id = callback.progress, callback.train_progress_bar_id
+        if progress is not None:
+            # Rich redirects the streams while its display lives: a line without a task would never be erased.
+            return _Display() if task_id is None else _RichDescription(progress, task_id)
+    elif callback is not None:
+        return _Display()  # the user's own bar may be on the terminal's current line
     return _TerminalLine(stream) if stream.isatty() else _Display()

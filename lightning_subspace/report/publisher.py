@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence, Set
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from lightning_subspace._lightning import Trainer
 from lightning_subspace.report.loggers import LogLevel, Reporter, logged_name, select
 from lightning_subspace.subspace.record import Record
+
+if TYPE_CHECKING:
+    from lightning_subspace._lightning import Trainer
 
 
 class Publisher:

@@ -1,4 +1,4 @@
-"""Quantities computed at a probe and logged; each is a small class, and users add their own."""
+"""Quantities that a probe computes and logs, each a small class."""
 
 from lightning_subspace.measurements.base import Measurement as Measurement
 from lightning_subspace.measurements.base import Probe as Probe
@@ -22,7 +22,7 @@ from lightning_subspace.subspace.spectral_density import SpectralDensity as Spec
 
 
 def default_measurements(k: int) -> list[Measurement]:
-    """The measurements of every monitor; with k = 0 those that need no eigenvectors."""
+    """Measurements of every monitor; for k = 0 those without eigenvectors."""
     if k == 0:
         return [GradientCurvature()]
     return [

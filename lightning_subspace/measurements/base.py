@@ -55,14 +55,14 @@ class Prospect:
     num_ranks: int = 1
 
     def solve(self, k: int | None = None, *, verify: bool = False) -> float:
-        """Expected number of products of `Probe.solve`; with `verify`, of a solve with the certificate."""
+        """Expected number of products of `Probe.solve`, or with its certificate (`verify`)."""
         solver = self.solver if k is None else replace(self.solver, k=k)
         return solver.expected_products(trained=self.number > 0, verify=verify)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Gradient, Hessian and top eigenspace at theta_t, the parameters after t optimizer steps.
+    """Gradient, Hessian and top eigenspace at theta_t, after t optimizer steps.
 
     On several ranks flat vectors are this rank's part: n below is `partition.local_n`. `operator`, `dot`, `norm`,
     `Subspace.fraction`, `Subspace.overlap` and `partition.gather` are collectives: every rank has to call them. All
@@ -112,7 +112,7 @@ class Probe:
 
     @property
     def top(self) -> Subspace:
-        """The subspace, for measurements that need one: never None.
+        """The subspace, for measurements that need one.
 
         Raises:
             ValueError: for k = 0.
@@ -160,7 +160,7 @@ class Measurement:
     every: int = 1
 
     def is_due(self, number: int) -> bool:
-        """Whether it is taken at the probe of this number; at others no other method is called."""
+        """Whether to take it at the probe of this number."""
         return number % self.every == 0
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
@@ -168,7 +168,7 @@ class Measurement:
         return {}
 
     def expected_products(self, prospect: Prospect) -> float:
-        """Expected number of products of `measure` with the Hessian of the whole sample, for the forecast."""
+        """Expected number of Hessian products of `measure`, over the whole sample."""
         return 0.0
 
     def after_step(

@@ -96,7 +96,7 @@ class CriticalSharpness(Measurement):
 def critical_multiple(
     change: Callable[[float], float], slope: float, start: float, max_points: int, rounding: float = 0.0
 ) -> float | None:
-    """The smallest a > 0 with change(a) > 0, to 2 %; None if not found.
+    """Smallest a with change(a) > 0, to 2 %, or None.
 
     Args:
         change: with change(0) = 0; a value that is not finite counts as a rise.

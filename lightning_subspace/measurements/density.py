@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
 from lightning_subspace.linalg import Quadrature, quadrature
 from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
 from lightning_subspace.subspace.solver import agreed_product
@@ -142,15 +140,11 @@ class Trace(Measurement):
 
 
 def spectrum_of(probe: Probe, steps: int, vectors: int, seed: int) -> Quadrature:
-    """Quadrature of the probe's operator, the known eigenpairs taken out; nan where it is not finite."""
+    """Quadrature of the probe's operator, without the eigenpairs of the probe."""
     operator, partition, space = probe.operator, probe.partition, probe.subspace
     known = None
     if space is not None and space.converged:
         known = space.eigenvalues, space.residuals, space.basis
-
-    def random(seed: int, number: int) -> Tensor:
-        return partition.random(seed, FIRST_VECTOR + number, operator.dtype)
-
     with partition.ranks.unchecked():
         return quadrature(
             agreed_product(operator),
@@ -162,6 +156,6 @@ def spectrum_of(probe: Probe, steps: int, vectors: int, seed: int) -> Quadrature
             dtype=operator.dtype,
             device=operator.device,
             all_sum=partition.ranks.all_reduce if partition.ranks.count > 1 else None,
-            random=random,
+            random=lambda seed, number: partition.random(seed, FIRST_VECTOR + number, operator.dtype),
             dimension=partition.n,
         )

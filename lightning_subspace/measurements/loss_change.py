@@ -1,4 +1,4 @@
-"""Change of the loss by a step, split between the top eigenspace and the rest."""
+"""Change of the loss by a step, split by the top eigenspace."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lightning_subspace.subspace.subspace import inner_products
 
 
 class LossChange(Measurement):
-    """Parts of the top eigenspace and of the rest in the change of the loss.
+    """Change of the loss by a step, in the top eigenspace and outside.
 
-    By a step u, in units of the loss. To second order L(theta + u) - L(theta) = g.u + u.Hu / 2, which splits without a
-    mixed term, since the top space is spanned by eigenvectors:
+    In units of the loss. For a step u, to second order, L(theta + u) - L(theta) = g.u + u.Hu / 2, which splits without
+    a mixed term, since the top space is spanned by eigenvectors:
 
         top:   g.Pu + sum_i lambda_i (v_i.u)^2 / 2        bulk:  g.(u - Pu) + (u.Hu - sum_i lambda_i (v_i.u)^2) / 2
 
@@ -23,9 +23,8 @@ class LossChange(Measurement):
     a direction whose curvature is below 2/lr. Where nearly all of the gradient is in the top space and its share of the
     descent is about zero, the alignment is the "spurious" one of Song, Ahn and Yun (arXiv 2405.16002).
 
-    `expected_change_top`, `expected_change_bulk`: for the step that the optimizer would take with the mean gradient;
-    one product, and only for SGD, Adam, AdamW and RMSprop. g and H are means over the gradient's and the Hessian's
-    sample.
+    `expected_change_top`, `expected_change_bulk`: for the step of the optimizer with the mean gradient; one product,
+    and only for SGD, Adam, AdamW and RMSprop. g and H are means over the gradient's and the Hessian's sample.
 
     `loss_change_top`, `loss_change_bulk`: for the step taken, with the noise of its mini-batch. The Hessian is gone by
     then, so the bulk's is to first order, g.(u - Pu), and `loss_change_bulk_high` adds its largest second order,

@@ -18,9 +18,8 @@ class BatchSharpness(Measurement):
     means, E_B[g_B.H_B g_B] / E_B[g_B.g_B], for g_B and H_B of the loss of micro-batch B alone. In units of an
     eigenvalue. Plain SGD is said to keep the first near 2/lr (late in training with cross-entropy it stays below).
 
-    The micro-batches are those of the Hessian's sample, of the batch size of training by default; their weights weight
-    the expectation. One with g_B = 0 is left out. Costs a gradient and a product over each of them: one pass of both
-    over the sample, W such passes on W ranks.
+    B are weighted micro-batches of the Hessian's sample, of the batch size of training by default; one with g_B = 0 is
+    left out. Costs one pass of gradient and product over them, W passes on W ranks.
 
     Args:
         batches: number of micro-batches used; all where there are fewer.
@@ -111,7 +110,7 @@ class GradientNoise(Measurement):
 
 
 def _micro_batches(probe: Probe, count: int) -> Iterator[tuple[float, Tensor, Operator]]:
-    """Weight, gradient and Hessian of micro-batches that are spread evenly over the Hessian's sample."""
+    """Weights, gradients and Hessians of micro-batches, evenly spread over the sample."""
     batches = probe.operator.batches
     for number in range(min(count, len(batches))):
         position = number * len(batches) // min(count, len(batches))

@@ -1,8 +1,7 @@
-"""Stability edge and next step of the optimizer in use, in the coordinates of a probe.
+"""Stability edge and next step of the optimizer in use.
 
-Known are `SGD`, `Adam`, `AdamW` and `RMSprop` of torch, of exactly these classes. Settings and state are read from the
-optimizer at the time of the probe, coordinate by coordinate, on this rank's part of the coordinates (shards of FSDP2 as
-they are) and without communication.
+Known are exactly the classes `SGD`, `Adam`, `AdamW` and `RMSprop` of torch. Settings and state are read at the time of
+the probe, for this rank's coordinates (shards of FSDP2 as they are), without communication.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ Diagonal = Tensor | float
 
 @dataclass(frozen=True)
 class StabilityEdge:
-    """Curvature at which an optimizer becomes unstable: the largest eigenvalue of S (H + D) is 1.
+    """Curvature at which an optimizer becomes unstable.
 
-    On a quadratic, full-batch steps with heavy-ball momentum b and learning rate r diverge above H + D = (2 + 2 b) / r.
-    Where steps are divided by P, coordinate by coordinate, that holds for P^-1 (H + D). S is P^-1 over the threshold.
+    There the largest eigenvalue of S (H + D) is 1. On a quadratic, full-batch steps with heavy-ball momentum b and
+    learning rate r diverge above H + D = (2 + 2 b) / r. Where steps are divided by P, coordinate by coordinate, that
+    holds for P^-1 (H + D). S is P^-1 over the threshold.
 
     Attributes:
         scale: the diagonal of S; 0 for a parameter that is not moved.
-        shift: the diagonal of D, the weight decay that is added to the gradient. The decoupled one of `AdamW` does not
-            count.
+        shift: the diagonal of D, the weight decay that is added to the gradient, without the decoupled one of `AdamW`.
         threshold: for P^-1 H; nan where parameter groups differ in it.
     """
 
@@ -43,7 +42,7 @@ class StabilityEdge:
 
 
 def edge(probe: Probe) -> StabilityEdge | None:
-    """Stability edge at the present learning rates; None where it is not known (yet).
+    """Stability edge at the present learning rates, or None if unknown.
 
     2/lr for gradient descent, (2 + 2b)/lr with heavy-ball momentum b, (2 + 2b)/(lr (1 + 2b)) with Nesterov's (Cohen et
     al. 2021, arXiv 2103.00065, appendix B); (2 + 2 b1)/((1 - b1) lr) with P = (1 - b1^t) (sqrt(v^) + eps) for Adam,
@@ -72,10 +71,7 @@ def edge(probe: Probe) -> StabilityEdge | None:
 
 
 def next_step(probe: Probe) -> Tensor | None:  # (n,)
-    """Step that the optimizer would take with the mean gradient; None where its rule is not known.
-
-    Nothing of its state changes.
-    """
+    """Next step with the mean gradient, or None if unknown."""
     view = _OptimizerView.of(probe)
     if view is None:
         return None
@@ -103,10 +99,10 @@ def next_step(probe: Probe) -> Tensor | None:  # (n,)
 
 
 def sgd_threshold(optimizer: Optimizer | None) -> float | None:
-    """Largest stable curvature of SGD, over all of its groups, at the present learning rates.
+    """Largest curvature that is stable in all groups of an SGD.
 
-    As `edge`, less the weight decay, which `SGD` adds to the curvature of the loss. None for another optimizer, and
-    where the weight decay alone is unstable.
+    As `edge` at the present learning rates, less the weight decay, which `SGD` adds to the curvature of the loss. None
+    for another optimizer, and where the weight decay alone is unstable.
 
     Example:
         >>> sgd_threshold(SGD([torch.zeros(1)], lr=0.1, momentum=0.5))
@@ -120,7 +116,7 @@ def sgd_threshold(optimizer: Optimizer | None) -> float | None:
 
 
 def why_unknown(optimizer: Optimizer | None) -> str | None:
-    """Reason why `edge` and `next_step` give None, as a part of a sentence; None where the rule is known."""
+    """Reason, in a sentence, why the rule is unknown; None if known."""
     if optimizer is None:
         return "there is no optimizer, or several"
     if type(optimizer) not in (SGD, Adam, AdamW, RMSprop):
@@ -147,12 +143,12 @@ class Notice:
 
 
 def _rate(group: Group) -> float:
-    """The learning rate; 1 where it is 0, since `moved` excludes those groups."""
+    """The learning rate; 1 for 0, since `moved` excludes such groups."""
     return float(group["lr"]) or 1.0
 
 
 def _sgd_threshold(group: Group) -> float:
-    """Largest stable H + D under SGD, see `edge`, for a group that it moves."""
+    """Largest stable H + D of a moved group under SGD."""
     momentum = float(group["momentum"])
     return (2.0 + 2.0 * momentum) / (_rate(group) * (1.0 + 2.0 * momentum if group["nesterov"] else 1.0))
 
@@ -188,7 +184,7 @@ class _OptimizerView:
 
     @property
     def moved(self) -> list[float]:
-        """1 for each parameter that the optimizer moves; 0 where the rate is 0, or no gradient has ever come."""
+        """1 for each parameter with a rate and a gradient, else 0."""
         needs_state = type(self.optimizer) is not SGD
         pairs = zip(self.groups, self.states, strict=True)
         return [float(float(group["lr"]) > 0.0 and (bool(state) or not needs_state)) for group, state in pairs]
@@ -207,7 +203,7 @@ class _OptimizerView:
         return self.probe.partition.flatten([state.get(key) for state in self.states], like=self.probe.gradient)
 
     def spread(self, values: list[float]) -> Diagonal:
-        """Values of the parameters, by coordinates, (n,); a number where all are equal."""
+        """Values of parameters by coordinates, (n,); a number if all are equal."""
         if len(set(values)) == 1:
             return values[0]
         local = torch.zeros_like(self.probe.gradient)

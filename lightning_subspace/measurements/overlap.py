@@ -1,4 +1,4 @@
-"""Overlap of eigenspaces between probes: of the top space, and of the next one as a control."""
+"""Overlap of top eigenspaces between probes, and of the next ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_subspace.subspace.subspace import TRUSTED_ERROR, Subspace, overla
 
 
 class SubspaceOverlap(Measurement):
-    """`overlap_previous`, `overlap_reference`: Tr(P P') / k with an earlier probe's space, in [0, 1].
+    """`overlap_previous`, `overlap_reference`: Tr(PP')/k with an earlier probe's space, in [0, 1].
 
     Gur-Ari, Roberts and Dyer (2018, arXiv 1812.04754), equation 4; exact, from the eigenvectors. Random spaces give
     k/n. `SubspaceMonitor.overlap_matrix` estimates the overlaps between all pairs of probes from sketches.
@@ -108,7 +108,7 @@ class _Spaces:
 
 
 def _mean_sine(found: Subspace, k: int) -> float:
-    """The mean sine of the angles of eigenvectors k+1 ... 2k to the true space of the first 2k, at most."""
+    """Bound of the mean sine error of eigenvectors k+1 ... 2k."""
     if found.error == 0.0:
         return 0.0
     gap = float(found.residuals.max()) / found.error  # behind the last eigenvalue; 0 where nothing is known of it

@@ -45,16 +45,16 @@ class Reliability(Measurement):
         self.every = positive("every", every)
 
     def expected_products(self, prospect: Prospect) -> float:
-        """Two eigensolves, of half the work but as many messages between ranks each, and the gradients."""
+        """Two eigensolves on half of the sample, and the gradients."""
         sample = prospect.sample
         if not _can_be_halved(sample):
             return 0.0
-        half = 0.5 if prospect.num_ranks == 1 else 1.0  # an upper bound, where messages take longer than the work
+        half = 0.5 if prospect.num_ranks == 1 else 1.0  # an upper bound: half the work, but as many messages
         passes = 1.0 + len(sample.extra) / len(sample.hessian)
         return 2.0 * half * prospect.solve() + GRADIENT * passes
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
-        """Two eigensolves on halves of the sample, and a pass over the gradient sample."""
+        """Two eigensolves on half of the sample, and the gradients."""
         if not _can_be_halved(probe.sample):
             return {}
         count = len(probe.operator.batches)
@@ -78,7 +78,7 @@ def _can_be_halved(sample: Sample) -> bool:
 
 
 def _range_of_noise(probe: Probe, measured: float) -> tuple[float, float]:
-    """Range of the fraction in the measured space under the noise of the gradient."""
+    """Range of the fraction that the noise of the gradient allows."""
     mean = probe.gradient
     image, square, _ = _products(probe, mean)
     image_square = measured * square
@@ -105,7 +105,7 @@ def _range_of_noise(probe: Probe, measured: float) -> tuple[float, float]:
 
 
 def _products(probe: Probe, vector: Tensor) -> tuple[Tensor, float, float]:
-    """The coordinates of a vector in the space, (k,), and its products with the mean gradient and with itself."""
+    """Products of a vector with basis (k,), mean gradient, and itself."""
     wide = vector.double()
     others = torch.stack([torch.dot(probe.gradient.double(), wide), torch.dot(wide, wide)])
     found = probe.partition.ranks.all_reduce(torch.cat([(probe.top.basis @ vector).double(), others])).cpu()

@@ -34,7 +34,7 @@ class SharpnessOverThreshold(Measurement):
 
 
 class Stability(Measurement):
-    """`stability`: sharpness over what the optimizer in use can stand; 1 is the edge.
+    """`stability`: sharpness over what the optimizer can stand; 1 is the edge.
 
     The largest eigenvalue of S^1/2 (H + D) S^1/2, see `StabilityEdge`; at least 0 if H is. For SGD with one learning
     rate: (lambda_1 + weight decay) over 2/lr, or over the threshold with momentum. For Adam, AdamW and RMSprop: the
@@ -87,7 +87,7 @@ class Stability(Measurement):
 
 
 def _scaled(probe: Probe, limit: StabilityEdge) -> Callable[[Tensor], Tensor]:
-    """The product v -> S^1/2 (H + D) S^1/2 v, v (n,): symmetric, with the eigenvalues of S (H + D)."""
+    """The symmetric product v -> S^1/2 (H + D) S^1/2 v, (n,)."""
     root = limit.scale**0.5
 
     def product(v: Tensor) -> Tensor:

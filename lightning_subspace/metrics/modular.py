@@ -47,7 +47,7 @@ class _Mean(Metric):
         return self.total / self.count
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plot `val`, one or several results (by default that of `compute`), into `ax` or a new figure."""
+        """Plot results, by default that of `compute`, see `torchmetrics.Metric.plot`."""
         return self._plot(val, ax)
 
     def _add(self, value: Tensor) -> None:

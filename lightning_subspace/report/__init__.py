@@ -1,4 +1,4 @@
-"""Output of a run: scalars and figures in any logger, a TensorBoard page, progress.
+"""Output of a run: scalars, figures, a TensorBoard page, progress.
 
 Everything here runs on rank 0 alone and only writes; no failure reaches the training. The figures are loaded on first
 use, since matplotlib takes a while to import.

@@ -1,4 +1,4 @@
-"""Figures of the density of all eigenvalues, at one step and over the steps."""
+"""Figures of the density of all eigenvalues."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ MAX_ROWS = 24  # of a ridge, more would blur
 
 
 def density_figure(densities: Sequence[SpectralDensity]) -> Figure:
-    """The density of the last step on a logarithmic scale, known eigenvalues marked.
+    """The density of the last step on a logarithmic scale.
 
-    A single eigenvalue is a peak of area 1/n. The density is that of a quadrature: valleys in the bulk lie between its
-    nodes, and need not be in the spectrum.
+    Known eigenvalues are marked; a single one is a peak of area 1/n. The density is that of a quadrature: valleys in
+    the bulk lie between its nodes, and need not be in the spectrum.
 
     Args:
         densities: the history; the last one is drawn.
@@ -53,7 +53,7 @@ def density_figure(densities: Sequence[SpectralDensity]) -> Figure:
 
 
 def ridge_figure(densities: Sequence[SpectralDensity]) -> Figure:
-    """The densities over the steps, each on a logarithmic scale of its own.
+    """The densities over the steps, each with a logarithmic scale.
 
     Args:
         densities: the history, in the order of the steps; about two dozen of them are drawn.

@@ -1,4 +1,4 @@
-"""Figures of a run: one spectrum, the overlaps between probes, and a summary.
+"""Figures of a run: spectrum, overlaps between probes, and summary.
 
 Only matplotlib's object interface is used, no pyplot, backend or global state: drawing during training neither opens a
 window nor touches the user's figures or rcParams. A missing value is a gap in a line or a grey cell, never a zero.
@@ -28,7 +28,7 @@ READABLE_CELLS = 8
 
 
 def spectrum_figure(records: Sequence[Record]) -> Figure:
-    """The eigenvalues of the last probe, with the gap below the top subspace.
+    """The eigenvalues of the last probe, and the gap below.
 
     Args:
         records: the history; the last record that has a subspace is drawn.
@@ -70,9 +70,9 @@ def summary_figure(
 
     Args:
         records: the history, in the order of the steps.
-        steps: the steps of the matrix's rows.
-        matrix: (p, p) overlaps in [0, 1]; nan where unknown.
-        error: standard deviation of an entry of the matrix, if known.
+        steps: the step of each row of the matrix.
+        matrix: (p, p) overlaps, as for `overlap_figure`.
+        error: standard deviation of an entry, if known.
     """
     if records and not _eigenvalue_keys(records) and all(record.subspace is None for record in records):
         return _gradient_figure(records)

@@ -70,13 +70,15 @@ def charts(prefix: str, k: int) -> dict[str, list[Any]]:
             "overlap": ["overlap_previous", "overlap_reference"],
             "stability": ["sharpness_over_threshold"],
         }
-    return {
-        title: ["Multiline", [_exactly(logged_name(prefix, key)) for key in chart]] for title, chart in keys.items()
-    }
+
+    def pattern(key: str) -> str:  # TensorBoard takes the tags of a chart as regular expressions, open at the end
+        return re.escape(logged_name(prefix, key)) + "$"
+
+    return {title: ["Multiline", list(map(pattern, chart))] for title, chart in keys.items()}
 
 
 def merge(*layouts: Mapping[str, Mapping[str, list[Any]]]) -> Layout:
-    """Unite layouts; of charts with the same category and title the last counts.
+    """Unite layouts; of charts with the same name the last counts.
 
     Example:
         >>> merge({"a": {"x": [1]}}, {"b": {"y": [2]}, "a": {"z": [3]}})
@@ -90,9 +92,7 @@ def merge(*layouts: Mapping[str, Mapping[str, list[Any]]]) -> Layout:
 
 
 def read_layout(log_dir: str) -> Layout:
-    """The layout that TensorBoard shows for a log directory: the last one written.
-
-    Empty where there is none.
+    """The last layout written to a log directory; empty if none.
 
     Raises:
         OSError: where the directory or one of its event files cannot be read.
@@ -116,9 +116,9 @@ def read_layout(log_dir: str) -> Layout:
 
 
 def _event_records(path: Path) -> Iterator[bytes]:
-    """The serialized events of a file: each framed by its length, a checksum of that, and one of itself."""
-    # TensorBoard's own reader verifies the checksums in Python, at 10 MB a second: a minute of waiting at the start of
-    # every resumed run with images in its log.
+    """The serialized events of a file."""
+    # Each is framed by its length, a checksum of that, and one of itself. TensorBoard's own reader verifies them in
+    # Python, at 10 MB a second: a minute of waiting at the start of every resumed run with images in its log.
     with path.open("rb") as file:
         while len(header := file.read(12)) == 12:
             (length,) = struct.unpack("<Q", header[:8])
@@ -144,11 +144,6 @@ def _add_to_writer(writer: Any, layout: Layout) -> None:
     if merged != before:
         writer.add_custom_scalars(merged)
     _written[writer] = merged
-
-
-def _exactly(tag: str) -> str:
-    """A pattern for one tag; TensorBoard takes the tags of a chart as regular expressions, open at the end."""
-    return re.escape(tag) + "$"
 
 
 def _as_dict(layout: Any) -> Layout:

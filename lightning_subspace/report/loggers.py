@@ -30,10 +30,10 @@ FAILURE_KEYS = frozenset({"solver/converged", "solver/residual"})
 
 
 def logged_name(prefix: str, key: str) -> str:
-    """Name in the loggers for a key of `Record.metrics`, behind the monitor's name.
+    """Name in the loggers of a key of `Record.metrics`.
 
-    TensorBoard groups by the part before the first slash. The eigenvalues get a group of their own, since k + 1 of them
-    would bury the numbers a person looks at.
+    `prefix` is the monitor's name. TensorBoard groups by the part before the first slash. The eigenvalues get a group
+    of their own, since k + 1 of them would bury the numbers a person looks at.
 
     Example:
         >>> logged_name("subspace", "gradient_fraction"), logged_name("subspace", "eigenvalues/01")
@@ -66,7 +66,7 @@ def select(metrics: Mapping[str, float], log: LogLevel, extra: Set[str]) -> dict
 
 
 class Reporter:
-    """Sends values to loggers; a logger that fails loses its values, never the training.
+    """Sends values to loggers; one that fails loses its values alone.
 
     The first failure of each logger is a warning with the logger's class, the exception and what was lost. Later calls
     try again, since a dropped connection may come back. Call on rank 0 only. In all methods `loggers` are those of the
@@ -91,14 +91,14 @@ class Reporter:
             self._attempt(logger, _log_scalars, finite, step=step, lost=lost)
 
     def histogram(self, loggers: Iterable[Any], tag: str, values: Tensor, step: int) -> None:
-        """Log the distribution of the finite values, of any shape, where the logger can show one."""
+        """Log the distribution of the finite values, where a logger can."""
         values = values.detach().flatten().double().cpu()
         values = values[values.isfinite()]
         if len(values):
             self._send(_HISTOGRAMS, loggers, tag, values, step, f"the histogram {tag}")
 
     def figure(self, loggers: Iterable[Any], tag: str, figure: Figure, step: int) -> None:
-        """Log a matplotlib figure, where the logger can show or store one; it is left open."""
+        """Log a matplotlib figure, where a logger can; it is left open."""
         self._send(_FIGURES, loggers, tag, figure, step, f"the figure {tag}")
 
     def _send(

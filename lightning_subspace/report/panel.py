@@ -1,4 +1,4 @@
-"""Parts of a panel: lines with gaps, scales, titles, legends above the data."""
+"""Parts of a panel: lines with gaps, scales, titles, legends."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def draw_line(
     linestyle: str = "-",
     crowded: bool | None = None,
 ) -> None:
-    """Draw one metric over the steps, if any record has it; gaps where it is missing.
+    """Draw one metric over the steps, with gaps where it is missing.
 
     Line and markers are small if `crowded`, by default for more than 100 records.
     """
@@ -107,13 +107,13 @@ def say(axes: Axes, text: str) -> None:
 
 
 def unit_limits(axes: Axes) -> None:
-    """Show all of [0, 1], and the negative part where there is one."""
+    """Show all of [0, 1], and negative values if any."""
     if axes.has_data():
         axes.set_ylim(min(axes.dataLim.y0, 0.0) - 0.03, 1.03)
 
 
 def scale_values(axes: Axes, values: Array) -> None:
-    """Make the y axis logarithmic, or with values <= 0 symmetric and linear near zero."""
+    """Make the y axis logarithmic, symmetric where values are <= 0."""
     values = values[np.isfinite(values)]
     if not values.any():
         return

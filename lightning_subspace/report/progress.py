@@ -1,4 +1,4 @@
-"""Progress of a long probe, as one line on the trainer's progress bar.
+"""Progress of a long probe, in a line on the progress bar.
 
 A probe may take as long as hundreds of training steps, and a bar that stands still looks like a hang. Each display
 below borrows a place on the screen and gives it back. Lightning's bars are recognised by the names of their classes, so
@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -23,9 +22,10 @@ INTERVAL = 0.25  # seconds between two refreshes
 
 
 class ProgressLine:
-    """A context manager around a probe: the line appears after a second and is erased at the end.
+    """A context manager around a probe that shows its progress.
 
-    Shown on rank 0 only. Never raises: a display that fails is not used again.
+    The line appears after a second, on rank 0 only, and is erased at the end. Never raises: a display that fails is not
+    used again.
 
     Args:
         trainer: anything with a `progress_bar_callback`; None where there is no trainer.
@@ -56,7 +56,7 @@ class ProgressLine:
         return self
 
     def update(self, text: str) -> None:
-        """Show a short text, unless the last refresh was less than a quarter of a second ago."""
+        """Show a short text, at most every quarter of a second."""
         now = self._clock()
         if now < self._due:
             return
@@ -68,9 +68,7 @@ class ProgressLine:
         except Exception:
             self._due = float("inf")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Erase the line."""
         self._due = float("inf")
         display, self._display = self._display, None
@@ -107,7 +105,7 @@ class _TerminalLine(_Display):
 
 
 class _TqdmPostfix(_Display):
-    """The place of the metrics, to the right of a tqdm bar, in terminals and notebooks."""
+    """The place of the metrics, to the right of a tqdm bar."""
 
     def __init__(self, bar: Any) -> None:
         self._bar = bar
@@ -147,7 +145,7 @@ class _RichDescription(_Display):
 
 
 def _find_display(trainer: Trainer | None, stream: TextIO) -> _Display:
-    """The display for the trainer's progress bar as it is now: during an epoch, or before the first."""
+    """The display for the trainer's progress bar as it is now."""
     callback: Any = getattr(trainer, "progress_bar_callback", None)
     if not getattr(trainer, "is_global_zero", True) or getattr(callback, "is_disabled", False):
         return _Display()

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class Publisher:
     """Sends the records of one monitor to a trainer and its loggers.
 
+    The loggers get theirs from the first rank alone.
+
     Args:
         name: prefix of all keys.
         log: "default" or "all"; see `select`.
@@ -33,13 +35,12 @@ class Publisher:
         self._drawn: Record | None = None
 
     def update_callback_metrics(self, trainer: Trainer, record: Record) -> None:
-        """Show the values to ModelCheckpoint and EarlyStopping; where one is missing, the last good one stays."""
-        trainer.callback_metrics.update(
-            {logged_name(self._name, key): torch.tensor(value) for key, value in record.metrics.items()}
-        )
+        """Show the values to ModelCheckpoint and EarlyStopping; earlier ones stay."""
+        named = {logged_name(self._name, key): torch.tensor(value) for key, value in record.metrics.items()}
+        trainer.callback_metrics.update(named)
 
     def log(self, trainer: Trainer, record: Record) -> None:
-        """Log scalars and the histogram of the eigenvalues at x = the step of the record, on the first rank alone."""
+        """Log scalars and the histogram of the eigenvalues, at the record's step."""
         if not trainer.is_global_zero:
             return
         selected = select(record.metrics, self._level, self._extra)
@@ -52,10 +53,7 @@ class Publisher:
     def draw(
         self, trainer: Trainer, history: Sequence[Record], steps: Sequence[int], matrix: np.ndarray, error: float | None
     ) -> None:
-        """Log the last converged spectrum and all overlaps, once for each spectrum, on the first rank alone.
-
-        Never raises. `steps`, `matrix` and `error` as in `overlap_figure`.
-        """
+        """Log figures of the last spectrum, once, and the overlaps. Never raises."""
         last = next((r for r in reversed(history) if r.subspace is not None and r.subspace.converged), None)
         if last is None or not trainer.is_global_zero or not trainer.loggers or last is self._drawn:
             return

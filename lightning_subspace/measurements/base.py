@@ -146,7 +146,7 @@ class Measurement:
     Attributes:
         needs: the measurement is skipped at probes whose eigenpairs are worse than this.
         extra: keys that loggers get with `log="all"` only, or for k = 0, where there are no eigenvalues to look at.
-        every: the measurement is taken at probes 0, `every`, 2 `every`, ... of a run.
+        every: the measurement is taken at probes 0, `every`, 2 `every`, ... of a run; no method is called at others.
 
     Example:
         >>> class GradientNorm(Measurement):
@@ -189,7 +189,7 @@ class Measurement:
 
 
 def positive(name: str, value: int) -> int:
-    """A positive integer, checked.
+    """The value, if it is a positive integer.
 
     Raises:
         ValueError: for anything else.

@@ -29,7 +29,7 @@ class CriticalSharpness(Measurement):
     Costs one forward pass over the Hessian's sample for each point: 3 on a quadratic, at most `max_points`, and one for
     the loss at theta. The search starts at the multiple of the last probe and uses the secant of
     (L(theta + a u) - L(theta)) / a, which is a straight line on a quadratic. It misses a bump between its points.
-    Dropout is fixed. Of several learning rates lr is the largest. Left out where the step is no direction of descent,
+    Dropout masks stay. Of several learning rates lr is the largest. Left out where the step is no direction of descent,
     where the loss does not rise within `max_points`, where its changes are rounding, and, with one warning, for an
     unknown optimizer.
 

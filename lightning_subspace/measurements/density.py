@@ -32,8 +32,8 @@ class Density(Measurement):
       its standard error.
 
     Costs `steps * vectors` products, and (k + steps + 1) n floats while it lasts. The random vectors are the same at
-    every probe: the change of a number is better known than the number. `history` has a `SpectralDensity` a probe, of
-    32 `steps * vectors` bytes; with more than `keep`, every second one of its older half is dropped.
+    every probe, so that the change of a number is better known than the number. `history` has a `SpectralDensity` of
+    32 `steps * vectors` bytes a probe; with more than `keep`, every second one of its older half is dropped.
 
     Args:
         steps: Lanczos steps from each vector: the resolution.

@@ -44,8 +44,8 @@ class Chi(Measurement):
     """`chi_gradient`, `chi_update`: |Pv|/|v| of gradient and update, in [0, 1].
 
     chi_k of Song, Ahn and Yun (arXiv 2405.16002, section 3): the square roots of `gradient_fraction` and
-    `update_fraction`. They project the descent where its moving average exceeds .95, a fraction of .90. A random
-    direction gives about sqrt(k/n).
+    `update_fraction`. They switch to projected descent where the moving average of chi_k exceeds .95, a fraction of
+    .90. A random direction gives about sqrt(k/n).
 
     Example:
         >>> from lightning_subspace import SubspaceMonitor

@@ -12,7 +12,7 @@ from lightning_subspace.subspace.subspace import inner_products
 
 
 class LossChange(Measurement):
-    """Change of the loss by a step, in the top eigenspace and outside.
+    """Change of the loss inside and outside the top eigenspace.
 
     In units of the loss. For a step u, to second order, L(theta + u) - L(theta) = g.u + u.Hu / 2, which splits without
     a mixed term, since the top space is spanned by eigenvectors:

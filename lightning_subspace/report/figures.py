@@ -132,10 +132,8 @@ def _draw_eigenvalues(axes: Axes, records: Sequence[Record]) -> None:
     colours = ListedColormap(colormaps["viridis"](np.linspace(0.0, 0.92, max(k, 1))))
     crowded = len(keys) * len(records) > panel.CROWDED
     for index, key in enumerate(keys):
-        if index < k:
-            panel.draw_line(axes, records, key, colours(index), crowded=crowded)
-        else:
-            panel.draw_line(axes, records, key, panel.GREY, linestyle="--", crowded=crowded)
+        colour, linestyle = (colours(index), "-") if index < k else (panel.GREY, "--")
+        panel.draw_line(axes, records, key, colour, linestyle=linestyle, crowded=crowded)
     panel.finish(axes, records, "Top eigenvalues of the Hessian", "eigenvalue")
     if not axes.has_data():
         return

@@ -132,8 +132,7 @@ class _RichDescription(_Display):
         self._description = next(task.description for task in progress.tasks if task.id == task_id)
 
     def show(self, text: str) -> None:
-        # Rich reads square brackets as markup.
-        escaped = text.replace("[", r"\[")
+        escaped = text.replace("[", r"\[")  # Rich reads square brackets as markup
         self._describe(f"{self._description} · {escaped}")
 
     def erase(self) -> None:

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from lightning_subspace.measurements.base import Needs as Needs
     from lightning_subspace.measurements.base import Probe as Probe
     from lightning_subspace.measurements.base import Prospect as Prospect
-    from lightning_subspace.measurements.control import Control as Control
     from lightning_subspace.measurements.critical_sharpness import CriticalSharpness as CriticalSharpness
     from lightning_subspace.measurements.density import Density as Density
     from lightning_subspace.measurements.density import Trace as Trace
-    from lightning_subspace.measurements.loss_change import Chi as Chi
+    from lightning_subspace.measurements.gradient import Chi as Chi
     from lightning_subspace.measurements.loss_change import LossChange as LossChange
     from lightning_subspace.measurements.noise import BatchSharpness as BatchSharpness
     from lightning_subspace.measurements.noise import GradientNoise as GradientNoise
+    from lightning_subspace.measurements.overlap import Control as Control
     from lightning_subspace.measurements.stability import Stability as Stability
     from lightning_subspace.parallel.ranks import PeerError as PeerError
     from lightning_subspace.probe.checkpoint import read_history as read_history
@@ -47,8 +47,8 @@ _HOMES = {
     "BatchSharpness": "measurements.noise",
     "CheckError": "curvature.selection",
     "CheckpointError": "probe.entries",
-    "Chi": "measurements.loss_change",
-    "Control": "measurements.control",
+    "Chi": "measurements.gradient",
+    "Control": "measurements.overlap",
     "CriticalSharpness": "measurements.critical_sharpness",
     "Density": "measurements.density",
     "EigshResult": "linalg",

@@ -149,7 +149,8 @@ class SubspaceMonitor(Callback):
         self._schedule = Schedule(every_n_steps, max_overhead)
         self._notices = Notices(SPEAKER, on_failure)
         self._runner = ProbeRunner(self._settings, self._schedule, self._notices)
-        self._recorder = Recorder(self._runner, Publisher(name, log), name)
+        extra = {key for measurement in self._settings.taken for key in measurement.extra}
+        self._recorder = Recorder(self._runner, Publisher(name, log, extra), name)
         self._saved: Any = None  # from a checkpoint, until training goes on from it
         # A step is over only when this differs from `global_step`: while gradients accumulate, batches end without one.
         self._seen_step = -1

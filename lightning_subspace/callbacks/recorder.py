@@ -53,7 +53,7 @@ class Recorder:
             costs["solver/megabytes_moved"] = (ranks.bytes_moved - moved) / 1e6
         opened.record = replace(opened.record, metrics={**opened.record.metrics, **costs})
         self.open = opened
-        self._publisher.offer(trainer, opened.record)
+        self._publisher.update_callback_metrics(trainer, opened.record)
         subspace = opened.record.subspace
         if subspace is not None and not subspace.trusted:
             self._runner.notices.warn_once(subspace.outcome.name, f"at step {step}, {subspace.verdict}")
@@ -76,8 +76,8 @@ class Recorder:
                 what = f"what the step from {opened.record.step} tells is left out"
                 self._runner.notices.failure(what, error, run.ranks)
                 record = run.close(opened)
-            self._publisher.offer(trainer, record)
-            self._publisher.send(trainer, record)
+            self._publisher.update_callback_metrics(trainer, record)
+            self._publisher.log(trainer, record)
         count = len(run.history)
         if count & (count - 1) == 0:  # 1, 2, 4, 8, ...: TensorBoard keeps ten images a tag
             self.draw(trainer)

@@ -1,21 +1,28 @@
-"""What is computed at a probe and logged. Each is a small class; a user's own goes beside them."""
+"""Quantities that a probe computes and logs, each a small class."""
 
-from lightning_subspace.measurements.base import Measurement, Probe
-from lightning_subspace.measurements.control import Control
-from lightning_subspace.measurements.critical_sharpness import CriticalSharpness
-from lightning_subspace.measurements.density import Density, Trace
-from lightning_subspace.measurements.gradient import GapIndex, GradientCurvature, GradientFraction
-from lightning_subspace.measurements.loss_change import Chi, LossChange
-from lightning_subspace.measurements.noise import BatchSharpness, GradientNoise
-from lightning_subspace.measurements.overlap import SubspaceOverlap
-from lightning_subspace.measurements.reliability import Reliability
-from lightning_subspace.measurements.stability import SharpnessOverThreshold, Stability
-from lightning_subspace.measurements.update import UpdateFraction
-from lightning_subspace.subspace.spectral_density import SpectralDensity
+from lightning_subspace.measurements.base import Measurement as Measurement
+from lightning_subspace.measurements.base import Probe as Probe
+from lightning_subspace.measurements.critical_sharpness import CriticalSharpness as CriticalSharpness
+from lightning_subspace.measurements.density import Density as Density
+from lightning_subspace.measurements.density import Trace as Trace
+from lightning_subspace.measurements.gradient import Chi as Chi
+from lightning_subspace.measurements.gradient import GradientCurvature as GradientCurvature
+from lightning_subspace.measurements.gradient import GradientFraction as GradientFraction
+from lightning_subspace.measurements.gradient import UpdateFraction as UpdateFraction
+from lightning_subspace.measurements.loss_change import LossChange as LossChange
+from lightning_subspace.measurements.noise import BatchSharpness as BatchSharpness
+from lightning_subspace.measurements.noise import GradientNoise as GradientNoise
+from lightning_subspace.measurements.overlap import Control as Control
+from lightning_subspace.measurements.overlap import SubspaceOverlap as SubspaceOverlap
+from lightning_subspace.measurements.reliability import Reliability as Reliability
+from lightning_subspace.measurements.spectrum import GapIndex as GapIndex
+from lightning_subspace.measurements.stability import SharpnessOverThreshold as SharpnessOverThreshold
+from lightning_subspace.measurements.stability import Stability as Stability
+from lightning_subspace.subspace.spectral_density import SpectralDensity as SpectralDensity
 
 
 def default_measurements(k: int) -> list[Measurement]:
-    """The measurements every monitor takes; the cheap tier k = 0 has only what needs no eigenvectors."""
+    """Measurements of every monitor; for k = 0 those without eigenvectors."""
     if k == 0:
         return [GradientCurvature()]
     return [
@@ -27,27 +34,3 @@ def default_measurements(k: int) -> list[Measurement]:
         SharpnessOverThreshold(),
         Reliability(),
     ]
-
-
-__all__ = [
-    "BatchSharpness",
-    "Chi",
-    "Control",
-    "CriticalSharpness",
-    "Density",
-    "GapIndex",
-    "GradientCurvature",
-    "GradientFraction",
-    "GradientNoise",
-    "LossChange",
-    "Measurement",
-    "Probe",
-    "Reliability",
-    "SharpnessOverThreshold",
-    "SpectralDensity",
-    "Stability",
-    "SubspaceOverlap",
-    "Trace",
-    "UpdateFraction",
-    "default_measurements",
-]

@@ -1,12 +1,12 @@
-"""What a measurement gets to see, and what it has to give."""
+"""Base class of the measurements, and the `Probe` that they are given."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -22,31 +22,23 @@ from lightning_subspace.subspace.subspace import Subspace, inner_products
 
 
 class Needs(Enum):
-    """How good the eigenpairs must be for a measurement to be taken."""
+    """Quality of eigenpairs that a measurement needs."""
 
     NOTHING = "no eigenpairs"
     EIGENVALUES = "converged eigenvalues"
     SUBSPACE = "a converged subspace whose subspace_error is at most 0.1"
 
 
-class Solve(Protocol):
-    """See `Probe.solve`."""
-
-    def __call__(self, matvec: Operator | Callable[[Tensor], Tensor], k: int | None = None) -> Subspace:
-        """The eigenspace of `matvec`, of the probe's k by default."""
-        ...
-
-
 @dataclass(frozen=True)
 class Prospect:
-    """What is known of a probe to come, from which a measurement tells what it will cost.
+    """What is known before a probe, for `Measurement.expected_products`.
 
     Attributes:
-        number: how many probes the run will have had before.
+        number: how many probes the run has had before.
         solver: the settings of the eigensolver.
         sample: the micro-batches.
         optimizer: the optimizer in use; None with several.
-        num_ranks: the processes that measure together.
+        num_ranks: number of processes that measure together.
 
     Example:
         >>> class Steepest(Measurement):
@@ -63,41 +55,38 @@ class Prospect:
     num_ranks: int = 1
 
     def solve(self, k: int | None = None, *, verify: bool = False) -> float:
-        """Products that `Probe.solve` will probably take; with `verify` those of a solve with the certificate."""
+        """Expected number of products of `Probe.solve`, or with its certificate (`verify`)."""
         solver = self.solver if k is None else replace(self.solver, k=k)
         return solver.expected_products(trained=self.number > 0, verify=verify)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One look at theta_t.
+    """Gradient, Hessian and top eigenspace at theta_t, after t optimizer steps.
 
-    Under ranks every rank measures, and flat vectors are this rank's part of them: n below is `partition.local_n`.
-    `dot`, `norm`, `Subspace.fraction` and `Subspace.overlap` sum over ranks, `partition.gather` gives a whole vector.
-    They and `operator` are collectives: every rank has to come to them. What the first rank returns is recorded, on all
-    of them. Write files on the first rank alone, where `partition.ranks.index` is 0.
+    On several ranks flat vectors are this rank's part: n below is `partition.local_n`. `operator`, `dot`, `norm`,
+    `Subspace.fraction`, `Subspace.overlap` and `partition.gather` are collectives: every rank has to call them. All
+    record what the first rank returns, where `partition.ranks.index` is 0; write files on that one alone.
 
     Attributes:
         step: t, the number of optimizer steps taken.
         number: how many probes this run has had before.
-        partition: how the coordinates are dealt to ranks.
+        partition: assignment of the coordinates to ranks.
         gradient: (n,), of the mean loss over the gradient sample.
-        operator: the Hessian of the mean loss over the Hessian sample: `matvec`, `gradient`, `value`, `part`. It can be
-            used only while the probe lasts, not in `after_step`.
-        parameters: the module's own tensors at the coordinates of the space, as `optimizer` knows them; not to be
-            written to.
-        sample: the micro-batches, and how much of the training set they are.
-        batch_gradients: goes over the gradient sample once more: each micro-batch with the gradient of its own mean
-            loss, (n,). Only while the probe lasts.
+        operator: the Hessian of the mean loss over the Hessian sample: `matvec`, `gradient`, `value`, `part`. Valid
+            while the probe lasts, not in `after_step`.
+        parameters: the module's own tensors at the coordinates, as `optimizer` knows them; do not write to them.
+        sample: the micro-batches, and their share of the training set.
+        batch_gradients: iterates over the gradient sample: each micro-batch with the gradient of its own mean loss,
+            (n,). Valid while the probe lasts.
         subspace: the top eigenspace; None for k = 0.
         previous: (k, n), the eigenvectors of the last probe that had a trusted subspace; None at the first.
         reference: (k, n), those of `reference_step`; None before it.
         history: the records so far, oldest first.
         optimizer: the optimizer in use; None without a Trainer or with several.
         which: the end of the spectrum that `subspace` belongs to, "LA" for the algebraically largest.
-        solve: run the probe's eigensolver on a function v -> A v, or on another operator of the same parameters (a
-            `part`), optionally with another `k=`; without the certificate. An operator takes fewer messages between
-            ranks, which need not compare notes in it.
+        solve: `solve(matvec, k=None)` gives the top eigenspace, without certificate, of a function v -> A v or of an
+            operator of the same parameters (a `part`, with fewer messages between ranks); by default of the probe's k.
     """
 
     step: int
@@ -114,7 +103,7 @@ class Probe:
     history: Sequence[Record]
     optimizer: Optimizer | None
     which: str
-    solve: Solve
+    solve: Callable[..., Subspace]
 
     @property
     def space(self) -> ParameterSpace:
@@ -129,7 +118,7 @@ class Probe:
             ValueError: for k = 0.
         """
         if self.subspace is None:
-            raise ValueError("this probe has no subspace (k = 0); set `needs = Needs.SUBSPACE` on the measurement.")
+            raise ValueError("subspace: expected eigenpairs, got k = 0; set `needs` to Needs.SUBSPACE.")
         return self.subspace
 
     def dot(
@@ -148,41 +137,16 @@ class Probe:
         return math.sqrt(self.dot(vector, vector))
 
 
-def checked_measurements(measurements: Iterable[Any]) -> list[Measurement]:
-    """The measurements, or an error that names the one that is none.
-
-    Raises:
-        TypeError: for anything but instances of `Measurement`.
-        ValueError: for one whose `every` is not a positive integer.
-    """
-    found = list(measurements)
-    for item in found:
-        if not isinstance(item, Measurement):
-            raise TypeError(f"measurements: expected instances of lightning_subspace.Measurement, got {item!r}.")
-        positive(f"{type(item).__name__}.every", item.every)
-    return found
-
-
-def positive(name: str, value: int) -> int:
-    """A positive integer, or an error that names it.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value!r}.")
-    return value
-
-
 class Measurement:
-    """Base of all measurements; override `measure`, and `after_step` for what the next step decides.
+    """Base of all measurements: override `measure` or `after_step`.
 
-    Where `measure` takes products, `expected_products` tells the forecast how many. Keys are logged behind the name of
-    the monitor. A nan means "not defined here" and is left out.
+    Where `measure` takes products with the Hessian, override `expected_products` too. Keys are logged behind the name
+    of the monitor. A nan means "not defined here" and is left out.
 
     Attributes:
         needs: the measurement is skipped at probes whose eigenpairs are worse than this.
-        every: it is taken at each probe whose number is a multiple of this, and thus at the first of a run.
+        extra: keys that loggers get with `log="all"` only, or for k = 0, where there are no eigenvalues to look at.
+        every: the measurement is taken at probes 0, `every`, 2 `every`, ... of a run; no method is called at others.
 
     Example:
         >>> class GradientNorm(Measurement):
@@ -192,10 +156,11 @@ class Measurement:
     """
 
     needs: ClassVar[Needs] = Needs.SUBSPACE
+    extra: ClassVar[frozenset[str]] = frozenset()
     every: int = 1
 
     def is_due(self, number: int) -> bool:
-        """Whether it is taken at the probe of this number; at others no other method is called."""
+        """Whether to take it at the probe of this number."""
         return number % self.every == 0
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
@@ -203,7 +168,7 @@ class Measurement:
         return {}
 
     def expected_products(self, prospect: Prospect) -> float:
-        """About how many products with the Hessian of the whole sample `measure` will take; for the forecast."""
+        """Expected number of Hessian products of `measure`, over the whole sample."""
         return 0.0
 
     def after_step(
@@ -212,7 +177,7 @@ class Measurement:
         gradient: Tensor | None,  # (n,)
         update: Tensor,  # (n,)
     ) -> Mapping[str, float]:
-        """Numbers that need the optimizer step taken from theta_t.
+        """Numbers that need the optimizer step from theta_t.
 
         Args:
             probe: the probe; its operator can no longer be used.
@@ -221,3 +186,14 @@ class Measurement:
             update: theta_{t+1} - theta_t.
         """
         return {}
+
+
+def positive(name: str, value: int) -> int:
+    """The value, if it is a positive integer.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}.")
+    return value

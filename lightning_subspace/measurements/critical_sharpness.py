@@ -1,4 +1,4 @@
-"""How far one can go along the step of the optimizer before the loss rises."""
+"""Critical sharpness: how far the loss falls along the optimizer's step."""
 
 from __future__ import annotations
 
@@ -13,35 +13,33 @@ from lightning_subspace.measurements.optimizer_rules import Notice, next_step, w
 
 Direction = Literal["update", "gradient"]
 
-# The multiple of a step is right to about this share.
-TOLERANCE = 0.02
-# From one evaluation to the next the multiple changes by at most this factor, while it is not bracketed.
-FACTOR = 4.0
-# A change of the loss below this share of it may be rounding.
-ROUNDING = 20.0
+TOLERANCE = 0.02  # relative, of the multiple of a step
+FACTOR = 4.0  # the multiple changes by at most this from one evaluation to the next, until it is bracketed
+ROUNDING = 20.0  # a change of the loss below this, times eps and the loss, may be rounding
 
 
 class CriticalSharpness(Measurement):
-    """`critical_sharpness`, `critical_step`: how far the loss falls along the step, from its values alone.
+    """`critical_sharpness`, `critical_step`: distance along the step at which the loss rises.
 
     Let u be the step that the optimizer would take from theta with the mean gradient, and a the smallest multiple at
     which L(theta + a u) > L(theta). `critical_step` is a: below 1 the step raises the loss. `critical_sharpness` is
     2 / (a lr), in units of an eigenvalue (Kalra et al. 2026, arXiv 2601.16979, section 2): for gradient descent on a
-    quadratic it is g.Hg / |g|^2, at most lambda_1; it needs no second derivatives and no eigenvectors (k = 0).
+    quadratic it is g.Hg / |g|^2, at most lambda_1. It needs no second derivatives and no eigenvectors (k = 0).
 
-    Costs one gradient-free pass over the Hessian's sample for each point tried: 3 on a quadratic, at most `max_points`
-    and one for the loss at theta. The search goes on from the multiple of the last probe, by the secant of
-    (L(theta + a u) - L(theta)) / a, which is a straight line on a quadratic; a bump that is narrower than its points
-    are apart is overlooked.
-
-    Left out where the step is no direction of descent, where the loss does not rise within `max_points`, and where its
-    changes are rounding; for an optimizer that is not known, which is said once. With several learning rates lr is the
-    largest. What steps of training change at random (dropout) is fixed.
+    Costs one forward pass over the Hessian's sample for each point: 3 on a quadratic, at most `max_points`, and one for
+    the loss at theta. The search starts at the multiple of the last probe and uses the secant of
+    (L(theta + a u) - L(theta)) / a, which is a straight line on a quadratic. It misses a bump between its points.
+    Dropout masks stay. Of several learning rates lr is the largest. Left out where the step is no direction of descent,
+    where the loss does not rise within `max_points`, where its changes are rounding, and, with one warning, for an
+    unknown optimizer.
 
     Args:
         direction: "update" of the optimizer in use (SGD, Adam, AdamW and RMSprop), with its momentum, preconditioner
             and weight decay; "gradient" for u = -g, lr = 1, and no `critical_step`.
-        max_points: displaced points at most.
+        max_points: displaced points at most, 2 or more.
+
+    Raises:
+        ValueError: for another `direction`, or `max_points` below 2.
 
     Example:
         >>> from lightning_subspace import SubspaceMonitor
@@ -54,7 +52,7 @@ class CriticalSharpness(Measurement):
         if direction not in get_args(Direction):
             raise ValueError(f"direction: expected 'update' or 'gradient', got {direction!r}.")
         if max_points < 2:
-            raise ValueError(f"max_points: expected at least 2 points, got {max_points}.")
+            raise ValueError(f"max_points: expected at least 2, got {max_points!r}.")
         self.direction = direction
         self.max_points = max_points
         self._start: float | None = None
@@ -70,9 +68,9 @@ class CriticalSharpness(Measurement):
             self._start = None
         rate, step = 1.0, -probe.gradient
         if self.direction == "update":
-            reason = why_unknown(probe)
             update = next_step(probe)
             if update is None or probe.optimizer is None:
+                reason = why_unknown(probe.optimizer)
                 text = f"CriticalSharpness: {reason}, so that it is left out; pass direction='gradient'."
                 self._notice.say(probe, text)
                 return {}
@@ -82,12 +80,12 @@ class CriticalSharpness(Measurement):
             return {}
         loss = probe.operator.value(None)
         rounding = ROUNDING * torch.finfo(probe.operator.dtype).eps * abs(loss)
-        start = self._start
-        if start is None:
-            start = 1.0 if self.direction == "update" else 0.1 / probe.norm(step)
-        found = critical_multiple(
-            lambda a: probe.operator.value(step * a) - loss, slope, start, self.max_points, rounding
-        )
+        start = self._start or (1.0 if self.direction == "update" else 0.1 / probe.norm(step))
+
+        def change(a: float) -> float:
+            return probe.operator.value(step * a) - loss
+
+        found = critical_multiple(change, slope, start, self.max_points, rounding)
         if found is None:
             return {}
         self._start = found
@@ -98,14 +96,14 @@ class CriticalSharpness(Measurement):
 def critical_multiple(
     change: Callable[[float], float], slope: float, start: float, max_points: int, rounding: float = 0.0
 ) -> float | None:
-    """The smallest a > 0 with change(a) > 0, to about 2 %; None where it was not found.
+    """Smallest a with change(a) > 0, to 2 %, or None.
 
     Args:
-        change: with change(0) = 0; what is not finite counts as a rise.
+        change: with change(0) = 0; a value that is not finite counts as a rise.
         slope: its derivative at 0, negative.
         start: the first a tried.
         max_points: evaluations at most.
-        rounding: changes below it mean nothing.
+        rounding: changes below it are not trusted.
 
     Example:
         >>> critical_multiple(lambda a: -2.0 * a + 0.5 * a * a, slope=-2.0, start=1.0, max_points=10)
@@ -131,7 +129,7 @@ def critical_multiple(
 
 
 def _next(low: tuple[float, float], high: tuple[float, float], slope: float) -> float:
-    """The next point: of the secant, within bounds."""
+    """The next point: the root of the secant, kept within bounds."""
     if math.isinf(high[0]):
         bend = (low[1] - slope) / low[0]
         return min(max(-slope / bend if bend > 0.0 else math.inf, 1.05 * low[0]), FACTOR * low[0])

@@ -1,11 +1,9 @@
-"""The whole spectrum: its density, trace and Frobenius norm, and what of it is negative."""
+"""Density of the whole spectrum, its trace, norm and negative part."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
-
-from torch import Tensor
 
 from lightning_subspace.linalg import Quadrature, quadrature
 from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
@@ -15,28 +13,27 @@ from lightning_subspace.subspace.spectral_density import SpectralDensity, trace_
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Where the random vectors begin, far from those of the eigensolver.
-FIRST_VECTOR = 2_000
+FIRST_VECTOR = 2_000  # number of the first random vector, far from those of the eigensolver
 
 
 class Density(Measurement):
-    """The density of all n eigenvalues, by stochastic Lanczos quadrature (Ghorbani, Krishnan and Xiao 2019).
+    """Density of all n eigenvalues, by stochastic Lanczos quadrature.
 
-    phi(s) = (1/n) (sum_{i<=k} N(s; lambda_i, w^2) + (n - k) mean_u sum_j w_uj N(s; theta_uj, w^2)): the top k
-    eigenpairs of the probe are taken out first, so that the Lanczos runs, from `vectors` random vectors u, resolve the
-    rest (arXiv 1901.10159, section 2; see `lightning_subspace.linalg.quadrature`). `history` has one `SpectralDensity`
-    a probe, `plot()` and `plot_ridge()` draw them; logged are numbers alone:
+    phi(s) = (1/n) (sum_{i<=k} N(s; lambda_i, w^2) + (n - k) mean_u sum_j w_uj N(s; theta_uj, w^2)) (Ghorbani, Krishnan
+    and Xiao 2019, arXiv 1901.10159, section 2; see `lightning_subspace.linalg.quadrature`). The top k eigenpairs of the
+    probe are taken out first, so that the Lanczos runs, from `vectors` random vectors u, resolve the rest. Logged are:
 
     - `trace`, `trace_error`, `frobenius_norm`, `frobenius_error`: see `Trace`.
     - `lowest_eigenvalue`: the smallest node, at least lambda_n and usually close to it.
     - `negative_share` in [0, 1]: the share of the n eigenvalues below -1e-3 times the largest |eigenvalue| (closer to
-      zero the sign is rounding). `negative_share_low`, `_high`: where it lies, from the bounds that so many steps
-      leave, and two standard errors; wide where many eigenvalues are near zero.
-    - `negative_mass` in [0, 1], with its standard error: sum of the |lambda_i| of these over the sum of all.
+      zero the sign is rounding). `negative_share_low`, `_high`: its range, from the bounds that so many steps leave,
+      and two standard errors; wide where many eigenvalues are near zero.
+    - `negative_mass`, `negative_mass_error`: the sum of the |lambda_i| of these over the sum of all, in [0, 1], with
+      its standard error.
 
-    Costs `steps * vectors` products, and (k + steps + 1) n floats while it lasts; `history` holds 32 `steps * vectors`
-    bytes a probe, and every second of its older half is dropped when it has `keep`. The random vectors are the same at
-    every probe: the change of a number from one to the next is better known than the number.
+    Costs `steps * vectors` products, and (k + steps + 1) n floats while it lasts. The random vectors are the same at
+    every probe, so that the change of a number is better known than the number. `history` has a `SpectralDensity` of
+    32 `steps * vectors` bytes a probe; with more than `keep`, every second one of its older half is dropped.
 
     Args:
         steps: Lanczos steps from each vector: the resolution.
@@ -44,6 +41,9 @@ class Density(Measurement):
         every: taken at each probe whose number is a multiple of this.
         keep: densities kept in `history` at most.
         seed: of the random vectors.
+
+    Raises:
+        ValueError: for `steps`, `vectors`, `every` or `keep` that is not a positive integer.
 
     Example:
         >>> from lightning_subspace import SubspaceMonitor
@@ -100,12 +100,12 @@ class Density(Measurement):
 
 
 class Trace(Measurement):
-    """`trace`, `trace_error`, `frobenius_norm`, `frobenius_error`: tr H and |H|_F with their standard errors.
+    """`trace`, `frobenius_norm`, each with `_error`: tr H and |H|_F with standard errors.
 
     The eigenpairs of the probe enter exactly, the rest by random vectors, as in Hutch++ (Meyer et al. 2021, arXiv
-    2010.09649) with the top eigenspace in the place of a sketch: tr H = sum lambda_i + (n - k) mean_u u.Hu. The
-    standard error is sqrt(2/`vectors`) times |H|_F of the rest. tr H <= 2/lr is a condition of linear stability of SGD
-    (Wu and Su 2023). In units of an eigenvalue.
+    2010.09649) with the top eigenspace in the place of a sketch: tr H = sum lambda_i + (n - k) mean_u u.Hu.
+    `trace_error` is sqrt(2/`vectors`) times |H|_F of the rest. tr H <= 2/lr is a condition of linear stability of SGD
+    (Wu and Su 2023). In units of an eigenvalue, as is `frobenius_error`.
 
     Costs 2 `vectors` products, the second of each for |H|_F, and (k + 3) n floats. With k = 0 nothing is taken out.
     `Density` gives the same numbers.
@@ -114,6 +114,9 @@ class Trace(Measurement):
         vectors: random vectors.
         every: taken at each probe whose number is a multiple of this.
         seed: of the random vectors.
+
+    Raises:
+        ValueError: for `vectors` or `every` that is not a positive integer.
 
     Example:
         >>> from lightning_subspace import SubspaceMonitor
@@ -137,15 +140,11 @@ class Trace(Measurement):
 
 
 def spectrum_of(probe: Probe, steps: int, vectors: int, seed: int) -> Quadrature:
-    """The quadrature of the probe's operator, without the eigenpairs that the probe has; nan where it is not finite."""
+    """Quadrature of the probe's operator, without the eigenpairs of the probe."""
     operator, partition, space = probe.operator, probe.partition, probe.subspace
     known = None
     if space is not None and space.converged:
-        known = (space.eigenvalues, space.residuals, space.basis)
-
-    def random(seed: int, number: int) -> Tensor:
-        return partition.random(seed, FIRST_VECTOR + number, operator.dtype)
-
+        known = space.eigenvalues, space.residuals, space.basis
     with partition.ranks.unchecked():
         return quadrature(
             agreed_product(operator),
@@ -157,6 +156,6 @@ def spectrum_of(probe: Probe, steps: int, vectors: int, seed: int) -> Quadrature
             dtype=operator.dtype,
             device=operator.device,
             all_sum=partition.ranks.all_reduce if partition.ranks.count > 1 else None,
-            random=random,
+            random=lambda seed, number: partition.random(seed, FIRST_VECTOR + number, operator.dtype),
             dimension=partition.n,
         )

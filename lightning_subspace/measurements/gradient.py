@@ -1,12 +1,12 @@
-"""Where the gradient lies relative to the curvature."""
+"""Gradient and update of a step relative to the curvature."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import ClassVar
 
-import torch
+from torch import Tensor
 
 from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect
 
@@ -14,8 +14,8 @@ from lightning_subspace.measurements.base import Measurement, Needs, Probe, Pros
 class GradientFraction(Measurement):
     """`gradient_fraction`: f_top = |P g|^2 / |g|^2, in [0, 1].
 
-    The share of the squared gradient inside the top eigenspace (Gur-Ari, Roberts and Dyer 2018, section 2). A random
-    direction gives k/n. Its square root is chi_k of Song, Ahn and Yun (arXiv 2405.16002).
+    The share of the squared gradient inside the top eigenspace (Gur-Ari, Roberts and Dyer 2018, arXiv 1812.04754,
+    section 2). A random direction gives k/n. Its square root is `chi_gradient`, see `Chi`.
     """
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
@@ -23,14 +23,53 @@ class GradientFraction(Measurement):
         return {"gradient_fraction": probe.top.fraction(probe.gradient)}
 
 
+class UpdateFraction(Measurement):
+    """`update_fraction`, `batch_gradient_fraction`: shares of a step inside the top eigenspace.
+
+    |P u|^2 / |u|^2 for u = theta_{t+1} - theta_t (after clipping, momentum, preconditioning and weight decay), and the
+    same for the accumulated mini-batch gradient of that step. Both in [0, 1]; a random direction gives k/n.
+    """
+
+    extra: ClassVar[frozenset[str]] = frozenset({"batch_gradient_fraction"})
+
+    def after_step(self, probe: Probe, gradient: Tensor | None, update: Tensor) -> Mapping[str, float]:
+        """One product of the basis with each."""
+        metrics = {"update_fraction": probe.top.fraction(update)}
+        if gradient is not None:
+            metrics["batch_gradient_fraction"] = probe.top.fraction(gradient)
+        return metrics
+
+
+class Chi(Measurement):
+    """`chi_gradient`, `chi_update`: |Pv|/|v| of gradient and update, in [0, 1].
+
+    chi_k of Song, Ahn and Yun (arXiv 2405.16002, section 3): the square roots of `gradient_fraction` and
+    `update_fraction`. They switch to projected descent where the moving average of chi_k exceeds .95, a fraction of
+    .90. A random direction gives about sqrt(k/n).
+
+    Example:
+        >>> from lightning_subspace import SubspaceMonitor
+        >>> monitor = SubspaceMonitor(k=10, measurements=[Chi()])
+    """
+
+    def measure(self, probe: Probe) -> Mapping[str, float]:
+        """One product of the basis with the gradient."""
+        return {"chi_gradient": math.sqrt(probe.top.fraction(probe.gradient))}
+
+    def after_step(self, probe: Probe, gradient: Tensor | None, update: Tensor) -> Mapping[str, float]:
+        """One product of the basis with the update."""
+        return {"chi_update": math.sqrt(probe.top.fraction(update))}
+
+
 class GradientCurvature(Measurement):
-    """`gradient_norm`, `gradient_curvature`, `gradient_hessian_cosine`: what one Hessian product tells.
+    """`gradient_norm`, `gradient_curvature`, `gradient_hessian_cosine`: length and curvature of the gradient.
 
     |g|; g.Hg/|g|^2, the curvature along the gradient, in units of an eigenvalue; and g.Hg/(|g| |Hg|) in [-1, 1]
-    (equation 2 of the paper), which is 1 when the gradient is an eigenvector.
+    (Gur-Ari, Roberts and Dyer 2018, arXiv 1812.04754, equation 2), which is 1 when the gradient is an eigenvector.
     """
 
     needs: ClassVar[Needs] = Needs.NOTHING
+    extra: ClassVar[frozenset[str]] = frozenset({"gradient_norm", "gradient_curvature"})
 
     def expected_products(self, prospect: Prospect) -> float:
         """One."""
@@ -50,23 +89,3 @@ class GradientCurvature(Measurement):
             "gradient_curvature": curvature,
             "gradient_hessian_cosine": min(max(cosine, -1.0), 1.0),
         }
-
-
-class GapIndex(Measurement):
-    """`gap_index`: the i in 1..k with the largest ratio lambda_i / lambda_{i+1}, over positive eigenvalues.
-
-    Cross-entropy with K classes puts it at K - 1, squared loss at K (measured). What is smaller than the solver's
-    residual counts as that large: a zero eigenvalue is rounding of either sign. Left out when fewer than two of the
-    k + 1 eigenvalues are positive, and for another end of the spectrum than "LA".
-    """
-
-    needs: ClassVar[Needs] = Needs.EIGENVALUES
-
-    def measure(self, probe: Probe) -> Mapping[str, float]:
-        """No product."""
-        if probe.which != "LA":
-            return {}
-        values = [*probe.top.eigenvalues.tolist(), probe.top.next_eigenvalue]
-        smallest = max(float(probe.top.residuals.max()), torch.finfo(probe.gradient.dtype).eps * abs(values[0]))
-        ratios = [a / max(b, smallest) for a, b in pairwise(values) if a > smallest and b >= -smallest]
-        return {"gap_index": float(ratios.index(max(ratios)) + 1)} if ratios else {}

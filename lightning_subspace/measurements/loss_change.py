@@ -1,8 +1,7 @@
-"""What of the gradient, the step and the change of the loss belongs to the top eigenspace, and what to the rest."""
+"""Change of the loss by a step, split by the top eigenspace."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -12,37 +11,11 @@ from lightning_subspace.measurements.optimizer_rules import next_step
 from lightning_subspace.subspace.subspace import inner_products
 
 
-class Chi(Measurement):
-    """`chi_gradient`, `chi_update`: |P v| / |v|, in [0, 1], for the gradient and for the step taken from theta_t.
-
-    chi_k of Song, Ahn and Yun (arXiv 2405.16002, section 3), the square root of `gradient_fraction` and
-    `update_fraction`; they switch to projected descent where its moving average exceeds .95, a fraction of .90. A
-    random direction gives about sqrt(k/n). No product.
-
-    Example:
-        >>> from lightning_subspace import SubspaceMonitor
-        >>> monitor = SubspaceMonitor(k=10, measurements=[Chi()])
-    """
-
-    def measure(self, probe: Probe) -> Mapping[str, float]:
-        """One product of the basis with the gradient."""
-        return {"chi_gradient": math.sqrt(probe.top.fraction(probe.gradient))}
-
-    def after_step(
-        self,
-        probe: Probe,
-        gradient: Tensor | None,  # (n,)
-        update: Tensor,  # (n,)
-    ) -> Mapping[str, float]:
-        """One product of the basis with the update."""
-        return {"chi_update": math.sqrt(probe.top.fraction(update))}
-
-
 class LossChange(Measurement):
-    """What the top eigenspace and the rest contribute to the change of the loss by a step u, in units of the loss.
+    """Change of the loss inside and outside the top eigenspace.
 
-    To second order L(theta + u) - L(theta) = g.u + u.Hu / 2, which splits without a mixed term, since the top space is
-    spanned by eigenvectors:
+    In units of the loss. For a step u, to second order, L(theta + u) - L(theta) = g.u + u.Hu / 2, which splits without
+    a mixed term, since the top space is spanned by eigenvectors:
 
         top:   g.Pu + sum_i lambda_i (v_i.u)^2 / 2        bulk:  g.(u - Pu) + (u.Hu - sum_i lambda_i (v_i.u)^2) / 2
 
@@ -50,12 +23,11 @@ class LossChange(Measurement):
     a direction whose curvature is below 2/lr. Where nearly all of the gradient is in the top space and its share of the
     descent is about zero, the alignment is the "spurious" one of Song, Ahn and Yun (arXiv 2405.16002).
 
-    `expected_change_top`, `expected_change_bulk`: for the step that the optimizer would take with the mean gradient;
-    one product, and only for SGD, Adam, AdamW and RMSprop. g and H are means over the gradient's and the Hessian's
-    sample.
+    `expected_change_top`, `expected_change_bulk`: for the step of the optimizer with the mean gradient; one product,
+    and only for SGD, Adam, AdamW and RMSprop. g and H are means over the gradient's and the Hessian's sample.
 
-    `loss_change_top`, `loss_change_bulk`: for the step taken, mini-batch noise and all. The Hessian is gone by then, so
-    the bulk's is to first order, g.(u - Pu), and `loss_change_bulk_high` adds its largest second order,
+    `loss_change_top`, `loss_change_bulk`: for the step taken, with the noise of its mini-batch. The Hessian is gone by
+    then, so the bulk's is to first order, g.(u - Pu), and `loss_change_bulk_high` adds its largest second order,
     lambda_{k+1} |u - Pu|^2 / 2 (with "LA", where lambda_{k+1} is known).
 
     Example:
@@ -79,12 +51,7 @@ class LossChange(Measurement):
             "expected_change_bulk": slope - slope_top + (bend - bend_top) / 2.0,
         }
 
-    def after_step(
-        self,
-        probe: Probe,
-        gradient: Tensor | None,  # (n,)
-        update: Tensor,  # (n,)
-    ) -> Mapping[str, float]:
+    def after_step(self, probe: Probe, gradient: Tensor | None, update: Tensor) -> Mapping[str, float]:
         """No product."""
         slope, slope_top, bend_top = _in_top(probe, update)
         found = {"loss_change_top": slope_top + bend_top / 2.0, "loss_change_bulk": slope - slope_top}
@@ -96,7 +63,7 @@ class LossChange(Measurement):
 
 
 def _in_top(probe: Probe, step: Tensor) -> tuple[float, float, float]:
-    """g.u, g.Pu and u.PHPu."""
+    """g.u, g.Pu and u.PHPu of a step u, (n,)."""
     basis, ranks = probe.top.basis, probe.partition.ranks
     along_step, along_gradient = (inner_products(basis, v[None], ranks)[:, 0].cpu() for v in (step, probe.gradient))
     bend = float((probe.top.eigenvalues * along_step.square()).sum())

@@ -1,4 +1,4 @@
-"""What curvature single mini-batches meet: quantities of stochastic descent at the edge of stability."""
+"""Curvature along the gradients of single mini-batches, for SGD at the edge."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from lightning_subspace.measurements.base import Measurement, Needs, Probe, Pros
 
 
 class BatchSharpness(Measurement):
-    """`batch_sharpness`, `batch_sharpness_pooled`: the curvature that a mini-batch has along its own gradient.
+    """`batch_sharpness`, `batch_sharpness_pooled`: curvature of a mini-batch along its own gradient.
 
     E_B[g_B.H_B g_B / g_B.g_B] (Andreyev and Beneventano, arXiv 2412.20553, definition 3), and the ratio of the two
     means, E_B[g_B.H_B g_B] / E_B[g_B.g_B], for g_B and H_B of the loss of micro-batch B alone. In units of an
-    eigenvalue; plain SGD is said to keep the first near 2/lr (late in training with cross-entropy it stays below).
+    eigenvalue. Plain SGD is said to keep the first near 2/lr (late in training with cross-entropy it stays below).
 
-    The micro-batches of the Hessian's sample, which have the batch size of training by default, the expectation being
-    weighted by their weights. A micro-batch with g_B = 0 is passed over. Costs a gradient and a product over each of
-    them: one pass of both over the sample, W passes of that on W ranks.
+    B are weighted micro-batches of the Hessian's sample, of the batch size of training by default; one with g_B = 0 is
+    left out. Costs one pass of gradient and product over them, W passes on W ranks.
 
     Args:
-        batches: the number of micro-batches looked at; all where there are fewer.
+        batches: number of micro-batches used; all where there are fewer.
         every: taken at each probe whose number is a multiple of this.
+
+    Raises:
+        ValueError: for `batches` or `every` that is not a positive integer.
 
     Example:
         >>> from lightning_subspace import SubspaceMonitor
@@ -59,20 +61,22 @@ class BatchSharpness(Measurement):
 
 
 class GradientNoise(Measurement):
-    """`gradient_noise_interaction`, `interaction_sharpness`: the curvature of the whole loss along noisy gradients.
+    """`gradient_noise_interaction`, `interaction_sharpness`: curvature of the whole loss along noisy gradients.
 
     E_B[g_B.H g_B] / g.g, and E_B[g_B.H g_B] / E_B[g_B.g_B], the interaction-aware sharpness of Lee and Jang (ICLR
     2023), for g_B of a micro-batch, and g and H of the samples. In units of an eigenvalue. One step of SGD lowers the
-    loss on average as long as the first is below 2/lr, so training with noise hovers there: it tells that the loss
-    oscillates, not that descent is at an edge of stability. The second is at most lambda_1; it is tr(HS)/tr(S) for the
-    second moment S of the g_B.
+    loss on average while the first is below 2/lr, so training with noise hovers there: the loss oscillates, but descent
+    need not be at an edge of stability. The second is at most lambda_1; it is tr(HS)/tr(S) for the second moment S of
+    the g_B.
 
-    As for `BatchSharpness` the micro-batches should have the batch size of training, and their number limits the
-    cost: a gradient over one and a product over the whole sample for each of them.
+    The micro-batches are as for `BatchSharpness`. Costs a gradient over one and a product over the sample for each.
 
     Args:
-        batches: the number of micro-batches looked at; all where there are fewer.
+        batches: number of micro-batches used; all where there are fewer.
         every: taken at each probe whose number is a multiple of this.
+
+    Raises:
+        ValueError: for `batches` or `every` that is not a positive integer.
 
     Example:
         >>> from lightning_subspace import SubspaceMonitor
@@ -106,7 +110,7 @@ class GradientNoise(Measurement):
 
 
 def _micro_batches(probe: Probe, count: int) -> Iterator[tuple[float, Tensor, Operator]]:
-    """Weight and gradient of micro-batches of the Hessian's sample, spread evenly over it, and the Hessian of each."""
+    """Weights, gradients and Hessians of micro-batches, evenly spread over the sample."""
     batches = probe.operator.batches
     for number in range(min(count, len(batches))):
         position = number * len(batches) // min(count, len(batches))

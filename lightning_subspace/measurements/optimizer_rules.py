@@ -1,8 +1,7 @@
-"""The optimizer in use in the coordinates of a probe: how much curvature it can stand, and where it would step.
+"""Stability edge and next step of the optimizer in use.
 
-Known are `SGD`, `Adam`, `AdamW` and `RMSprop` of torch, of exactly these classes. Everything is read from the groups
-and the state of the optimizer at the time of the probe, coordinate by coordinate, and computed on this rank's part of
-the coordinates without communication; shards of FSDP2 are read as they are.
+Known are exactly the classes `SGD`, `Adam`, `AdamW` and `RMSprop` of torch. Settings and state are read at the time of
+the probe, for this rank's coordinates (shards of FSDP2 as they are), without communication.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from lightning_subspace.measurements.base import Probe
 
 Group = dict[str, Any]
-# One number for all coordinates, or one for each: (n,).
+# One number for all coordinates, or a tensor (n,) with one for each.
 Diagonal = Tensor | float
 
 
 @dataclass(frozen=True)
 class StabilityEdge:
-    """The curvature at which an optimizer becomes unstable: where the largest eigenvalue of S (H + D) is 1.
+    """Curvature at which an optimizer becomes unstable.
 
-    On a quadratic, full-batch steps with heavy-ball momentum b and learning rate r diverge above H + D = (2 + 2 b) / r.
-    Where steps are divided by P, coordinate by coordinate, that holds for P^-1 (H + D). S is P^-1 over the threshold.
+    There the largest eigenvalue of S (H + D) is 1. On a quadratic, full-batch steps with heavy-ball momentum b and
+    learning rate r diverge above H + D = (2 + 2 b) / r. Where steps are divided by P, coordinate by coordinate, that
+    holds for P^-1 (H + D). S is P^-1 over the threshold.
 
     Attributes:
         scale: the diagonal of S; 0 for a parameter that is not moved.
-        shift: the diagonal of D, the weight decay that is added to the gradient. What `AdamW` takes from the weights
-            beside its momentum is not counted.
+        shift: the diagonal of D, the weight decay that is added to the gradient, without the decoupled one of `AdamW`.
         threshold: for P^-1 H; nan where parameter groups differ in it.
     """
 
@@ -41,14 +40,9 @@ class StabilityEdge:
     shift: Diagonal
     threshold: float
 
-    @property
-    def is_uniform(self) -> bool:
-        """Whether it is the same in all coordinates, so that the eigenvalues of H are all one needs."""
-        return not isinstance(self.scale, Tensor) and not isinstance(self.shift, Tensor)
-
 
 def edge(probe: Probe) -> StabilityEdge | None:
-    """The stability edge of the optimizer in use at its present learning rates; None where it is not known (yet).
+    """Stability edge at the present learning rates, or None if unknown.
 
     2/lr for gradient descent, (2 + 2b)/lr with heavy-ball momentum b, (2 + 2b)/(lr (1 + 2b)) with Nesterov's (Cohen et
     al. 2021, arXiv 2103.00065, appendix B); (2 + 2 b1)/((1 - b1) lr) with P = (1 - b1^t) (sqrt(v^) + eps) for Adam,
@@ -56,40 +50,39 @@ def edge(probe: Probe) -> StabilityEdge | None:
     for RMSprop.
     """
     view = _OptimizerView.of(probe)
-    if view is None or not view.has_moved:
+    if view is None or not any(view.moved):
         return None
     kind = type(view.optimizer)
     if kind is SGD:
         divisor: Diagonal = 1.0
-        thresholds = view.setting(sgd_group_threshold)
+        thresholds = view.setting(_sgd_threshold)
     elif kind is RMSprop:
         divisor = (view.state("square_avg") - view.state("grad_avg").square()).clamp(min=0.0).sqrt()
         divisor += view.setting("eps")
         thresholds = view.setting(lambda group: (2.0 + 2.0 * group["momentum"]) / _rate(group))
     else:
-        key = "max_exp_avg_sq" if view.has("max_exp_avg_sq") else "exp_avg_sq"
+        key = "max_exp_avg_sq" if any("max_exp_avg_sq" in state for state in view.states) else "exp_avg_sq"
         ages = view.age.clamp(min=1.0) if isinstance(view.age, Tensor) else view.age
-        second = view.state(key) / (1.0 - view.setting(_second_beta) ** ages)
-        divisor = (second.sqrt() + view.setting("eps")) * (1.0 - view.setting(_first_beta) ** ages)
-        thresholds = view.setting(lambda g: (2.0 + 2.0 * _first_beta(g)) / ((1.0 - _first_beta(g)) * _rate(g)))
+        second = view.state(key) / (1.0 - view.setting("beta2") ** ages)
+        divisor = (second.sqrt() + view.setting("eps")) * (1.0 - view.setting("beta1") ** ages)
+        thresholds = view.setting(lambda g: (2.0 + 2.0 * g["beta1"]) / ((1.0 - g["beta1"]) * _rate(g)))
     threshold = float("nan") if isinstance(thresholds, Tensor) else thresholds
-    return StabilityEdge(view.moved / (divisor * thresholds), view.setting(_coupled_decay), threshold)
+    return StabilityEdge(view.spread(view.moved) / (divisor * thresholds), view.setting("coupled_decay"), threshold)
 
 
 def next_step(probe: Probe) -> Tensor | None:  # (n,)
-    """The step that the optimizer would take from here with the mean gradient in the place of a mini-batch's.
-
-    None where the optimizer is not known. Nothing of its state changes.
-    """
+    """Next step with the mean gradient, or None if unknown."""
     view = _OptimizerView.of(probe)
     if view is None:
         return None
     rates = view.setting("lr")
     theta = probe.partition.flatten(probe.parameters, like=probe.gradient)
-    gradient = probe.gradient + theta * view.setting(_coupled_decay)
+    gradient = probe.gradient + theta * view.setting("coupled_decay")
     kind = type(view.optimizer)
     if kind is SGD:
-        return -rates * view.velocity(gradient)
+        keep, is_nesterov = view.setting("momentum"), view.setting("nesterov")
+        velocity = keep * view.state("momentum_buffer") + gradient
+        return -rates * (is_nesterov * (gradient + keep * velocity) + (1.0 - is_nesterov) * velocity)
     if kind is RMSprop:
         keep = view.setting("alpha")
         square = keep * view.state("square_avg") + (1.0 - keep) * gradient.square()
@@ -97,33 +90,35 @@ def next_step(probe: Probe) -> Tensor | None:  # (n,)
         centred = view.setting("centered") * mean.square()
         divisor = (square - centred).clamp(min=0.0).sqrt() + view.setting("eps")
         return -rates * (view.setting("momentum") * view.state("momentum_buffer") + gradient / divisor)
-    first, second, ages = view.setting(_first_beta), view.setting(_second_beta), view.age + 1.0
+    first, second, ages = view.setting("beta1"), view.setting("beta2"), view.age + 1.0
     mean = (first * view.state("exp_avg") + (1.0 - first) * gradient) / (1.0 - first**ages)
     square = second * view.state("exp_avg_sq") + (1.0 - second) * gradient.square()
     square = torch.maximum(square, view.state("max_exp_avg_sq")) / (1.0 - second**ages)
-    decay = view.setting("weight_decay") - view.setting(_coupled_decay)
+    decay = view.setting("weight_decay") - view.setting("coupled_decay")
     return -rates * (mean / (square.sqrt() + view.setting("eps")) + decay * theta)
 
 
-class Notice:
-    """Says something once, on the first rank."""
+def sgd_threshold(optimizer: Optimizer | None) -> float | None:
+    """Largest curvature that is stable in all groups of an SGD.
 
-    def __init__(self) -> None:
-        self._said = False
+    As `edge` at the present learning rates, less the weight decay, which `SGD` adds to the curvature of the loss. None
+    for another optimizer, and where the weight decay alone is unstable.
 
-    def say(self, probe: Probe, text: str) -> None:
-        """Warn, at the first call."""
-        if not self._said and probe.partition.ranks.index == 0:
-            warnings.warn(text, stacklevel=3)
-        self._said = True
+    Example:
+        >>> sgd_threshold(SGD([torch.zeros(1)], lr=0.1, momentum=0.5))
+        30.0
+    """
+    if type(optimizer) is not SGD or why_unknown(optimizer) is not None:
+        return None
+    moved = [group for group in optimizer.param_groups if float(group["lr"]) > 0.0]
+    threshold = min((_sgd_threshold(group) - float(group["weight_decay"]) for group in moved), default=0.0)
+    return threshold if threshold > 0.0 else None
 
 
-def why_unknown(probe: Probe) -> str | None:
-    """Why `edge` and `next_step` have nothing to say, as a part of a sentence; None where they have."""
-    return "there is no optimizer, or several" if probe.optimizer is None else _refusal(probe.optimizer)
-
-
-def _refusal(optimizer: Optimizer) -> str | None:
+def why_unknown(optimizer: Optimizer | None) -> str | None:
+    """Reason, in a sentence, why the rule is unknown; None if known."""
+    if optimizer is None:
+        return "there is no optimizer, or several"
     if type(optimizer) not in (SGD, Adam, AdamW, RMSprop):
         return f"the rule of {type(optimizer).__name__} is not known here (those of SGD, Adam, AdamW, RMSprop are)"
     for group in optimizer.param_groups:
@@ -134,105 +129,81 @@ def _refusal(optimizer: Optimizer) -> str | None:
     return None
 
 
+@dataclass
+class Notice:
+    """A warning that is given once, on the first rank."""
+
+    is_given: bool = False
+
+    def say(self, probe: Probe, text: str) -> None:
+        """Warn, at the first call."""
+        if not self.is_given and probe.partition.ranks.index == 0:
+            warnings.warn(text, stacklevel=3)
+        self.is_given = True
+
+
 def _rate(group: Group) -> float:
-    """The learning rate; 1 where it is 0, which is told by `moved`."""
+    """The learning rate; 1 for 0, since `moved` excludes such groups."""
     return float(group["lr"]) or 1.0
 
 
-def sgd_group_threshold(group: Group) -> float:
-    """What the curvature has to stay below under SGD, see `edge`, for a group that it moves."""
+def _sgd_threshold(group: Group) -> float:
+    """Largest stable H + D of a moved group under SGD."""
     momentum = float(group["momentum"])
     return (2.0 + 2.0 * momentum) / (_rate(group) * (1.0 + 2.0 * momentum if group["nesterov"] else 1.0))
 
 
-def _first_beta(group: Group) -> float:
-    return float(group["betas"][0])
-
-
-def _second_beta(group: Group) -> float:
-    return float(group["betas"][1])
-
-
-def _coupled_decay(group: Group) -> float:
-    """The weight decay where it is part of the gradient."""
-    return 0.0 if group["is_decoupled"] else float(group["weight_decay"])
+def _with_common_names(group: Group, kind: type[Optimizer]) -> Group:
+    """The settings, and those that the classes name in different ways."""
+    # Since torch 2.7 AdamW is an Adam with a setting.
+    is_decoupled = group.get("decoupled_weight_decay", kind is AdamW)
+    betas = {f"beta{i}": float(beta) for i, beta in enumerate(group.get("betas", ()), start=1)}
+    return {**group, **betas, "coupled_decay": 0.0 if is_decoupled else float(group["weight_decay"])}
 
 
 @dataclass(frozen=True)
 class _OptimizerView:
-    """Settings and state of an optimizer by coordinates.
+    """Settings and state of an optimizer by coordinates."""
 
-    Attributes:
-        probe: gives the coordinates.
-        optimizer: the optimizer.
-        groups: one a parameter of the space; for a parameter that it does not have, one of rate 0.
-        states: one a parameter of the space; empty before its first step.
-    """
-
-    probe: Probe
+    probe: Probe  # gives the coordinates
     optimizer: Optimizer
-    groups: list[Group]
-    states: list[dict[str, Any]]
+    groups: list[Group]  # one a parameter of the space; of rate 0 for a parameter that the optimizer does not have
+    states: list[dict[str, Any]]  # one a parameter of the space; empty before its first step
 
     @classmethod
     def of(cls, probe: Probe) -> _OptimizerView | None:
         """None where the rule of the optimizer is not known."""
         optimizer = probe.optimizer
-        if optimizer is None or _refusal(optimizer) is not None:
+        if optimizer is None or why_unknown(optimizer) is not None:
             return None
-        # Since torch 2.7 AdamW is an Adam with a setting.
-        groups = [
-            {**group, "is_decoupled": group.get("decoupled_weight_decay", type(optimizer) is AdamW)}
-            for group in optimizer.param_groups
-        ]
-        at_rest = {**groups[0], "lr": 0.0, "weight_decay": 0.0}
+        groups = [_with_common_names(group, type(optimizer)) for group in optimizer.param_groups]
+        at_rest = {**groups[0], "lr": 0.0, "weight_decay": 0.0, "coupled_decay": 0.0}
         group_of = {id(p): group for group in groups for p in group["params"]}
-        return cls(
-            probe,
-            optimizer,
-            [group_of.get(id(parameter), at_rest) for parameter in probe.parameters],
-            [optimizer.state.get(parameter, {}) for parameter in probe.parameters],
-        )
+        own = [group_of.get(id(parameter), at_rest) for parameter in probe.parameters]
+        return cls(probe, optimizer, own, [optimizer.state.get(parameter, {}) for parameter in probe.parameters])
 
     @property
-    def moved(self) -> Diagonal:
-        """1 for what the optimizer moves; 0 where the rate is 0, or no gradient has ever come."""
-        return self._spread([float(is_moved) for is_moved in self._moved])
-
-    @property
-    def has_moved(self) -> bool:
-        return any(self._moved)
+    def moved(self) -> list[float]:
+        """1 for each parameter with a rate and a gradient, else 0."""
+        needs_state = type(self.optimizer) is not SGD
+        pairs = zip(self.groups, self.states, strict=True)
+        return [float(float(group["lr"]) > 0.0 and (bool(state) or not needs_state)) for group, state in pairs]
 
     @property
     def age(self) -> Diagonal:
-        """Number of steps taken."""
-        return self._spread([float(state.get("step", 0.0)) for state in self.states])
+        """Number of steps taken, by coordinates."""
+        return self.spread([float(state.get("step", 0.0)) for state in self.states])
 
     def setting(self, read: str | Callable[[Group], float]) -> Diagonal:
-        """A setting of the groups."""
-        return self._spread([float(group[read] if isinstance(read, str) else read(group)) for group in self.groups])
-
-    def has(self, key: str) -> bool:
-        return any(key in state for state in self.states)
+        """A setting of the groups, by coordinates."""
+        return self.spread([float(group[read] if isinstance(read, str) else read(group)) for group in self.groups])
 
     def state(self, key: str) -> Tensor:  # (n,)
-        """A part of the state; zeros where there is none."""
+        """A tensor of the state, by coordinates; zeros where there is none."""
         return self.probe.partition.flatten([state.get(key) for state in self.states], like=self.probe.gradient)
 
-    def velocity(self, gradient: Tensor) -> Tensor:  # (n,)
-        """What SGD multiplies with its learning rate."""
-        keep, looks_ahead = self.setting("momentum"), self.setting("nesterov")
-        velocity = keep * self.state("momentum_buffer") + gradient
-        return looks_ahead * (gradient + keep * velocity) + (1.0 - looks_ahead) * velocity
-
-    @property
-    def _moved(self) -> list[bool]:
-        needs_state = type(self.optimizer) is not SGD
-        pairs = zip(self.groups, self.states, strict=True)
-        return [float(group["lr"]) > 0.0 and (bool(state) or not needs_state) for group, state in pairs]
-
-    def _spread(self, values: list[float]) -> Diagonal:
-        """One value a parameter, by coordinates; a number where all are equal."""
+    def spread(self, values: list[float]) -> Diagonal:
+        """Values of parameters by coordinates, (n,); a number if all are equal."""
         if len(set(values)) == 1:
             return values[0]
         local = torch.zeros_like(self.probe.gradient)

@@ -1,4 +1,4 @@
-"""An error bar for the gradient fraction: what the choice of the sample can have done to it."""
+"""Error bar of the gradient fraction, for the choice of the sample."""
 
 from __future__ import annotations
 
@@ -10,52 +10,51 @@ from torch import Tensor
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.measurements.base import Measurement, Probe, Prospect, positive
 
-# Standard errors of the gradient's noise that the band is wide, and multiples of what halving the sample changes; more
-# of the latter, since it is known from two halves only.
-STANDARD_ERRORS = 2.0
-SPREADS = 3.0
-# In products with the Hessian, of 1.2 to 2 gradients each.
-GRADIENT = 0.7
+STANDARD_ERRORS = 2.0  # of the gradient's noise, on each side of the band
+SPREADS = 3.0  # multiples of the change by halving the sample; more than those, since only two halves estimate it
+GRADIENT = 0.7  # cost in products with the Hessian, which take as long as 1.2 to 2 gradients
 
 
 class Reliability(Measurement):
-    """`reliability`, and the band `gradient_fraction_low` to `gradient_fraction_high`.
+    """`reliability`, `gradient_fraction_low`, `gradient_fraction_high`: the error of f = `gradient_fraction`.
 
-    `reliability` is the share of one half's gradient in the top space of the *other* half of the Hessian's sample: the
-    two have no example in common, so nothing is judged on what it was fitted to.
+    `reliability` in [0, 1] is the share of one half's gradient in the top space of the *other* half of the Hessian's
+    sample. The halves have no example in common, so that the space is not fitted to the gradient's noise.
 
-    The band is where the fraction of the whole training set is expected. Two things move the measured f away from it:
+    The fraction of the whole training set is expected between low and high. Two things move f away from it:
 
     - Noise in the gradient. The micro-batches b of the gradient sample, with weights w_b, give the standard error of f
       by the delta method, from d_b = 2 (Pg.g_b - |Pg|^2 - f (g.g_b - |g|^2)) / |g|^2, and the bias: the noise adds
       sum w_b^2 |P(g_b - g)|^2 to |Pg|^2, and likewise to |g|^2. The band reaches over f and the f without that bias.
-    - Noise in the space. The fraction of the same g in the spaces of the two halves tells how much f changes when the
+    - Noise in the space. The fractions of the same g in the spaces of the two halves show how much f changes when the
       sample is cut in two; errors go with one over the number of examples, so f is about as far from its limit.
 
-    Both are scaled down by the share of the training set that was not sampled (finite population correction). The band
-    is an error bar, not a proof: `tests/measurements/test_reliability.py` says how often it covers the truth.
-
-    Costs two eigensolves on half of the sample and one more pass over the gradient sample; taken at the first probe and
-    every fifth. Left out when a sample is the whole training set, or a single micro-batch.
+    Both are scaled down by the share of the training set that was not sampled (finite population correction).
+    `tests/measurements/test_reliability.py` measures how often the band covers the truth. Costs two eigensolves on half
+    of the sample and a pass over the gradient sample. Left out when a sample is the whole training set, or a single
+    micro-batch.
 
     Args:
-        every: take it at each probe whose number is a multiple of this.
+        every: taken at each probe whose number is a multiple of this.
+
+    Raises:
+        ValueError: for an `every` that is not a positive integer.
     """
 
     def __init__(self, every: int = 5) -> None:
         self.every = positive("every", every)
 
     def expected_products(self, prospect: Prospect) -> float:
-        """Two eigensolves, each half of the work but as many messages between ranks, and the gradients."""
+        """Two eigensolves on half of the sample, and the gradients."""
         sample = prospect.sample
         if not _can_be_halved(sample):
             return 0.0
-        half = 0.5 if prospect.num_ranks == 1 else 1.0  # at most, where messages take longer than the work
+        half = 0.5 if prospect.num_ranks == 1 else 1.0  # an upper bound: half the work, but as many messages
         passes = 1.0 + len(sample.extra) / len(sample.hessian)
         return 2.0 * half * prospect.solve() + GRADIENT * passes
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
-        """Two eigensolves on halves of the sample, and a pass over the gradient sample."""
+        """Two eigensolves on half of the sample, and the gradients."""
         if not _can_be_halved(probe.sample):
             return {}
         count = len(probe.operator.batches)
@@ -79,7 +78,7 @@ def _can_be_halved(sample: Sample) -> bool:
 
 
 def _range_of_noise(probe: Probe, measured: float) -> tuple[float, float]:
-    """Where the fraction in the measured space lies, for all that the noise of the gradient leaves open."""
+    """Range of the fraction that the noise of the gradient allows."""
     mean = probe.gradient
     image, square, _ = _products(probe, mean)
     image_square = measured * square
@@ -106,7 +105,7 @@ def _range_of_noise(probe: Probe, measured: float) -> tuple[float, float]:
 
 
 def _products(probe: Probe, vector: Tensor) -> tuple[Tensor, float, float]:
-    """The coordinates of a vector in the space, (k,), and its products with the mean gradient and with itself."""
+    """Products of a vector with basis (k,), mean gradient, and itself."""
     wide = vector.double()
     others = torch.stack([torch.dot(probe.gradient.double(), wide), torch.dot(wide, wide)])
     found = probe.partition.ranks.all_reduce(torch.cat([(probe.top.basis @ vector).double(), others])).cpu()

@@ -1,17 +1,51 @@
-"""What the eigensolver says of itself."""
+"""Eigenvalues, their gap, and how far the eigensolver came."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import ClassVar
 
+import torch
+
+from lightning_subspace.measurements.base import Measurement, Needs, Probe
 from lightning_subspace.subspace.subspace import Subspace
 
 
+class GapIndex(Measurement):
+    """`gap_index`: the i in 1..k with the largest ratio lambda_i / lambda_{i+1}.
+
+    Only positive eigenvalues count. Cross-entropy with K classes puts it at K - 1, squared loss at K (measured). An
+    eigenvalue below the solver's residual is replaced by that: a zero eigenvalue is rounding of either sign. Left out
+    when fewer than two of the k + 1 eigenvalues are positive, and for another end of the spectrum than "LA".
+    """
+
+    needs: ClassVar[Needs] = Needs.EIGENVALUES
+    extra: ClassVar[frozenset[str]] = frozenset({"gap_index"})
+
+    def measure(self, probe: Probe) -> Mapping[str, float]:
+        """No product."""
+        if probe.which != "LA":
+            return {}
+        values = [*probe.top.eigenvalues.tolist(), probe.top.next_eigenvalue]
+        smallest = max(float(probe.top.residuals.max()), torch.finfo(probe.gradient.dtype).eps * abs(values[0]))
+        ratios = [a / max(b, smallest) for a, b in pairwise(values) if a > smallest and b >= -smallest]
+        return {"gap_index": float(ratios.index(max(ratios)) + 1)} if ratios else {}
+
+
 def solver_metrics(subspace: Subspace) -> dict[str, float]:
-    """`eigenvalues/01` to `eigenvalues/k+1`, where they converged, and `solver/...`, always."""
+    """`eigenvalues/01` to `eigenvalues/k+1`, where they converged, and `solver/...`, always.
+
+    `solver/residual` is the largest residual over the largest |eigenvalue|; nan where no pair was found.
+    """
+    residual = math.nan
+    if subspace.k:
+        scale = float(subspace.eigenvalues.abs().max())
+        residual = float(subspace.residuals.max()) / scale if scale > 0.0 else 0.0
     metrics = {
         "solver/subspace_error": subspace.error,
-        "solver/residual": _relative_residual(subspace),
+        "solver/residual": residual,
         "solver/matvecs": float(subspace.num_matvecs),
         "solver/converged": float(subspace.converged),
         "solver/verified": float(subspace.verified),
@@ -20,11 +54,3 @@ def solver_metrics(subspace: Subspace) -> dict[str, float]:
         values = [*subspace.eigenvalues.tolist(), subspace.next_eigenvalue]
         metrics.update({f"eigenvalues/{i:02d}": value for i, value in enumerate(values, start=1)})
     return metrics
-
-
-def _relative_residual(subspace: Subspace) -> float:
-    """The largest residual over the largest |eigenvalue|; nan where no pair was found."""
-    if not subspace.k:
-        return math.nan
-    scale = float(subspace.eigenvalues.abs().max())
-    return float(subspace.residuals.max()) / scale if scale > 0.0 else 0.0

@@ -1,4 +1,4 @@
-"""Functions behind the metrics: they check their arguments, `subspace` does the mathematics."""
+"""Fractions, overlaps and angles of subspaces: argument checks around `subspace`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,12 @@ def gradient_fraction(
     """
     if validate_args:
         _check_basis("basis", basis)
-        _check_vector("vector", vector, basis.shape[1])
+        n = basis.shape[1]
+        if not isinstance(vector, Tensor) or vector.shape != (n,) or not vector.is_floating_point():
+            raise ValueError(
+                f"vector: expected a real floating-point tensor of shape ({n},), as the rows of the basis, got "
+                f"{_description(vector)}; flatten gradients in the order of the basis and concatenate them."
+            )
     return _scalar(subspace.fraction(basis.detach(), vector.detach().to(basis.device)), basis)
 
 
@@ -133,14 +138,6 @@ def _check_basis(name: str, basis: Tensor) -> None:
         raise ValueError(
             f"{name}: expected orthonormal rows, max|V V^T - I| < {subspace.ORTHONORMALITY:.0e}, got {defect:.1e}; "
             f"torch.linalg.qr({name}.T)[0].T of float32 or wider gives orthonormal ones."
-        )
-
-
-def _check_vector(name: str, vector: Tensor, n: int) -> None:
-    if not isinstance(vector, Tensor) or vector.shape != (n,) or not vector.is_floating_point():
-        raise ValueError(
-            f"{name}: expected a real floating-point tensor of shape ({n},), as the rows of the basis, got "
-            f"{_description(vector)}; flatten gradients in the order of the basis and concatenate them."
         )
 
 

@@ -1,6 +1,6 @@
 """Metrics of subspaces as torchmetrics: each is the mean over its updates.
 
-All hold a sum and a count, both summed over processes, in float64. So the metric of two processes is the mean over the
+All hold a sum in float64 and a count, both summed over processes. So the metric of two processes is the mean over the
 updates of both, whether they saw the same tensors or different ones.
 """
 
@@ -17,12 +17,14 @@ from lightning_subspace.metrics.functional import gradient_fraction, principal_a
 
 
 class _Mean(Metric):
-    """The mean of something over updates.
+    """The mean of a number over updates.
 
     Args:
-        shape: of one value.
         validate_args: check the arguments of every update.
         kwargs: of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: for a validate_args that is no bool.
     """
 
     is_differentiable: bool = False
@@ -30,14 +32,14 @@ class _Mean(Metric):
     plot_lower_bound: float = 0.0
 
     total: Tensor  # the sum of all values
-    count: Tensor  # how many there were
+    count: Tensor  # their number
 
-    def __init__(self, shape: tuple[int, ...], validate_args: bool, **kwargs: Any) -> None:
+    def __init__(self, validate_args: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not isinstance(validate_args, bool):
             raise ValueError(f"validate_args: expected a bool, got {validate_args!r}.")
         self.validate_args = validate_args
-        self.add_state("total", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def compute(self) -> Tensor:
@@ -45,15 +47,7 @@ class _Mean(Metric):
         return self.total / self.count
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plot a single or multiple values from the metric.
-
-        Args:
-            val: a result of `forward` or `compute`, or a list of them; by default that of `compute`.
-            ax: a matplotlib axis to draw in.
-
-        Returns:
-            Figure and axis; the figure is None where `ax` is given.
-        """
+        """Plot results, by default that of `compute`, see `torchmetrics.Metric.plot`."""
         return self._plot(val, ax)
 
     def _add(self, value: Tensor) -> None:
@@ -68,19 +62,15 @@ class GradientFraction(_Mean):
     and Dyer 2018, arXiv 1812.04754, section 2); a random vector gives k/n. Neither end is better. A vector that is zero
     or not finite has no such share, and its update does not count.
 
-    As input to ``forward`` and ``update`` the metric accepts:
-
-    - ``basis`` (:class:`~torch.Tensor`): orthonormal rows, ``(k, n)``
-    - ``vector`` (:class:`~torch.Tensor`): ``(n,)``
-
-    As output of ``forward`` and ``compute`` it returns a float64 scalar tensor, nan before the first update.
+    `update` takes a basis (k, n) of orthonormal rows and a vector (n,); `forward` and `compute` return a float64 scalar
+    tensor, nan before the first update.
 
     Args:
         validate_args: check shapes, and that the rows are orthonormal, at every update.
         kwargs: additional arguments of `torchmetrics.Metric`.
 
     Raises:
-        ValueError: for a validate_args that is no bool, and in `update` as its function.
+        ValueError: for a validate_args that is no bool, and in `update` as `gradient_fraction`.
 
     Example:
         >>> metric = GradientFraction()
@@ -93,9 +83,6 @@ class GradientFraction(_Mean):
     higher_is_better: bool | None = None
     plot_upper_bound: float = 1.0
 
-    def __init__(self, validate_args: bool = True, **kwargs: Any) -> None:
-        super().__init__((), validate_args, **kwargs)
-
     def update(self, basis: Tensor, vector: Tensor) -> None:
         """Add the fraction of one vector."""
         value = gradient_fraction(basis, vector, validate_args=self.validate_args)
@@ -106,22 +93,18 @@ class GradientFraction(_Mean):
 class SubspaceOverlap(_Mean):
     """Overlap of two subspaces, mean over updates.
 
-    Tr(P P') / min(k, m), in [0, 1]. Equation 4 of Gur-Ari, Roberts and Dyer (2018, arXiv 1812.04754): 1 for equal
-    spaces, 0 for orthogonal ones, k/n for random ones.
+    Tr(P P') / min(k, m), in [0, 1]: 1 for equal spaces, 0 for orthogonal ones, k/n for random ones. Equation 4 of
+    Gur-Ari, Roberts and Dyer (2018, arXiv 1812.04754).
 
-    As input to ``forward`` and ``update`` the metric accepts:
-
-    - ``basis`` (:class:`~torch.Tensor`): orthonormal rows, ``(k, n)``
-    - ``other`` (:class:`~torch.Tensor`): orthonormal rows, ``(m, n)``
-
-    As output of ``forward`` and ``compute`` it returns a float64 scalar tensor, nan before the first update.
+    `update` takes two bases (k, n) and (m, n) of orthonormal rows; `forward` and `compute` return a float64 scalar
+    tensor, nan before the first update.
 
     Args:
         validate_args: check shapes, and that the rows are orthonormal, at every update.
         kwargs: additional arguments of `torchmetrics.Metric`.
 
     Raises:
-        ValueError: for a validate_args that is no bool, and in `update` as its function.
+        ValueError: for a validate_args that is no bool, and in `update` as `subspace_overlap`.
 
     Example:
         >>> metric = SubspaceOverlap()
@@ -134,9 +117,6 @@ class SubspaceOverlap(_Mean):
     higher_is_better: bool = True
     plot_upper_bound: float = 1.0
 
-    def __init__(self, validate_args: bool = True, **kwargs: Any) -> None:
-        super().__init__((), validate_args, **kwargs)
-
     def update(self, basis: Tensor, other: Tensor) -> None:
         """Add the overlap of one pair."""
         self._add(subspace_overlap(basis, other, validate_args=self.validate_args))
@@ -145,15 +125,11 @@ class SubspaceOverlap(_Mean):
 class PrincipalAngles(_Mean):
     """Principal angles between two subspaces, in radians, mean over updates.
 
-    Ascending, each in [0, pi/2]. Bjorck and Golub (1973). Zero for a direction that both have, pi/2 for one that is
-    orthogonal to the other space.
+    Ascending, each in [0, pi/2]: 0 for a direction of both spaces, pi/2 for one that is orthogonal to the other space.
+    Bjorck and Golub (1973, Numerical Methods for Computing Angles Between Linear Subspaces).
 
-    As input to ``forward`` and ``update`` the metric accepts:
-
-    - ``basis`` (:class:`~torch.Tensor`): orthonormal rows, ``(k, n)``
-    - ``other`` (:class:`~torch.Tensor`): orthonormal rows, ``(m, n)``
-
-    As output of ``forward`` and ``compute`` it returns a float64 tensor ``(num_angles,)``, nan before the first update.
+    `update` takes two bases (k, n) and (m, n) of orthonormal rows; `forward` and `compute` return a float64 tensor
+    (num_angles,), nan before the first update.
 
     Args:
         num_angles: min(k, m) of every update, so that processes can be summed.
@@ -161,7 +137,8 @@ class PrincipalAngles(_Mean):
         kwargs: additional arguments of `torchmetrics.Metric`.
 
     Raises:
-        ValueError: for a num_angles that is no positive integer, and in `update` for spaces with another number.
+        ValueError: for a num_angles that is no positive integer, a validate_args that is no bool, and in `update` as
+            `principal_angles`, or for another number of angles.
 
     Example:
         >>> metric = PrincipalAngles(2)
@@ -177,8 +154,9 @@ class PrincipalAngles(_Mean):
     def __init__(self, num_angles: int, validate_args: bool = True, **kwargs: Any) -> None:
         if isinstance(num_angles, bool) or not isinstance(num_angles, int) or num_angles < 1:
             raise ValueError(f"num_angles: expected a positive integer, got {num_angles!r}.")
-        super().__init__((num_angles,), validate_args, **kwargs)
+        super().__init__(validate_args, **kwargs)
         self.num_angles = num_angles
+        self.add_state("total", torch.zeros(num_angles, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, basis: Tensor, other: Tensor) -> None:
         """Add the angles of one pair."""

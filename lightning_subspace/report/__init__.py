@@ -1,7 +1,7 @@
-"""What a person sees of a run: scalars and figures in any logger, a TensorBoard layout, a line of progress.
+"""Output of a run: scalars, figures, a TensorBoard page, progress.
 
-Everything here runs on rank 0 alone and writes only; no number is computed, and no failure reaches the training.
-The figures are loaded on first use, so that matplotlib is needed by those who draw and costs nobody else its import.
+Everything here runs on rank 0 alone and only writes; no failure reaches the training. The figures are loaded on first
+use, since matplotlib takes a while to import.
 """
 
 from __future__ import annotations
@@ -20,11 +20,9 @@ if TYPE_CHECKING:
     from lightning_subspace.report.figures import spectrum_figure as spectrum_figure
     from lightning_subspace.report.figures import summary_figure as summary_figure
 
-_FIGURES = frozenset({"overlap_figure", "spectrum_figure", "summary_figure"})
-
 
 def __getattr__(name: str) -> Any:
-    if name in _FIGURES:
+    if name in ("overlap_figure", "spectrum_figure", "summary_figure"):
         from lightning_subspace.report import figures
 
         return getattr(figures, name)

@@ -1,9 +1,8 @@
-"""Pictures of the density of all eigenvalues: of one step, and over the steps."""
+"""Figures of the density of all eigenvalues."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,63 +10,58 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_subspace.report.panel import GREY, Array, head, legend_above, note, say
+from lightning_subspace.report import panel
+from lightning_subspace.report.panel import Array
+from lightning_subspace.subspace.spectral_density import SpectralDensity
 
-if TYPE_CHECKING:
-    from lightning_subspace.subspace.spectral_density import SpectralDensity
-
-BLUE, VERMILION = "#0072B2", "#D55E00"
-DPI = 100
-# Standard deviation of the Gaussians, and the margin drawn on both sides, in units of the width of the spectrum.
+# Standard deviation of the Gaussians, and the margin on both sides, in units of the width of the spectrum.
 WIDTH, MARGIN = 3e-3, 0.03
 POINTS = 1200
-# Rows of a ridge that can be told apart.
-MAX_ROWS = 24
+MAX_ROWS = 24  # of a ridge, more would blur
 
 
 def density_figure(densities: Sequence[SpectralDensity]) -> Figure:
-    """The density of the last step on a logarithmic scale; the eigenvalues that are known one by one are marked.
+    """The density of the last step on a logarithmic scale.
 
-    A single eigenvalue is a peak of 1/n in area. The density is that of a quadrature: between nodes the valleys of the
-    bulk are its own, not the spectrum's.
+    Known eigenvalues are marked; a single one is a peak of area 1/n. The density is that of a quadrature: valleys in
+    the bulk lie between its nodes, and need not be in the spectrum.
 
     Args:
         densities: the history; the last one is drawn.
     """
-    figure = Figure(figsize=(6.4, 4.2), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(6.4, 4.2), dpi=panel.DPI, layout="constrained")
     axes = figure.add_subplot()
     if not densities:
-        say(axes, "no densities yet")
+        panel.say(axes, "no densities yet")
         return figure
     last = densities[-1]
     low, high = _range(densities[-1:])
     grid, values, width = _curve(last, low, high)
     single = 1.0 / (last.spectrum.dimension * width * np.sqrt(2.0 * np.pi))
-    axes.semilogy(grid, np.maximum(values, 1e-3 * single), color=BLUE, linewidth=1.2, label="density")
-    axes.axhline(single, color=GREY, linestyle=":", linewidth=1, label="height of one eigenvalue")
+    axes.semilogy(grid, np.maximum(values, 1e-3 * single), color=panel.BLUE, linewidth=1.2, label="density")
+    axes.axhline(single, color=panel.GREY, linestyle=":", linewidth=1, label="height of one eigenvalue")
     known = last.spectrum.known.numpy()
     if len(known):
-        axes.plot(known, np.full(len(known), 0.2 * single), "|", color=VERMILION, markersize=12, label="eigenvalues")
-    axes.set_ylim(0.1 * single, 3.0 * max(values.max(), single))
-    axes.set_xlim(low, high)
-    axes.set_xlabel("eigenvalue")
-    axes.set_ylabel("density")
+        heights = np.full(len(known), 0.2 * single)
+        axes.plot(known, heights, "|", color=panel.VERMILION, markersize=12, label="eigenvalues")
+    top = 3.0 * max(values.max(), single)
+    axes.set(xlim=(low, high), ylim=(0.1 * single, top), xlabel="eigenvalue", ylabel="density")
     axes.grid(alpha=0.25)
-    head(axes, f"Density of the {last.spectrum.dimension:,} eigenvalues at step {last.step}")
-    legend_above(axes)
+    panel.head(axes, f"Density of the {last.spectrum.dimension:,} eigenvalues at step {last.step}")
+    panel.legend_above(axes)
     return figure
 
 
 def ridge_figure(densities: Sequence[SpectralDensity]) -> Figure:
-    """The densities over the steps, one above another, each on a logarithmic scale of its own.
+    """The densities over the steps, each with a logarithmic scale.
 
     Args:
         densities: the history, in the order of the steps; about two dozen of them are drawn.
     """
-    figure = Figure(figsize=(6.4, 5.4), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(6.4, 5.4), dpi=panel.DPI, layout="constrained")
     axes = figure.add_subplot()
     if not densities:
-        say(axes, "no densities yet")
+        panel.say(axes, "no densities yet")
         return figure
     count = min(len(densities), MAX_ROWS)
     shown = [densities[int(i)] for i in np.unique(np.linspace(0, len(densities) - 1, count).round())]
@@ -77,12 +71,10 @@ def ridge_figure(densities: Sequence[SpectralDensity]) -> Figure:
         _draw_row(axes, density, (low, high), row, colour, zorder=len(shown) - row)
     rows = range(0, len(shown), -(-len(shown) // 12))
     axes.set_yticks(rows, [str(shown[row].step) for row in rows])
-    axes.set_xlim(low, high)
-    axes.set_xlabel("eigenvalue")
-    axes.set_ylabel("step")
+    axes.set(xlim=(low, high), xlabel="eigenvalue", ylabel="step")
     axes.grid(alpha=0.25, axis="x")
-    head(axes, f"Density of the {shown[-1].spectrum.dimension:,} eigenvalues")
-    note(axes, "logarithmic, from a third of a single eigenvalue upwards")
+    panel.head(axes, f"Density of the {shown[-1].spectrum.dimension:,} eigenvalues")
+    panel.note(axes, "logarithmic, from a third of a single eigenvalue upwards")
     return figure
 
 
@@ -106,7 +98,7 @@ def _range(densities: Sequence[SpectralDensity]) -> tuple[float, float]:
 
 
 def _curve(density: SpectralDensity, low: float, high: float) -> tuple[Array, Array, float]:
-    """Points, the density there, and the standard deviation that it is smoothed by."""
+    """Points, the density there, and the standard deviation of its Gaussians."""
     width = WIDTH * (high - low)
     grid = torch.linspace(low, high, POINTS, dtype=torch.float64)
     return grid.numpy(), density.spectrum.density(grid, width).numpy(), width

@@ -1,14 +1,12 @@
-"""Pictures of a run: the spectrum of one probe, the overlaps between all probes, and everything over the steps.
+"""Figures of a run: spectrum, overlaps between probes, and summary.
 
-Only matplotlib's object interface is used: no pyplot, no backend, no global state, so that drawing in the middle of
-someone's training neither opens a window nor touches their figures or their rcParams. What a probe withheld is a gap
-in a line and a grey cell in a matrix, never a zero.
+Only matplotlib's object interface is used, no pyplot, backend or global state: drawing during training neither opens a
+window nor touches the user's figures or rcParams. A missing value is a gap in a line or a grey cell, never a zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib import colormaps
@@ -19,50 +17,31 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from lightning_subspace.report.panel import (
-    CROWDED,
-    GREY,
-    Array,
-    colour_bar,
-    draw_line,
-    finish,
-    head,
-    legend_above,
-    note,
-    say,
-    scale_values,
-    series,
-    step_values,
-    unit_limits,
-)
+from lightning_subspace.report import panel
+from lightning_subspace.report.panel import Array
+from lightning_subspace.subspace.record import Record
+from lightning_subspace.subspace.subspace import Subspace
 
-if TYPE_CHECKING:
-    from lightning_subspace.subspace.record import Record
-    from lightning_subspace.subspace.subspace import Subspace
-
-# The colours of Okabe and Ito, which stay apart for every kind of colour vision.
-BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 UNKNOWN = "0.88"
-DPI = 100
 # Up to this many probes a matrix has room for its numbers, and for a label at every row.
 READABLE_CELLS = 8
 
 
 def spectrum_figure(records: Sequence[Record]) -> Figure:
-    """The eigenvalues of the last probe, with the gap that separates the top subspace from the rest.
+    """The eigenvalues of the last probe, and the gap below.
 
     Args:
         records: the history; the last record that has a subspace is drawn.
     """
-    figure = Figure(figsize=(6.4, 4.2), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(6.4, 4.2), dpi=panel.DPI, layout="constrained")
     axes = figure.add_subplot()
     last = next((record for record in reversed(records) if record.subspace is not None), None)
     if last is None or last.subspace is None:
-        say(axes, "no eigenvalues yet")
+        panel.say(axes, "no eigenvalues yet")
         return figure
     _draw_spectrum(axes, last.subspace)
     unconverged = "" if last.subspace.converged else ", not converged"
-    head(axes, f"Top eigenvalues of the Hessian at step {last.step}{unconverged}")
+    panel.head(axes, f"Top eigenvalues of the Hessian at step {last.step}{unconverged}")
     return figure
 
 
@@ -74,7 +53,7 @@ def overlap_figure(steps: Sequence[int], matrix: Array, error: float | None = No
         matrix: (p, p) overlaps in [0, 1]; nan where unknown.
         error: standard deviation of an entry, where entries are estimates from sketches; stated in the title.
     """
-    figure = Figure(figsize=(6.4, 5.4), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(6.4, 5.4), dpi=panel.DPI, layout="constrained")
     axes = figure.add_subplot()
     _draw_overlaps(axes, steps, matrix, error)
     axes.set_aspect("equal")
@@ -84,20 +63,20 @@ def overlap_figure(steps: Sequence[int], matrix: Array, error: float | None = No
 def summary_figure(
     records: Sequence[Record], steps: Sequence[int], matrix: Array, error: float | None = None
 ) -> Figure:
-    """Everything over the steps of the training.
+    """Four panels over the steps of the training.
 
-    Eigenvalues, where the gradient and the updates lie, how much of the subspace survives, and the overlap matrix; for
-    a run that measured no eigenvectors (k = 0), the quantities of a single Hessian product.
+    Eigenvalues, fractions of gradient and updates, overlaps with earlier probes, and the overlap matrix; for a run
+    without eigenvectors (k = 0), the quantities of a single Hessian product.
 
     Args:
         records: the history, in the order of the steps.
-        steps: the steps of the matrix's rows.
-        matrix: (p, p) overlaps in [0, 1]; nan where unknown.
-        error: standard deviation of an entry of the matrix, if known.
+        steps: the step of each row of the matrix.
+        matrix: (p, p) overlaps, as for `overlap_figure`.
+        error: standard deviation of an entry, if known.
     """
     if records and not _eigenvalue_keys(records) and all(record.subspace is None for record in records):
         return _gradient_figure(records)
-    figure = Figure(figsize=(12.0, 8.0), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+    figure = Figure(figsize=(12.0, 8.0), dpi=panel.DPI, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     axes = figure.subplots(2, 2)
     _draw_eigenvalues(axes[0, 0], records)
     _draw_gradient(axes[0, 1], records)
@@ -107,17 +86,18 @@ def summary_figure(
 
 
 def _gradient_figure(records: Sequence[Record]) -> Figure:
-    figure = Figure(figsize=(12.0, 3.8), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(12.0, 3.8), dpi=panel.DPI, layout="constrained")
     cosine, norm, curvature = figure.subplots(1, 3)
-    draw_line(cosine, records, "gradient_hessian_cosine", BLUE)
-    finish(cosine, records, "Cosine between g and Hg", "cosine")
-    unit_limits(cosine)
-    draw_line(norm, records, "gradient_norm", VERMILION)
-    finish(norm, records, "Length of the gradient", "|g|")
-    scale_values(norm, series(records, "gradient_norm"))
-    draw_line(curvature, records, "gradient_curvature", GREEN)
-    finish(curvature, records, "Curvature along the gradient", "g·Hg / |g|²")
-    scale_values(curvature, series(records, "gradient_curvature"))
+    panel.draw_line(cosine, records, "gradient_hessian_cosine", panel.BLUE)
+    panel.finish(cosine, records, "Cosine between g and Hg", "cosine")
+    panel.unit_limits(cosine)
+    for axes, key, colour, title, quantity in (
+        (norm, "gradient_norm", panel.VERMILION, "Length of the gradient", "|g|"),
+        (curvature, "gradient_curvature", panel.GREEN, "Curvature along the gradient", "g·Hg / |g|²"),
+    ):
+        panel.draw_line(axes, records, key, colour)
+        panel.finish(axes, records, title, quantity)
+        panel.scale_values(axes, panel.series(records, key))
     return figure
 
 
@@ -126,7 +106,7 @@ def _draw_spectrum(axes: Axes, subspace: Subspace) -> None:
     values = subspace.eigenvalues.double().cpu().numpy()
     residuals = subspace.residuals.double().cpu().numpy()
     index = np.arange(1, k + 1)
-    axes.errorbar(index, values, yerr=residuals, fmt="o", color=BLUE, capsize=4, label="eigenvalue ± residual")
+    axes.errorbar(index, values, yerr=residuals, fmt="o", color=panel.BLUE, capsize=4, label="eigenvalue ± residual")
     axes.set_xlim(0.4, k + 0.6)
     rest = subspace.next_eigenvalue
     if np.isfinite(rest):
@@ -135,84 +115,79 @@ def _draw_spectrum(axes: Axes, subspace: Subspace) -> None:
         steps = np.diff(values)
         if (steps <= 0.0).all() or (steps >= 0.0).all():
             low, high = sorted(values[-2:])
-            axes.axhspan(low, high, color=ORANGE, alpha=0.25, linewidth=0, label=f"gap {high - low:.3g}")
-        axes.axvline(k + 0.5, color=GREY, linestyle=":", linewidth=1)
-        axes.plot(k + 1, rest, "o", color=GREY, markerfacecolor="none", label="next eigenvalue")
+            axes.axhspan(low, high, color=panel.ORANGE, alpha=0.25, linewidth=0, label=f"gap {high - low:.3g}")
+        axes.axvline(k + 0.5, color=panel.GREY, linestyle=":", linewidth=1)
+        axes.plot(k + 1, rest, "o", color=panel.GREY, markerfacecolor="none", label="next eigenvalue")
         axes.set_xlim(0.4, k + 1.6)
-    scale_values(axes, values)
+    panel.scale_values(axes, values)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlabel("index")
-    axes.set_ylabel("eigenvalue")
+    axes.set(xlabel="index", ylabel="eigenvalue")
     axes.grid(alpha=0.25)
-    legend_above(axes)
+    panel.legend_above(axes)
 
 
 def _draw_eigenvalues(axes: Axes, records: Sequence[Record]) -> None:
     keys = _eigenvalue_keys(records)
     k = max((record.subspace.k for record in records if record.subspace is not None), default=len(keys))
     colours = ListedColormap(colormaps["viridis"](np.linspace(0.0, 0.92, max(k, 1))))
-    crowded = len(keys) * len(records) > CROWDED
+    crowded = len(keys) * len(records) > panel.CROWDED
     for index, key in enumerate(keys):
-        if index < k:
-            draw_line(axes, records, key, colours(index), crowded=crowded)
-        else:
-            draw_line(axes, records, key, GREY, linestyle="--", crowded=crowded)
-    finish(axes, records, "Top eigenvalues of the Hessian", "eigenvalue")
+        colour, linestyle = (colours(index), "-") if index < k else (panel.GREY, "--")
+        panel.draw_line(axes, records, key, colour, linestyle=linestyle, crowded=crowded)
+    panel.finish(axes, records, "Top eigenvalues of the Hessian", "eigenvalue")
     if not axes.has_data():
         return
     if len(keys) > k:
-        note(axes, f"dashed: eigenvalue {k + 1}, behind the gap")
-    scale_values(axes, np.concatenate([series(records, key) for key in keys]))
+        panel.note(axes, f"dashed: eigenvalue {k + 1}, behind the gap")
+    panel.scale_values(axes, np.concatenate([panel.series(records, key) for key in keys]))
     # A swatch for each index says what k legend entries would, and takes the same room for k = 2 and k = 50.
     if k > 1:
-        bar = colour_bar(axes, ScalarMappable(BoundaryNorm(np.arange(0.5, k + 1), k), colours), "index")
+        bar = panel.colour_bar(axes, ScalarMappable(BoundaryNorm(np.arange(0.5, k + 1), k), colours), "index")
         bar.yaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
         bar.minorticks_off()
         bar.invert_yaxis()
 
 
 def _draw_gradient(axes: Axes, records: Sequence[Record]) -> None:
-    low, high = series(records, "gradient_fraction_low"), series(records, "gradient_fraction_high")
-    draw_line(axes, records, "gradient_fraction", BLUE, "gradient")
+    low, high = panel.series(records, "gradient_fraction_low"), panel.series(records, "gradient_fraction_high")
+    panel.draw_line(axes, records, "gradient_fraction", panel.BLUE, "gradient")
     if np.isfinite(low + high).any():
         # A bar at each probe that measured it; a band between them would show what nobody measured.
-        axes.vlines(
-            step_values(records), low, high, color=BLUE, alpha=0.25, linewidth=6, zorder=1, label="its error bar"
-        )
-    draw_line(axes, records, "update_fraction", ORANGE, "update")
-    draw_line(axes, records, "gradient_hessian_cosine", VERMILION, "cosine of g and Hg")
-    finish(axes, records, "Fraction in the top subspace", "fraction, cosine")
-    unit_limits(axes)
-    legend_above(axes)
+        at = panel.step_values(records)
+        axes.vlines(at, low, high, color=panel.BLUE, alpha=0.25, linewidth=6, zorder=1, label="its error bar")
+    panel.draw_line(axes, records, "update_fraction", panel.ORANGE, "update")
+    panel.draw_line(axes, records, "gradient_hessian_cosine", panel.VERMILION, "cosine of g and Hg")
+    panel.finish(axes, records, "Fraction in the top subspace", "fraction, cosine")
+    panel.unit_limits(axes)
+    panel.legend_above(axes)
 
 
 def _draw_stability(axes: Axes, records: Sequence[Record]) -> None:
-    draw_line(axes, records, "overlap_previous", BLUE, "with the previous probe")
-    draw_line(axes, records, "overlap_reference", VERMILION, "with the reference probe")
-    finish(axes, records, "Overlap of the top subspace", "overlap")
-    unit_limits(axes)
-    legend_above(axes)
+    panel.draw_line(axes, records, "overlap_previous", panel.BLUE, "with the previous probe")
+    panel.draw_line(axes, records, "overlap_reference", panel.VERMILION, "with the reference probe")
+    panel.finish(axes, records, "Overlap of the top subspace", "overlap")
+    panel.unit_limits(axes)
+    panel.legend_above(axes)
 
 
 def _draw_overlaps(axes: Axes, steps: Sequence[int], matrix: Array, error: float | None) -> None:
-    head(axes, "Overlap between all probes" + ("" if error is None else f", ± {error:.2g}"))
+    panel.head(axes, "Overlap between all probes" + ("" if error is None else f", ± {error:.2g}"))
     if not len(steps):
-        say(axes, "no overlaps yet")
+        panel.say(axes, "no overlaps yet")
         return
     axes.set_facecolor(UNKNOWN)
     if np.isnan(matrix).any():
-        note(axes, "grey: unknown")
+        panel.note(axes, "grey: unknown")
     image = axes.imshow(
         matrix, vmin=0.0, vmax=1.0, cmap="viridis", origin="lower", interpolation="nearest", aspect="auto"
     )
-    colour_bar(axes, image, "overlap")
+    panel.colour_bar(axes, image, "overlap")
     count = len(steps)
     shown = range(0, count, -(-count // READABLE_CELLS))
     labels = [str(steps[index]) for index in shown]
     axes.set_xticks(shown, labels)
     axes.set_yticks(shown, labels)
-    axes.set_xlabel("step")
-    axes.set_ylabel("step")
+    axes.set(xlabel="step", ylabel="step")
     if count <= READABLE_CELLS:
         for (row, column), value in np.ndenumerate(matrix):
             if np.isfinite(value):

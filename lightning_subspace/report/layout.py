@@ -1,8 +1,8 @@
-"""A TensorBoard page with the curves that belong together in one chart: the custom-scalars layout.
+"""TensorBoard page of combined charts: the custom-scalars layout.
 
-A log directory has one layout, and writing another replaces it: a second monitor's, or the user's own. So what is
-there is read first, from the event files, and the charts are added to it. A layout that the user writes *after* this
-one still replaces it; TensorBoard has no way to append.
+A log directory has one layout, and writing another replaces it. So the existing one, another monitor's or the user's,
+is read from the event files first, and the charts are added to it. A layout that the user writes *after* this one still
+replaces it; TensorBoard has no way to append.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from lightning_subspace.report.loggers import logged_name
 # Category -> chart -> [kind, tags], as `SummaryWriter.add_custom_scalars` takes it.
 Layout: TypeAlias = dict[str, dict[str, list[Any]]]
 
-# The layouts written here, by writer: all that is known where the log directory cannot be read, and the rescue of ours
-# where the user has replaced it in the meantime.
+# The layouts written here, by writer: they stand in where the log directory cannot be read, and restore ours where the
+# user has replaced it in the meantime.
 _written: WeakKeyDictionary[Any, Layout] = WeakKeyDictionary()
 
 
 def add_layout(loggers: Iterable[Any], prefix: str, k: int) -> None:
-    """Add a category with the monitor's charts to the custom-scalars page of every TensorBoard logger.
+    """Add the monitor's charts to the custom-scalars page of every TensorBoard logger.
 
     Charts of the same category and title are replaced, all others stay. Never raises; call on rank 0 only.
 
@@ -50,11 +50,7 @@ def add_layout(loggers: Iterable[Any], prefix: str, k: int) -> None:
 
 
 def charts(prefix: str, k: int) -> dict[str, list[Any]]:
-    """The charts of one monitor.
-
-    Args:
-        prefix: the monitor's `name`.
-        k: number of eigenpairs.
+    """The charts of the monitor of this name, with k eigenpairs.
 
     Example:
         >>> charts("subspace", 0)["gradient"]
@@ -74,13 +70,15 @@ def charts(prefix: str, k: int) -> dict[str, list[Any]]:
             "overlap": ["overlap_previous", "overlap_reference"],
             "stability": ["sharpness_over_threshold"],
         }
-    return {
-        title: ["Multiline", [_exactly(logged_name(prefix, key)) for key in chart]] for title, chart in keys.items()
-    }
+
+    def pattern(key: str) -> str:  # TensorBoard takes the tags of a chart as regular expressions, open at the end
+        return re.escape(logged_name(prefix, key)) + "$"
+
+    return {title: ["Multiline", list(map(pattern, chart))] for title, chart in keys.items()}
 
 
 def merge(*layouts: Mapping[str, Mapping[str, list[Any]]]) -> Layout:
-    """Unite layouts chart by chart; of two charts with the same category and title the later one counts.
+    """Unite layouts; of charts with the same name the last counts.
 
     Example:
         >>> merge({"a": {"x": [1]}}, {"b": {"y": [2]}, "a": {"z": [3]}})
@@ -94,15 +92,12 @@ def merge(*layouts: Mapping[str, Mapping[str, list[Any]]]) -> Layout:
 
 
 def read_layout(log_dir: str) -> Layout:
-    """The layout that TensorBoard would show for a log directory: the last one written. Empty where there is none.
-
-    Args:
-        log_dir: a local directory of event files.
+    """The last layout written to a log directory; empty if none.
 
     Raises:
-        OSError: when it cannot be listed or read.
+        OSError: where the directory or one of its event files cannot be read.
     """
-    # Optional dependencies, present wherever there is a TensorBoard logger.
+    # Imported here, since tensorboard takes a while to import and most runs never need it.
     from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout as LayoutProto  # type: ignore[import-untyped]
     from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG  # type: ignore[import-untyped]
@@ -121,19 +116,14 @@ def read_layout(log_dir: str) -> Layout:
 
 
 def _event_records(path: Path) -> Iterator[bytes]:
-    """The serialized events of a file: each is framed by its length, a checksum of that, and one of itself.
-
-    TensorBoard's own reader verifies the checksums in Python, at 10 MB a second: a minute of waiting at the start of
-    every resumed run with images in its log.
-
-    Yields:
-        The bytes of one event after another.
-    """
+    """The serialized events of a file."""
+    # Each is framed by its length, a checksum of that, and one of itself. TensorBoard's own reader verifies them in
+    # Python, at 10 MB a second: a minute of waiting at the start of every resumed run with images in its log.
     with path.open("rb") as file:
         while len(header := file.read(12)) == 12:
             (length,) = struct.unpack("<Q", header[:8])
             record = file.read(length)
-            if len(record) < length:  # still being written, or cut off by a crash
+            if len(record) < length:  # being written, or cut off by a crash
                 return
             yield record
             file.seek(4, os.SEEK_CUR)
@@ -156,13 +146,8 @@ def _add_to_writer(writer: Any, layout: Layout) -> None:
     _written[writer] = merged
 
 
-def _exactly(tag: str) -> str:
-    """A pattern for one tag: TensorBoard takes the tags of a chart as regular expressions, open at the end."""
-    return re.escape(tag) + "$"
-
-
 def _as_dict(layout: Any) -> Layout:
-    """Assignment the protobuf into what `add_custom_scalars` takes."""
+    """A protobuf layout, as `add_custom_scalars` takes it."""
     result: Layout = {}
     for category in layout.category:
         its_charts = result.setdefault(category.title, {})

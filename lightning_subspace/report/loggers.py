@@ -1,10 +1,10 @@
 """Scalars, histograms and figures to any Lightning logger.
 
-Scalars go to every logger through `log_metrics`. Histograms and figures have no common interface, so each known logger
-has its own few lines, found by the *names* of the logger's classes: nothing here imports wandb, MLflow or Comet, and
-loggers of `lightning` and `pytorch_lightning` look alike. A logger nobody knows gets the scalars alone.
+Scalars go to every logger through `log_metrics`. Histograms and figures have no common interface: each known logger has
+a row in a table, found by the *names* of the logger's classes, so that nothing here imports wandb, MLflow or Comet, and
+loggers of `lightning` and `pytorch_lightning` look alike. An unknown logger gets the scalars alone.
 
-Nothing here asks for the rank: call it on rank 0 only, as Lightning's loggers expect.
+Call on rank 0 only, as Lightning's loggers expect.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from __future__ import annotations
 import importlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -24,25 +23,17 @@ if TYPE_CHECKING:
 
 LogLevel: TypeAlias = Literal["default", "all"]
 
-# Logged with log="all" only, like everything under solver/ but the two keys below.
-EXTRA_KEYS = frozenset({"batch_gradient_fraction", "gap_index", "gradient_norm", "gradient_curvature"})
-# All there is to say where no eigenpairs were computed (k = 0).
-GRADIENT_KEYS = frozenset({"gradient_norm", "gradient_curvature"})
-# Whether a number can be believed, and what it cost: nobody should have to ask for these.
+# Whether a number can be believed, and what it cost: always logged.
 SOLVER_KEYS = frozenset({"solver/subspace_error", "solver/overhead"})
-# All that is left to say about a probe whose solver did not converge.
+# All that a probe whose solver did not converge can log.
 FAILURE_KEYS = frozenset({"solver/converged", "solver/residual"})
 
 
 def logged_name(prefix: str, key: str) -> str:
-    """Name of a metric in the logger.
+    """Name in the loggers of a key of `Record.metrics`.
 
-    TensorBoard groups by what stands before the first slash; the eigenvalues get a group of their own, since k + 1 of
-    them would bury the numbers a person looks at.
-
-    Args:
-        prefix: the monitor's `name`.
-        key: a key of `Record.metrics`.
+    `prefix` is the monitor's name. TensorBoard groups by the part before the first slash. The eigenvalues get a group
+    of their own, since k + 1 of them would bury the numbers a person looks at.
 
     Example:
         >>> logged_name("subspace", "gradient_fraction"), logged_name("subspace", "eigenvalues/01")
@@ -51,97 +42,77 @@ def logged_name(prefix: str, key: str) -> str:
     return f"{prefix}_{key}" if key.startswith("eigenvalues/") else f"{prefix}/{key}"
 
 
-def select(metrics: Mapping[str, float], log: LogLevel) -> dict[str, float]:
+def select(metrics: Mapping[str, float], log: LogLevel, extra: Set[str]) -> dict[str, float]:
     """The part of a probe's metrics that is sent to the loggers.
 
     Args:
         metrics: `Record.metrics`.
         log: "default" for what a person looks at, "all" for everything.
+        extra: keys that "default" leaves out, unless k = 0, like all of `solver/` but a few.
 
     Example:
-        >>> select({"sharpness": 2.0, "gap_index": 3.0, "solver/converged": 1.0}, "default")
+        >>> select({"sharpness": 2.0, "gap_index": 3.0, "solver/converged": 1.0}, "default", {"gap_index"})
         {'sharpness': 2.0}
     """
     if log == "all":
         return dict(metrics)
-    asked_for = SOLVER_KEYS
-    if "solver/converged" not in metrics:
-        asked_for |= GRADIENT_KEYS
-    elif metrics["solver/converged"] == 0.0:
-        asked_for |= FAILURE_KEYS
-    return {
-        key: value
-        for key, value in metrics.items()
-        if key in asked_for or not (key in EXTRA_KEYS or key.startswith("solver/"))
-    }
+    kept = SOLVER_KEYS | (FAILURE_KEYS if metrics.get("solver/converged") == 0.0 else frozenset())
+    has_eigenpairs = "solver/converged" in metrics  # without them (k = 0) there is little else to log
+
+    def is_left_out(key: str) -> bool:
+        return key.startswith("solver/") or (has_eigenpairs and key in extra)
+
+    return {key: value for key, value in metrics.items() if key in kept or not is_left_out(key)}
 
 
 class Reporter:
-    """Sends values to loggers; a logger that fails loses its values, never the training.
+    """Sends values to loggers; one that fails loses its values alone.
 
     The first failure of each logger is a warning with the logger's class, the exception and what was lost. Later calls
-    go on trying: a dropped connection may come back. Call on rank 0 only.
+    try again, since a dropped connection may come back. Call on rank 0 only. In all methods `loggers` are those of the
+    trainer, `tag` is a name such as "subspace/spectrum", and `step` is the x of the values.
 
     Example:
         >>> Reporter().scalars(trainer.loggers, {"subspace/sharpness": 21.3}, step=100)  # doctest: +SKIP
     """
 
     def __init__(self) -> None:
-        """Start with every logger in good standing."""
         # Identities rather than loggers: they need no hash, and a pickled or deep-copied monitor drags no logger along.
         self._warned: set[int] = set()
 
     def scalars(self, loggers: Iterable[Any], metrics: Mapping[str, float], step: int) -> None:
-        """Log the finite values among the metrics.
-
-        Args:
-            loggers: `trainer.loggers`.
-            metrics: values under their logged names. nan and inf are left out: several services reject them, and then
-                all that was sent with them.
-            step: the x of the values.
-        """
+        """Log metrics under their logged names, nan and inf left out."""
+        # Several services reject these, and then all that was sent with them.
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         if not finite:
             return
         lost = f"{len(finite)} scalars ({', '.join(list(finite)[:3])}{', ...' if len(finite) > 3 else ''})"
         for logger in loggers:
-            self._attempt(logger, partial(_send_scalars, logger, finite, step), lost, step)
+            self._attempt(logger, _log_scalars, finite, step=step, lost=lost)
 
     def histogram(self, loggers: Iterable[Any], tag: str, values: Tensor, step: int) -> None:
-        """Log the distribution of some values, where the logger can show one.
-
-        Args:
-            loggers: `trainer.loggers`.
-            tag: the name, such as "subspace/spectrum".
-            values: any shape; non-finite entries are left out.
-            step: the x of the values.
-        """
+        """Log the distribution of the finite values, where a logger can."""
         values = values.detach().flatten().double().cpu()
         values = values[values.isfinite()]
-        if not len(values):
-            return
-        for logger in loggers:
-            send = _lookup(_HISTOGRAM_SENDERS, logger)
-            if send is not None:
-                self._attempt(logger, partial(send, logger, tag, values, step), f"the histogram {tag}", step)
+        if len(values):
+            self._send(_HISTOGRAMS, loggers, tag, values, step, f"the histogram {tag}")
 
     def figure(self, loggers: Iterable[Any], tag: str, figure: Figure, step: int) -> None:
-        """Log a matplotlib figure, where the logger can show or store one.
+        """Log a matplotlib figure, where a logger can; it is left open."""
+        self._send(_FIGURES, loggers, tag, figure, step, f"the figure {tag}")
 
-        Args:
-            loggers: `trainer.loggers`.
-            tag: the name, such as "subspace/overlap".
-            figure: left open, and not registered with pyplot.
-            step: the x of the figure.
-        """
+    def _send(
+        self, senders: Mapping[str, _Sender], loggers: Iterable[Any], tag: str, value: Any, step: int, lost: str
+    ) -> None:
         for logger in loggers:
-            send = _lookup(_FIGURE_SENDERS, logger)
+            names = [base.__name__ for base in type(logger).__mro__]  # the most derived class first
+            send = next((senders[name] for name in names if name in senders), None)
             if send is not None:
-                self._attempt(logger, partial(send, logger, tag, figure, step), f"the figure {tag}", step)
+                self._attempt(logger, send, tag, value, step=step, lost=lost)
 
-    def _attempt(self, logger: Any, send: Callable[[], None], lost: str, step: int) -> None:
+    def _attempt(self, logger: Any, send: Callable[..., None], *values: Any, step: int, lost: str) -> None:
         try:
-            send()
+            send(logger, *values, step)
         except Exception as error:
             if id(logger) in self._warned:
                 return
@@ -154,13 +125,8 @@ class Reporter:
             )
 
 
-def _lookup(senders: Mapping[str, _Sender], logger: Any) -> _Sender | None:
-    """The sender for the most derived class of the logger that has one."""
-    return next((senders[base.__name__] for base in type(logger).__mro__ if base.__name__ in senders), None)
-
-
-def _send_scalars(logger: Any, metrics: Mapping[str, float], step: int) -> None:
-    # A dict of its own for each, since loggers add keys to what they are given.
+def _log_scalars(logger: Any, metrics: Mapping[str, float], step: int) -> None:
+    # A dict for each, since loggers add keys to the one they are given.
     logger.log_metrics(dict(metrics), step=step)
 
 
@@ -169,42 +135,7 @@ def _numbered(tag: str, step: int, suffix: str) -> str:
     return f"{tag}_{step:06d}.{suffix}"
 
 
-def _tensorboard_histogram(logger: Any, tag: str, values: Tensor, step: int) -> None:
-    logger.experiment.add_histogram(tag, values.numpy(), step)
-
-
-def _tensorboard_figure(logger: Any, tag: str, figure: Figure, step: int) -> None:
-    logger.experiment.add_figure(tag, figure, step, close=False)
-
-
-def _wandb_histogram(logger: Any, tag: str, values: Tensor, step: int) -> None:
-    # The user's logger has imported it already.
-    wandb = importlib.import_module("wandb")
-    logger.log_metrics({tag: wandb.Histogram(values.numpy())}, step=step)
-
-
-def _wandb_figure(logger: Any, tag: str, figure: Figure, step: int) -> None:
-    logger.log_image(tag, [figure], step=step)
-
-
-def _mlflow_histogram(logger: Any, tag: str, values: Tensor, step: int) -> None:
-    # MLflow shows no histograms; the values themselves are few and keep more.
-    logger.experiment.log_dict(logger.run_id, {"step": step, "values": values.tolist()}, _numbered(tag, step, "json"))
-
-
-def _mlflow_figure(logger: Any, tag: str, figure: Figure, step: int) -> None:
-    logger.experiment.log_figure(logger.run_id, figure, _numbered(tag, step, "png"))
-
-
-def _comet_histogram(logger: Any, tag: str, values: Tensor, step: int) -> None:
-    logger.experiment.log_histogram_3d(values.numpy(), name=tag, step=step)
-
-
-def _comet_figure(logger: Any, tag: str, figure: Figure, step: int) -> None:
-    logger.experiment.log_figure(figure_name=tag, figure=figure, step=step)
-
-
-def _csv_figure(logger: Any, tag: str, figure: Figure, step: int) -> None:
+def _save_beside_csv(logger: Any, tag: str, figure: Figure, step: int) -> None:
     # The experiment claims the folder when it is made, and warns about one that is not empty: it has to come first.
     _ = logger.experiment
     folder = Path(logger.log_dir) / "figures"
@@ -212,19 +143,31 @@ def _csv_figure(logger: Any, tag: str, figure: Figure, step: int) -> None:
     figure.savefig(folder / _numbered(tag.replace("/", "_"), step, "png"))
 
 
-_Sender: TypeAlias = Callable[[Any, str, Any, int], None]
+_Sender: TypeAlias = Callable[[Any, str, Any, int], None]  # logger, tag, value, step
 
-_HISTOGRAM_SENDERS: Mapping[str, _Sender] = {
-    "TensorBoardLogger": _tensorboard_histogram,
-    "WandbLogger": _wandb_histogram,
-    "MLFlowLogger": _mlflow_histogram,
-    "CometLogger": _comet_histogram,
+_HISTOGRAMS: Mapping[str, _Sender] = {
+    "TensorBoardLogger": lambda logger, tag, values, step: logger.experiment.add_histogram(tag, values.numpy(), step),
+    # The user's logger has imported wandb already.
+    "WandbLogger": lambda logger, tag, values, step: logger.log_metrics(
+        {tag: importlib.import_module("wandb").Histogram(values.numpy())}, step=step
+    ),
+    # MLflow shows no histograms; the values themselves are few and keep more.
+    "MLFlowLogger": lambda logger, tag, values, step: logger.experiment.log_dict(
+        logger.run_id, {"step": step, "values": values.tolist()}, _numbered(tag, step, "json")
+    ),
+    "CometLogger": lambda logger, tag, values, step: logger.experiment.log_histogram_3d(
+        values.numpy(), name=tag, step=step
+    ),
 }
 
-_FIGURE_SENDERS: Mapping[str, _Sender] = {
-    "TensorBoardLogger": _tensorboard_figure,
-    "WandbLogger": _wandb_figure,
-    "MLFlowLogger": _mlflow_figure,
-    "CometLogger": _comet_figure,
-    "CSVLogger": _csv_figure,
+_FIGURES: Mapping[str, _Sender] = {
+    "TensorBoardLogger": lambda logger, tag, figure, step: logger.experiment.add_figure(tag, figure, step, close=False),
+    "WandbLogger": lambda logger, tag, figure, step: logger.log_image(tag, [figure], step=step),
+    "MLFlowLogger": lambda logger, tag, figure, step: logger.experiment.log_figure(
+        logger.run_id, figure, _numbered(tag, step, "png")
+    ),
+    "CometLogger": lambda logger, tag, figure, step: logger.experiment.log_figure(
+        figure_name=tag, figure=figure, step=step
+    ),
+    "CSVLogger": _save_beside_csv,
 }

@@ -1,26 +1,25 @@
-"""What the panels of all figures share: lines with gaps, scales, titles, legends that lie above the data."""
+"""Parts of a panel: lines with gaps, scales, titles, legends."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.typing import ColorType
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from matplotlib.typing import ColorType
-
-    from lightning_subspace.subspace.record import Record
+from lightning_subspace.subspace.record import Record
 
 Array = NDArray[np.float64]
 
+# The colours of Okabe and Ito, distinct for every kind of colour vision.
+BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 GREY = "0.55"
-# With more points than this in a panel, lines and markers are drawn small.
-CROWDED = 1000
+DPI = 100
+CROWDED = 1000  # with more points than this in a panel, lines and markers are drawn small
 
 
 def draw_line(
@@ -32,16 +31,9 @@ def draw_line(
     linestyle: str = "-",
     crowded: bool | None = None,
 ) -> None:
-    """Draw one metric over the steps, if any record has it; a missing value interrupts the line.
+    """Draw one metric over the steps, with gaps where it is missing.
 
-    Args:
-        axes: the panel.
-        records: the history.
-        key: a key of `Record.metrics`.
-        colour: of line and markers.
-        label: the entry in the legend.
-        linestyle: as in matplotlib.
-        crowded: whether to draw small; by default for more than 100 records.
+    Line and markers are small if `crowded`, by default for more than 100 records.
     """
     values = series(records, key)
     if not np.isfinite(values).any():
@@ -63,8 +55,7 @@ def finish(axes: Axes, records: Sequence[Record], title: str, quantity: str) -> 
     margin = max(0.03 * (last - first), 0.5)
     axes.set_xlim(first - margin, last + margin)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
-    axes.set_xlabel("step")
-    axes.set_ylabel(quantity)
+    axes.set(xlabel="step", ylabel=quantity)
     axes.grid(alpha=0.25)
 
 
@@ -112,18 +103,17 @@ def colour_bar(axes: Axes, mappable: ScalarMappable, label: str) -> Axes:
 def say(axes: Axes, text: str) -> None:
     """Say why a panel is empty."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
 
 
 def unit_limits(axes: Axes) -> None:
-    """Show all of [0, 1], and the negative part where there is one."""
+    """Show all of [0, 1], and negative values if any."""
     if axes.has_data():
         axes.set_ylim(min(axes.dataLim.y0, 0.0) - 0.03, 1.03)
 
 
 def scale_values(axes: Axes, values: Array) -> None:
-    """Make the y axis logarithmic; with values <= 0 symmetric, and linear up to a hundredth or tenth of the largest."""
+    """Make the y axis logarithmic, symmetric where values are <= 0."""
     values = values[np.isfinite(values)]
     if not values.any():
         return
@@ -137,16 +127,17 @@ def scale_values(axes: Axes, values: Array) -> None:
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
+        # Linear up to between a hundredth and a tenth of the largest.
         axes.set_yscale("symlog", linthresh=10.0 ** (np.floor(np.log10(np.abs(values).max())) - 1))
         axes.autoscale(axis="y")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def step_values(records: Sequence[Record]) -> Array:
-    """(p,) the x of every record."""
+    """The x of every record, (p,)."""
     return np.array([record.step for record in records], dtype=np.float64)
 
 
 def series(records: Sequence[Record], key: str) -> Array:
-    """(p,) the values of one metric, nan where a probe has none."""
+    """The values of one metric, (p,), nan where a probe has none."""
     return np.array([record.metrics.get(key, np.nan) for record in records], dtype=np.float64)

@@ -1,10 +1,8 @@
-"""One line that says what a long probe is doing, on whatever progress bar the trainer has.
+"""Progress of a long probe, in a line on the progress bar.
 
 A probe may take as long as hundreds of training steps, and a bar that stands still looks like a hang. Each display
-below borrows a place that is already on the screen and gives it back: nothing stays behind.
-
-Lightning's bars are recognised by the names of their classes, so that both of its namespaces work and neither tqdm nor
-rich is imported.
+below borrows a place on the screen and gives it back. Lightning's bars are recognised by the names of their classes, so
+that both of its namespaces work and neither tqdm nor rich is imported.
 """
 
 from __future__ import annotations
@@ -13,21 +11,26 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Protocol, TextIO
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TextIO
 
-from lightning_subspace._lightning import Trainer, training_bar
+if TYPE_CHECKING:
+    from lightning_subspace._lightning import Trainer
 
-# Seconds a probe runs in silence: short ones would only flicker.
-PATIENCE = 1.0
-# Seconds between two refreshes.
-INTERVAL = 0.25
+PATIENCE = 1.0  # seconds before the line appears: that of a short probe would only flicker
+INTERVAL = 0.25  # seconds between two refreshes
 
 
 class ProgressLine:
-    """A context manager around a probe, whose line appears after a second and is gone at the end.
+    """A context manager around a probe that shows its progress.
 
-    Shown on rank 0 only. Never raises: a display that fails is not used again.
+    The line appears after a second, on rank 0 only, and is erased at the end. Never raises: a display that fails is not
+    used again.
+
+    Args:
+        trainer: anything with a `progress_bar_callback`; None where there is no trainer.
+        clock: seconds from any origin.
+        stream: where the line goes when there is no progress bar; by default what `sys.stderr` is at that time.
 
     Example:
         >>> with ProgressLine(trainer) as line:  # doctest: +SKIP
@@ -41,13 +44,6 @@ class ProgressLine:
         clock: Callable[[], float] = time.monotonic,
         stream: TextIO | None = None,
     ) -> None:
-        """Remember where to show the line; nothing is shown yet.
-
-        Args:
-            trainer: anything with a `progress_bar_callback`; None where there is no trainer.
-            clock: seconds from any origin.
-            stream: where the line goes when there is no progress bar; by default what `sys.stderr` is at that time.
-        """
         self._trainer = trainer
         self._clock = clock
         self._stream = stream
@@ -55,16 +51,12 @@ class ProgressLine:
         self._due = float("inf")
 
     def __enter__(self) -> ProgressLine:
-        """Start the second of silence."""
+        """Start the wait of a second."""
         self._due = self._clock() + PATIENCE
         return self
 
     def update(self, text: str) -> None:
-        """Show a text, if it is time to.
-
-        Args:
-            text: one short line.
-        """
+        """Show a short text, at most every quarter of a second."""
         now = self._clock()
         if now < self._due:
             return
@@ -76,34 +68,26 @@ class ProgressLine:
         except Exception:
             self._due = float("inf")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Give the borrowed place back."""
+    def __exit__(self, *error: object) -> None:
+        """Erase the line."""
         self._due = float("inf")
         display, self._display = self._display, None
         if display is not None:
-            try:
+            with suppress(Exception):
                 display.erase()
-            except Exception:
-                return
 
 
-class _Display(Protocol):
-    def show(self, text: str) -> None: ...
+class _Display:
+    """A display that shows nothing."""
 
-    def erase(self) -> None: ...
-
-
-class _Nothing:
     def show(self, text: str) -> None:
-        pass
+        """Replace the text that is shown."""
 
     def erase(self) -> None:
-        pass
+        """Restore what was there before."""
 
 
-class _TerminalLine:
+class _TerminalLine(_Display):
     """A line of its own, overwritten in place."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -113,19 +97,15 @@ class _TerminalLine:
     def show(self, text: str) -> None:
         # A line that wraps cannot be erased by a carriage return.
         text = text[: shutil.get_terminal_size().columns - 1]
-        self._write("\r" + text.ljust(self._length))
+        print("\r" + text.ljust(self._length), end="", file=self._stream, flush=True)
         self._length = len(text)
 
     def erase(self) -> None:
-        self._write("\r" + " " * self._length + "\r")
-
-    def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        print("\r" + " " * self._length, end="\r", file=self._stream, flush=True)
 
 
-class _TqdmPostfix:
-    """The place of the metrics, to the right of a tqdm bar; works in terminals and notebooks alike."""
+class _TqdmPostfix(_Display):
+    """The place of the metrics, to the right of a tqdm bar."""
 
     def __init__(self, bar: Any) -> None:
         self._bar = bar
@@ -139,11 +119,11 @@ class _TqdmPostfix:
         self._bar.refresh()
 
 
-class _RichDescription:
+class _RichDescription(_Display):
     """The description of a rich task, to the left of its bar.
 
-    Not a task of its own: Lightning takes the ids of its tasks for positions in the list of tasks, and a task that
-    comes and goes would shift them. Not a print to the console either: above a live display that is there for good.
+    Not a task of its own: Lightning uses the ids of its tasks as positions in the list of tasks, and another task would
+    shift them. Not a print to the console: above a live display that cannot be erased.
     """
 
     def __init__(self, progress: Any, task_id: Any) -> None:
@@ -152,8 +132,7 @@ class _RichDescription:
         self._description = next(task.description for task in progress.tasks if task.id == task_id)
 
     def show(self, text: str) -> None:
-        # Rich reads square brackets as markup.
-        escaped = text.replace("[", r"\[")
+        escaped = text.replace("[", r"\[")  # Rich reads square brackets as markup
         self._describe(f"{self._description} · {escaped}")
 
     def erase(self) -> None:
@@ -165,24 +144,22 @@ class _RichDescription:
 
 
 def _find_display(trainer: Trainer | None, stream: TextIO) -> _Display:
-    """The display for the trainer's progress bar as it is now, in the middle of an epoch or before the first."""
-    if not getattr(trainer, "is_global_zero", True):
-        return _Nothing()
-    callback = getattr(trainer, "progress_bar_callback", None)
-    if callback is not None:
-        names = {base.__name__ for base in type(callback).__mro__}
-        if getattr(callback, "is_disabled", False):
-            return _Nothing()
-        if "TQDMProgressBar" in names:
-            bar = training_bar(callback)
-            if bar is not None and not bar.disable:
-                return _TqdmPostfix(bar)
-        elif "RichProgressBar" in names:
-            progress, task_id = callback.progress, callback.train_progress_bar_id
-            if progress is not None:
-                # Rich redirects the streams while its display lives: a line without a task would never be erased.
-                return _Nothing() if task_id is None else _RichDescription(progress, task_id)
-        else:
-            # Someone's own bar may be on the terminal's current line.
-            return _Nothing()
-    return _TerminalLine(stream) if stream.isatty() else _Nothing()
+    """The display for the trainer's progress bar as it is now."""
+    callback: Any = getattr(trainer, "progress_bar_callback", None)
+    if not getattr(trainer, "is_global_zero", True) or getattr(callback, "is_disabled", False):
+        return _Display()
+    names = {base.__name__ for base in type(callback).__mro__}
+    if "TQDMProgressBar" in names:
+        from lightning_subspace._lightning import training_bar  # Lightning takes a while to import
+
+        bar = training_bar(callback)
+        if bar is not None and not bar.disable:
+            return _TqdmPostfix(bar)
+    elif "RichProgressBar" in names:
+        progress, task_id = callback.progress, callback.train_progress_bar_id
+        if progress is not None:
+            # Rich redirects the streams while its display lives: a line without a task would never be erased.
+            return _Display() if task_id is None else _RichDescription(progress, task_id)
+    elif callback is not None:
+        return _Display()  # the user's own bar may be on the terminal's current line
+    return _TerminalLine(stream) if stream.isatty() else _Display()

@@ -1,43 +1,50 @@
-"""What a monitor sends out for each record: scalars, callback metrics, a histogram, and now and then figures."""
+"""Output of a monitor for each record: scalars, callback metrics, histogram, figures."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from lightning_subspace._lightning import Trainer
 from lightning_subspace.report.loggers import LogLevel, Reporter, logged_name, select
 from lightning_subspace.subspace.record import Record
+
+if TYPE_CHECKING:
+    from lightning_subspace._lightning import Trainer
 
 
 class Publisher:
     """Sends the records of one monitor to a trainer and its loggers.
 
+    The loggers get theirs from the first rank alone.
+
     Args:
         name: prefix of all keys.
         log: "default" or "all"; see `select`.
+        extra: keys that "default" leaves out.
     """
 
-    def __init__(self, name: str, log: LogLevel) -> None:
+    def __init__(self, name: str, log: LogLevel, extra: Set[str]) -> None:
         self._name = name
-        self._log = log
+        self._level: LogLevel = log
+        self._extra = extra
         self._reporter = Reporter()
         self._drawn: Record | None = None
 
-    def offer(self, trainer: Trainer, record: Record) -> None:
-        """Let ModelCheckpoint and EarlyStopping see the values; a withheld one leaves the last good one there."""
-        trainer.callback_metrics.update(
-            {logged_name(self._name, key): torch.tensor(value) for key, value in record.metrics.items()}
-        )
+    def update_callback_metrics(self, trainer: Trainer, record: Record) -> None:
+        """Show the values to ModelCheckpoint and EarlyStopping; earlier ones stay."""
+        named = {logged_name(self._name, key): torch.tensor(value) for key, value in record.metrics.items()}
+        trainer.callback_metrics.update(named)
 
-    def send(self, trainer: Trainer, record: Record) -> None:
-        """Scalars and the histogram of the eigenvalues, at x = the step of the record; from the first rank alone."""
+    def log(self, trainer: Trainer, record: Record) -> None:
+        """Log scalars and the histogram of the eigenvalues, at the record's step."""
         if not trainer.is_global_zero:
             return
-        named = {logged_name(self._name, key): value for key, value in select(record.metrics, self._log).items()}
+        selected = select(record.metrics, self._level, self._extra)
+        named = {logged_name(self._name, key): value for key, value in selected.items()}
         self._reporter.scalars(trainer.loggers, named, record.step)
         if record.subspace is not None and record.subspace.converged:
             values = record.subspace.eigenvalues
@@ -46,10 +53,7 @@ class Publisher:
     def draw(
         self, trainer: Trainer, history: Sequence[Record], steps: Sequence[int], matrix: np.ndarray, error: float | None
     ) -> None:
-        """The spectrum of the last converged record and the overlaps between all; once for each. Never raises.
-
-        From the first rank alone, as above.
-        """
+        """Log figures of the last spectrum, once, and the overlaps. Never raises."""
         last = next((r for r in reversed(history) if r.subspace is not None and r.subspace.converged), None)
         if last is None or not trainer.is_global_zero or not trainer.loggers or last is self._drawn:
             return

@@ -123,10 +123,11 @@ def is_usable(monitor):
 
 def expected_scalars(monitor, name="subspace", log="default"):
     """(tag, step) -> value of all that should have been logged."""
+    extra = {"batch_gradient_fraction", "gap_index", "gradient_norm", "gradient_curvature"}
     return {
         (logged_name(name, key), record.step): value
         for record in monitor.history
-        for key, value in select(record.metrics, log).items()
+        for key, value in select(record.metrics, log, extra).items()
     }
 
 
@@ -178,6 +179,24 @@ def test_the_default_set_is_what_a_person_can_look_at():
     # The eigenvalue behind the k-th is an estimate, which a probe may withhold.
     beside = {"subspace/gradient_norm", "subspace/gradient_curvature", "subspace_eigenvalues/04"}
     assert DEFAULT <= logged <= DEFAULT | beside
+
+
+class WithExtra(Measurement):
+    needs = Needs.NOTHING
+    extra = frozenset({"aside"})
+
+    def measure(self, probe):
+        return {"shown": 1.0, "aside": 2.0}
+
+
+@pytest.mark.parametrize(("options", "is_logged"), [({}, False), ({"log": "all"}, True), ({"k": 0}, True)])
+def test_a_measurement_declares_which_of_its_keys_are_extra(tmp_path, options, is_logged):
+    monitor = probing(measurements=[WithExtra()], **options)
+    fit(monitor, logger=CSVLogger(tmp_path), max_steps=1)
+    logged = {tag for tag, _ in csv_scalars(tmp_path / "lightning_logs/version_0")}
+    assert "subspace/shown" in logged
+    assert ("subspace/aside" in logged) == is_logged
+    assert all(record.metrics["aside"] == 2.0 for record in monitor.history)
 
 
 def test_histograms_at_every_probe_and_figures_at_probes_1_2_4_8_and_at_the_end(tmp_path):

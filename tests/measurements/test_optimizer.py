@@ -16,7 +16,7 @@ class See(Measurement):
     needs = Needs.NOTHING
 
     def measure(self, probe):
-        self.step, self.edge, self.why = next_step(probe), edge(probe), why_unknown(probe)
+        self.step, self.edge, self.why = next_step(probe), edge(probe), why_unknown(probe.optimizer)
         return {}
 
 

@@ -22,8 +22,8 @@ from lightning_subspace import (
     SubspaceMonitor,
     eigsh,
 )
-from lightning_subspace.measurements.control import _mean_sine
 from lightning_subspace.measurements.critical_sharpness import critical_multiple
+from lightning_subspace.measurements.overlap import _mean_sine
 from tests.measurements.test_measurements import Weights, blobs, fit, small
 from tests.oracles import dense_gradient, dense_hessian, mean_square_cosine, projected_share
 

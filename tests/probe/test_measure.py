@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,14 +11,13 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_subspace.curvature.preconditioned import Preconditioned
 from lightning_subspace.data.micro_batch import SampleError
 from lightning_subspace.data.sample import Sample, sample_of_batches
 from lightning_subspace.linalg import Outcome, eigsh
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.measurements import Measurement, Probe
 from lightning_subspace.measurements.base import Needs
-from lightning_subspace.measurements.stability import sgd_threshold
+from lightning_subspace.measurements.optimizer_rules import sgd_threshold
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.measure import measure_subspace, take_probe
 from lightning_subspace.subspace import solver as solver_module
@@ -88,10 +88,9 @@ def test_a_measurement_solves_for_an_operator_or_a_function(module):
 
 
 def test_what_is_neither_is_named(module):
-    with pytest.raises(
-        TypeError, match=r"matvec: expected a function v -> A v, .* type Preconditioned; pass its method"
-    ):
-        measure(module, measurements=[Halves(lambda part: Preconditioned(part.matvec, 1.0))])
+    message = r"matvec: expected a function v -> A v, .* type SimpleNamespace; pass its method"
+    with pytest.raises(TypeError, match=message):
+        measure(module, measurements=[Halves(lambda part: SimpleNamespace(matvec=part.matvec))])
 
 
 def test_frozen_parameters_may_be_of_any_type():

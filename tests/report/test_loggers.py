@@ -19,6 +19,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_subspace.measurements import default_measurements
 from lightning_subspace.report import Reporter, logged_name, select
 
 
@@ -116,22 +117,28 @@ PROBE = {
     "solver/matvecs": 30.0,
     "solver/converged": 1.0,
 }
+EXTRA = {key for measurement in default_measurements(k=3) for key in measurement.extra}
 
 
 def test_the_default_selection_is_what_a_person_looks_at() -> None:
     kept = {"sharpness", "eigenvalues/01", "reliability", "overlap_reference"}
-    assert set(select(PROBE, "default")) == kept | {"solver/subspace_error", "solver/overhead"}
+    assert set(select(PROBE, "default", EXTRA)) == kept | {"solver/subspace_error", "solver/overhead"}
 
 
 def test_all_is_everything_and_a_copy() -> None:
-    selected = select(PROBE, "all")
+    selected = select(PROBE, "all", EXTRA)
     assert selected == PROBE
     assert selected is not PROBE
 
 
+def test_without_eigenpairs_the_default_selection_has_all_of_the_gradient() -> None:
+    probe = {"gradient_norm": 0.9, "gradient_curvature": 2.0, "gradient_hessian_cosine": 0.1, "solver/seconds": 3.0}
+    assert set(select(probe, "default", EXTRA)) == probe.keys() - {"solver/seconds"}
+
+
 def test_a_probe_that_did_not_converge_says_so() -> None:
     failed = {"solver/converged": 0.0, "solver/residual": 0.3, "solver/matvecs": 200.0, "solver/subspace_error": 2.0}
-    assert set(select(failed, "default")) == {"solver/converged", "solver/residual", "solver/subspace_error"}
+    assert set(select(failed, "default", EXTRA)) == {"solver/converged", "solver/residual", "solver/subspace_error"}
 
 
 def test_tensorboard_shows_scalars_histogram_and_figure(tensorboard: TensorBoardLogger, figure: Figure) -> None:

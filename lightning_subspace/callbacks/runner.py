@@ -104,7 +104,7 @@ class ProbeRunner:
             return False
         try:
             with self._schedule.aside():
-                self.source.see(batch, epoch)
+                self.source.observe(batch, epoch)
         except Exception as error:
             self._notices.failure(f"{NOT_COPIED}{self._otherwise}", error, self.ranks)
         return True

@@ -27,7 +27,7 @@ class Assignment(NamedTuple):
     share: float
 
 
-def rounds(batches: Sequence[MicroBatch], ranks: Ranks, held: Sequence[MicroBatch] = ()) -> list[Assignment]:
+def assign(batches: Sequence[MicroBatch], ranks: Ranks, fillers: Sequence[MicroBatch] = ()) -> list[Assignment]:
     """This rank's turns in the weighted mean over `batches`, equally many on every rank.
 
     Args:
@@ -39,13 +39,13 @@ def rounds(batches: Sequence[MicroBatch], ranks: Ranks, held: Sequence[MicroBatc
         ValueError: when there is none.
 
     Example:
-        >>> [turn.share for turn in rounds([MicroBatch(None, 3.0, 0), MicroBatch(None, 1.0, 1)], Ranks())]
+        >>> [turn.share for turn in assign([MicroBatch(None, 3.0, 0), MicroBatch(None, 1.0, 1)], Ranks())]
         [0.75, 0.25]
     """
     total = sum(batch.weight for batch in batches)
-    owners = Counter(owner(batch, ranks) for batch in batches)
-    turns = [Assignment(batch, batch.weight / total) for batch in batches if owner(batch, ranks) == ranks.index]
-    company = next((batch for batch in (*batches, *held) if batch.held), None)
+    owners = Counter(owner_rank(batch, ranks) for batch in batches)
+    turns = [Assignment(batch, batch.weight / total) for batch in batches if owner_rank(batch, ranks) == ranks.index]
+    company = next((batch for batch in (*batches, *fillers) if batch.is_local), None)
     if company is None:
         raise ValueError("batches: expected at least one micro-batch whose data are on this rank, got none.")
     return turns + [Assignment(company, 0.0)] * (max(owners.values(), default=0) - len(turns))
@@ -55,11 +55,11 @@ def group_by_round(batches: Sequence[MicroBatch], ranks: Ranks) -> list[list[Mic
     """The same rounds seen from above: the micro-batches that are evaluated together, by rank."""
     of_rank: dict[int, list[MicroBatch]] = {}
     for batch in batches:
-        of_rank.setdefault(owner(batch, ranks), []).append(batch)
+        of_rank.setdefault(owner_rank(batch, ranks), []).append(batch)
     count = max(map(len, of_rank.values()), default=0)
     return [[own[i] for own in of_rank.values() if i < len(own)] for i in range(count)]
 
 
-def owner(batch: MicroBatch, ranks: Ranks) -> int:
+def owner_rank(batch: MicroBatch, ranks: Ranks) -> int:
     """The rank that a micro-batch belongs to."""
     return batch.index % ranks.count

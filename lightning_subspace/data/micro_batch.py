@@ -30,7 +30,7 @@ class MicroBatch:
         index: its place in the sample; fixes `batch_idx` and the random seed.
         transferred: whether it has been through the transfer hooks already, as a batch seen in training has.
         size: number of examples, where it is known; 0 elsewhere.
-        held: whether this rank holds the data.
+        is_local: whether this rank holds the data.
         checksum: of the data, where ranks compare what they have read.
         draw: which random numbers its index gets; the examples of one batch have different ones.
     """
@@ -40,7 +40,7 @@ class MicroBatch:
     index: int
     transferred: bool = False
     size: int = 0
-    held: bool = True
+    is_local: bool = True
     checksum: int = 0
     draw: int = 0
 
@@ -93,7 +93,7 @@ def checked_weight(weight: float) -> float:
     return value
 
 
-def own_copy(data: Any, device: str | None = None) -> Any:
+def detached_copy(data: Any, device: str | None = None) -> Any:
     """A copy that nobody else holds, on the given device or where it is."""
     return copied(data, lambda t: t.detach().to(device or t.device, copy=True))
 

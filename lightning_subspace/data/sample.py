@@ -21,15 +21,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_subspace._lightning import rank_zero_warn
-from lightning_subspace.data.assignment import owner
+from lightning_subspace.data.assignment import owner_rank
 from lightning_subspace.data.micro_batch import (
     MicroBatch,
     SampleError,
     Weight,
     checked_weight,
     checksum,
+    detached_copy,
     number_of_examples,
-    own_copy,
     tensors_of,
 )
 from lightning_subspace.data.training_set import TrainingSet, batch_size_of, gives_batches, load
@@ -41,7 +41,7 @@ from lightning_subspace.state.rng import preserved_random_state
 class Sample:
     """The micro-batches of a probe.
 
-    Under ranks every rank lists all micro-batches, and holds the data of its own and of the first (`rounds`).
+    Under ranks every rank lists all micro-batches, and holds the data of its own and of the first (`assign`).
 
     Attributes:
         hessian: for the Hessian, and the first part of the gradient.
@@ -111,8 +111,8 @@ def sample_of_current(batch: Any, ranks: Ranks | None = None) -> Sample:
     Under ranks those of all ranks together, each with the same weight, as in the gradient that training takes.
     """
     ranks = Ranks() if ranks is None else ranks
-    own = MicroBatch(own_copy(batch), 1.0, ranks.index, transferred=True)
-    others = replace(own, data=None, held=False)
+    own = MicroBatch(detached_copy(batch), 1.0, ranks.index, transferred=True)
+    others = replace(own, data=None, is_local=False)
     return Sample(tuple(own if rank == ranks.index else replace(others, index=rank) for rank in range(ranks.count)))
 
 
@@ -212,9 +212,9 @@ def _kept(batch: MicroBatch, ranks: Ranks | None) -> MicroBatch:
     """The batch with a copy of its data, or without them where it is another rank's."""
     if ranks is not None and ranks.count > 1:
         batch = replace(batch, checksum=checksum(batch.data))
-    if ranks is None or batch.index == 0 or owner(batch, ranks) == ranks.index:
-        return replace(batch, data=own_copy(batch.data, "cpu"))
-    return replace(batch, data=None, held=False)
+    if ranks is None or batch.index == 0 or owner_rank(batch, ranks) == ranks.index:
+        return replace(batch, data=detached_copy(batch.data, "cpu"))
+    return replace(batch, data=None, is_local=False)
 
 
 def _read(loader: DataLoader[Any], ranks: Ranks) -> Iterator[Any]:

@@ -87,10 +87,10 @@ class SampleSource:
                 anew = StreamSample(asked.sample, asked.gradient_sample, asked.weight, ranks)
                 goes_on = continues and first_seen is not None and first_seen.num_ranks == ranks.count
                 self._first_seen = first_seen if goes_on and first_seen is not None else anew
-                self._first_seen.go_on(ranks)
+                self._first_seen.rebind(ranks)
                 self.sample = self._first_seen.sample
 
-    def see(self, batch: Any, epoch: int) -> None:
+    def observe(self, batch: Any, epoch: int) -> None:
         """Training is about to use a batch, into which its training step may write.
 
         Ranks do not meet for the current batch, of which there is one a step: what goes wrong is kept as `failure`.
@@ -102,7 +102,7 @@ class SampleSource:
             except Exception as error:
                 self.failure = error
         elif self._first_seen is not None:
-            self._first_seen.see(batch, epoch)
+            self._first_seen.add(batch, epoch)
             self.sample = self._first_seen.sample
 
     def end(self) -> None:

@@ -31,7 +31,7 @@ class StreamSample:
         >>> import torch
         >>> first_seen = StreamSample(6, 12)
         >>> for epoch, batch in [(0, torch.zeros(4, 2)), (0, torch.ones(4, 2)), (1, torch.zeros(4, 2))]:
-        ...     first_seen.see(batch, epoch)
+        ...     first_seen.add(batch, epoch)
         ...     first_seen.sample is not None
         False
         True
@@ -71,7 +71,7 @@ class StreamSample:
             return None
         return Sample.of(self._batches, self._sizes[0])
 
-    def see(self, batch: Any, epoch: int) -> None:
+    def add(self, batch: Any, epoch: int) -> None:
         """Keep a copy of a batch of training, unless there are enough. A collective, as long as there are not.
 
         Raises:
@@ -86,7 +86,7 @@ class StreamSample:
         with self._ranks.agree():
             index = len(self._batches) + self._ranks.index
             own = micro_batch(batch, index, self._weight, transferred=True)
-            listed = self._ranks.all_gather_object(replace(own, data=None, held=False))
+            listed = self._ranks.all_gather_object(replace(own, data=None, is_local=False))
         self._batches.extend(own if other.index == index else other for other in listed)
 
     @property
@@ -94,7 +94,7 @@ class StreamSample:
         """Number of processes that share the work."""
         return self._ranks.count
 
-    def go_on(self, ranks: Ranks) -> None:
+    def rebind(self, ranks: Ranks) -> None:
         """The same processes, as another fit knows them."""
         self._ranks = ranks
 

@@ -175,7 +175,7 @@ def _in_this_process(own: DataLoader[Any]) -> Iterator[Any]:
             yield from own
     finally:
         for container in found.containers:
-            container.fill(container.items)
+            container.replace_contents(container.items)
         for set_state, state in found.generators:
             set_state(state)
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace._lightning import bystanders
+from lightning_subspace._lightning import extra_roots
 from lightning_subspace._torch import without_gradient_hooks
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.loss_function import LossError, LossFunction, as_scalar
@@ -49,7 +49,7 @@ class ShardedLoss(TrainingLoss):
         loss_fn: see `TrainingLoss`.
         mode: see `TrainingLoss`.
         seed: see `TrainingLoss`.
-        stand_ins: for buffers; see `TrainingLoss`.
+        replacements: for buffers; see `TrainingLoss`.
         ranks: that the parameters are sharded over; they compare notes within their `agree`. None: they do not.
 
     Attributes:
@@ -68,11 +68,11 @@ class ShardedLoss(TrainingLoss):
         *,
         mode: Mode = "train",
         seed: int = 0,
-        stand_ins: Mapping[int, Tensor] | None = None,
+        replacements: Mapping[int, Tensor] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         reshard(module)
-        super().__init__(module, space, loss_fn, mode=mode, seed=seed, order=1, stand_ins=stand_ins)
+        super().__init__(module, space, loss_fn, mode=mode, seed=seed, order=1, replacements=replacements)
         if (refusal := unsupported_reason(module)) is not None:
             raise ValueError(refusal)
         for name, parameter in zip(space.names, space.tensors(module), strict=True):
@@ -91,8 +91,8 @@ class ShardedLoss(TrainingLoss):
     def _contained(self, stack: ExitStack) -> Shadow:
         """The module on copies of its state but for the parameters, which will be put back."""
         self._kept = stack.enter_context(_preserved(self.module))
-        around = bystanders(self.module)
-        return Shadow(self.module, self._narrowest, None, around, stand_ins=self._stand_ins, parameters=False)
+        around = extra_roots(self.module)
+        return Shadow(self.module, self._narrowest, None, around, replacements=self._replacements, parameters=False)
 
     def __call__(self, batch: MicroBatch) -> Evaluation:
         """Not here: the parameters are in parts, and only `gradient` puts them in place."""

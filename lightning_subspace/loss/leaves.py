@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_subspace._torch import version_of
-from lightning_subspace.parallel.fsdp import is_sharded, local_part, own_part
+from lightning_subspace.parallel.fsdp import is_sharded, local_part, local_slice
 
 
 @dataclass
@@ -26,7 +26,7 @@ class ParameterCopy:
     round: int
 
     def __post_init__(self) -> None:
-        self.is_whole_of_shards = is_sharded(self.original)
+        self.is_gathered = is_sharded(self.original)
         self._made = (version_of(self.copy), self.copy.data_ptr())
 
     def comparison(self, value: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -39,16 +39,18 @@ class ParameterCopy:
             return None
         if value is not None:
             return self.copy.detach(), value
-        return self._comparison_of_own_part() if (version_of(self.copy), self.copy.data_ptr()) == self._made else None
+        return (
+            self._comparison_of_local_slice() if (version_of(self.copy), self.copy.data_ptr()) == self._made else None
+        )
 
-    def _comparison_of_own_part(self) -> tuple[Tensor, Tensor]:
+    def _comparison_of_local_slice(self) -> tuple[Tensor, Tensor]:
         """The same for this rank's shard: each rank guards its own, with neither a copy nor a collective."""
-        part = own_part(self.copy.detach(), self.original)
+        part = local_slice(self.copy.detach(), self.original)
         if part is None:
             return self.copy.new_empty(0), self.copy.new_empty(0)
         value = local_part(self.original).detach().to(part.dtype)
         if self.offset is not None:
-            value = value + own_part(self.offset, self.original).to(value)  # type: ignore[union-attr]
+            value = value + local_slice(self.offset, self.original).to(value)  # type: ignore[union-attr]
         return part, value
 
 

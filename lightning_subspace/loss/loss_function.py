@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace._torch import fsdp_method_below
+from lightning_subspace._torch import unwrap_fsdp_method
 
 LossFunction = Callable[[nn.Module, Any, int], Tensor]
 
@@ -36,7 +36,7 @@ def loss_of_training(module: nn.Module) -> LossFunction:
             f"{type(module).__name__} has no training_step; pass loss_fn=, a function (module, batch, batch_idx) -> "
             "scalar tensor."
         )
-    declared = inspect.signature(fsdp_method_below(step) or step).parameters  # FSDP's own has lost one
+    declared = inspect.signature(unwrap_fsdp_method(step) or step).parameters  # FSDP's own has lost one
     if "dataloader_iter" in declared:
         raise TypeError(
             f"{type(module).__name__}.training_step takes a dataloader_iter, so it cannot be evaluated on a fixed "

@@ -53,9 +53,9 @@ class Shadow:
         module: the module; its tree is walked once.
         dtype: floating-point copies are at least this wide (a bfloat16 weight becomes a float32 leaf); None keeps all.
         displacement: None, or a function from a parameter to an offset that is added to its copy (None: no offset).
-        bystanders: objects whose attributes are put back as well, but whose tensors are not copied: what a training
+        extra_roots: objects whose attributes are put back as well, but whose tensors are not copied: what a training
             step can reach and assign to, such as the learning rate of an optimizer.
-        stand_ins: what a copy is made from in place of the original, by the id of the original. For a sharded parameter
+        replacements: what a copy is made from in place of the original, by the id of the original. For a sharded parameter
             (a DTensor) it is the whole one, and becomes the copy itself if it is wide enough.
         parameters: whether parameters are copied; if not, they stay as they are.
 
@@ -78,13 +78,13 @@ class Shadow:
         module: nn.Module,
         dtype: torch.dtype | None = None,
         displacement: Callable[[nn.Parameter], Tensor | None] | None = None,
-        bystanders: Iterable[Any] = (),
+        extra_roots: Iterable[Any] = (),
         *,
-        stand_ins: Mapping[int, Tensor] | None = None,
+        replacements: Mapping[int, Tensor] | None = None,
         parameters: bool = True,
     ) -> None:
         self._dtype = dtype
-        self._stand_ins = {} if stand_ins is None else stand_ins
+        self._replacements = {} if replacements is None else replacements
         self._copies_parameters = parameters
         self._displacement = displacement if displacement is not None else lambda parameter: None
         self._leaves: dict[int, ParameterCopy] = {}  # by the id of the original
@@ -93,10 +93,10 @@ class Shadow:
         self._caches = [(cache, cache.cache_info().misses) for cache in own_caches(module)]
         packages = own_packages(module)
         inside = walk([module], ObjectGraph(packages))
-        around = walk([*map(vars, bystanders), *own_generators(module)], ObjectGraph(packages, inside.seen))
+        around = walk([*map(vars, extra_roots), *own_generators(module)], ObjectGraph(packages, inside.seen))
         self._generators = inside.generators + around.generators
         self._owners = _owners(inside.tensors)
-        self._require_stand_ins(inside.tensors)
+        self._require_replacements(inside.tensors)
         self._sealed = {id(iterator): _Sealed(iterator) for iterator in inside.iterators}
         self._copied: list[MutableObject] = []  # what holds something that is copied
         self._others: list[MutableObject] = around.containers
@@ -112,7 +112,7 @@ class Shadow:
         self._leaves = {key: leaf for key, leaf in self._leaves.items() if offset(leaf.original) is leaf.offset}
         memo: dict[int, Any] = dict(self._sealed)
         for container in self._copied:
-            container.fill([self._copy(item, memo) for item in container.items])
+            container.replace_contents([self._copy(item, memo) for item in container.items])
         for leaf in list(self._leaves.values()):
             leaf.copy.grad = None
             leaf.copy.__dict__.clear()
@@ -131,7 +131,7 @@ class Shadow:
         for (key, leaf), is_intact in zip(leaves, intact, strict=True):
             if is_intact:
                 continue
-            if leaf.is_whole_of_shards:
+            if leaf.is_gathered:
                 raise RuntimeError(
                     "the training step writes to a parameter that FSDP2 has sharded, of which there is one copy a "
                     "rank, made once a probe; pass loss_fn=, a loss without that."
@@ -157,7 +157,7 @@ class Shadow:
         errors: list[BaseException] = []
         for container in containers:
             try:
-                container.fill(container.items)
+                container.replace_contents(container.items)
             except BaseException as error:
                 errors.append(error)
         for set_state, state in self._generators:
@@ -213,7 +213,7 @@ class Shadow:
         return view if original.requires_grad else view.detach()
 
     def _comparison(self, leaf: ParameterCopy) -> tuple[Tensor, Tensor] | None:
-        return leaf.comparison(None if leaf.is_whole_of_shards else self._value(leaf.original, leaf.offset))
+        return leaf.comparison(None if leaf.is_gathered else self._value(leaf.original, leaf.offset))
 
     def _value(self, original: nn.Parameter, offset: Tensor | None, *, clone: bool = False) -> Tensor:
         """What the copy of a parameter holds when nobody has written to it."""
@@ -221,15 +221,15 @@ class Shadow:
         return value if offset is None else value + offset.to(value)
 
     def _source(self, original: Tensor) -> Tensor:
-        return self._stand_ins.get(id(original), original).detach()
+        return self._replacements.get(id(original), original).detach()
 
-    def _require_stand_ins(self, tensors: Iterable[Tensor]) -> None:
+    def _require_replacements(self, tensors: Iterable[Tensor]) -> None:
         if not self._copies_parameters:
             return
         for tensor in tensors:
-            if is_sharded(tensor) and id(tensor) not in self._stand_ins:
+            if is_sharded(tensor) and id(tensor) not in self._replacements:
                 raise ValueError(
-                    f"stand_ins: expected the whole of every sharded tensor, got none for one of shape "
+                    f"replacements: expected the whole of every sharded tensor, got none for one of shape "
                     f"{tuple(tensor.shape)}; `full_tensors(module)` makes those of the parameters."
                 )
 

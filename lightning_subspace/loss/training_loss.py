@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace._lightning import attached_trainer, bystanders, move_data_to_device, muted, transfer
+from lightning_subspace._lightning import attached_trainer, extra_roots, move_data_to_device, muted, transfer
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.loss_function import LossFunction, as_scalar, loss_of_training
 from lightning_subspace.loss.precision import eager, twice_differentiable
@@ -68,7 +68,7 @@ class TrainingLoss:
         random_state: where the generators stand at every evaluation, in place of a seed: with a snapshot taken before a
             training step, the gradient is that of this step.
         order: how often it can be differentiated. 1 leaves the attention and recurrent kernels of training in place.
-        stand_ins: by the id of a parameter or buffer, a tensor that its copy is made from in its place: the values that
+        replacements: by the id of a parameter or buffer, a tensor that its copy is made from in its place: the values that
             rank 0 has in a buffer, the whole of a parameter that is sharded (each needs one; see `full_tensors`).
 
     Attributes:
@@ -94,7 +94,7 @@ class TrainingLoss:
         seed: int = 0,
         random_state: RandomState | None = None,
         order: Literal[1, 2] = 2,
-        stand_ins: Mapping[int, Tensor] | None = None,
+        replacements: Mapping[int, Tensor] | None = None,
     ) -> None:
         self.module = module
         self.space = space
@@ -104,7 +104,7 @@ class TrainingLoss:
         self._narrowest = None if dtype is None else self.dtype
         self._random_state = random_state
         self._order = order
-        self._stand_ins = {} if stand_ins is None else stand_ins
+        self._replacements = {} if replacements is None else replacements
         self.device = space.tensors(module)[0].device
         self._step = loss_fn if loss_fn is not None else loss_of_training(module)
         self.originals: tuple[Tensor, ...] = ()
@@ -139,8 +139,8 @@ class TrainingLoss:
     def _contained(self, stack: ExitStack) -> Shadow:
         """The module on copies of its state."""
         stack.enter_context(without_fsdp(self.module))
-        around = bystanders(self.module)
-        return Shadow(self.module, self._narrowest, self._offset, around, stand_ins=self._stand_ins)
+        around = extra_roots(self.module)
+        return Shadow(self.module, self._narrowest, self._offset, around, replacements=self._replacements)
 
     def displace(self, offset: Tensor | None) -> None:
         """Evaluate at theta + offset from now on; `offset` is a flat vector (n,), None goes back to theta."""

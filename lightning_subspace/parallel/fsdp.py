@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace._torch import FSDP, fsdp_method_below, is_of_fsdp, mixed_precision_policy, module_hooks
+from lightning_subspace._torch import FSDP, is_of_fsdp, mixed_precision_policy, module_hooks, unwrap_fsdp_method
 from lightning_subspace.parallel.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def full_tensors(
     return whole
 
 
-def stand_ins(
+def replacements(
     module: nn.Module, ranks: Ranks, *, whole: bool = True, narrowest: torch.dtype | None = torch.float32
 ) -> dict[int, Tensor]:
     """What the copies of buffers, and of sharded parameters, are made from: see `TrainingLoss`. A collective.
@@ -142,7 +142,7 @@ def without_fsdp(module: nn.Module) -> Iterator[None]:
         for m in fsdp_modules(module):
             own = vars(m)
             for name, value in [*own.items()]:
-                if (original := fsdp_method_below(value)) is not None:
+                if (original := unwrap_fsdp_method(value)) is not None:
                     stack.callback(own.__setitem__, name, value)
                     own[name] = original
         for m in module.modules():
@@ -183,7 +183,7 @@ def local_part(tensor: Tensor) -> Tensor:
         return tensor.to_local()
 
 
-def own_part(
+def local_slice(
     whole: Tensor,  # of the shape of the parameter
     parameter: Tensor,
 ) -> Tensor | None:

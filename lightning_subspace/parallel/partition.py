@@ -70,21 +70,21 @@ class Partition:
         return self.space.n
 
     @property
-    def own(self) -> tuple[range, ...]:
+    def local_ranges(self) -> tuple[range, ...]:
         """This rank's ranges."""
         return self.ranges[self.ranks.index]
 
     @property
     def local_n(self) -> int:
         """Number of coordinates that this rank holds."""
-        return sum(map(len, self.own))
+        return sum(map(len, self.local_ranges))
 
     def cut(
         self,
         whole: Tensor,  # (..., n)
     ) -> Tensor:  # (..., local_n), a copy
         """This rank's part of what every rank has."""
-        return torch.cat([whole[..., piece.start : piece.stop] for piece in self.own], dim=-1)
+        return torch.cat([whole[..., piece.start : piece.stop] for piece in self.local_ranges], dim=-1)
 
     def gather(
         self,
@@ -157,7 +157,7 @@ class Partition:
         for start in range(0, self.n, BLOCK):
             block = torch.randn(min(BLOCK, self.n - start), generator=generator, dtype=dtype)
             done = 0
-            for piece in self.own:
+            for piece in self.local_ranges:
                 first, last = max(piece.start, start), min(piece.stop, start + len(block))
                 if first < last:
                     place = done + first - piece.start
@@ -170,7 +170,7 @@ class Partition:
         found = []
         done = 0
         ends = list(accumulate(self.space.numels, initial=0))
-        for piece in self.own:
+        for piece in self.local_ranges:
             for name, (start, stop) in zip(self.space.names, pairwise(ends), strict=True):
                 first, last = max(piece.start, start), min(piece.stop, stop)
                 if first < last:

@@ -179,7 +179,7 @@ class Ranks:
         self._compares_notes, self._ended = True, ""
         try:
             yield
-            self._meet("the end")
+            self._check("the end")
         except Exception as error:
             self.fail(error)
             raise
@@ -189,7 +189,7 @@ class Ranks:
     def fail(self, error: Exception) -> None:
         """Within `agree`: tell the others at once, where the exception may not come to the end of the block soon."""
         if self._compares_notes and not self._ended:
-            self._meet("", error)
+            self._check("", error)
 
     @contextmanager
     def unchecked(self) -> Iterator[None]:
@@ -198,7 +198,7 @@ class Ranks:
         All ranks get into it, or none does. A `agree` in it compares notes, and is a block of its own.
         """
         if self._compares_notes:
-            self._meet("bare")
+            self._check("bare")
         before, self._compares_notes = self._compares_notes, False
         try:
             yield
@@ -222,11 +222,11 @@ class Ranks:
 
     def _begin(self, name: str, nbytes: int, shape: str) -> None:
         if self._compares_notes:
-            self._meet(f"{name} {shape}")
+            self._check(f"{name} {shape}")
         self.calls[name] += 1
         self.nbytes[name] += nbytes
 
-    def _meet(self, place: str, error: Exception | None = None) -> None:
+    def _check(self, place: str, error: Exception | None = None) -> None:
         """Compare notes with the other ranks.
 
         Args:
@@ -243,8 +243,8 @@ class Ranks:
         # all are equal. A rank that has failed is at no place: smaller than any.
         notes = [0.0, code, -code] if error is None else [1.0, -1.0, -float(1 << 33)]
         noted = torch.tensor(notes, dtype=torch.float64, device=self._device)
-        self.calls["meet"] += 1
-        self.nbytes["meet"] += noted.nbytes
+        self.calls["check"] += 1
+        self.nbytes["check"] += noted.nbytes
         dist.all_reduce(noted, dist.ReduceOp.MAX, group=self._group)
         failed, high, low = noted.tolist()
         if failed:

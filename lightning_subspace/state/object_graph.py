@@ -42,11 +42,11 @@ class MutableObject:
 
     Attributes:
         items: its original contents.
-        fill: exchanges the contents for others, as many and in the same order.
+        replace_contents: exchanges the contents for others, as many and in the same order.
     """
 
     items: list[Any]
-    fill: Callable[[list[Any]], None]
+    replace_contents: Callable[[list[Any]], None]
 
 
 @dataclass

@@ -384,10 +384,10 @@ def test_other_people_s_objects_are_not_followed():
     assert not any(tensor is dataset.tensors[0] for tensor in found.tensors)
 
 
-def test_bystanders_are_put_back_without_copies_of_their_tensors():
+def test_extra_roots_are_put_back_without_copies_of_their_tensors():
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
     before = look(optimizer)
-    shadow = Shadow(nn.Linear(2, 2), bystanders=[optimizer])
+    shadow = Shadow(nn.Linear(2, 2), extra_roots=[optimizer])
     for _ in range(2):
         shadow.reset()
         assert optimizer.param_groups[0]["lr"] == 0.1

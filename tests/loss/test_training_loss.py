@@ -104,18 +104,18 @@ def test_masks_depend_on_the_micro_batch_and_on_the_seed_alone():
     assert not set(values(1, [0, 1, 2])) & set(first)
 
 
-def renew_once(self, renew=containment.Shadow.renew):
+def reset_once(self, reset=containment.Shadow.reset):
     if self._round == 0:
-        renew(self)
+        reset(self)
 
 
 @pytest.mark.parametrize(
     ("piece", "owner", "replacement", "name"),
     [
-        ("renew", containment.Shadow, renew_once, "Attributes"),
+        ("reset", containment.Shadow, reset_once, "Attributes"),
         ("copied", training_loss, lambda data, copy: data, "InPlaceBatch"),
         ("seed_generators", training_loss, lambda seed: None, "Randomness"),
-        ("settle", containment.Shadow, lambda self: None, "Teacher"),
+        ("drop_written", containment.Shadow, lambda self: None, "Teacher"),
     ],
 )
 def test_without_a_piece_evaluations_differ(piece, owner, replacement, name, tmp_path, monkeypatch):

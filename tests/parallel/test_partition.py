@@ -107,7 +107,7 @@ def vectors(count, n, seed=0):
 
 
 def coordinates(partition):
-    return [i for piece in partition.own for i in piece]
+    return [i for piece in partition.local_ranges for i in piece]
 
 
 def check(partitions, wholes):
@@ -146,7 +146,7 @@ def test_a_flat_cut_gives_each_coordinate_to_one_rank(space, count):
     size = math.ceil(space.n / count)
     for rank, partition in enumerate(partitions):
         assert partition.local_n == min(size, max(0, space.n - rank * size))
-        assert len(partition.own) == 1
+        assert len(partition.local_ranges) == 1
 
 
 @given(worlds(), st.integers(0, 3))

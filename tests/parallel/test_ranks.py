@@ -191,7 +191,7 @@ def test_traffic_is_counted_by_verb():
         with ranks.agree(), ranks.unchecked():
             for call in VERBS.values():
                 call(ranks)
-        assert ranks.calls["meet"] == meetings + 2  # before the bare part, and at the end
+        assert ranks.calls["check"] == meetings + 2  # before the bare part, and at the end
 
     run(in_a_process, 2)
 
@@ -206,7 +206,7 @@ def record_calls(seen):
         def spy(*args, **kwargs):
             if not inside:  # what it calls in turn is its own affair
                 notes = name == "all_reduce" and dist.ReduceOp.MAX in args and args[0].shape == (3,)
-                seen.append("meet" if notes else name)
+                seen.append("check" if notes else name)
             inside.append(name)
             try:
                 return original(*args, **kwargs)
@@ -245,9 +245,9 @@ def test_no_verb_goes_without_a_meeting_in_a_block():
         for verb in VERBS:
             plain = found[verb, "outside"]
             assert plain
-            assert "meet" not in plain
-            assert found[verb, "bare"] == ["meet", *plain, "meet"]  # at both ends of the bare part
-            assert found[verb, "inside"] == [call for name in plain for call in ("meet", name)] + ["meet"]
+            assert "check" not in plain
+            assert found[verb, "bare"] == ["check", *plain, "check"]  # at both ends of the bare part
+            assert found[verb, "inside"] == [call for name in plain for call in ("check", name)] + ["check"]
 
 
 # -- together ---------------------------------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def test_a_block_in_a_block_is_part_of_it():
             with ranks.agree():
                 ranks.all_reduce(torch.ones(1))
             ranks.all_reduce(torch.ones(1))
-        assert ranks.calls["meet"] == 3  # one a sum, and one at the end
+        assert ranks.calls["check"] == 3  # one a sum, and one at the end
 
         def inside(failing, place):
             with ranks.agree():
@@ -409,7 +409,7 @@ def test_code_that_catches_everything_gets_no_further():
                         raise BrokenError("early")
 
         told = outcome(block)
-        return told, set(seen[1:]), in_a_block(ranks), ranks.calls["meet"]
+        return told, set(seen[1:]), in_a_block(ranks), ranks.calls["check"]
 
     (own, seen, *rest), (told, seen_there, *rest_there) = run(in_a_process, 2)
     peer = "PeerError: rank 0: BrokenError: early"
@@ -471,7 +471,7 @@ def test_bare_collectives_are_not_compared():
         with ranks.unchecked():  # outside of a block it changes nothing
             ranks.all_reduce(torch.ones(1))
         ranks.all_reduce(torch.ones(1))
-        assert ranks.calls["meet"] == 0
+        assert ranks.calls["check"] == 0
         return outcome(failing_behind), outcome(comparing_again)[:50], in_a_block(ranks)
 
     different = f"PeerError: {DIFFERENT}"[:50]
@@ -572,9 +572,9 @@ def test_an_interrupt_waits_for_nobody():
             time.sleep(0.05 * ranks.index)
             with pytest.raises(interrupt), ranks.agree():
                 raise interrupt
-        assert ranks.calls["meet"] == 0
+        assert ranks.calls["check"] == 0
         ranks.all_reduce(torch.ones(1))
-        assert ranks.calls["meet"] == 0
+        assert ranks.calls["check"] == 0
         return in_a_block(ranks)
 
     assert run(in_a_process, 2) == ["well", "well"]

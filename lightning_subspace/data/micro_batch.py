@@ -1,4 +1,4 @@
-"""Batch of a fixed sample, the unit that is evaluated and dealt to ranks."""
+"""Micro-batches: the units of a fixed sample that are evaluated and assigned to ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Weight = Callable[[Any], float]
 
 
 class SampleError(ValueError):
-    """The training data cannot give a fixed sample; the message says what to pass instead."""
+    """The training data cannot give a fixed sample, for the reason in the message."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class MicroBatch:
     """One batch of a fixed sample.
 
     Attributes:
-        data: what the collate function returned, on the CPU; None where another rank holds it.
-        weight: its share in averages, before normalisation: the number of examples or tokens.
+        data: what the collate function returned, on the CPU; None on ranks that do not hold it.
+        weight: weight in means, not normalised: the number of examples or tokens.
         index: its place in the sample; fixes `batch_idx` and the random seed.
-        transferred: whether it has been through the transfer hooks already, as a batch seen in training has.
-        size: number of examples, where it is known; 0 elsewhere.
+        transferred: whether it has been through the transfer hooks, as a batch seen in training has.
+        size: number of examples; 0 if not known.
         is_local: whether this rank holds the data.
-        checksum: of the data, where ranks compare what they have read.
-        draw: which random numbers its index gets; the examples of one batch have different ones.
+        checksum: of the data, with several ranks; see `require_same_batches`.
+        draw: second part of the random seed, different for the examples of one batch.
     """
 
     data: Any
@@ -46,7 +46,7 @@ class MicroBatch:
 
 
 def few_examples(batch: MicroBatch, count: int) -> MicroBatch:
-    """The first `count` examples of a batch, where all its tensors share their first dimension; else the batch."""
+    """The first `count` examples of a batch; the batch itself if its tensors share no first dimension."""
     length = _common_length(batch.data)
     if length is None or length <= count:
         return batch
@@ -55,10 +55,7 @@ def few_examples(batch: MicroBatch, count: int) -> MicroBatch:
 
 
 def single_examples(batch: MicroBatch) -> list[MicroBatch] | None:
-    """The examples as batches of one; None where the tensors share no first dimension.
-
-    They have views of the tensors, the index of the batch, and random numbers of their own.
-    """
+    """The examples as batches of one, views of the tensors; None if these share no first dimension."""
     length = _common_length(batch.data)
     if length is None:
         return None
@@ -76,16 +73,16 @@ def number_of_examples(batch: Any) -> int:
         if tensor.ndim:
             return len(tensor)
     raise SampleError(
-        f"the number of examples in a batch of type {type(batch).__name__} cannot be told; pass weight=, a function "
-        "from a batch to a number."
+        f"sample: expected batches with a tensor, whose length is the number of examples, got one of type "
+        f"{type(batch).__name__}; pass weight=, a function from a batch to a number."
     )
 
 
 def checked_weight(weight: float) -> float:
-    """A weight as a positive finite number.
+    """A weight as a positive finite float.
 
     Raises:
-        SampleError: for anything else.
+        SampleError: for any other weight.
     """
     value = float(weight)
     if not 0.0 < value < float("inf"):
@@ -94,12 +91,12 @@ def checked_weight(weight: float) -> float:
 
 
 def detached_copy(data: Any, device: str | None = None) -> Any:
-    """A copy that nobody else holds, on the given device or where it is."""
+    """A deep copy without graphs, on the given device or where the data are."""
     return copied(data, lambda t: t.detach().to(device or t.device, copy=True))
 
 
 def checksum(data: Any) -> int:
-    """Of the dense tensors in a batch.
+    """Checksum of the dense tensors in a batch.
 
     Example:
         >>> checksum([torch.zeros(2), "a"]) == checksum({"x": torch.zeros(2)}), checksum(torch.ones(2)) == 0
@@ -125,6 +122,6 @@ def tensors_of(data: Any) -> list[Tensor]:
 
 
 def _common_length(data: Any) -> int | None:
-    """The first dimension of all tensors, where they share one that is not 0."""
+    """The first dimension of all tensors; None if they share none, or it is 0."""
     lengths = {len(t) if t.ndim else 0 for t in tensors_of(data)}
     return (lengths.pop() or None) if len(lengths) == 1 else None

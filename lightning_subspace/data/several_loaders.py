@@ -1,7 +1,6 @@
-"""A fixed sample of combined batches, where training has several loaders: a dict or a list of them, a CombinedLoader.
+"""Fixed samples from several training loaders: a dict or a list of them, a CombinedLoader.
 
-How batches of the loaders are put together is Lightning's affair: its own CombinedLoader combines lists of indices
-here, in the mode of training, and only what is in the sample is then loaded.
+Lightning's own CombinedLoader combines lists of indices here, in the mode of training; only the sample is loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from lightning_subspace._lightning import CombinedLoader
-from lightning_subspace.data.micro_batch import SampleError, Weight
+from lightning_subspace.data.micro_batch import MicroBatch, SampleError, Weight
 from lightning_subspace.data.sample import Sample, micro_batch, require_same_batches, sample_of_dataset
 from lightning_subspace.data.training_set import TrainingSet, batch_size_of, load
 from lightning_subspace.parallel.ranks import Ranks
@@ -25,7 +24,7 @@ from lightning_subspace.parallel.ranks import Ranks
 
 @dataclass(frozen=True)
 class IndexBatch:
-    """The indices of one batch of one of the loaders."""
+    """Indices of one batch of one of the loaders."""
 
     part: int
     indices: list[int]
@@ -41,11 +40,11 @@ def sample_of_loaders(
     seed: int = 0,
     ranks: Ranks | None = None,
 ) -> Sample:
-    """Draw a fixed sample from the datasets behind the loaders of training, none of which is iterated.
+    """Draw a fixed sample from the datasets behind the training loaders, none of which is iterated.
 
-    The arguments are those of `sample_of_dataset`. With several loaders whole combined batches are drawn from those of
-    one epoch, examples of all loaders count, and by default the number of them is the weight of a combined batch. In
-    the mode "max_size_cycle" a short loader begins anew, in "max_size" it gives None.
+    The arguments are those of `sample_of_dataset`. With several loaders, whole combined batches of one epoch are drawn;
+    examples of all loaders count, and their number is the default weight. In the mode "max_size_cycle" a short loader
+    begins again, in "max_size" it gives None.
 
     Raises:
         SampleError: for a loader without a sized dataset, an empty one, or a batch size for several loaders.
@@ -76,25 +75,25 @@ def sample_of_loaders(
     for i in torch.randperm(len(combined), generator=generator).tolist():
         if goal is not None and seen >= goal:
             break
-        chosen.append(combined[i])
-        seen += sum(len(chunk.indices) for chunk in _chunks(combined[i]))
-    used = [chunk for item in chosen for chunk in _chunks(item)]
+        used = _chunks(combined[i])
+        size = sum(len(chunk.indices) for chunk in used)
+        chosen.append((combined[i], used, size))
+        seen += size
     data = [
-        load(loader, [chunk.indices for chunk in used if chunk.part == number], generator)
+        load(loader, [chunk.indices for _, used, _ in chosen for chunk in used if chunk.part == number], generator)
         for number, loader in enumerate(parts)
     ]
-    batches = []
-    for index, item in enumerate(chosen):
-        size = sum(len(chunk.indices) for chunk in _chunks(item))
+    batches: list[MicroBatch] = []
+    for item, _, size in chosen:
         loaded = apply_to_collection(item, IndexBatch, lambda chunk: next(data[chunk.part]))
-        batches.append(micro_batch(loaded, index, weight, size=size, ranks=ranks))
-    require_same_batches(batches, Ranks() if ranks is None else ranks)
+        batches.append(micro_batch(loaded, len(batches), weight, size=size, ranks=ranks))
+    require_same_batches(batches, ranks or Ranks())
     return Sample.of(batches, sample)
 
 
 def _combinations(loaders: CombinedLoader, of_part: list[list[IndexBatch]]) -> Iterator[Any]:
-    """The combined batches of an epoch, in indices."""
-    own = copy.copy(loaders)  # has the mode, and the structure that batches are put into
+    """The combined batches of an epoch, as indices."""
+    own = copy.copy(loaders)  # with the mode, and the structure of a combined batch
     own.flattened = of_part
     iter(own)
     for item, _, _ in islice(own, len(own)):
@@ -102,7 +101,7 @@ def _combinations(loaders: CombinedLoader, of_part: list[list[IndexBatch]]) -> I
 
 
 def _chunks(item: Any) -> list[IndexBatch]:
-    """The chunks of one combined batch, in the order in which they are replaced by data."""
+    """The parts of one combined batch, in the order in which they are loaded."""
     found: list[IndexBatch] = []
     apply_to_collection(item, IndexBatch, found.append)
     return found

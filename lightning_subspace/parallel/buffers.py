@@ -1,7 +1,7 @@
-"""Vectors between dealt and whole, in memory that is taken in advance.
+"""Transfers of vectors in buffers that are allocated once an operator.
 
-In the eigensolver's inner loop a rank cannot leave before the others (`Ranks.unchecked`). So nothing that can fail on
-one rank alone may stand between it and its collective. Taking memory can; here that is done once an operator.
+In the eigensolver's inner loop a rank cannot leave before the others (`Ranks.unchecked`). An allocation can fail on one
+rank alone, so none may stand between a rank and its collective.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from lightning_subspace.parallel.partition import Partition
 
 
 class VectorBuffers:
-    """What moves vectors of one type for one operator.
+    """Buffers for the vectors of one operator.
 
-    Holds 2 n + 2 n / W numbers for a flat cut, and 4 n + 2 n / W where ranks have several ranges; n in a process alone.
+    They hold 2 n + 2 n / W numbers for a flat cut, 4 n + 2 n / W where ranks have several ranges, n in one process.
 
     Args:
-        partition: how vectors are dealt to ranks.
+        partition: of the vectors over ranks.
         dtype: of the vectors.
         device: of the vectors.
 
     Attributes:
-        total: (n,), to be filled with what this rank adds to a sum.
+        total: (n,), to be filled with this rank's summand.
     """
 
     def __init__(self, partition: Partition, dtype: torch.dtype, device: torch.device) -> None:
@@ -31,25 +31,19 @@ class VectorBuffers:
         count, longest, n = partition.ranks.count, partition.longest, partition.n
         self._is_alone = count == 1
 
-        def room(*size: int) -> Tensor:
-            return torch.zeros(*size, dtype=dtype, device=device)
+        def zeros(size: int) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
 
-        in_line = room(count * longest)
-        self.total = in_line[:n] if partition.is_in_order else room(n)
-        self._laid = in_line  # the parts of all ranks one after another, each padded with zeros to one length
+        self._laid = zeros(count * longest)  # the parts of all ranks, each padded with zeros to one length
+        self.total = self._laid[:n] if partition.is_in_order else zeros(n)
         if not self._is_alone:
-            self._own, self._part, self._gathered = room(longest), room(longest), room(count * longest)
-            self._whole = self._gathered[:n] if partition.is_in_order else room(n)
+            self._own, self._part, self._gathered = zeros(longest), zeros(longest), zeros(count * longest)
+            self._whole = self._gathered[:n] if partition.is_in_order else zeros(n)
 
-    def gather(
-        self,
-        local: Tensor,  # (local_n,)
-    ) -> Tensor:  # (n,)
-        """The whole of a vector, until the next call: one all-gather. Alone, the vector itself."""
+    def gather(self, local: Tensor) -> Tensor:  # (local_n,) to (n,)
+        """The whole of a vector, valid until the next call: one all-gather. In one process, the vector itself."""
         if self._is_alone:
-            return (
-                self._partition.assemble(local, torch.empty_like(local)) if not self._partition.is_in_order else local
-            )
+            return self._partition.gather(local)
         self._own[: len(local)] = local
         self._partition.ranks.all_gather(self._own, self._gathered)
         return self._partition.assemble(self._gathered, self._whole)

@@ -1,7 +1,7 @@
-"""Where Python keeps state, and how to exchange it while every object stays the same object.
+"""Python objects that hold state, and how to replace their contents.
 
-`walk` walks from some roots through everything that can hold state and returns the containers on the way, the random
-generators and the tensors. A `MutableObject` is one mutable object with its original contents.
+`walk` follows references from some roots through everything that can hold state. It returns the mutable objects with
+their original contents, the random generators and the tensors. Every object stays the same object.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-# Objects of these packages manage training itself: a probe must not follow them, nor what is derived from them.
+# Objects of these packages, and of classes derived from theirs, manage training itself: they are not followed.
 TRAINING = frozenset({"lightning", "pytorch_lightning", "lightning_fabric", "torch"})
 FOREIGN = TRAINING | sys.stdlib_module_names
-# Except these, which are nothing but state.
+# Classes of foreign packages that are nothing but state.
 PLAIN = (
     types.SimpleNamespace,
     argparse.Namespace,
@@ -42,7 +42,7 @@ class MutableObject:
 
     Attributes:
         items: its original contents.
-        replace_contents: exchanges the contents for others, as many and in the same order.
+        replace_contents: sets other contents, as many and in the same order.
     """
 
     items: list[Any]
@@ -51,15 +51,15 @@ class MutableObject:
 
 @dataclass
 class ObjectGraph:
-    """What an exploration has found.
+    """Result of a walk.
 
     Attributes:
         packages: a plain object is followed if its class comes from one of these.
-        seen: ids of all objects that were visited.
-        containers: mutable objects.
-        generators: how to rewind each random generator to where it was: a function and its argument.
-        tensors: all of them, parameters included.
-        iterators: what cannot be put back: iterators without a state that can be seen, open files.
+        seen: ids of all visited objects.
+        containers: the mutable objects.
+        generators: for each random generator, a function and its argument that set its state.
+        tensors: all tensors, parameters included.
+        iterators: objects that cannot be restored: iterators with hidden state, open files.
     """
 
     packages: frozenset[str]
@@ -71,7 +71,7 @@ class ObjectGraph:
 
 
 def walk(roots: Iterable[Any], found: ObjectGraph) -> ObjectGraph:
-    """Add everything that can be reached from the roots, once.
+    """Add everything that can be reached from the roots to `found`, once.
 
     Raises:
         TypeError: for a TorchScript module.
@@ -86,7 +86,7 @@ def walk(roots: Iterable[Any], found: ObjectGraph) -> ObjectGraph:
         value = stack.pop()
         if value is None or isinstance(value, str | int | float | type | types.ModuleType) or id(value) in found.seen:
             continue
-        if isinstance(value, tuple | types.MappingProxyType):  # often temporary, so that its id may be used again
+        if isinstance(value, tuple | types.MappingProxyType):  # often temporary: its id may be reused
             stack.extend(value if isinstance(value, tuple) else value.values())
             continue
         found.seen.add(id(value))
@@ -105,20 +105,17 @@ def walk(roots: Iterable[Any], found: ObjectGraph) -> ObjectGraph:
 
 
 def own_packages(module: nn.Module) -> frozenset[str]:
-    """The packages that the classes of a module and its submodules come from."""
+    """Packages of the classes of a module and its submodules."""
     return frozenset(_package(cls) for m in module.modules() for cls in type(m).__mro__) - FOREIGN
 
 
 def own_caches(module: nn.Module) -> list[functools._lru_cache_wrapper[Any]]:
-    """The `functools.cache`s among the methods of a module's classes and in the files these are defined in.
-
-    One that is filled during a probe may hold a table of a wider type than training computes with.
-    """
+    """The `functools.cache`s among the methods of a module's classes and in the files of these classes."""
     return [value for value in _own_globals(module) if isinstance(value, functools._lru_cache_wrapper)]
 
 
 def own_generators(module: nn.Module) -> list[Any]:
-    """The random generators among the attributes of a module's classes and in the files these are defined in."""
+    """The random generators among the attributes of a module's classes and in the files of these classes."""
     return [value for value in _own_globals(module) if _rewind(value) is not None]
 
 
@@ -134,11 +131,11 @@ def _package(cls: type) -> str:
 
 
 def _containers(value: Any, packages: frozenset[str]) -> list[MutableObject]:
-    """The value as containers: of items, of attributes, of both, or none for a constant."""
+    """A value's containers: its items, its attributes, both, or none for a constant."""
     if isinstance(value, torch.jit.ScriptModule):
         raise TypeError(
-            f"{type(value).__name__} is a compiled TorchScript module, whose parameters cannot be exchanged for "
-            "copies; use the eager module, or pass loss_fn= and leave it out."
+            f"module: expected an eager module, got the TorchScript module {type(value).__name__}, whose parameters "
+            "cannot be replaced by copies; use the eager one, or pass loss_fn=, a loss without it."
         )
     found: list[MutableObject] = []
     if isinstance(value, dict):
@@ -162,7 +159,7 @@ def _containers(value: Any, packages: frozenset[str]) -> list[MutableObject]:
 
 
 def _is_own(value: Any, packages: frozenset[str]) -> bool:
-    """Whether a plain object belongs to the project, so that its attributes are state of the module."""
+    """Whether a plain object is of the project's own code, so that its attributes are state of the module."""
     if isinstance(value, Dataset):
         return False
     own = {_package(cls) for cls in type(value).__mro__}
@@ -179,7 +176,7 @@ def _of_dict(target: dict[Any, Any]) -> MutableObject:
             for key, value in zip(keys, values, strict=True):
                 target[key] = value
             return
-        # Entry by entry where the keys are as they were: guards of compiled code look at the dict.
+        # By entry if the keys are unchanged: guards of compiled code look at the dict.
         for key, old, new in zip(keys, list(target.values()), values, strict=True):
             if old is not new:
                 target[key] = new
@@ -198,7 +195,7 @@ def _of_list(target: list[Any] | collections.deque[Any]) -> MutableObject:
 
 def _of_set(target: set[Any]) -> MutableObject:
     def fill(items: list[Any]) -> None:
-        # Only what has come or gone, since the order of iteration depends on how a set was built.
+        # Only the difference: the order of iteration depends on how a set was built.
         target.intersection_update(items)
         target.update(items)
 
@@ -236,16 +233,16 @@ def _of_slots(target: Any) -> list[MutableObject]:
     slots = [d for cls in classes for d in vars(cls).values() if isinstance(d, types.MemberDescriptorType)]
     if not slots:
         return []
-    held = [slot for slot in slots if _has(slot, target)]
+    filled = [slot for slot in slots if _has(slot, target)]
 
     def fill(items: list[Any]) -> None:
         for slot in slots:
-            if slot not in held and _has(slot, target):
+            if slot not in filled and _has(slot, target):
                 slot.__delete__(target)
-        for slot, item in zip(held, items, strict=True):
+        for slot, item in zip(filled, items, strict=True):
             slot.__set__(target, item)
 
-    return [MutableObject([slot.__get__(target) for slot in held], fill)]
+    return [MutableObject([slot.__get__(target) for slot in filled], fill)]
 
 
 def _has(slot: types.MemberDescriptorType, target: Any) -> bool:
@@ -257,7 +254,7 @@ def _has(slot: types.MemberDescriptorType, target: Any) -> bool:
 
 
 def _rewind(value: Any) -> tuple[Callable[[Any], Any], Any] | None:
-    """How to bring a random generator back to its present state; None for anything else."""
+    """A function and its argument that set a random generator to its present state; None for anything else."""
     if isinstance(value, torch.Generator):
         return value.set_state, value.get_state()
     if isinstance(value, np.random.Generator):

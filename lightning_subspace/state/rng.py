@@ -1,4 +1,4 @@
-"""The global random generators: snapshots of them, and putting them back as they were."""
+"""Snapshots of the global random generators."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RandomState:
-    """What the global generators of torch (CPU and every initialised accelerator), numpy and python are at.
+    """State of the global generators of torch (CPU and every initialised accelerator), numpy and Python.
 
     Example:
         >>> state = RandomState.now()
@@ -33,7 +33,7 @@ class RandomState:
 
     @classmethod
     def now(cls) -> RandomState:
-        """A snapshot."""
+        """A snapshot of the present state."""
         return cls(
             torch.get_rng_state(),
             np.random.get_state(),
@@ -43,7 +43,7 @@ class RandomState:
         )
 
     def restore(self) -> None:
-        """Bring every generator back to it."""
+        """Set every generator to this state."""
         torch.set_rng_state(self.cpu)
         np.random.set_state(self.legacy)
         random.setstate(self.python)
@@ -55,7 +55,7 @@ class RandomState:
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Put the global generators back as they were, also on an exception.
+    """Restore the global generators at the end of the block, also on an exception.
 
     Example:
         >>> state = torch.get_rng_state()
@@ -72,11 +72,8 @@ def preserved_random_state() -> Iterator[None]:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed every global generator.
-
-    `torch.manual_seed` is not used: it also queues a seed for CUDA where CUDA has not been initialised, which would
-    reach the user's own CUDA generator later.
-    """
+    """Seed every global generator."""
+    # Not by `torch.manual_seed`: where CUDA is not initialised it queues a seed, for the user's own generator later.
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

@@ -16,7 +16,7 @@ from lightning_subspace.data.micro_batch import MicroBatch, number_of_examples
 from lightning_subspace.data.sample import sample_of_batches
 from lightning_subspace.loss import shadow as containment
 from lightning_subspace.loss import training_loss
-from lightning_subspace.loss.loss_function import LossError, check_loss_function
+from lightning_subspace.loss.loss_function import LossError, resolve_loss
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from tests.modules import (
@@ -444,7 +444,7 @@ class Bare(LightningModule):
 @pytest.mark.parametrize("make", [OneArgument, OneAndOptions, AnyArguments, ThreeArguments])
 def test_signatures(make):
     module = make()
-    check_loss_function(module, None)
+    resolve_loss(module, None)
     with TrainingLoss(module, ParameterSpace.of(module)) as loss:
         value = loss(batch_of()).value
     assert torch.equal(
@@ -465,8 +465,8 @@ def test_modules_without_a_loss(make, message):
     with pytest.raises(TypeError, match=message):
         TrainingLoss(module, ParameterSpace.of(module))
     with pytest.raises(TypeError, match=message):
-        check_loss_function(module, None)
-    check_loss_function(module, cross_entropy)
+        resolve_loss(module, None)
+    resolve_loss(module, cross_entropy)
 
 
 def test_an_error_of_the_step_is_its_own_and_nothing_is_changed():

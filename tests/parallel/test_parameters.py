@@ -235,9 +235,9 @@ def test_sparse_gradients_are_made_dense():
 
 def test_a_tensor_of_another_shape_is_refused_not_broadcast():
     space = ParameterSpace(("w", "b"), (torch.Size([2, 3]), torch.Size([3])))
-    with pytest.raises(ValueError, match=r"'w' must have shape \(2, 3\), got \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"'w': expected shape \(2, 3\), got \(3, 2\)"):
         space.flatten([torch.ones(3, 2), torch.ones(3)])
-    with pytest.raises(ValueError, match=r"'b' must have shape \(3,\), got \(1,\)"):
+    with pytest.raises(ValueError, match=r"'b': expected shape \(3,\), got \(1,\)"):
         space.flatten([torch.ones(2, 3), torch.ones(1)])
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_subspace.parallel import partition as partition_module
+from lightning_subspace.parallel.buffers import VectorBuffers
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import BLOCK, Partition
 from lightning_subspace.parallel.ranks import Ranks
@@ -110,6 +111,12 @@ def coordinates(partition):
     return [i for piece in partition.local_ranges for i in piece]
 
 
+def sum_scatter(partition, whole):
+    buffers = VectorBuffers(partition, whole.dtype, whole.device)
+    buffers.total.copy_(whole)
+    return buffers.sum_scatter()
+
+
 def check(partitions, wholes):
     """All that a partition does, against the whole vectors, one of each rank."""
     alone = Partition.even(partitions[0].space)
@@ -123,7 +130,7 @@ def check(partitions, wholes):
 
     for _, whole in on_all(partitions, lambda p: p.gather(p.cut(wholes[0]))):
         assert torch.equal(whole, wholes[0])
-    for p, local in on_all(partitions, lambda p: p.sum_scatter(wholes[p.ranks.index])):
+    for p, local in on_all(partitions, lambda p: sum_scatter(p, wholes[p.ranks.index])):
         rounding = 50 * torch.finfo(local.dtype).eps
         assert torch.allclose(local, p.cut(torch.stack(wholes).sum(0)), rtol=0, atol=rounding)
     for p, parts in on_all(partitions, lambda p: p.exchange(wholes[p.ranks.index])):
@@ -162,6 +169,23 @@ def test_whole_vectors_and_dealt_ones_agree(partitions, seed):
 
 @given(worlds())
 @FEW
+def test_buffers_serve_many_transfers(partitions):
+    buffers = {id(p): VectorBuffers(p, torch.float64, torch.device("cpu")) for p in partitions}
+
+    def summed(p):
+        buffers[id(p)].total.copy_(wholes[p.ranks.index])
+        return buffers[id(p)].sum_scatter()
+
+    for seed in range(2):
+        wholes = vectors(len(partitions), partitions[0].n, seed)
+        for _, whole in on_all(partitions, lambda p, first=wholes[0]: buffers[id(p)].gather(p.cut(first)).clone()):
+            assert torch.equal(whole, wholes[0])
+        for p, local in on_all(partitions, summed):
+            assert torch.allclose(local, p.cut(torch.stack(wholes).sum(0)))
+
+
+@given(worlds())
+@FEW
 def test_a_transfer_sends_a_vector_once(partitions):
     """And the padding of the shorter parts: nothing for a flat cut that comes out even."""
     count, n = len(partitions), partitions[0].n
@@ -169,7 +193,7 @@ def test_a_transfer_sends_a_vector_once(partitions):
     whole = torch.zeros(n)
     for method in (
         lambda p: p.gather(torch.zeros(p.local_n)),
-        lambda p: p.sum_scatter(whole),
+        lambda p: sum_scatter(p, whole),
         lambda p: p.exchange(whole),
     ):
         sent = {}

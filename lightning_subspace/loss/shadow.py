@@ -1,8 +1,8 @@
 """Shadow of a module: its state replaced by copies during a probe.
 
 `training_step` changes more than gradients: batch-norm statistics, metric states, counters, a momentum teacher, clamped
-weights, random generators. A `Shadow` finds all mutable objects of a module and fills them with copies. The objects stay
-the same, so that closures and hooks see the copies, too. Closing puts the very same contents back: nothing of the
+weights, random generators. A `Shadow` finds all mutable objects of a module and fills them with copies. The objects
+stay the same, so that closures and hooks see the copies, too. Closing puts the very same contents back: nothing of the
 user's was ever written.
 
 Copied are the attributes of all modules, registered or not; dicts, lists, sets, deques and tuples at any depth; arrays;

@@ -28,8 +28,7 @@ from lightning_subspace.curvature.gradient import backward_gradient
 from lightning_subspace.data.assignment import Assignment, assign, group_by_round, owner_rank
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.training_loss import TrainingLoss
-from lightning_subspace.parallel.buffers import VectorBuffers
-from lightning_subspace.parallel.partition import Partition
+from lightning_subspace.parallel.partition import Partition, VectorBuffers
 
 
 class BatchMean(ABC):

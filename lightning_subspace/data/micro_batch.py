@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,13 +27,16 @@ class MicroBatch:
 
     Attributes:
         data: what the collate function returned, on the CPU; None on ranks that do not hold it.
-        weight: weight in means, not normalised: the number of examples or tokens.
+        weight: weight in means, positive and finite, not normalised: the number of examples or tokens.
         index: its place in the sample; fixes `batch_idx` and the random seed.
         transferred: whether it has been through the transfer hooks, as a batch seen in training has.
         size: number of examples; 0 if not known.
         is_local: whether this rank holds the data.
         checksum: of the data, with several ranks; see `require_same_batches`.
         draw: second part of the random seed, different for the examples of one batch.
+
+    Raises:
+        SampleError: for a weight that is not positive and finite.
     """
 
     data: Any
@@ -43,6 +47,10 @@ class MicroBatch:
     is_local: bool = True
     checksum: int = 0
     draw: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.weight < math.inf:
+            raise SampleError(f"weight: expected a positive finite number for every batch, got {self.weight}.")
 
 
 def few_examples(batch: MicroBatch, count: int) -> MicroBatch:
@@ -76,18 +84,6 @@ def number_of_examples(batch: Any) -> int:
         f"sample: expected batches with a tensor, whose length is the number of examples, got one of type "
         f"{type(batch).__name__}; pass weight=, a function from a batch to a number."
     )
-
-
-def checked_weight(weight: float) -> float:
-    """A weight as a positive finite float.
-
-    Raises:
-        SampleError: for any other weight.
-    """
-    value = float(weight)
-    if not 0.0 < value < float("inf"):
-        raise SampleError(f"weight: expected a positive finite number for every batch, got {value}.")
-    return value
 
 
 def detached_copy(data: Any, device: str | None = None) -> Any:

@@ -25,7 +25,6 @@ from lightning_subspace.data.micro_batch import (
     MicroBatch,
     SampleError,
     Weight,
-    checked_weight,
     checksum,
     detached_copy,
     number_of_examples,
@@ -195,8 +194,8 @@ def micro_batch(
         size = 1
         with suppress(*([] if weight is None else [SampleError])):
             size = number_of_examples(data)
-    value = float(size) if weight is None else weight(data)
-    return _localized(MicroBatch(data, checked_weight(value), index, transferred, size), ranks or Ranks())
+    value = size if weight is None else weight(data)
+    return _localized(MicroBatch(data, float(value), index, transferred, size), ranks or Ranks())
 
 
 def _given(item: Any, weight: Weight | None, index: int, ranks: Ranks) -> MicroBatch:
@@ -206,7 +205,7 @@ def _given(item: Any, weight: Weight | None, index: int, ranks: Ranks) -> MicroB
         data, value = item
     else:
         data, value = item, number_of_examples(item) if weight is None else weight(item)
-    return _localized(MicroBatch(data, checked_weight(value), index), ranks)
+    return _localized(MicroBatch(data, float(value), index), ranks)
 
 
 def _localized(batch: MicroBatch, ranks: Ranks) -> MicroBatch:

@@ -26,7 +26,7 @@ from torch.utils.data import (
 
 from lightning_subspace._lightning import undistributed
 from lightning_subspace.data.micro_batch import SampleError
-from lightning_subspace.state.object_graph import FOREIGN, ObjectGraph, walk
+from lightning_subspace.state.object_graph import FOREIGN, restore, walk
 from lightning_subspace.state.rng import preserved_random_state
 
 
@@ -169,15 +169,12 @@ def _workers(loader: DataLoader[Any]) -> tuple[int, Any]:
 def _in_this_process(own: DataLoader[Any]) -> Iterator[Any]:
     """Load here, and put back the global random numbers and the state of the dataset."""
     packages = frozenset(cls.__module__.split(".")[0] for cls in type(own.dataset).__mro__) - FOREIGN
-    found = walk([vars(own.dataset)] if hasattr(own.dataset, "__dict__") else [], ObjectGraph(packages))
+    found = walk([vars(own.dataset)] if hasattr(own.dataset, "__dict__") else [], packages)
     try:
         with preserved_random_state():
             yield from own
     finally:
-        for container in found.containers:
-            container.replace_contents(container.items)
-        for set_state, state in found.generators:
-            set_state(state)
+        restore(found.containers, found.generators)
 
 
 def _batch_sampler(loader: DataLoader[Any]) -> Any:

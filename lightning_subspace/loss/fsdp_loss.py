@@ -96,9 +96,7 @@ class ShardedLoss(TrainingLoss):
         """Evaluate at theta + offset, a vector (n,) of this rank's shards, from now on; None: at theta."""
         self._offset_local = offset
 
-    def gradient(
-        self, assignments: Iterable[tuple[MicroBatch, float]]
-    ) -> tuple[Tensor, float]:  # (n,), a number of this rank alone
+    def gradient(self, assignments: Iterable[tuple[MicroBatch, float]]) -> tuple[Tensor, float]:  # (n,)
         """This rank's shards of sum_b s_b grad L_b over the micro-batches of all ranks, and its own sum_b s_b L_b.
 
         Args:
@@ -121,15 +119,11 @@ class ShardedLoss(TrainingLoss):
                     "FSDP2 has given no gradient to any shard: set_requires_gradient_sync(False) is in effect, or the "
                     "loss does not depend on these parameters."
                 )
-            return self._flat(gradients), value
-
-    def _flat(self, tensors: Iterable[Any]) -> Tensor:
-        """Shards as a flat vector."""
-        flat = torch.zeros(self.n, dtype=self.dtype, device=self.device)
-        for piece, tensor in zip(torch.split(flat, list(self.local_numels)), tensors, strict=True):
-            if tensor is not None:
-                piece.copy_(_real(local_part(tensor)))
-        return flat
+            flat = torch.zeros(self.n, dtype=self.dtype, device=self.device)
+            for piece, gradient in zip(torch.split(flat, list(self.local_numels)), gradients, strict=True):
+                if gradient is not None:
+                    piece.copy_(_real(local_part(gradient)))
+            return flat, value
 
     def _local_parts(self) -> list[Tensor]:
         """Views of this rank's shards of the space, flat and real."""

@@ -27,14 +27,7 @@ from torch import Tensor, nn
 from lightning_subspace.loss.leaves import ParameterCopy, unmodified
 from lightning_subspace.loss.precision import widened
 from lightning_subspace.parallel.fsdp import is_sharded
-from lightning_subspace.state.object_graph import (
-    MutableObject,
-    ObjectGraph,
-    own_caches,
-    own_generators,
-    own_packages,
-    walk,
-)
+from lightning_subspace.state.object_graph import MutableObject, own_caches, own_generators, own_packages, restore, walk
 
 # Types of what is copied; a tuple or a read-only dict only if it holds any of them.
 COPIED = (Tensor, np.ndarray, tuple, types.MappingProxyType)
@@ -46,7 +39,7 @@ class Shadow:
     Args:
         module: any module; its tree is walked once.
         dtype: floating-point copies are at least this wide (a bfloat16 weight becomes a float32 leaf); None keeps all.
-        displacement: a function from a parameter to an offset that is added to its copy, or to None.
+        displacement: a function from a parameter to an offset of its copy, or to None.
         extra_roots: more objects whose attributes are put back, without copies of their tensors: what a training step
             can assign to, such as the learning rate of an optimizer.
         replacements: tensors to copy in place of an original, by the id of the original. That of a sharded parameter (a
@@ -86,8 +79,8 @@ class Shadow:
         self._round = 0
         self._caches = [(cache, cache.cache_info().misses) for cache in own_caches(module)]
         packages = own_packages(module)
-        inside = walk([module], ObjectGraph(packages))
-        around = walk([*map(vars, extra_roots), *own_generators(module)], ObjectGraph(packages, inside.seen))
+        inside = walk([module], packages)
+        around = walk([*map(vars, extra_roots), *own_generators(module)], packages, inside.seen)
         self._generators = inside.generators + around.generators
         self._owners = _owners(inside.tensors)
         for tensor in inside.tensors if parameters else []:
@@ -116,7 +109,7 @@ class Shadow:
             leaf.copy.grad = None
             leaf.copy.__dict__.clear()
             leaf.copy.__dict__.update({key: self._copy(item, memo) for key, item in vars(leaf.original).items()})
-        self._put_back(self._others)
+        restore(self._others, self._generators)
 
     def drop_written(self) -> None:
         """Drop the parameter copies that were written to, after an evaluation has built its graph.
@@ -149,20 +142,7 @@ class Shadow:
         for cache, misses in self._caches:
             if cache.cache_info().misses != misses:  # the tables of a probe may be of a wider type
                 cache.cache_clear()
-        self._put_back([*self._copied, *self._others])
-
-    def _put_back(self, containers: list[MutableObject]) -> None:
-        """Put back the original contents and the generators: all of them, even if one raises."""
-        errors: list[BaseException] = []
-        for container in containers:
-            try:
-                container.replace_contents(container.items)
-            except BaseException as error:
-                errors.append(error)
-        for set_state, state in self._generators:
-            set_state(state)
-        if errors:
-            raise errors[0]
+        restore([*self._copied, *self._others], self._generators)
 
     def _copy(self, value: Any, memo: dict[int, Any]) -> Any:
         """The copy of a value; the value itself if it is constant, or its contents are replaced."""
@@ -227,20 +207,13 @@ class _Sealed:
     def __init__(self, original: Iterator[Any]) -> None:
         self._kind = type(original).__name__
 
-    def __iter__(self) -> NoReturn:
-        self._refuse()
-
-    def __next__(self) -> NoReturn:
-        self._refuse()
-
-    def __getattr__(self, name: str) -> NoReturn:
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
+    def _refuse(self, *args: object) -> NoReturn:
         raise TypeError(
             f"the training step uses an object of type {self._kind} that the module keeps, which cannot be put back "
             "afterwards; pass loss_fn=, a loss without it."
         )
+
+    __iter__ = __next__ = __getattr__ = _refuse
 
 
 def _owners(tensors: Iterable[Tensor]) -> dict[int, Tensor]:

@@ -1,6 +1,6 @@
 """Python objects that hold state, and how to replace their contents.
 
-`walk` follows references from some roots through everything that can hold state. It returns the mutable objects with
+`walk` follows references from some roots through everything that can hold state. It finds the mutable objects with
 their original contents, the random generators and the tensors. Every object stays the same object.
 """
 
@@ -54,7 +54,6 @@ class ObjectGraph:
     """Result of a walk.
 
     Attributes:
-        packages: a plain object is followed if its class comes from one of these.
         seen: ids of all visited objects.
         containers: the mutable objects.
         generators: for each random generator, a function and its argument that set its state.
@@ -62,25 +61,29 @@ class ObjectGraph:
         iterators: objects that cannot be restored: iterators with hidden state, open files.
     """
 
-    packages: frozenset[str]
-    seen: set[int] = field(default_factory=set)
+    seen: set[int]
     containers: list[MutableObject] = field(default_factory=list)
     generators: list[tuple[Callable[[Any], Any], Any]] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
     iterators: list[Iterator[Any]] = field(default_factory=list)
 
 
-def walk(roots: Iterable[Any], found: ObjectGraph) -> ObjectGraph:
-    """Add everything that can be reached from the roots to `found`, once.
+def walk(roots: Iterable[Any], packages: frozenset[str], seen: Iterable[int] = ()) -> ObjectGraph:
+    """Find everything that can be reached from the roots, once.
+
+    Args:
+        roots: objects to begin with.
+        packages: a plain object is followed if its class comes from one of these.
+        seen: ids of objects that are not visited again.
 
     Raises:
         TypeError: for a TorchScript module.
 
     Example:
-        >>> found = walk([{"a": [1, 2]}], ObjectGraph(frozenset()))
-        >>> [container.items for container in found.containers]
+        >>> [container.items for container in walk([{"a": [1, 2]}], frozenset()).containers]
         [['a', [1, 2]], [1, 2]]
     """
+    found = ObjectGraph(set(seen))
     stack = list(roots)
     while stack:
         value = stack.pop()
@@ -96,12 +99,26 @@ def walk(roots: Iterable[Any], found: ObjectGraph) -> ObjectGraph:
         elif (rewind := _rewind(value)) is not None:
             found.generators.append(rewind)
         else:
-            containers = _containers(value, found.packages)
+            containers = _containers(value, packages)
             found.containers.extend(containers)
             if not containers and isinstance(value, Iterator):
                 found.iterators.append(value)
             stack.extend(item for container in containers for item in container.items)
     return found
+
+
+def restore(containers: Iterable[MutableObject], generators: Iterable[tuple[Callable[[Any], Any], Any]]) -> None:
+    """Put back the original contents and the generators: all of them, even if one raises."""
+    errors: list[BaseException] = []
+    for container in containers:
+        try:
+            container.replace_contents(container.items)
+        except BaseException as error:
+            errors.append(error)
+    for set_state, state in generators:
+        set_state(state)
+    if errors:
+        raise errors[0]
 
 
 def own_packages(module: nn.Module) -> frozenset[str]:
@@ -137,23 +154,16 @@ def _containers(value: Any, packages: frozenset[str]) -> list[MutableObject]:
             f"module: expected an eager module, got the TorchScript module {type(value).__name__}, whose parameters "
             "cannot be replaced by copies; use the eager one, or pass loss_fn=, a loss without it."
         )
-    found: list[MutableObject] = []
-    if isinstance(value, dict):
-        found.append(_of_dict(value))
-    elif isinstance(value, list | collections.deque):
-        found.append(_of_list(value))
-    elif isinstance(value, set):
-        found.append(_of_set(value))
-    elif isinstance(value, functools.partial):
-        found.append(_of_partial(value))
-    elif isinstance(value, types.FunctionType):
-        return [_of_function(value)]
-    elif isinstance(value, types.CellType):
+    if isinstance(value, types.FunctionType):
+        parts = [value.__defaults__, value.__kwdefaults__, vars(value), *(value.__closure__ or ())]
+        return [MutableObject(parts, functools.partial(_fill_function, value))]
+    if isinstance(value, types.CellType):
         return _of_cell(value)
-    elif isinstance(value, types.MethodType | types.BuiltinMethodType):
+    if isinstance(value, types.MethodType | types.BuiltinMethodType):
         return [MutableObject([value.__self__], lambda items: None)]
+    found = [_of(value, read, fill) for kind, read, fill in BUILT_IN if isinstance(value, kind)]
     if found or isinstance(value, (nn.Module, *PLAIN)) or _is_own(value, packages):
-        found.extend([_of_dict(vars(value))] if hasattr(value, "__dict__") else [])
+        found.extend([_of(vars(value), *DICT)] if hasattr(value, "__dict__") else [])
         found.extend(_of_slots(value))
     return found
 
@@ -166,56 +176,53 @@ def _is_own(value: Any, packages: frozenset[str]) -> bool:
     return bool(own & packages) and not own & TRAINING
 
 
-def _of_dict(target: dict[Any, Any]) -> MutableObject:
-    size = len(target)
-
-    def fill(items: list[Any]) -> None:
-        keys, values = items[:size], items[size:]
-        if len(target) != size or not all(map(is_, target, keys)):
-            target.clear()
-            for key, value in zip(keys, values, strict=True):
-                target[key] = value
-            return
-        # By entry if the keys are unchanged: guards of compiled code look at the dict.
-        for key, old, new in zip(keys, list(target.values()), values, strict=True):
-            if old is not new:
-                target[key] = new
-
-    return MutableObject([*target, *target.values()], fill)
+def _of(target: Any, read: Callable[[Any], list[Any]], fill: Callable[[Any, list[Any]], None]) -> MutableObject:
+    return MutableObject(read(target), functools.partial(fill, target))
 
 
-def _of_list(target: list[Any] | collections.deque[Any]) -> MutableObject:
-    def fill(items: list[Any]) -> None:
-        if len(items) != len(target) or not all(map(is_, items, target)):
-            target.clear()
-            target.extend(items)
-
-    return MutableObject(list(target), fill)
-
-
-def _of_set(target: set[Any]) -> MutableObject:
-    def fill(items: list[Any]) -> None:
-        # Only the difference: the order of iteration depends on how a set was built.
-        target.intersection_update(items)
-        target.update(items)
-
-    return MutableObject(list(target), fill)
+def _fill_dict(target: dict[Any, Any], items: list[Any]) -> None:
+    keys, values = items[: len(items) // 2], items[len(items) // 2 :]
+    if len(target) != len(keys) or not all(map(is_, target, keys)):
+        target.clear()
+        for key, value in zip(keys, values, strict=True):
+            target[key] = value
+        return
+    # By entry if the keys are unchanged: guards of compiled code look at the dict.
+    for key, old, new in zip(keys, list(target.values()), values, strict=True):
+        if old is not new:
+            target[key] = new
 
 
-def _of_partial(target: functools.partial[Any]) -> MutableObject:
-    def fill(items: list[Any]) -> None:
-        if target.func is not items[0] or target.args is not items[1]:
-            target.__setstate__((items[0], items[1], target.keywords, vars(target)))  # type: ignore[attr-defined]
-
-    return MutableObject([target.func, target.args, target.keywords], fill)
+def _fill_list(target: list[Any] | collections.deque[Any], items: list[Any]) -> None:
+    if len(items) != len(target) or not all(map(is_, items, target)):
+        target.clear()
+        target.extend(items)
 
 
-def _of_function(target: types.FunctionType) -> MutableObject:
-    def fill(items: list[Any]) -> None:
-        if target.__defaults__ is not items[0]:
-            target.__defaults__ = items[0]
+def _fill_set(target: set[Any], items: list[Any]) -> None:
+    # Only the difference: the order of iteration depends on how a set was built.
+    target.intersection_update(items)
+    target.update(items)
 
-    return MutableObject([target.__defaults__, target.__kwdefaults__, vars(target), *(target.__closure__ or ())], fill)
+
+def _fill_partial(target: functools.partial[Any], items: list[Any]) -> None:
+    if target.func is not items[0] or target.args is not items[1]:
+        target.__setstate__((items[0], items[1], target.keywords, vars(target)))  # type: ignore[attr-defined]
+
+
+def _fill_function(target: types.FunctionType, items: list[Any]) -> None:
+    if target.__defaults__ is not items[0]:
+        target.__defaults__ = items[0]
+
+
+# Kinds of built-in containers: how to read their contents, and how to fill them.
+DICT: Any = (lambda target: [*target, *target.values()], _fill_dict)
+BUILT_IN: Any = (
+    (dict, *DICT),
+    ((list, collections.deque), list, _fill_list),
+    (set, list, _fill_set),
+    (functools.partial, lambda target: [target.func, target.args, target.keywords], _fill_partial),
+)
 
 
 def _of_cell(target: types.CellType) -> list[MutableObject]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -25,32 +24,26 @@ class RandomState:
         True
     """
 
-    cpu: Tensor
-    legacy: Any
-    python: Any
-    cuda: list[Tensor] | None
-    mps: Tensor | None
+    states: tuple[tuple[Callable[[Any], object], Any], ...]  # a function that sets a state, and the state
 
     @classmethod
     def now(cls) -> RandomState:
         """A snapshot of the present state."""
-        return cls(
-            torch.get_rng_state(),
-            np.random.get_state(),
-            random.getstate(),
-            torch.cuda.get_rng_state_all() if _cuda_in_use() else None,
-            torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
-        )
+        states: list[tuple[Callable[[Any], object], Any]] = [
+            (torch.set_rng_state, torch.get_rng_state()),
+            (np.random.set_state, np.random.get_state()),
+            (random.setstate, random.getstate()),
+        ]
+        if _cuda_in_use():  # untested: no GPU was available
+            states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+        if torch.backends.mps.is_available():  # untested
+            states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
+        return cls(tuple(states))
 
     def restore(self) -> None:
         """Set every generator to this state."""
-        torch.set_rng_state(self.cpu)
-        np.random.set_state(self.legacy)
-        random.setstate(self.python)
-        if self.cuda is not None:  # untested: no GPU was available
-            torch.cuda.set_rng_state_all(self.cuda)
-        if self.mps is not None:  # untested
-            torch.mps.set_rng_state(self.mps)
+        for set_state, state in self.states:
+            set_state(state)
 
 
 @contextmanager

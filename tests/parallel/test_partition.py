@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_subspace.parallel import partition as partition_module
-from lightning_subspace.parallel.buffers import VectorBuffers
 from lightning_subspace.parallel.parameters import ParameterSpace
-from lightning_subspace.parallel.partition import BLOCK, Partition
+from lightning_subspace.parallel.partition import BLOCK, Partition, VectorBuffers
 from lightning_subspace.parallel.ranks import Ranks
 from tests.processes import run
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 from lightning_subspace.data.micro_batch import MicroBatch
@@ -56,8 +57,7 @@ def group_by_round(batches: Sequence[MicroBatch], ranks: Ranks) -> list[list[Mic
     of_rank: dict[int, list[MicroBatch]] = {}
     for batch in batches:
         of_rank.setdefault(owner_rank(batch, ranks), []).append(batch)
-    count = max(map(len, of_rank.values()), default=0)
-    return [[own[i] for own in of_rank.values() if i < len(own)] for i in range(count)]
+    return [[batch for batch in together if batch is not None] for together in zip_longest(*of_rank.values())]
 
 
 def owner_rank(batch: MicroBatch, ranks: Ranks) -> int:

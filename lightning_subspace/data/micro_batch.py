@@ -98,16 +98,9 @@ def checksum(data: Any) -> int:
         >>> checksum([torch.zeros(2), "a"]) == checksum({"x": torch.zeros(2)}), checksum(torch.ones(2)) == 0
         (True, False)
     """
-    sums: list[int] = []
-
-    def add(tensor: Tensor) -> Tensor:
-        if tensor.layout is torch.strided and tensor.numel():
-            values = tensor.detach().cpu().resolve_conj().contiguous().reshape(-1).view(torch.uint8)
-            sums.append(zlib.crc32(values.numpy().tobytes()))
-        return tensor
-
-    apply_to_collection(data, Tensor, add)
-    return zlib.crc32(repr(sums).encode())
+    dense = (t.detach().cpu() for t in tensors_of(data) if t.layout is torch.strided and t.numel())
+    values = (t.resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for t in dense)
+    return zlib.crc32(repr([zlib.crc32(value) for value in values]).encode())
 
 
 def tensors_of(data: Any) -> list[Tensor]:

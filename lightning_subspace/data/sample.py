@@ -75,13 +75,23 @@ class Sample:
         return sum(t.nbytes for b in (*self.hessian, *self.extra) for t in tensors_of(b.data))
 
 
+@dataclass(frozen=True)
+class SampleSpec:
+    """A user's choice of the sample; see the arguments of `SubspaceMonitor`."""
+
+    sample: int | str | Iterable[Any]
+    gradient_sample: int | str
+    batch_size: int | None
+    weight: Weight | None
+    seed: int
+
+
 def sample_of_batches(batches: Iterable[Any], weight: Weight | None = None, ranks: Ranks | None = None) -> Sample:
     """Take given batches as the sample.
 
     Args:
-        batches: a list of batches or of (batch, weight) pairs with a plain number as weight, or a loader. Worker
-            processes read a DataLoader to its end in the order of its sampler; its own iterator, workers and
-            generators are not touched.
+        batches: a list of batches or of (batch, weight) pairs with a plain number as weight, or a loader. A DataLoader
+            is read to its end by workers of our own, in the order of its sampler; its generators are put back.
         weight: weight of a batch in the mean; by default its number of examples.
         ranks: the process group; all ranks give the same batches.
 
@@ -129,14 +139,12 @@ def sample_of_dataset(
     """Draw a fixed sample from the dataset behind a training loader, which is not iterated.
 
     If the items of the dataset are batches (automatic batching is off), whole items are drawn. Every rank reads the
-    whole sample in the same order and keeps its own part, so that random augmentation is the same for any number of
-    ranks.
+    whole sample and keeps its own part, so that random augmentation is the same for any number of ranks.
 
     Args:
         loader: gives dataset, collate function, batch size, workers, and the examples to draw from (`TrainingSet`).
-        sample: number of examples for the Hessian; None takes all, an epoch's worth of weighted draws.
-        gradient_sample: number of examples for the gradient, at least `sample`; None takes all. Ignored if `sample` is
-            None.
+        sample: number of examples for the Hessian; None takes all for both, an epoch's worth of weighted draws.
+        gradient_sample: number of examples for the gradient, at least `sample`; None takes all.
         batch_size: largest size of the micro-batches, which are nearly equal; by default the loader's.
         weight: weight of a batch in the mean; by default its number of examples.
         seed: of the permutation and of the dataset's workers (augmentation).
@@ -194,27 +202,20 @@ def micro_batch(
         size = 1
         with suppress(*([] if weight is None else [SampleError])):
             size = number_of_examples(data)
-    value = size if weight is None else weight(data)
-    return _localized(MicroBatch(data, float(value), index, transferred, size), ranks or Ranks())
+    batch = MicroBatch(data, float(size if weight is None else weight(data)), index, transferred, size)
+    if ranks is not None and ranks.count > 1:
+        batch = replace(batch, checksum=checksum(data))
+        if index > 0 and owner_rank(batch, ranks) != ranks.index:
+            return replace(batch, data=None, is_local=False)
+    return replace(batch, data=detached_copy(data, "cpu"))
 
 
 def _given(item: Any, weight: Weight | None, index: int, ranks: Ranks) -> MicroBatch:
     if isinstance(item, MicroBatch):
         return item
     if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], (int, float)):
-        data, value = item
-    else:
-        data, value = item, number_of_examples(item) if weight is None else weight(item)
-    return _localized(MicroBatch(data, float(value), index), ranks)
-
-
-def _localized(batch: MicroBatch, ranks: Ranks) -> MicroBatch:
-    """The batch with a copy of its data, or without them if they stay on another rank."""
-    if ranks.count > 1:
-        batch = replace(batch, checksum=checksum(batch.data))
-    if batch.index == 0 or owner_rank(batch, ranks) == ranks.index:
-        return replace(batch, data=detached_copy(batch.data, "cpu"))
-    return replace(batch, data=None, is_local=False)
+        return micro_batch(item[0], index, lambda data: item[1], ranks=ranks)
+    return micro_batch(item, index, weight, ranks=ranks)
 
 
 def _read(loader: DataLoader[Any], ranks: Ranks) -> Iterator[Any]:
@@ -225,8 +226,8 @@ def _read(loader: DataLoader[Any], ranks: Ranks) -> Iterator[Any]:
     inner = getattr(sampler, "sampler", None)
     if ranks.count > 1 and isinstance(inner or sampler, DistributedSampler):
         raise SampleError(
-            "sample: expected a loader of all examples, got one whose DistributedSampler gives each rank a part; the "
-            "monitor does that by itself: pass a loader without it, the same one on all ranks."
+            "sample: expected a loader of all examples, got one whose DistributedSampler gives each rank a part; pass "
+            "a loader without it, the same one on all ranks."
         )
     generators = {g for holder in (loader, sampler, inner) if (g := getattr(holder, "generator", None)) is not None}
     states = [(generator, generator.get_state()) for generator in generators]

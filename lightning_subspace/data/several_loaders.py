@@ -16,8 +16,8 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from lightning_subspace._lightning import CombinedLoader
-from lightning_subspace.data.micro_batch import MicroBatch, SampleError, Weight
-from lightning_subspace.data.sample import Sample, micro_batch, require_same_batches, sample_of_dataset
+from lightning_subspace.data.micro_batch import MicroBatch, SampleError
+from lightning_subspace.data.sample import Sample, SampleSpec, micro_batch, require_same_batches, sample_of_dataset
 from lightning_subspace.data.training_set import TrainingSet, batch_size_of, load
 from lightning_subspace.parallel.ranks import Ranks
 
@@ -30,41 +30,30 @@ class IndexBatch:
     indices: list[int]
 
 
-def sample_of_loaders(
-    loaders: CombinedLoader,
-    sample: int | None,
-    gradient_sample: int | None = None,
-    *,
-    batch_size: int | None = None,
-    weight: Weight | None = None,
-    seed: int = 0,
-    ranks: Ranks | None = None,
-) -> Sample:
+def sample_of_loaders(loaders: CombinedLoader, spec: SampleSpec, ranks: Ranks) -> Sample:
     """Draw a fixed sample from the datasets behind the training loaders, none of which is iterated.
 
-    The arguments are those of `sample_of_dataset`. With several loaders, whole combined batches of one epoch are drawn;
-    examples of all loaders count, and their number is the default weight. In the mode "max_size_cycle" a short loader
-    begins again, in "max_size" it gives None.
+    With several loaders, whole combined batches of one epoch are drawn; examples of all loaders count, and their number
+    is the default weight. In "max_size_cycle" a short loader begins again, in "max_size" it gives None.
+
+    Args:
+        loaders: of training; one of them alone is drawn from by `sample_of_dataset`.
+        spec: numbers of examples, or "all".
+        ranks: the process group.
 
     Raises:
         SampleError: for a loader without a sized dataset, an empty one, or a batch size for several loaders.
     """
+    sizes: list[Any] = [None if isinstance(size, str) else size for size in (spec.sample, spec.gradient_sample)]
+    sample, gradient_sample = sizes
     parts = loaders.flattened
     limits = [math.inf] * len(parts) if loaders.limits is None else loaders.limits
     if len(parts) == 1 and loaders.iterables is parts[0]:
-        return sample_of_dataset(
-            parts[0],
-            sample,
-            gradient_sample,
-            batch_size=batch_size,
-            weight=weight,
-            seed=seed,
-            limit=limits[0],
-            ranks=ranks,
-        )
-    if batch_size is not None:
+        options: dict[str, Any] = {"batch_size": spec.batch_size, "weight": spec.weight, "seed": spec.seed}
+        return sample_of_dataset(parts[0], sample, gradient_sample, limit=limits[0], ranks=ranks, **options)
+    if spec.batch_size is not None:
         raise SampleError("batch_size: several training loaders keep the batch size of each; leave it out.")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(spec.seed)
     of_part = []
     for number, (loader, limit) in enumerate(zip(parts, limits, strict=True)):
         order, size = TrainingSet.of(loader, limit).order(generator), batch_size_of(loader)
@@ -86,8 +75,8 @@ def sample_of_loaders(
     batches: list[MicroBatch] = []
     for item, _, size in chosen:
         loaded = apply_to_collection(item, IndexBatch, lambda chunk: next(data[chunk.part]))
-        batches.append(micro_batch(loaded, len(batches), weight, size=size, ranks=ranks))
-    require_same_batches(batches, ranks or Ranks())
+        batches.append(micro_batch(loaded, len(batches), spec.weight, size=size, ranks=ranks))
+    require_same_batches(batches, ranks)
     return Sample.of(batches, sample)
 
 

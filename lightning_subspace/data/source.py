@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from lightning_subspace._lightning import Trainer, training_loaders
-from lightning_subspace.data.micro_batch import Weight
-from lightning_subspace.data.sample import Sample, sample_of_batches, sample_of_current
+from lightning_subspace.data.sample import Sample, SampleSpec, sample_of_batches, sample_of_current
 from lightning_subspace.data.several_loaders import sample_of_loaders
 from lightning_subspace.data.stream import StreamSample
 from lightning_subspace.data.training_set import is_drawable
 from lightning_subspace.parallel.ranks import Ranks
-
-
-@dataclass(frozen=True)
-class SampleSpec:
-    """A user's choice of the sample; see the arguments of `SubspaceMonitor`."""
-
-    sample: int | str | Iterable[Any]
-    gradient_sample: int | str
-    batch_size: int | None
-    weight: Weight | None
-    seed: int
 
 
 class SampleSource:
@@ -76,15 +62,11 @@ class SampleSource:
             return
         loaders = training_loaders(trainer)
         if all(is_drawable(loader) for loader in loaders.flattened):
-            sizes = (None if isinstance(size, str) else size for size in (spec.sample, spec.gradient_sample))
-            options: dict[str, Any] = {"batch_size": spec.batch_size, "weight": spec.weight, "seed": spec.seed}
-            self.sample = sample_of_loaders(loaders, *sizes, **options, ranks=ranks)
+            self.sample = sample_of_loaders(loaders, spec, ranks)
             return
-        stream = StreamSample(spec.sample, spec.gradient_sample, spec.weight, ranks)  # checks the sizes in any case
-        if continues and before is not None and before.num_ranks == ranks.count:
-            stream = before
-            stream.rebind(ranks)
-        self._stream, self.sample = stream, stream.sample
+        if not (continues and before is not None and before.rebind(ranks)):
+            before = StreamSample(spec.sample, spec.gradient_sample, spec.weight, ranks)
+        self._stream, self.sample = before, before.sample
 
     def observe(self, batch: Any, epoch: int) -> None:
         """Copy a batch that training is about to use, and may write into."""

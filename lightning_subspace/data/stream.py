@@ -85,14 +85,11 @@ class StreamSample:
             listed = self._ranks.all_gather_object(replace(own, data=None, is_local=False))
         self._batches.extend(own if other.index == index else other for other in listed)
 
-    @property
-    def num_ranks(self) -> int:
-        """W, the number of ranks."""
-        return self._ranks.count
-
-    def rebind(self, ranks: Ranks) -> None:
-        """Use the process group of another fit, with as many ranks."""
-        self._ranks = ranks
+    def rebind(self, ranks: Ranks) -> bool:
+        """Use the process group of another fit; False, and nothing is done, if it has another number of ranks."""
+        if ranks.count == self._ranks.count:
+            self._ranks = ranks
+        return ranks.count == self._ranks.count
 
     def close(self) -> None:
         """Add no more: the first epoch or training is over."""

@@ -15,14 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    IterableDataset,
-    Sampler,
-    SequentialSampler,
-    WeightedRandomSampler,
-)
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, WeightedRandomSampler
 
 from lightning_subspace._lightning import undistributed
 from lightning_subspace.data.micro_batch import SampleError
@@ -68,25 +61,21 @@ class TrainingSet:
                 "sample: expected a sized dataset, got an iterable one, which has no fixed examples to draw from; pass "
                 "sample='current', or the batches themselves, sample=[batch, ...]."
             )
-        found = cls._of_sampler(loader, limit)
-        if not len(found.indices):
-            raise SampleError("sample: expected a training dataset with examples, got an empty one.")
-        return found
-
-    @classmethod
-    def _of_sampler(cls, loader: DataLoader[Any], limit: float) -> TrainingSet:
         count = len(loader.dataset)  # type: ignore[arg-type]  # it is sized
         batch_sampler = _batch_sampler(loader)
         sampler, num_replicas = undistributed(getattr(batch_sampler, "sampler", loader.sampler))
-        indices = getattr(sampler, "indices", None)
         if isinstance(sampler, WeightedRandomSampler):
-            return cls(range(len(sampler.weights)), sampler.weights, sampler.num_samples, sampler.replacement)
-        if indices is not None:
-            return cls([int(i) for i in indices])
-        if isinstance(sampler, SequentialSampler) and type(batch_sampler) in (BatchSampler, type(None)):
+            found = cls(range(len(sampler.weights)), sampler.weights, sampler.num_samples, sampler.replacement)
+        elif (indices := getattr(sampler, "indices", None)) is not None:
+            found = cls([int(i) for i in indices])
+        elif isinstance(sampler, SequentialSampler) and type(batch_sampler) in (BatchSampler, type(None)):
             size = 1 if batch_sampler is None else batch_sampler.batch_size
-            return cls(range(int(min(count, num_replicas * size * min(limit, len(loader))))))
-        return cls(range(count))
+            found = cls(range(int(min(count, num_replicas * size * min(limit, len(loader))))))
+        else:
+            found = cls(range(count))
+        if not len(found.indices):
+            raise SampleError("sample: expected a training dataset with examples, got an empty one.")
+        return found
 
     @property
     def population(self) -> float:
@@ -123,9 +112,7 @@ def batch_size_of(loader: DataLoader[Any]) -> int:
     """
     size = loader.batch_size or getattr(_batch_sampler(loader), "batch_size", None)
     if not isinstance(size, int):
-        raise SampleError(
-            "batch_size: expected a training loader with a batch size, got one without; pass batch_size=."
-        )
+        raise SampleError("batch_size: expected a loader with a batch size, got one without; pass batch_size=.")
     return size
 
 
@@ -134,8 +121,7 @@ def load(loader: DataLoader[Any], units: Sequence[Any] | None, generator: torch.
 
     Args:
         loader: gives dataset, collate function and workers; it is not iterated.
-        units: for each batch the list of its indices, or one index if items are batches; None reads an iterable dataset
-            to its end.
+        units: for each batch its indices, or one index if items are batches; None reads an iterable dataset to its end.
         generator: draws the seeds of the workers.
     """
     batching: dict[str, Any]
@@ -181,5 +167,5 @@ def _batch_sampler(loader: DataLoader[Any]) -> Any:
     """The batch sampler, or the sampler of lists without automatic batching, or None."""
     if loader.batch_sampler is not None:
         return loader.batch_sampler
-    sampler: Sampler[Any] = loader.sampler  # type: ignore[assignment]  # torch allows any iterable
+    sampler: object = loader.sampler
     return sampler if isinstance(sampler, BatchSampler) else None

@@ -4,14 +4,8 @@ The module's own parameters are used with FSDP's hooks on. FSDP gathers and free
 scatters the gradients, as in a training step; nothing else is communicated. A displacement is added to this rank's
 shards in place, and undone by a copy of the old values. All other state is copies, as in `TrainingLoss`.
 
-FSDP divides the sum of the gradients by the number of ranks. Each loss is scaled by that number and by its share in the
-mean over all ranks, so that unequal micro-batches are averaged exactly. A loss that is not finite is not refused, since
-the other ranks wait: it reaches all of them as a gradient that is not finite.
-
-The ranks check each other right before each training step (`Ranks.unchecked`): a rank that runs out of memory in the
-copies here does not leave the others waiting in FSDP's first all-gather. If a training step or its backward pass raises
-on one rank, the others wait in FSDP's own collectives up to the time limit of the process group. The shards of every
-rank that leaves the context are put back.
+If a training step or its backward pass raises on one rank, the others wait in FSDP's own collectives up to the time
+limit of the process group. The shards of every rank that leaves the context are put back.
 """
 
 from __future__ import annotations
@@ -85,7 +79,9 @@ class ShardedLoss(TrainingLoss):
 
     @contextmanager
     def _around_step(self) -> Iterator[Callable[[Any], Any]]:
-        with self._ranks.unchecked():  # begun by all ranks or by none: its collectives are FSDP's
+        # A check before each step: a rank that runs out of memory in its copies must not leave the others waiting in
+        # FSDP's first all-gather.
+        with self._ranks.unchecked():
             yield lambda data: data
 
     def __call__(self, batch: MicroBatch) -> Evaluation:
@@ -109,14 +105,15 @@ class ShardedLoss(TrainingLoss):
         value = 0.0
         with self._displaced():
             for batch, share in assignments:
+                # If not finite, not refused, since the other ranks wait: it reaches all of them in the gradient.
                 loss = self._evaluate(batch, finite=False).value
-                (loss * (share * self._count)).backward()
+                (loss * (share * self._count)).backward()  # FSDP divides the sum by the number of ranks
                 value += share * float(loss.detach())
             # None for a parameter that the losses of all ranks do not depend on.
             gradients = [parameter.grad for parameter in self._parameters]
             if all(gradient is None for gradient in gradients):
                 raise LossError(
-                    "FSDP2 has given no gradient to any shard: set_requires_gradient_sync(False) is in effect, or the "
+                    "FSDP2 has given no gradient to any shard; set_requires_gradient_sync(False) is in effect, or the "
                     "loss does not depend on these parameters."
                 )
             flat = torch.zeros(self.n, dtype=self.dtype, device=self.device)
@@ -146,7 +143,12 @@ class ShardedLoss(TrainingLoss):
                     m.reset_iter_state()
             raise
         finally:
-            _put_back(self.module, self._values)
+            reshard(self.module)
+            with torch.no_grad():
+                for parameter, value in self._values.items():  # also frozen ones, such as a momentum teacher
+                    parameter.grad = None
+                    if not torch.equal(local_part(parameter), value):
+                        local_part(parameter).copy_(value)
 
 
 @contextmanager
@@ -162,16 +164,6 @@ def _preserved(module: nn.Module) -> Iterator[dict[nn.Parameter, Tensor]]:
         for parameter, (gradient, requires_grad) in others.items():
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
-
-
-def _put_back(module: nn.Module, values: Mapping[nn.Parameter, Tensor]) -> None:
-    """Put back all shards, also frozen ones: a training step may move a momentum teacher."""
-    reshard(module)
-    with torch.no_grad():
-        for parameter, value in values.items():
-            parameter.grad = None
-            if not torch.equal(local_part(parameter), value):
-                local_part(parameter).copy_(value)
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ flags of all leaves are read together, so that there is one wait for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,16 +29,16 @@ class ParameterCopy:
         self.is_gathered = is_sharded(self.original)
         self._made = (version_of(self.copy), self.copy.data_ptr())
 
-    def comparison(self, value: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    def comparison(self, value_of: Callable[[nn.Parameter, Tensor | None], Tensor]) -> tuple[Tensor, Tensor] | None:
         """Two tensors that are equal unless the copy was written to; None if it was for certain.
 
         Args:
-            value: that the copy was made with; not needed for the whole of a sharded parameter.
+            value_of: from a parameter and an offset, the value of its copy when it was made.
         """
         if self.copy.requires_grad != self.original.requires_grad:
             return None
-        if value is not None:
-            return self.copy.detach(), value
+        if not self.is_gathered:
+            return self.copy.detach(), value_of(self.original, self.offset)
         if (version_of(self.copy), self.copy.data_ptr()) != self._made:
             return None
         # Each rank compares its own shard, with neither a copy of the whole nor a collective.

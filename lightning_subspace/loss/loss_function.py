@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_subspace._torch import unwrap_fsdp_method
 
 LossFunction = Callable[[nn.Module, Any, int], Tensor]
+WAY_OUT = "pass loss_fn=, a function (module, batch, batch_idx) -> scalar tensor."
 
 
 class LossError(RuntimeError):
@@ -26,17 +27,13 @@ def resolve_loss(module: nn.Module, loss_fn: LossFunction | None) -> LossFunctio
     """
     if loss_fn is not None:
         return loss_fn
-    step = getattr(module, "training_step", None)
+    name, step = type(module).__name__, getattr(module, "training_step", None)
     if step is None:
-        raise TypeError(
-            f"{type(module).__name__} has no training_step; pass loss_fn=, a function (module, batch, batch_idx) -> "
-            "scalar tensor."
-        )
+        raise TypeError(f"{name} has no training_step; {WAY_OUT}")
     declared = inspect.signature(unwrap_fsdp_method(step) or step).parameters  # the one of FSDP lacks an argument
     if "dataloader_iter" in declared:
         raise TypeError(
-            f"{type(module).__name__}.training_step takes a dataloader_iter, so it cannot be evaluated on a fixed "
-            "batch; pass loss_fn=, a function (module, batch, batch_idx) -> scalar tensor."
+            f"{name}.training_step takes a dataloader_iter, so no fixed batch can be given to it; {WAY_OUT}"
         )
     positional = [p for p in declared.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     takes_index = len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in declared.values())
@@ -62,12 +59,10 @@ def as_scalar(output: Any, name: str, *, finite: bool = True) -> Tensor:
     if isinstance(output, Mapping):
         output = output.get("loss")
     if output is None:
-        raise LossError(
-            f"the training step of {name} returned no loss for this batch; return a tensor or {{'loss': ...}}."
-        )
+        raise LossError(f"the loss of {name}: expected a tensor or {{'loss': ...}}, got none for this batch.")
     if not isinstance(output, Tensor) or output.numel() != 1:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise LossError(f"the loss of {name} must be a scalar tensor, got {shape}; average it over the batch.")
+        raise LossError(f"the loss of {name}: expected a scalar tensor, got {shape}; average it over the batch.")
     value = output.reshape(())
     if not value.requires_grad:
         raise LossError(f"the loss of {name} does not depend on the parameters (it has no graph); was it detached?")

@@ -2,8 +2,7 @@
 
 `training_step` changes more than gradients: batch-norm statistics, metric states, counters, a momentum teacher, clamped
 weights, random generators. A `Shadow` finds all mutable objects of a module and fills them with copies. The objects
-stay the same, so that closures and hooks see the copies, too. Closing puts the very same contents back: nothing of the
-user's was ever written.
+stay the same, so that closures and hooks see the copies, too. Closing puts the very same contents back.
 
 Copied are the attributes of all modules, registered or not; dicts, lists, sets, deques and tuples at any depth; arrays;
 random generators; hooks with their closures and partials; and objects whose class is of the module's own package. A
@@ -115,18 +114,17 @@ class Shadow:
         """Drop the parameter copies that were written to, after an evaluation has built its graph.
 
         Raises:
-            RuntimeError: when the graph of an earlier evaluation uses the same copy, unwritten; when the copy is the
-                whole of a sharded parameter.
+            RuntimeError: when an earlier graph uses the copy, unwritten, or it is the whole of a sharded parameter.
         """
         leaves = list(self._leaves.items())
-        intact = unmodified(None if key in self._written else self._comparison(leaf) for key, leaf in leaves)
+        intact = unmodified(None if key in self._written else leaf.comparison(self._value) for key, leaf in leaves)
         for (key, leaf), is_intact in zip(leaves, intact, strict=True):
             if is_intact:
                 continue
             if leaf.is_gathered:
                 raise RuntimeError(
-                    "the training step writes to a parameter that FSDP2 has sharded, of which each rank makes one copy "
-                    "a probe; pass loss_fn=, a loss without that."
+                    "the training step writes to a parameter that FSDP2 has sharded, whose copy is made once a probe; "
+                    "pass loss_fn=, a loss without that."
                 )
             del self._leaves[key]
             self._written.add(key)
@@ -188,9 +186,6 @@ class Shadow:
         start = original.storage_offset() - owner.storage_offset()
         view: Tensor = self._copy(owner, memo).as_strided(original.size(), original.stride(), start)
         return view if original.requires_grad else view.detach()
-
-    def _comparison(self, leaf: ParameterCopy) -> tuple[Tensor, Tensor] | None:
-        return leaf.comparison(None if leaf.is_gathered else self._value(leaf.original, leaf.offset))
 
     def _value(self, original: nn.Parameter, offset: Tensor | None, *, clone: bool = False) -> Tensor:
         """The value of an unwritten copy."""

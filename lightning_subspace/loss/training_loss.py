@@ -56,8 +56,7 @@ class TrainingLoss:
         loss_fn: `loss_fn(module, batch, batch_idx) -> scalar`, in place of `module.training_step`.
         mode: "train" evaluates the objective of training, with submodules in the modes they are in (a module that is in
             eval mode as a whole is put into train mode); "eval" puts everything into eval mode.
-        dtype: the narrowest floating-point type used; wider ones stay. None: parameters and batch in their own types,
-            inside the trainer's precision context.
+        dtype: the narrowest floating-point type; wider ones stay. None: types and precision context of training.
         seed: of the random numbers in the loss (dropout masks).
         random_state: state of the generators at every evaluation, in place of a seed: with a snapshot taken before a
             training step, the gradient is that of this step.
@@ -167,17 +166,14 @@ class TrainingLoss:
         """Evaluate the loss of one micro-batch.
 
         Raises:
-            LossError: when `training_step` returns None, something without a loss, a value that is not a scalar, not
-                finite, or independent of the parameters.
+            LossError: when `training_step` returns no finite scalar loss that depends on the parameters.
             RuntimeError: when the context is not open.
         """
         return self._evaluate(batch)
 
     def _evaluate(self, batch: MicroBatch, *, finite: bool = True) -> Evaluation:
         if self._shadow is None:
-            raise RuntimeError(
-                "TrainingLoss is a context manager; evaluate it inside `with TrainingLoss(...) as loss:`."
-            )
+            raise RuntimeError("TrainingLoss is a context manager; use it inside `with TrainingLoss(...) as loss:`.")
         self._shadow.reset()
         leaves = self.space.tensors(self.module)
         if self._random_state is not None:

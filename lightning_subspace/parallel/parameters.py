@@ -19,6 +19,8 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
+from lightning_subspace.parallel.fsdp import local_part
+
 
 @dataclass(frozen=True)
 class ParameterSpace:
@@ -64,7 +66,7 @@ class ParameterSpace:
         for name, parameter in chosen.items():
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise ValueError(
-                    f"the parameter {name!r} is a lazy one without a shape yet; run one forward pass before training."
+                    f"{name!r}: expected a shape, got a lazy parameter; run a forward pass before training."
                 )
         is_complex = frozenset(name for name, parameter in chosen.items() if parameter.is_complex())
         return cls(tuple(chosen), tuple(p.shape for p in chosen.values()), is_complex)
@@ -117,8 +119,7 @@ class ParameterSpace:
         pieces = torch.split(flat, list(self.numels))
         for name, shape, piece, tensor in zip(self.names, self.shapes, pieces, tensors, strict=True):
             if tensor is not None:
-                require_shape(name, shape, tensor)
-                piece.copy_(flat_values(tensor))
+                piece.copy_(flat_values(tensor, name, shape))
         return flat
 
     def unflatten(self, flat: Tensor) -> list[Tensor]:
@@ -129,19 +130,15 @@ class ParameterSpace:
         ]
 
 
-def require_shape(name: str, shape: torch.Size, tensor: Tensor) -> None:
-    """Refuse a tensor that has not the shape of its parameter.
+def flat_values(tensor: Tensor, name: str, shape: torch.Size) -> Tensor:
+    """The real coordinates of a tensor, or of this rank's shard of it, flat; two an entry of a complex one.
 
     Raises:
-        ValueError: for another shape.
+        ValueError: for a tensor that has not the shape of the parameter `name`.
     """
     if tensor.shape != shape:
         raise ValueError(f"{name!r}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}.")
-
-
-def flat_values(tensor: Tensor) -> Tensor:
-    """The real coordinates of a tensor, flat; two an entry of a complex one."""
-    values = tensor.detach().to_dense()
+    values = local_part(tensor.detach()).to_dense()
     if values.is_complex():
         values = torch.view_as_real(values.resolve_conj())
     return values.reshape(-1)

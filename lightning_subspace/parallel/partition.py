@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace.parallel.fsdp import is_dim0_sharded, is_sharded, local_part, sharded_parameters
-from lightning_subspace.parallel.parameters import ParameterSpace, flat_values, require_shape
+from lightning_subspace.parallel.fsdp import is_dim0_sharded, is_sharded, sharded_parameters
+from lightning_subspace.parallel.parameters import ParameterSpace, flat_values
 from lightning_subspace.parallel.ranks import Ranks
 
 BLOCK = 1 << 20  # random numbers are drawn in blocks of this length, so that no rank holds a whole vector
@@ -113,8 +113,7 @@ class Partition:
             tensor = named[name]
             if tensor is None:
                 continue
-            require_shape(name, shapes[name], tensor)
-            values = flat_values(local_part(tensor.detach()))
+            values = flat_values(tensor, name, shapes[name])
             local[place.start : place.stop] = values if is_sharded(tensor) else values[offset : offset + len(place)]
         return local
 

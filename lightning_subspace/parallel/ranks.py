@@ -64,6 +64,7 @@ class Ranks:
         if group is not None and "gloo" in dist.get_backend_config(group):  # perhaps one of several
             _wait_for_gloo_at_exit()
         self._device = torch.device("cpu" if is_gloo else device)
+        self._source = 0 if group is None else dist.get_global_rank(group, 0)
         self._is_checked = False  # inside of `agree` and not of `unchecked`: a check goes before each collective
         self._ended = ""  # why the block of `agree` is over; the other ranks have left it and answer no more
         self.index = 0 if group is None else dist.get_rank(group)
@@ -152,9 +153,9 @@ class Ranks:
     def agree(self) -> Iterator[None]:
         """Bring all ranks to the end of the block, or none.
 
-        In the block, a check (one all-reduce of three numbers) goes before every collective. A rank that fails goes to
-        its next check, meets the others there, and all leave the block by an exception. The code in the block may only
-        communicate by these methods. A block inside of a block is part of the outer one.
+        A check, one all-reduce of three numbers, goes before every collective in the block. A rank that fails meets the
+        others at its next check, and all leave the block by an exception. The code in the block may only communicate by
+        these methods. A block inside of a block is part of the outer one.
 
         Raises:
             PeerError: on a rank that is well, when another one is not.
@@ -200,11 +201,6 @@ class Ranks:
     def _placed(self, tensor: Tensor) -> Tensor:
         """The tensor on the device of the collectives; gloo takes an accelerator's by way of the CPU (untested)."""
         return tensor if tensor.device.type == self._device.type else tensor.to(self._device)
-
-    @property
-    def _source(self) -> int:
-        assert self._group is not None
-        return dist.get_global_rank(self._group, 0)
 
     def _begin(self, name: str, tensor: Tensor | None = None) -> None:
         if self._is_checked:

@@ -158,7 +158,11 @@ def _containers(value: Any, packages: frozenset[str]) -> list[MutableObject]:
         parts = [value.__defaults__, value.__kwdefaults__, vars(value), *(value.__closure__ or ())]
         return [MutableObject(parts, functools.partial(_fill_function, value))]
     if isinstance(value, types.CellType):
-        return _of_cell(value)
+        try:
+            contents = value.cell_contents
+        except ValueError:  # a variable without a value yet
+            return []
+        return [MutableObject([contents], lambda items: setattr(value, "cell_contents", items[0]))]
     if isinstance(value, types.MethodType | types.BuiltinMethodType):
         return [MutableObject([value.__self__], lambda items: None)]
     found = [_of(value, read, fill) for kind, read, fill in BUILT_IN if isinstance(value, kind)]
@@ -225,22 +229,10 @@ BUILT_IN: Any = (
 )
 
 
-def _of_cell(target: types.CellType) -> list[MutableObject]:
-    def fill(items: list[Any]) -> None:
-        target.cell_contents = items[0]
-
-    try:
-        return [MutableObject([target.cell_contents], fill)]
-    except ValueError:  # a variable without a value yet
-        return []
-
-
 def _of_slots(target: Any) -> list[MutableObject]:
     classes = [cls for cls in type(target).__mro__ if "__slots__" in vars(cls)]
     slots = [d for cls in classes for d in vars(cls).values() if isinstance(d, types.MemberDescriptorType)]
-    if not slots:
-        return []
-    filled = [slot for slot in slots if _has(slot, target)]
+    filled = {slot: slot.__get__(target) for slot in slots if _has(slot, target)}
 
     def fill(items: list[Any]) -> None:
         for slot in slots:
@@ -249,7 +241,7 @@ def _of_slots(target: Any) -> list[MutableObject]:
         for slot, item in zip(filled, items, strict=True):
             slot.__set__(target, item)
 
-    return [MutableObject([slot.__get__(target) for slot in filled], fill)]
+    return [MutableObject(list(filled.values()), fill)] if slots else []
 
 
 def _has(slot: types.MemberDescriptorType, target: Any) -> bool:

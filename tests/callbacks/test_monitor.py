@@ -406,7 +406,7 @@ class Returning(Net):
     [
         ("none", "returned no loss"),
         ("nan", "is nan on the fixed sample"),
-        ("vector", r"must be a scalar tensor, got \(3,\)"),
+        ("vector", r"expected a scalar tensor, got \(3,\)"),
         ("detached", "does not depend on the parameters"),
     ],
 )

@@ -113,7 +113,7 @@ def test_nothing_trainable_is_an_error(module):
 
 def test_a_lazy_parameter_is_an_error_until_it_has_a_shape_or_is_left_out():
     module = nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 1))
-    with pytest.raises(ValueError, match=r"'0\.weight' is a lazy one"):
+    with pytest.raises(ValueError, match=r"'0\.weight': expected a shape, got a lazy parameter"):
         ParameterSpace.of(module)
     assert ParameterSpace.of(module, ["1.*"]).n == 3
     module(torch.ones(1, 3))

@@ -1,8 +1,8 @@
 """Assignment of micro-batches to ranks.
 
-The micro-batches of all ranks are fixed first, so that any number of ranks sees the same function. The i-th belongs to
-rank i mod W. A training step may contain collectives of its own, so each rank evaluates exactly one in every round: a
-rank without one left evaluates a filler, at weight zero.
+The micro-batches of all ranks are fixed first, so that any number of ranks sees the same function. A training step may
+contain collectives of its own, so each rank evaluates exactly one in every round: a rank without one left evaluates a
+filler, at weight zero.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""Fixed samples: the micro-batches of a probe, drawn once from the training set, given, or the current batch.
+"""Fixed samples: the micro-batches of a probe, drawn once, given, or the current batch.
 
-The sample is the largest source of error of a probe. The Hessian gets `sample` examples. The gradient costs one pass,
-and is mostly noise late in training: it gets `gradient_sample` examples, which contain those of the Hessian.
-
-Examples are drawn by a seeded permutation. Micro-batches have the training batch size, since a loss with batch-norm in
-train mode depends on it. They stay on the CPU, augmented once, so that every probe sees the same tensors.
+The sample is the largest source of error of a probe. The gradient costs one pass, and is mostly noise late in training:
+it gets `gradient_sample` examples, which contain the `sample` of the Hessian. Micro-batches have the training batch
+size, since a loss with batch-norm in train mode depends on it. They stay on the CPU, augmented once.
 """
 
 from __future__ import annotations
@@ -138,8 +136,8 @@ def sample_of_dataset(
 ) -> Sample:
     """Draw a fixed sample from the dataset behind a training loader, which is not iterated.
 
-    If the items of the dataset are batches (automatic batching is off), whole items are drawn. Every rank reads the
-    whole sample and keeps its own part, so that random augmentation is the same for any number of ranks.
+    If its items are batches (automatic batching is off), whole items are drawn. Every rank reads the whole sample and
+    keeps its own part, so that random augmentation is the same for any number of ranks.
 
     Args:
         loader: gives dataset, collate function, batch size, workers, and the examples to draw from (`TrainingSet`).
@@ -263,7 +261,6 @@ def require_same_batches(batches: Sequence[MicroBatch], ranks: Ranks) -> None:
         )
     if any(other != own for other in everybody):
         rank_zero_warn(
-            "SubspaceMonitor: ranks have read different examples for the same sample, so that some are counted twice "
-            "and others not at all; is the dataset in another order on each rank, or its augmentation not seeded? Make "
-            "it the same on all ranks, or pass the batches themselves, sample=[batch, ...]."
+            "SubspaceMonitor: ranks have read different examples for the same sample, so that some count twice and "
+            "others not at all; make the dataset's order and augmentation the same on all, or pass sample=[batch, ...]."
         )

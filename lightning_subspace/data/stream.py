@@ -1,8 +1,7 @@
 """Fixed sample of a stream: copies of the first batches of training.
 
-For iterable datasets and loaders of any kind, whose examples cannot be drawn by index. The trainer's loader is not
-iterated. The copies have been through the transfer hooks, which are not called again. Each rank keeps its own batches,
-and the ranks exchange the numbers of examples until there are enough in all.
+For loaders whose examples cannot be drawn by index; they are not iterated. The copies have been through the transfer
+hooks, which are not called again. Each rank keeps its own batches, and all exchange the numbers of examples.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Examples that training draws from, and loading them without a trace.
 
-Examples are loaded in worker processes of our own with a generator of our own. Iterating the trainer's loader would
-change what training sees next, and loading in this process would move the dataset's random numbers. If the loader has
-no workers and none can be forked, loading does happen in this process, and its state is put back.
+Worker processes of our own load them, with a generator of our own: iterating the trainer's loader would change what
+training sees next, and loading in this process would move the dataset's random numbers. If the loader has no workers
+and none can be forked, loading does happen in this process, and its state is put back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 
 from lightning_subspace._lightning import undistributed
 from lightning_subspace.data.micro_batch import SampleError
-from lightning_subspace.state.object_graph import FOREIGN, restore, walk
+from lightning_subspace.state.object_graph import packages_of, restore, walk
 from lightning_subspace.state.rng import preserved_random_state
 
 
@@ -27,10 +27,9 @@ from lightning_subspace.state.rng import preserved_random_state
 class TrainingSet:
     """The examples that training draws from, and how often.
 
-    Known samplers are followed, and the set is that of all ranks together. A SubsetRandomSampler leaves examples out; a
-    WeightedRandomSampler has weights. Without shuffling, examples behind the last batch of an epoch are left out
-    (`limit_train_batches`, `overfit_batches`, `drop_last`); shuffling draws all in time. Any other sampler, or batch
-    sampler without one, is taken to draw all examples equally often.
+    The set is that of all ranks together. A SubsetRandomSampler leaves examples out, and so does an epoch without
+    shuffling behind its last batch (`limit_train_batches`, `overfit_batches`, `drop_last`); a WeightedRandomSampler has
+    weights. Any other sampler, or batch sampler without one, is taken to draw all examples equally often.
 
     Attributes:
         indices: of the examples in the dataset.
@@ -154,8 +153,7 @@ def _workers(loader: DataLoader[Any]) -> tuple[int, Any]:
 
 def _in_this_process(own: DataLoader[Any]) -> Iterator[Any]:
     """Load here, and put back the global random numbers and the state of the dataset."""
-    packages = frozenset(cls.__module__.split(".")[0] for cls in type(own.dataset).__mro__) - FOREIGN
-    found = walk([vars(own.dataset)] if hasattr(own.dataset, "__dict__") else [], packages)
+    found = walk([vars(own.dataset)] if hasattr(own.dataset, "__dict__") else [], packages_of([own.dataset]))
     try:
         with preserved_random_state():
             yield from own

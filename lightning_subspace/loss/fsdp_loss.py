@@ -4,8 +4,8 @@ The module's own parameters are used with FSDP's hooks on. FSDP gathers and free
 scatters the gradients, as in a training step; nothing else is communicated. A displacement is added to this rank's
 shards in place, and undone by a copy of the old values. All other state is copies, as in `TrainingLoss`.
 
-If a training step or its backward pass raises on one rank, the others wait in FSDP's own collectives up to the time
-limit of the process group. The shards of every rank that leaves the context are put back.
+If a training step or its backward pass raises on one rank, the others wait in FSDP's collectives up to the time limit
+of the process group. The shards of every rank that leaves the context are put back.
 """
 
 from __future__ import annotations

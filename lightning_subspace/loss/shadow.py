@@ -4,12 +4,10 @@
 weights, random generators. A `Shadow` finds all mutable objects of a module and fills them with copies. The objects
 stay the same, so that closures and hooks see the copies, too. Closing puts the very same contents back.
 
-Copied are the attributes of all modules, registered or not; dicts, lists, sets, deques and tuples at any depth; arrays;
-random generators; hooks with their closures and partials; and objects whose class is of the module's own package. A
-view of another tensor is a view among the copies, too. Using an iterator or an open file raises: it cannot be put back.
-
-Not copied are globals and class attributes (but for generators in the files of the module's classes), objects of other
-packages, state outside of Python (shared memory, queues, services), and `.grad`, which is None on the copies. A set
+Copied: attributes of all modules; dicts, lists, sets, deques and tuples at any depth; arrays; random generators; hooks
+with their closures and partials; objects whose class is of the module's own package. Views stay views. Using an
+iterator or an open file raises. Not copied: globals and class attributes (but for generators in the files of the
+module's classes), objects of other packages, state outside of Python, and `.grad`, which is None on the copies. A set
 that grew may iterate in another order afterwards. A training set kept in a list of the module is copied whole.
 """
 
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 from lightning_subspace.loss.leaves import ParameterCopy, unmodified
 from lightning_subspace.loss.precision import widened
 from lightning_subspace.parallel.fsdp import is_sharded
-from lightning_subspace.state.object_graph import MutableObject, own_caches, own_generators, own_packages, restore, walk
+from lightning_subspace.state.object_graph import MutableObject, own_caches, own_generators, packages_of, restore, walk
 
 # Types of what is copied; a tuple or a read-only dict only if it holds any of them.
 COPIED = (Tensor, np.ndarray, tuple, types.MappingProxyType)
@@ -77,7 +75,7 @@ class Shadow:
         self._written: set[int] = set()  # ids of the originals
         self._round = 0
         self._caches = [(cache, cache.cache_info().misses) for cache in own_caches(module)]
-        packages = own_packages(module)
+        packages = packages_of(module.modules())
         inside = walk([module], packages)
         around = walk([*map(vars, extra_roots), *own_generators(module)], packages, inside.seen)
         self._generators = inside.generators + around.generators

@@ -1,13 +1,11 @@
 """Training loss as a pure function of parameters and a micro-batch.
 
-Inside the context the module runs on a `Shadow`: copies of its parameters, as leaves, and of every other state. Each
-evaluation starts from the same state and from a random seed that depends on the micro-batch alone, so that two
-evaluations give the same bits, dropout included. On exit everything is as it was. The context must stay open through
-every product with the Hessian: hooks and activation checkpoints run in the backward pass and must meet the copies.
+In the context the module runs on a `Shadow`. Each evaluation starts from the same state and from a random seed that
+depends on the micro-batch alone: two give the same bits, dropout included. On exit everything is as it was. The context
+must stay open through every product with the Hessian: hooks and activation checkpoints run in the backward pass.
 
-What cannot be differentiated twice is off: compiled code, fused attention, autocast, cuDNN's recurrent kernels.
-Everything is computed in float32 at least; `dtype=None` takes the loss as it is trained, types and autocast included.
-FSDP2 is off, too: whole parameters replace the shards.
+Off is what cannot be differentiated twice: compiled code, fused attention, autocast, cuDNN's recurrent kernels; and
+FSDP2, whose shards are replaced by whole parameters.
 """
 
 from __future__ import annotations
@@ -61,8 +59,8 @@ class TrainingLoss:
         random_state: state of the generators at every evaluation, in place of a seed: with a snapshot taken before a
             training step, the gradient is that of this step.
         order: how often the loss is differentiated; 1 keeps the attention and recurrent kernels of training.
-        replacements: by the id of a parameter or buffer, the tensor that is copied in its place: rank 0's values of a
-            buffer, the whole of a sharded parameter (each needs one; see `full_tensors`).
+        replacements: tensors to copy in place of a parameter or buffer, by its id: rank 0's values of a buffer, the
+            whole of a sharded parameter (each needs one; see `full_tensors`).
 
     Attributes:
         dtype: of flat vectors; float32 or wider.

@@ -1,9 +1,9 @@
 """Support for modules sharded by FSDP2: `fully_shard`, Lightning's `ModelParallelStrategy`.
 
 Each rank holds a part of every parameter, a DTensor, and hooks on the forward pass gather the whole. Double backward
-does not go through this gathering: `autograd.grad` by a shard gives nothing, silently. So for an exact Hessian the
-parameters are gathered once, replace the shards as leaves, and FSDP's hooks are off meanwhile. Differences of gradients
-are taken on the shards (`loss/fsdp_loss.py`). README.md in this folder has the memory and the communication of both.
+does not go through this: `autograd.grad` by a shard gives nothing, silently. So for an exact Hessian the parameters are
+gathered once and replace the shards, with FSDP's hooks off. Differences of gradients are taken on the shards
+(`loss/fsdp_loss.py`). README.md in this folder has the memory and the communication of both.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """Parameters as the coordinates of R^n: selection, order, and flat vectors.
 
-The order is that of `module.named_parameters()`, restricted to parameters that require a gradient and match the
-patterns. Tied parameters appear once, under their first name; a pattern may use any of their names.
-
-A complex parameter has two real coordinates an entry, its real and imaginary parts (`torch.view_as_real`). Torch's
-gradient of a real loss by a complex tensor, dL/dRe + i dL/dIm, holds the real gradient by these two: flat vectors
-are real, and their inner products are those of R^n.
+The order is that of `module.named_parameters()`. Tied parameters appear once, under their first name; a pattern may use
+any of their names. A complex parameter has two real coordinates an entry, its real and imaginary parts. Torch's
+gradient of a real loss by a complex tensor, dL/dRe + i dL/dIm, holds the real gradient by these two, so that flat
+vectors are real and their inner products are those of R^n.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Partition of R^n over ranks, and transfers between whole and local vectors.
 
-Each rank holds a few contiguous ranges of every flat vector, about n / W coordinates in all. Plain and DDP: parts of
-ceil(n / W), in order; the last ranks may hold less, or nothing. FSDP2: the rank's own shards, one range a parameter, so
-that the solver's vectors lie where the parameters do. Only the buffers of a transfer are padded, never the vectors. A
-transfer moves n numbers: every rank sends and receives (W - 1) / W of them.
+Each rank holds a few contiguous ranges of every flat vector, about n / W coordinates in all: under plain strategies and
+DDP a part of ceil(n / W), the last ranks less; under FSDP2 its own shards, one range a parameter, so that the solver's
+vectors lie where the parameters do. Only buffers of transfers are padded. A transfer moves n numbers: every rank sends
+and receives (W - 1) / W of them.
 """
 
 from __future__ import annotations
@@ -106,15 +106,13 @@ class Partition:
         Raises:
             ValueError: when a tensor has not the shape of its parameter.
         """
-        shapes = dict(zip(self.space.names, self.space.shapes, strict=True))
-        named = dict(zip(self.space.names, tensors, strict=True))
+        named = dict(zip(self.space.names, zip(tensors, self.space.shapes, strict=True), strict=True))
         local = torch.zeros(self.local_n, dtype=like.dtype.to_real(), device=like.device)
         for name, offset, place in self.locate():
-            tensor = named[name]
-            if tensor is None:
-                continue
-            values = flat_values(tensor, name, shapes[name])
-            local[place.start : place.stop] = values if is_sharded(tensor) else values[offset : offset + len(place)]
+            tensor, shape = named[name]
+            if tensor is not None:
+                values = flat_values(tensor, name, shape)
+                local[place.start : place.stop] = values if is_sharded(tensor) else values[offset : offset + len(place)]
         return local
 
     def random(self, seed: int, number: int, dtype: torch.dtype = torch.float32) -> Tensor:  # (local_n,)
@@ -185,10 +183,9 @@ class Partition:
 class VectorBuffers:
     """Buffers for the transfers of one operator's vectors, allocated once.
 
-    In the eigensolver's inner loop a rank cannot leave before the others (`Ranks.unchecked`). An allocation can fail on
-    one rank alone, so none may stand between a rank and its collective.
-
-    They hold 2 n + 2 n / W numbers for a flat cut, 4 n + 2 n / W where ranks have several ranges, n in one process.
+    An allocation can fail on one rank alone, so none may stand between a rank and its collective where a rank cannot
+    leave before the others (`Ranks.unchecked`). The buffers hold 2 n + 2 n / W numbers for a flat cut, 4 n + 2 n / W
+    for several ranges a rank, n in one process.
 
     Args:
         partition: of the vectors over ranks.

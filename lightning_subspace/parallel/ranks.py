@@ -1,9 +1,8 @@
 """Process group of a probe: collectives, and agreement on errors.
 
 Nothing else in the package calls torch.distributed. Every method of `Ranks` is a collective: all ranks call the same
-ones in the same order. This holds by construction as long as every decision comes from a sum over ranks. An exception
-on one rank breaks it; `Ranks.agree` is for that. README.md in this folder has the protocols. One process alone
-(`group=None`) takes the same path and sends nothing.
+ones in the same order, as long as every decision comes from a sum over ranks. An exception on one rank breaks this;
+`Ranks.agree` is for that. README.md in this folder has the protocols. One process alone (`group=None`) sends nothing.
 """
 
 from __future__ import annotations

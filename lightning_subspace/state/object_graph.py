@@ -1,7 +1,6 @@
 """Python objects that hold state, and how to replace their contents.
 
-`walk` follows references from some roots through everything that can hold state. It finds the mutable objects with
-their original contents, the random generators and the tensors. Every object stays the same object.
+`walk` follows references from some roots through everything that can hold state. Every object stays the same object.
 """
 
 from __future__ import annotations
@@ -121,9 +120,9 @@ def restore(containers: Iterable[MutableObject], generators: Iterable[tuple[Call
         raise errors[0]
 
 
-def own_packages(module: nn.Module) -> frozenset[str]:
-    """Packages of the classes of a module and its submodules."""
-    return frozenset(_package(cls) for m in module.modules() for cls in type(m).__mro__) - FOREIGN
+def packages_of(objects: Iterable[object]) -> frozenset[str]:
+    """Packages of the classes of some objects, but for Lightning, torch and the standard library."""
+    return frozenset(_package(cls) for value in objects for cls in type(value).__mro__) - FOREIGN
 
 
 def own_caches(module: nn.Module) -> list[functools._lru_cache_wrapper[Any]]:

@@ -29,7 +29,7 @@ class Assignment(NamedTuple):
 
 
 def assign(batches: Sequence[MicroBatch], ranks: Ranks, fillers: Sequence[MicroBatch] = ()) -> list[Assignment]:
-    """This rank's evaluations for the weighted mean over `batches`, equally many on every rank.
+    """This rank's evaluations for a weighted mean, equally many on all.
 
     Args:
         batches: all micro-batches of the mean, of all ranks; the data of its own are on this rank.

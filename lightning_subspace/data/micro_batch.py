@@ -1,4 +1,4 @@
-"""Micro-batches: the units of a fixed sample that are evaluated and assigned to ranks."""
+"""Micro-batches: units of a fixed sample, evaluated and assigned to ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Weight = Callable[[Any], float]
 
 
 class SampleError(ValueError):
-    """The training data cannot give a fixed sample, for the reason in the message."""
+    """The training data cannot give a fixed sample."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class MicroBatch:
 
 
 def few_examples(batch: MicroBatch, count: int) -> MicroBatch:
-    """The first `count` examples of a batch; the batch itself if its tensors share no first dimension."""
+    """The first `count` examples, or the batch if it cannot be cut."""
     length = _common_length(batch.data)
     if length is None or length <= count:
         return batch
@@ -63,7 +63,7 @@ def few_examples(batch: MicroBatch, count: int) -> MicroBatch:
 
 
 def single_examples(batch: MicroBatch) -> list[MicroBatch] | None:
-    """The examples as batches of one, views of the tensors; None if these share no first dimension."""
+    """The examples as views, or None if the batch cannot be cut."""
     length = _common_length(batch.data)
     if length is None:
         return None
@@ -87,7 +87,7 @@ def number_of_examples(batch: Any) -> int:
 
 
 def detached_copy(data: Any, device: str | None = None) -> Any:
-    """A deep copy without graphs, on the given device or where the data are."""
+    """A deep copy without graphs, on the given or the same device."""
     return copied(data, lambda t: t.detach().to(device or t.device, copy=True))
 
 
@@ -111,6 +111,6 @@ def tensors_of(data: Any) -> list[Tensor]:
 
 
 def _common_length(data: Any) -> int | None:
-    """The first dimension of all tensors; None if they share none, or it is 0."""
+    """The first dimension that all tensors share, not 0, or None."""
     lengths = {len(t) if t.ndim else 0 for t in tensors_of(data)}
     return (lengths.pop() or None) if len(lengths) == 1 else None

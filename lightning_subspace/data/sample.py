@@ -1,4 +1,4 @@
-"""Fixed samples: the micro-batches of a probe, drawn once, given, or the current batch.
+"""Fixed samples: micro-batches that are drawn once, given, or current.
 
 The sample is the largest source of error of a probe. The gradient costs one pass, and is mostly noise late in training:
 it gets `gradient_sample` examples, which contain the `sample` of the Hessian. Micro-batches have the training batch
@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from lightning_subspace.data.micro_batch import (
 )
 from lightning_subspace.data.training_set import TrainingSet, batch_size_of, gives_batches, load
 from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.state.object_graph import restore
 from lightning_subspace.state.rng import preserved_random_state
 
 
@@ -51,20 +53,19 @@ class Sample:
 
     @classmethod
     def of(cls, batches: Sequence[MicroBatch], sample: int | None, population: float = math.inf) -> Sample:
-        """Give the first batches, up to `sample` examples, to the Hessian; all of them where `sample` is None."""
-        seen, cut = 0, 0
-        while cut < len(batches) and (sample is None or seen < sample):
-            seen, cut = seen + batches[cut].size, cut + 1
+        """Give the first `sample` examples to the Hessian; None: all."""
+        seen = accumulate((batch.size for batch in batches), initial=0)  # before each batch
+        cut = len(batches) if sample is None else sum(before < sample for before in seen)
         return cls(tuple(batches[:cut]), tuple(batches[cut:]), population)
 
     @property
     def hessian_share(self) -> float:
-        """Share of the training set that the Hessian sees, in [0, 1]; 0 if the population is not known."""
+        """The Hessian's share of the training set, in [0, 1]; 0: unknown."""
         return sum(batch.size for batch in self.hessian) / self.population
 
     @property
     def gradient_share(self) -> float:
-        """Share of the training set that the gradient sees, in [0, 1]; 0 if the population is not known."""
+        """The gradient's share of the training set, in [0, 1]; 0: unknown."""
         return sum(batch.size for batch in (*self.hessian, *self.extra)) / self.population
 
     @property
@@ -113,10 +114,7 @@ def sample_of_batches(batches: Iterable[Any], weight: Weight | None = None, rank
 
 
 def sample_of_current(batch: Any, ranks: Ranks | None = None) -> Sample:
-    """Copy a batch of the running training, which has been through the transfer hooks.
-
-    With several ranks: the batches of all, each with the same weight, as in the gradient of training.
-    """
+    """Copy the present training batch, of all ranks with equal weights."""
     ranks = ranks or Ranks()
     own = MicroBatch(detached_copy(batch), 1.0, ranks.index, transferred=True)
     other = replace(own, data=None, is_local=False)
@@ -134,7 +132,7 @@ def sample_of_dataset(
     limit: float = math.inf,
     ranks: Ranks | None = None,
 ) -> Sample:
-    """Draw a fixed sample from the dataset behind a training loader, which is not iterated.
+    """Draw a fixed sample from the dataset behind a training loader.
 
     If its items are batches (automatic batching is off), whole items are drawn. Every rank reads the whole sample and
     keeps its own part, so that random augmentation is the same for any number of ranks.
@@ -217,7 +215,7 @@ def _given(item: Any, weight: Weight | None, index: int, ranks: Ranks) -> MicroB
 
 
 def _read(loader: DataLoader[Any], ranks: Ranks) -> Iterator[Any]:
-    """The batches of one epoch of a user's loader, in the order that the first rank draws."""
+    """One epoch of a user's loader, in the first rank's order."""
     if isinstance(loader.dataset, IterableDataset):
         return load(loader, None, torch.Generator().manual_seed(0))
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
@@ -228,18 +226,17 @@ def _read(loader: DataLoader[Any], ranks: Ranks) -> Iterator[Any]:
             "a loader without it, the same one on all ranks."
         )
     generators = {g for holder in (loader, sampler, inner) if (g := getattr(holder, "generator", None)) is not None}
-    states = [(generator, generator.get_state()) for generator in generators]
+    states = [(generator.set_state, generator.get_state()) for generator in generators]
     try:
         units = ranks.broadcast_object(list(sampler))
     finally:
-        for generator, state in states:
-            generator.set_state(state)
+        restore([], states)
     return load(loader, units, torch.Generator().manual_seed(0))
 
 
 def _evenly(indices: list[int], size: int) -> Iterator[list[int]]:
-    """Cut into parts of nearly equal length, at most `size`: batch-norm needs more than a short remainder."""
-    count = -(-len(indices) // size)
+    """Cut into parts of nearly equal length, at most `size`."""
+    count = -(-len(indices) // size)  # nearly equal, since batch-norm needs more than a short remainder
     for part in range(count):
         yield indices[part * len(indices) // count : (part + 1) * len(indices) // count]
 

@@ -1,6 +1,7 @@
-"""Fixed samples from several training loaders: a dict or a list of them, a CombinedLoader.
+"""Fixed samples from several training loaders.
 
-Lightning's own CombinedLoader combines lists of indices here, in the mode of training; only the sample is loaded.
+They come as a dict, a list or a CombinedLoader. Lightning's own CombinedLoader combines lists of indices here, in the
+mode of training; only the sample is loaded.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class IndexBatch:
 
 
 def sample_of_loaders(loaders: CombinedLoader, spec: SampleSpec, ranks: Ranks) -> Sample:
-    """Draw a fixed sample from the datasets behind the training loaders, none of which is iterated.
+    """Draw a fixed sample from the datasets behind the training loaders.
 
     With several loaders, whole combined batches of one epoch are drawn; examples of all loaders count, and their number
     is the default weight. In "max_size_cycle" a short loader begins again, in "max_size" it gives None.
@@ -90,7 +91,7 @@ def _combinations(loaders: CombinedLoader, of_part: list[list[IndexBatch]]) -> I
 
 
 def _chunks(item: Any) -> list[IndexBatch]:
-    """The parts of one combined batch, in the order in which they are loaded."""
+    """The parts of one combined batch, in the order of loading."""
     found: list[IndexBatch] = []
     apply_to_collection(item, IndexBatch, found.append)
     return found

@@ -1,4 +1,4 @@
-"""Source of a run's sample: drawn at the start, given, gathered from the stream, or the current batch."""
+"""Source of a run's sample: drawn, given, gathered, or the current batch."""
 
 from __future__ import annotations
 
@@ -31,23 +31,18 @@ class SampleSource:
 
     @property
     def is_gathered(self) -> bool:
-        """Whether the sample comes from training batches, which `observe` has to be given."""
+        """Whether the sample comes from batches given to `observe`."""
         return self.spec.sample == "current" or self._stream is not None
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is a sample unless something went wrong; the same on all ranks."""
+        """Whether a sample is due by now; the same on all ranks."""
         if self.spec.sample == "current":
             return self._has_seen
         return self.sample is not None or self._stream is None
 
     def begin(self, trainer: Trainer, ranks: Ranks, *, continues: bool) -> None:
-        """Start training: draw the sample, or prepare to gather it.
-
-        Args:
-            trainer: gives the training loaders.
-            ranks: the process group.
-            continues: whether the run goes on; then the batches gathered so far are kept.
+        """Draw the sample, or gather it: on, if the run `continues`.
 
         Raises:
             SampleError: when the training data cannot give this sample.
@@ -69,11 +64,11 @@ class SampleSource:
         self._stream, self.sample = before, before.sample
 
     def observe(self, batch: Any, epoch: int) -> None:
-        """Copy a batch that training is about to use, and may write into."""
+        """Copy a batch that training is about to use."""
         if self.spec.sample == "current":
             self.sample, self.failure, self._has_seen = None, None, True
             try:
-                self.sample = sample_of_current(batch, self._ranks)
+                self.sample = sample_of_current(batch, self._ranks)  # a copy: the training step may write into it
             except Exception as error:  # kept, since the ranks do not communicate here: there is one batch a step
                 self.failure = error
         elif self._stream is not None:
@@ -91,7 +86,7 @@ class SampleSource:
         self.sample = self.failure = self._stream = None
 
     def release(self) -> None:
-        """Free the examples, but for a stream's, which a continued run goes on with."""
+        """Free the examples, but for a stream's."""
         self.sample = self.failure = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -44,8 +44,7 @@ class StreamSample:
     ) -> None:
         if isinstance(sample, str) or isinstance(gradient_sample, str):
             raise SampleError(
-                "sample: 'all' needs a training set whose end is known, got an iterable one; pass numbers of examples "
-                "as sample= and gradient_sample=, or sample='current'."
+                "sample: 'all' needs a training set whose end is known; pass numbers of examples, or sample='current'."
             )
         self._sizes = sample, max(sample, gradient_sample)
         self._weight = weight
@@ -61,13 +60,13 @@ class StreamSample:
 
     @property
     def sample(self) -> Sample | None:
-        """The sample so far, or None before it is enough for the Hessian; the gradient's part still grows."""
+        """The sample so far, or None if too small for the Hessian."""
         if not self._batches or (not self._is_closed and self.num_examples < self._sizes[0]):
             return None
         return Sample.of(self._batches, self._sizes[0])
 
     def add(self, batch: Any, epoch: int) -> None:
-        """Add a copy of a training batch, unless there are enough. A collective until there are.
+        """Add a copy of a batch until there are enough. A collective.
 
         Raises:
             SampleError: when its number of examples cannot be told.
@@ -85,7 +84,7 @@ class StreamSample:
         self._batches.extend(own if other.index == index else other for other in listed)
 
     def rebind(self, ranks: Ranks) -> bool:
-        """Use the process group of another fit; False, and nothing is done, if it has another number of ranks."""
+        """Use another fit's process group; False if its size differs."""
         if ranks.count == self._ranks.count:
             self._ranks = ranks
         return ranks.count == self._ranks.count

@@ -45,20 +45,18 @@ class TrainingSet:
 
     @classmethod
     def of(cls, loader: DataLoader[Any], limit: float = math.inf) -> TrainingSet:
-        """The training set behind a loader, of which an epoch takes at most `limit` batches.
+        """The training set of epochs of at most `limit` batches.
 
         Raises:
             SampleError: for a loader without a sized dataset, or an empty one.
         """
         if not isinstance(loader, DataLoader):
             raise SampleError(
-                f"sample: expected a DataLoader, got {type(loader).__name__}; pass the batches themselves, "
-                "sample=[batch, ...], or a DataLoader of their own."
+                f"sample: expected a DataLoader, got {type(loader).__name__}; pass one, or sample=[batch, ...]."
             )
         if not is_drawable(loader):
             raise SampleError(
-                "sample: expected a sized dataset, got an iterable one, which has no fixed examples to draw from; pass "
-                "sample='current', or the batches themselves, sample=[batch, ...]."
+                "sample: got an iterable dataset, which has no fixed examples; pass sample='current' or [batch, ...]."
             )
         count = len(loader.dataset)  # type: ignore[arg-type]  # it is sized
         batch_sampler = _batch_sampler(loader)
@@ -78,11 +76,11 @@ class TrainingSet:
 
     @property
     def population(self) -> float:
-        """Number of examples; infinite if there are weights, since a sample is then no share of them."""
+        """Number of examples; infinite if weighted: a sample is then no share."""
         return float(len(self.indices)) if self.weights is None else math.inf
 
     def order(self, generator: torch.Generator) -> list[int]:
-        """Indices of one epoch in random order, of which the first m are a fair sample for every m."""
+        """Indices of an epoch in random order; each beginning is a sample."""
         if self.weights is None:
             drawn = torch.arange(len(self.indices))
         else:
@@ -93,13 +91,13 @@ class TrainingSet:
 
 
 def is_drawable(loader: Any) -> bool:
-    """Whether a loader has a dataset whose examples can be drawn by their index."""
+    """Whether the dataset's examples can be drawn by their index."""
     has_items = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
     return has_items and hasattr(loader.dataset, "__len__")
 
 
 def gives_batches(loader: DataLoader[Any]) -> bool:
-    """Whether each item of the dataset is a batch: no automatic batching, and a sampler of single indices."""
+    """Whether each item of the dataset is a batch."""
     return _batch_sampler(loader) is None
 
 
@@ -116,20 +114,18 @@ def batch_size_of(loader: DataLoader[Any]) -> int:
 
 
 def load(loader: DataLoader[Any], units: Sequence[Any] | None, generator: torch.Generator) -> Iterator[Any]:
-    """Load and collate as a loader does, in worker processes of our own.
+    """Load and collate as a loader does, in processes of our own.
 
     Args:
         loader: gives dataset, collate function and workers; it is not iterated.
         units: for each batch its indices, or one index if items are batches; None reads an iterable dataset to its end.
         generator: draws the seeds of the workers.
     """
-    batching: dict[str, Any]
+    batching: dict[str, Any] = {"batch_size": None, "sampler": units}
     if units is None:
         batching = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
     elif loader.batch_sampler is not None:
         batching = {"batch_sampler": units}
-    else:
-        batching = {"batch_size": None, "sampler": units}
     num_workers, context = _workers(loader)
     own: DataLoader[Any] = DataLoader(
         loader.dataset,
@@ -152,7 +148,7 @@ def _workers(loader: DataLoader[Any]) -> tuple[int, Any]:
 
 
 def _in_this_process(own: DataLoader[Any]) -> Iterator[Any]:
-    """Load here, and put back the global random numbers and the state of the dataset."""
+    """Load here, and put back random numbers and the dataset's state."""
     found = walk([vars(own.dataset)] if hasattr(own.dataset, "__dict__") else [], packages_of([own.dataset]))
     try:
         with preserved_random_state():
@@ -162,7 +158,7 @@ def _in_this_process(own: DataLoader[Any]) -> Iterator[Any]:
 
 
 def _batch_sampler(loader: DataLoader[Any]) -> Any:
-    """The batch sampler, or the sampler of lists without automatic batching, or None."""
+    """The sampler that gives lists of indices, or None."""
     if loader.batch_sampler is not None:
         return loader.batch_sampler
     sampler: object = loader.sampler

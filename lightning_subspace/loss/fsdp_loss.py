@@ -1,4 +1,4 @@
-"""Gradient of the training loss on the shards of FSDP2, by FSDP itself.
+"""Gradient of the training loss on FSDP2's shards, by FSDP itself.
 
 The module's own parameters are used with FSDP's hooks on. FSDP gathers and frees them layer by layer, and sums and
 scatters the gradients, as in a training step; nothing else is communicated. A displacement is added to this rank's
@@ -85,15 +85,15 @@ class ShardedLoss(TrainingLoss):
             yield lambda data: data
 
     def __call__(self, batch: MicroBatch) -> Evaluation:
-        """Not available, since sharded parameters are no leaves of a graph; see `gradient`."""
+        """Not available: sharded parameters are no leaves. See `gradient`."""
         raise TypeError("ShardedLoss: expected a call of gradient(...); sharded parameters are no leaves of a graph.")
 
     def displace(self, offset: Tensor | None) -> None:
-        """Evaluate at theta + offset, a vector (n,) of this rank's shards, from now on; None: at theta."""
+        """Evaluate at theta + offset, (n,), from now on; None: at theta."""
         self._offset_local = offset
 
     def gradient(self, assignments: Iterable[tuple[MicroBatch, float]]) -> tuple[Tensor, float]:  # (n,)
-        """This rank's shards of sum_b s_b grad L_b over the micro-batches of all ranks, and its own sum_b s_b L_b.
+        """Local shards of sum_b s_b grad L_b, and local sum_b s_b L_b.
 
         Args:
             assignments: this rank's micro-batches and their shares s_b, equally many on all ranks.
@@ -153,7 +153,7 @@ class ShardedLoss(TrainingLoss):
 
 @contextmanager
 def _preserved(module: nn.Module) -> Iterator[dict[nn.Parameter, Tensor]]:
-    """Copies of this rank's shards; gradients, hooks and flags are put back at the end."""
+    """Copies of this rank's shards; preserves gradients, hooks and flags."""
     with torch.no_grad():
         values: dict[Any, Tensor] = {parameter: local_part(parameter).clone() for parameter in module.parameters()}
     others = {parameter: (parameter.grad, parameter.requires_grad) for parameter in values}

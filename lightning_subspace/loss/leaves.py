@@ -1,4 +1,4 @@
-"""Copies of parameters, the leaves of graphs, and whether they were written to.
+"""Copies of parameters as leaves, and whether they were written to.
 
 Values are compared: writes through `.data` (a clamp, a momentum teacher) leave no trace in the version counter. The
 flags of all leaves are read together, so that there is one wait for the device. A nan equals a nan.
@@ -18,7 +18,7 @@ from lightning_subspace.parallel.fsdp import is_sharded, local_part, local_slice
 
 @dataclass
 class ParameterCopy:
-    """A parameter and its copy, made in some round of `Shadow.reset` with some displacement."""
+    """A parameter and its copy, made in some round of `Shadow.reset`."""
 
     original: nn.Parameter
     copy: nn.Parameter
@@ -30,10 +30,9 @@ class ParameterCopy:
         self._made = (version_of(self.copy), self.copy.data_ptr())
 
     def comparison(self, value_of: Callable[[nn.Parameter, Tensor | None], Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Two tensors that are equal unless the copy was written to; None if it was for certain.
+        """Two tensors, equal unless the copy was written to, or None.
 
-        Args:
-            value_of: from a parameter and an offset, the value of its copy when it was made.
+        `value_of` gives the value that the copy was made with, from its parameter and offset.
         """
         if self.copy.requires_grad != self.original.requires_grad:
             return None
@@ -52,7 +51,7 @@ class ParameterCopy:
 
 
 def unmodified(pairs: Iterable[tuple[Tensor, Tensor] | None]) -> list[bool]:
-    """Whether each pair (see `ParameterCopy.comparison`) is equal, with one read from the device.
+    """Whether each pair is equal, with one read from the device.
 
     Example:
         >>> one = torch.ones(2)

@@ -16,7 +16,7 @@ WAY_OUT = "pass loss_fn=, a function (module, batch, batch_idx) -> scalar tensor
 
 
 class LossError(RuntimeError):
-    """The training loss could not be evaluated as a finite scalar that depends on the parameters."""
+    """The training loss is no finite scalar that depends on the parameters."""
 
 
 def resolve_loss(module: nn.Module, loss_fn: LossFunction | None) -> LossFunction:
@@ -46,15 +46,10 @@ def resolve_loss(module: nn.Module, loss_fn: LossFunction | None) -> LossFunctio
 
 
 def as_scalar(output: Any, name: str, *, finite: bool = True) -> Tensor:
-    """The loss in the output of a training step, 0-dimensional.
-
-    Args:
-        output: of the training step, a tensor or {'loss': ...}.
-        name: of the module's class, for the messages.
-        finite: whether to refuse a loss that is not finite.
+    """The loss, 0-dimensional, in what a training step has returned.
 
     Raises:
-        LossError: for an output without a scalar loss that depends on the parameters.
+        LossError: without a scalar loss that depends on the parameters, and is finite if `finite`.
     """
     if isinstance(output, Mapping):
         output = output.get("loss")

@@ -1,4 +1,4 @@
-"""Number formats and kernels inside of a loss that is differentiated once or twice."""
+"""Number formats and kernels inside of a differentiated loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @contextmanager
 def eager(device: torch.device, narrowest: torch.dtype | None) -> Iterator[None]:
-    """Turn off compiled code and inference mode; with a `narrowest` type also autocast and the default type."""
+    """Turn off compiled code, inference mode and, with `narrowest`, autocast."""
     default = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -39,7 +39,7 @@ def twice_differentiable(module: nn.Module) -> Iterator[None]:
 
 
 def widened(tensor: Tensor, narrowest: torch.dtype | None, *, copy: bool) -> Tensor:
-    """A floating-point tensor in a type at least as wide as `narrowest`; any other tensor, or with None, as it is."""
+    """A tensor whose type, if floating-point, is at least `narrowest`."""
     dtype = tensor.dtype
     if narrowest is not None and (dtype.is_floating_point or dtype.is_complex):
         dtype = torch.promote_types(dtype, narrowest)

@@ -31,7 +31,7 @@ COPIED = (Tensor, np.ndarray, tuple, types.MappingProxyType)
 
 
 class Shadow:
-    """Replace the state of `module` by copies, from the first `reset` until `close`.
+    """Replace a module's state by copies, from `reset` until `close`.
 
     Args:
         module: any module; its tree is walked once.
@@ -94,7 +94,7 @@ class Shadow:
             (self._copied if needs_copy else self._others).append(container)
 
     def reset(self) -> None:
-        """Start from the original state, with fresh copies; unwritten copies of parameters stay, as shared leaves."""
+        """Start from the original state; unwritten copies of parameters stay."""
         self.drop_written()
         self._round += 1
         offset = self._displacement
@@ -109,7 +109,7 @@ class Shadow:
         restore(self._others, self._generators)
 
     def drop_written(self) -> None:
-        """Drop the parameter copies that were written to, after an evaluation has built its graph.
+        """Drop the parameter copies that an evaluation has written to.
 
         Raises:
             RuntimeError: when an earlier graph uses the copy, unwritten, or it is the whole of a sharded parameter.
@@ -141,7 +141,7 @@ class Shadow:
         restore([*self._copied, *self._others], self._generators)
 
     def _copy(self, value: Any, memo: dict[int, Any]) -> Any:
-        """The copy of a value; the value itself if it is constant, or its contents are replaced."""
+        """The copy of a value, or the value if none is needed."""
         if isinstance(value, tuple | types.MappingProxyType):
             return self._copy_immutable(value, memo)
         if id(value) not in memo:
@@ -156,7 +156,7 @@ class Shadow:
         return memo[id(value)]
 
     def _copy_immutable(self, value: Any, memo: dict[int, Any]) -> Any:
-        """A tuple or a read-only dict, a new one if anything in it is copied."""
+        """A tuple or a read-only dict, with copies of its items."""
         items = list(value if isinstance(value, tuple) else value.values())
         new = [self._copy(item, memo) for item in items]
         if all(a is b for a, b in zip(new, items, strict=True)):
@@ -195,7 +195,7 @@ class Shadow:
 
 
 class _Sealed:
-    """Replacement for an iterator or a file, which raises when it is used."""
+    """Replacement for an iterator or a file; raises when used."""
 
     def __init__(self, original: Iterator[Any]) -> None:
         self._kind = type(original).__name__
@@ -210,7 +210,7 @@ class _Sealed:
 
 
 def _owners(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
-    """The owner of each tensor that is a view of another one in the list, by the id of the view."""
+    """The owners of views in the list, by the view's id."""
     by_storage: dict[int, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.layout is torch.strided and type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.numel():
@@ -223,7 +223,7 @@ def _owners(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
 
 
 def _is_part(tensor: Tensor, whole: Tensor) -> bool:
-    """Whether a tensor lies within another one of the same storage, so that it is a view of a copy, too."""
+    """Whether a tensor lies within another one of the same storage."""
     if isinstance(tensor, nn.Parameter) or tensor.dtype != whole.dtype or not whole.is_contiguous():
         return False
     start = tensor.storage_offset() - whole.storage_offset()

@@ -46,7 +46,7 @@ class Evaluation:
 
 
 class TrainingLoss:
-    """A context in which `loss(micro_batch)` evaluates the training loss and leaves no trace.
+    """A context in which `loss(micro_batch)` evaluates without a trace.
 
     Args:
         module: a LightningModule, or any module with `loss_fn`.
@@ -136,14 +136,14 @@ class TrainingLoss:
         return Shadow(self.module, self._narrowest, offset, around, replacements=self._replacements)
 
     def displace(self, offset: Tensor | None) -> None:
-        """Evaluate at theta + offset, a flat vector (n,), from now on; None: at theta."""
+        """Evaluate at theta + offset, (n,), from now on; None: at theta."""
         pieces = [] if offset is None else self.space.unflatten(offset)
         self._displacement = dict(zip(map(id, self.originals), pieces, strict=False))
 
     def value_at(self, offset: Tensor | None, assignments: Iterable[tuple[MicroBatch, float]]) -> float:
-        """sum_b s_b L_b at theta + offset over micro-batches b with shares s_b, one forward pass each.
+        """sum_b s_b L_b at theta + offset, one forward pass a micro-batch.
 
-        A loss that is not finite is not refused, and one of share 0 does not count.
+        Over micro-batches b with shares s_b. A loss that is not finite passes; one of share 0 does not count.
 
         Raises:
             LossError: when a loss cannot be evaluated.
@@ -190,7 +190,7 @@ class TrainingLoss:
 
     @contextmanager
     def _around_step(self) -> Iterator[Callable[[Any], Any]]:
-        """The trainer's precision context, if the loss is taken as trained; gives its conversion of a batch."""
+        """The trainer's precision context, if asked for; gives its batch conversion."""
         trainer = attached_trainer(self.module)
         if self._narrowest is not None or trainer is None:
             yield lambda data: data
@@ -201,7 +201,7 @@ class TrainingLoss:
 
 @contextmanager
 def _in_mode(module: nn.Module, mode: Mode) -> Iterator[None]:
-    """Set train or eval mode, and put back the mode of every submodule."""
+    """Set train or eval mode; put back every submodule's at the end."""
     before = [(m, m.training) for m in module.modules()]
     try:
         if mode == "eval" or not module.training:

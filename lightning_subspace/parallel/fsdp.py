@@ -41,7 +41,7 @@ def fsdp_modules(module: nn.Module) -> list[Any]:
 
 
 def reshard(module: nn.Module) -> None:
-    """Free the whole parameters that a forward pass without a backward pass has left, as in a validation.
+    """Free whole parameters that a forward pass alone has left.
 
     Before that, the module's parameters are not the shards. FSDP's next forward pass gathers them again.
     """
@@ -58,7 +58,7 @@ def sharded_parameters(module: nn.Module) -> dict[str, DTensor]:
 def full_tensors(
     module: nn.Module, narrowest: torch.dtype | None = torch.float32, ranks: Ranks | None = None
 ) -> dict[int, Tensor]:
-    """The whole of every sharded parameter, by its id. A collective: one all-gather a parameter.
+    """The whole of every sharded parameter, by its id. A collective.
 
     Args:
         module: any module; {} if nothing is sharded.
@@ -78,26 +78,16 @@ def full_tensors(
 def replacements(
     module: nn.Module, ranks: Ranks, *, whole: bool = True, narrowest: torch.dtype | None = torch.float32
 ) -> dict[int, Tensor]:
-    """Buffers of rank 0 and whole parameters, by the id of what they replace: see `TrainingLoss`. A collective.
-
-    Args:
-        module: any module.
-        ranks: the process group, which the parameters are sharded over.
-        whole: whether to gather whole parameters.
-        narrowest: see `full_tensors`.
-    """
+    """`rank_zero_buffers` and, if `whole`, `full_tensors`, for a `TrainingLoss`."""
     buffers = {} if ranks.count == 1 else rank_zero_buffers(module, lambda tensor: ranks.broadcast([tensor]))
     return {**buffers, **full_tensors(module, narrowest, ranks)} if whole else buffers
 
 
 def rank_zero_buffers(module: nn.Module, broadcast: Callable[[Tensor], object]) -> dict[int, Tensor]:
-    """Copies of all buffers with the values of rank 0, by the id of the buffer. A collective.
+    """Copies of rank 0's buffers, by the buffer's id. A collective.
 
-    Batch-norm statistics differ between ranks; in eval mode the loss has to be one function on all.
-
-    Args:
-        module: any module.
-        broadcast: overwrites a contiguous tensor with that of rank 0.
+    Batch-norm statistics differ between ranks; in eval mode the loss has to be one function on all. `broadcast`
+    overwrites a contiguous tensor with that of rank 0.
 
     Example:
         >>> norm = nn.BatchNorm1d(2)
@@ -122,7 +112,7 @@ def rank_zero_buffers(module: nn.Module, broadcast: Callable[[Tensor], object]) 
 
 @contextmanager
 def without_fsdp(module: nn.Module) -> Iterator[None]:
-    """Turn FSDP off in forward passes, so that they use the parameters as they are.
+    """Turn FSDP off: forward passes use the parameters as they are.
 
     Its hooks leave the dicts of the modules, and are put back in the same order.
     """
@@ -144,7 +134,7 @@ def without_fsdp(module: nn.Module) -> Iterator[None]:
 
 
 def unsupported_reason(module: nn.Module) -> str | None:
-    """Why differences of float32 gradients cannot be taken on these shards, or None."""
+    """Why these shards do not allow differences of gradients, or None."""
     wide = (torch.float32, torch.float64)
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and parameter.dtype.to_real() not in wide:
@@ -163,7 +153,7 @@ def unsupported_reason(module: nn.Module) -> str | None:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's shard of a tensor, not a copy; the tensor itself if it is not sharded."""
+    """This rank's shard, not a copy, or the tensor if not sharded."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():  # else the shard would be a node of a graph
@@ -171,7 +161,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def local_slice(whole: Tensor, parameter: Tensor) -> Tensor | None:  # both (d, ...) to (this rank's rows, ...)
-    """View of this rank's shard in the whole of a parameter; None for another placement than `Shard(0)`."""
+    """View of this rank's shard in the whole; None unless `Shard(0)`."""
     assert is_sharded(parameter)
     if not is_dim0_sharded(parameter):
         return None
@@ -202,7 +192,7 @@ def _gathered(parameter: DTensor, ranks: Ranks | None) -> Tensor:
 
 
 def is_dim0_sharded(parameter: DTensor) -> bool:
-    """Whether a parameter is cut along dimension 0 over a mesh of one dimension, as `fully_shard` does by default."""
+    """Whether a parameter is cut by rows over a one-dimensional mesh."""
     return parameter.device_mesh.ndim == 1 and all(
         placement.is_shard(0) and type(placement).__name__ == "Shard" for placement in parameter.placements
     )

@@ -83,7 +83,7 @@ class ParameterSpace:
         return sum(self.numels)
 
     def widest_dtype(self, module: nn.Module, *least: torch.dtype) -> torch.dtype:
-        """The real type that holds every parameter of the space, and the types in `least`."""
+        """The real type that holds every parameter and the `least` types."""
         dtypes = (tensor.dtype.to_real() for tensor in self.tensors(module))
         return reduce(torch.promote_types, (*least, *dtypes))
 
@@ -121,7 +121,7 @@ class ParameterSpace:
         return flat
 
     def unflatten(self, flat: Tensor) -> list[Tensor]:
-        """Views of a flat real vector (n,), one a parameter; for a complex parameter a copy."""
+        """Views of a flat vector, (n,), by parameter; copies if complex."""
         return [
             torch.complex(*piece.view(-1, 2).unbind(1)).view(shape) if name in self.complex_names else piece.view(shape)
             for name, shape, piece in zip(self.names, self.shapes, torch.split(flat, list(self.numels)), strict=True)
@@ -129,7 +129,7 @@ class ParameterSpace:
 
 
 def flat_values(tensor: Tensor, name: str, shape: torch.Size) -> Tensor:
-    """The real coordinates of a tensor, or of this rank's shard of it, flat; two an entry of a complex one.
+    """The real coordinates of a tensor or of its local shard, flat.
 
     Raises:
         ValueError: for a tensor that has not the shape of the parameter `name`.

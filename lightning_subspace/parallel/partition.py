@@ -53,7 +53,7 @@ class Partition:
 
     @classmethod
     def of(cls, space: ParameterSpace, module: nn.Module, ranks: Ranks) -> Partition:
-        """The shards of a module that FSDP2 has sharded over these ranks; a flat cut for any other module.
+        """The shards of a module under FSDP2, otherwise a flat cut.
 
         Raises:
             ValueError: for a module that is sharded in another way (see `shards`).
@@ -81,7 +81,7 @@ class Partition:
         return torch.cat([whole[..., piece.start : piece.stop] for piece in self.local_ranges], dim=-1)
 
     def gather(self, local: Tensor) -> Tensor:  # (local_n,) to (n,)
-        """The whole of a vector from the parts of all ranks: one all-gather."""
+        """The whole of a vector from all ranks' parts: one all-gather."""
         if self.ranks.count == 1:
             return local if self.is_in_order else self.assemble(local, torch.empty_like(local))
         own, gathered = local.new_zeros(self.longest), local.new_empty(self.ranks.count * self.longest)
@@ -97,7 +97,7 @@ class Partition:
         return self.ranks.all_to_all(laid).view(self.ranks.count, self.longest)[:, : self.local_n]
 
     def flatten(self, tensors: Iterable[Tensor | None], like: Tensor) -> Tensor:  # (local_n,)
-        """This rank's part of a flat vector from one tensor a parameter; see `ParameterSpace.flatten`.
+        """This rank's part of a flat vector, from one tensor a parameter.
 
         Args:
             tensors: in the order of the space, whole or sharded (DTensors); None stands for zeros.
@@ -116,7 +116,8 @@ class Partition:
         return local
 
     def random(self, seed: int, number: int, dtype: torch.dtype = torch.float32) -> Tensor:  # (local_n,)
-        """This rank's part of a standard normal vector on the CPU, the same for any number of ranks."""
+        """This rank's part of a standard normal vector, on the CPU."""
+        # All ranks draw the whole vector, so that it is the same for any number of them.
         generator = torch.Generator().manual_seed((seed * SEED_STRIDE + number) % 2**63)
         local = torch.empty(self.local_n, dtype=dtype)
         for start in range(0, self.n, BLOCK):
@@ -126,7 +127,7 @@ class Partition:
         return local
 
     def locate(self) -> list[tuple[str, int, range]]:
-        """This rank's coordinates by parameter: name, offset in the parameter, and range among the local ones."""
+        """Local coordinates by parameter: name, offset in it, local range."""
         ends = accumulate(self.space.numels, initial=0)
         return [
             (name, offset, place)
@@ -135,7 +136,7 @@ class Partition:
         ]
 
     def _overlaps(self, start: int, stop: int) -> Iterator[tuple[int, range]]:
-        """This rank's coordinates in start..stop-1: offset from `start`, and range among the local ones."""
+        """Local coordinates in start..stop-1: offset from `start`, local range."""
         done = 0
         for piece in self.local_ranges:
             first, last = max(piece.start, start), min(piece.stop, stop)
@@ -151,12 +152,12 @@ class Partition:
 
     @property
     def is_in_order(self) -> bool:
-        """Whether the parts of the ranks, one after another without padding, are the whole vector."""
+        """Whether the parts of the ranks, one after another, are the vector."""
         starts = [min(rank * self.longest, self.n) for rank in range(len(self.ranges))]
         return all(len(own) == 1 and own[0].start == start for own, start in zip(self.ranges, starts, strict=True))
 
     def assemble(self, gathered: Tensor, out: Tensor) -> Tensor:  # (W longest,), (n,) to (n,)
-        """Put the padded parts of the ranks into the order of the coordinates: in `out`, or as a view."""
+        """Put padded parts in order, in `out` or as a view."""
         if self.is_in_order:
             return gathered[: self.n]
         for place, piece in self._places():
@@ -164,7 +165,7 @@ class Partition:
         return out
 
     def lay_out(self, whole: Tensor, out: Tensor) -> Tensor:  # (n,), (W longest,) to (W longest,)
-        """The reverse of `assemble`: write the parts into `out`, whose padding must be zeros."""
+        """Write the padded parts into `out`, whose padding must be zeros."""
         if whole.data_ptr() == out.data_ptr() and self.is_in_order:  # it lies there already
             return out
         for place, piece in self._places():
@@ -211,15 +212,15 @@ class VectorBuffers:
             self._whole = self._gathered[:n] if partition.is_in_order else zeros(n)
 
     def gather(self, local: Tensor) -> Tensor:  # (local_n,) to (n,)
-        """The whole of a vector, valid until the next call: one all-gather. In one process, the vector itself."""
+        """The whole of a vector, until the next call: one all-gather."""
         if self._is_alone:
-            return self._partition.gather(local)
+            return self._partition.gather(local)  # the vector itself, if in order
         self._own[: len(local)] = local
         self._partition.ranks.all_gather(self._own, self._gathered)
         return self._partition.assemble(self._gathered, self._whole)
 
     def sum_scatter(self) -> Tensor:  # (local_n,)
-        """This rank's part of the sum of the `total` of all ranks: one reduce-scatter."""
+        """This rank's part of the summed `total`s: one reduce-scatter."""
         partition = self._partition
         if self._is_alone:
             return partition.cut(self.total)
@@ -229,7 +230,7 @@ class VectorBuffers:
 
 
 def shards(space: ParameterSpace, module: nn.Module) -> tuple[tuple[range, ...], ...] | None:
-    """The ranges of flat coordinates on every rank of the mesh, one a parameter, in the order of the space.
+    """The ranges of flat coordinates on every rank, one a parameter.
 
     A range may be empty. A parameter that is not sharded, in a module where others are, is cut evenly.
 

@@ -35,7 +35,7 @@ def world() -> dist.ProcessGroup:
 
 
 class PeerError(RuntimeError):
-    """Another rank has failed, for the reason in the message; or the ranks are not at the same collective."""
+    """Another rank has failed, or ranks are at different collectives."""
 
 
 class Ranks:
@@ -77,7 +77,7 @@ class Ranks:
         return sum(self.nbytes.values())
 
     def all_reduce(self, local: Tensor) -> Tensor:
-        """Sum a small tensor over ranks, in its own precision; equal to the bit on all of them."""
+        """Sum a small tensor over ranks, to the same bits on all."""
         if self._group is None:
             return local
         total = local.to(self._device, copy=True).contiguous()
@@ -94,7 +94,7 @@ class Ranks:
         self._write("all_gather", _all_gather, local, out, whole=out)
 
     def reduce_scatter(self, whole: Tensor, out: Tensor) -> None:  # (W s,); (s,)
-        """Sum a vector over ranks, and write this rank's slice of the sum into `out`."""
+        """Write this rank's slice of the sum over ranks into `out`."""
         self._write("reduce_scatter", _reduce_scatter, whole, out, whole=whole)
 
     def _write(self, name: str, collective: Callable[..., Any], source: Tensor, out: Tensor, *, whole: Tensor) -> None:
@@ -108,7 +108,7 @@ class Ranks:
             out.copy_(received)
 
     def all_to_all(self, whole: Tensor) -> Tensor:  # (W s,) to (W s,)
-        """Send the r-th slice of each rank's vector to rank r, which gets one from each."""
+        """Send the r-th slice of each rank's vector to rank r."""
         if self._group is None:
             return whole
         sent = self._placed(whole)
@@ -129,7 +129,7 @@ class Ranks:
                 tensor.copy_(moved)
 
     def broadcast_object(self, value: T) -> T:
-        """The first rank's value, a decision or anything else that can be pickled."""
+        """The first rank's value; anything that can be pickled."""
         if self._group is None:
             return value
         # Pickled before the collective: a value that cannot be pickled would leave the others waiting in it.
@@ -173,13 +173,13 @@ class Ranks:
             self._is_checked = False
 
     def fail(self, error: Exception) -> None:
-        """Within `agree`: tell the others of an exception at once, where it may not leave the block soon."""
+        """Within `agree`: tell the others of an exception at once."""
         if self._is_checked and not self._ended:
             self._check("", error)
 
     @contextmanager
     def unchecked(self) -> Iterator[None]:
-        """Within `agree`: omit the checks where no rank can leave before the others.
+        """Omit the checks within `agree`, where no rank can leave alone.
 
         All ranks enter the block or none does. An `agree` inside of it is checked, and is a block of its own.
         """
@@ -198,8 +198,8 @@ class Ranks:
         return str(error) if isinstance(error, PeerError) else f"rank {self.index}: {in_words(error)}"
 
     def _placed(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device of the collectives; gloo takes an accelerator's by way of the CPU (untested)."""
-        return tensor if tensor.device.type == self._device.type else tensor.to(self._device)
+        """The tensor on the device of the collectives."""
+        return tensor if tensor.device.type == self._device.type else tensor.to(self._device)  # gloo: untested
 
     def _begin(self, name: str, tensor: Tensor | None = None) -> None:
         if self._is_checked:

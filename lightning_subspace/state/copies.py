@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def copied(data: Any, copy_tensor: Callable[[Tensor], Tensor]) -> Any:
-    """A deep copy of a batch: arrays, lists and objects of any class included.
+    """A deep copy of a batch, objects of any class included.
 
     Args:
         data: the batch.

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import argparse
-import collections
 import functools
 import random
 import sys
 import types
+from argparse import Namespace
+from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import is_
@@ -19,20 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.quasirandom import SobolEngine
 from torch.utils.data import Dataset
 
 # Objects of these packages, and of classes derived from theirs, manage training itself: they are not followed.
 TRAINING = frozenset({"lightning", "pytorch_lightning", "lightning_fabric", "torch"})
 FOREIGN = TRAINING | sys.stdlib_module_names
 # Classes of foreign packages that are nothing but state.
-PLAIN = (
-    types.SimpleNamespace,
-    argparse.Namespace,
-    collections.UserDict,
-    collections.UserList,
-    torch.distributions.Distribution,
-    torch.quasirandom.SobolEngine,
-)
+PLAIN = (types.SimpleNamespace, Namespace, UserDict, UserList, Distribution, SobolEngine)
 
 
 @dataclass(frozen=True)
@@ -107,7 +102,7 @@ def walk(roots: Iterable[Any], packages: frozenset[str], seen: Iterable[int] = (
 
 
 def restore(containers: Iterable[MutableObject], generators: Iterable[tuple[Callable[[Any], Any], Any]]) -> None:
-    """Put back the original contents and the generators: all of them, even if one raises."""
+    """Put back all original contents and generators, even if one raises."""
     errors: list[BaseException] = []
     for container in containers:
         try:
@@ -121,17 +116,17 @@ def restore(containers: Iterable[MutableObject], generators: Iterable[tuple[Call
 
 
 def packages_of(objects: Iterable[object]) -> frozenset[str]:
-    """Packages of the classes of some objects, but for Lightning, torch and the standard library."""
+    """Packages of the classes of some objects, without `FOREIGN` ones."""
     return frozenset(_package(cls) for value in objects for cls in type(value).__mro__) - FOREIGN
 
 
 def own_caches(module: nn.Module) -> list[functools._lru_cache_wrapper[Any]]:
-    """The `functools.cache`s among the methods of a module's classes and in the files of these classes."""
+    """The `functools.cache`s in a module's classes and in their files."""
     return [value for value in _own_globals(module) if isinstance(value, functools._lru_cache_wrapper)]
 
 
 def own_generators(module: nn.Module) -> list[Any]:
-    """The random generators among the attributes of a module's classes and in the files of these classes."""
+    """The random generators in a module's classes and in their files."""
     return [value for value in _own_globals(module) if _rewind(value) is not None]
 
 
@@ -147,15 +142,12 @@ def _package(cls: type) -> str:
 
 
 def _containers(value: Any, packages: frozenset[str]) -> list[MutableObject]:
-    """A value's containers: its items, its attributes, both, or none for a constant."""
+    """A value's containers: items, attributes, both, or none for a constant."""
     if isinstance(value, torch.jit.ScriptModule):
         raise TypeError(
             f"module: expected an eager module, got the TorchScript module {type(value).__name__}, whose parameters "
             "cannot be replaced by copies; use the eager one, or pass loss_fn=, a loss without it."
         )
-    if isinstance(value, types.FunctionType):
-        parts = [value.__defaults__, value.__kwdefaults__, vars(value), *(value.__closure__ or ())]
-        return [MutableObject(parts, functools.partial(_fill_function, value))]
     if isinstance(value, types.CellType):
         try:
             contents = value.cell_contents
@@ -164,23 +156,28 @@ def _containers(value: Any, packages: frozenset[str]) -> list[MutableObject]:
         return [MutableObject([contents], lambda items: setattr(value, "cell_contents", items[0]))]
     if isinstance(value, types.MethodType | types.BuiltinMethodType):
         return [MutableObject([value.__self__], lambda items: None)]
-    found = [_of(value, read, fill) for kind, read, fill in BUILT_IN if isinstance(value, kind)]
+    found = [
+        MutableObject(read(value), functools.partial(fill, value))
+        for kind, read, fill in BUILT_IN
+        if isinstance(value, kind)
+    ]
     if found or isinstance(value, (nn.Module, *PLAIN)) or _is_own(value, packages):
-        found.extend([_of(vars(value), *DICT)] if hasattr(value, "__dict__") else [])
+        if hasattr(value, "__dict__"):
+            found.append(MutableObject(_read_dict(vars(value)), functools.partial(_fill_dict, vars(value))))
         found.extend(_of_slots(value))
     return found
 
 
 def _is_own(value: Any, packages: frozenset[str]) -> bool:
-    """Whether a plain object is of the project's own code, so that its attributes are state of the module."""
+    """Whether an object's class is of these packages, not of training's."""
     if isinstance(value, Dataset):
         return False
     own = {_package(cls) for cls in type(value).__mro__}
     return bool(own & packages) and not own & TRAINING
 
 
-def _of(target: Any, read: Callable[[Any], list[Any]], fill: Callable[[Any, list[Any]], None]) -> MutableObject:
-    return MutableObject(read(target), functools.partial(fill, target))
+def _read_dict(target: dict[Any, Any]) -> list[Any]:
+    return [*target, *target.values()]
 
 
 def _fill_dict(target: dict[Any, Any], items: list[Any]) -> None:
@@ -196,7 +193,7 @@ def _fill_dict(target: dict[Any, Any], items: list[Any]) -> None:
             target[key] = new
 
 
-def _fill_list(target: list[Any] | collections.deque[Any], items: list[Any]) -> None:
+def _fill_list(target: list[Any] | deque[Any], items: list[Any]) -> None:
     if len(items) != len(target) or not all(map(is_, items, target)):
         target.clear()
         target.extend(items)
@@ -219,12 +216,12 @@ def _fill_function(target: types.FunctionType, items: list[Any]) -> None:
 
 
 # Kinds of built-in containers: how to read their contents, and how to fill them.
-DICT: Any = (lambda target: [*target, *target.values()], _fill_dict)
 BUILT_IN: Any = (
-    (dict, *DICT),
-    ((list, collections.deque), list, _fill_list),
+    (dict, _read_dict, _fill_dict),
+    ((list, deque), list, _fill_list),
     (set, list, _fill_set),
     (functools.partial, lambda target: [target.func, target.args, target.keywords], _fill_partial),
+    (types.FunctionType, lambda f: [f.__defaults__, f.__kwdefaults__, *(f.__closure__ or ())], _fill_function),
 )
 
 
@@ -252,7 +249,7 @@ def _has(slot: types.MemberDescriptorType, target: Any) -> bool:
 
 
 def _rewind(value: Any) -> tuple[Callable[[Any], Any], Any] | None:
-    """A function and its argument that set a random generator to its present state; None for anything else."""
+    """Function and argument that put back a random generator, or None."""
     if isinstance(value, torch.Generator):
         return value.set_state, value.get_state()
     if isinstance(value, np.random.Generator):

@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class RandomState:
-    """State of the global generators of torch (CPU and every initialised accelerator), numpy and Python.
+    """State of the global random generators of torch, numpy and Python.
 
     Example:
         >>> state = RandomState.now()
@@ -48,7 +48,7 @@ class RandomState:
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Restore the global generators at the end of the block, also on an exception.
+    """Restore the global generators at the end, also on an exception.
 
     Example:
         >>> state = torch.get_rng_state()

@@ -2,10 +2,8 @@
 
 The module's own parameters are used with FSDP's hooks on. FSDP gathers and frees them layer by layer, and sums and
 scatters the gradients, as in a training step; nothing else is communicated. A displacement is added to this rank's
-shards in place, and undone by a copy of the old values. All other state is copies, as in `TrainingLoss`.
-
-If a training step or its backward pass raises on one rank, the others wait in FSDP's collectives up to the time limit
-of the process group. The shards of every rank that leaves the context are put back.
+shards in place, and undone by a copy of the old values. All other state is copies, as in `TrainingLoss`. If a training
+step raises on one rank, the others wait in FSDP's collectives (see `parallel/README.md`).
 """
 
 from __future__ import annotations
@@ -79,8 +77,7 @@ class ShardedLoss(TrainingLoss):
 
     @contextmanager
     def _around_step(self) -> Iterator[Callable[[Any], Any]]:
-        # A check before each step: a rank that runs out of memory in its copies must not leave the others waiting in
-        # FSDP's first all-gather.
+        # Checked: a rank without memory for its copies must not leave the others waiting in FSDP's first all-gather.
         with self._ranks.unchecked():
             yield lambda data: data
 

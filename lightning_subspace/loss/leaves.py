@@ -30,14 +30,11 @@ class ParameterCopy:
         self._made = (version_of(self.copy), self.copy.data_ptr())
 
     def comparison(self, value_of: Callable[[nn.Parameter, Tensor | None], Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Two tensors, equal unless the copy was written to, or None.
-
-        `value_of` gives the value that the copy was made with, from its parameter and offset.
-        """
+        """Two tensors, equal unless the copy was written to; None if it was."""
         if self.copy.requires_grad != self.original.requires_grad:
             return None
         if not self.is_gathered:
-            return self.copy.detach(), value_of(self.original, self.offset)
+            return self.copy.detach(), value_of(self.original, self.offset)  # as it was made
         if (version_of(self.copy), self.copy.data_ptr()) != self._made:
             return None
         # Each rank compares its own shard, with neither a copy of the whole nor a collective.

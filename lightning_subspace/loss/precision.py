@@ -15,9 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 def eager(device: torch.device, narrowest: torch.dtype | None) -> Iterator[None]:
     """Turn off compiled code, inference mode and, with `narrowest`, autocast."""
     default = torch.get_default_dtype()
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and importing it takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if narrowest is not None:
@@ -31,8 +29,7 @@ def eager(device: torch.device, narrowest: torch.dtype | None) -> Iterator[None]
 @contextmanager
 def twice_differentiable(module: nn.Module) -> Iterator[None]:
     """Turn off kernels without a second derivative: fused attention, cuDNN's RNNs."""
-    with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    with sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
         if any(isinstance(m, nn.RNNBase) for m in module.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield

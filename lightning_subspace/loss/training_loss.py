@@ -56,8 +56,7 @@ class TrainingLoss:
             eval mode as a whole is put into train mode); "eval" puts everything into eval mode.
         dtype: the narrowest floating-point type; wider ones stay. None: types and precision context of training.
         seed: of the random numbers in the loss (dropout masks).
-        random_state: state of the generators at every evaluation, in place of a seed: with a snapshot taken before a
-            training step, the gradient is that of this step.
+        random_state: in place of a seed; with one from before a training step, the gradient is that of this step.
         order: how often the loss is differentiated; 1 keeps the attention and recurrent kernels of training.
         replacements: tensors to copy in place of a parameter or buffer, by its id: rank 0's values of a buffer, the
             whole of a sharded parameter (each needs one; see `full_tensors`).
@@ -202,11 +201,9 @@ class TrainingLoss:
 @contextmanager
 def _in_mode(module: nn.Module, mode: Mode) -> Iterator[None]:
     """Set train or eval mode; put back every submodule's at the end."""
-    before = [(m, m.training) for m in module.modules()]
-    try:
+    with ExitStack() as stack:
+        for m in module.modules():
+            stack.callback(setattr, m, "training", m.training)
         if mode == "eval" or not module.training:
             module.train(mode == "train")
         yield
-    finally:
-        for m, training in before:
-            m.training = training

@@ -41,11 +41,8 @@ def fsdp_modules(module: nn.Module) -> list[Any]:
 
 
 def reshard(module: nn.Module) -> None:
-    """Free whole parameters that a forward pass alone has left.
-
-    Before that, the module's parameters are not the shards. FSDP's next forward pass gathers them again.
-    """
-    for m in fsdp_modules(module):
+    """Free whole parameters that a forward pass alone has left."""
+    for m in fsdp_modules(module):  # before that, the module's parameters are not the shards
         m.reshard()
 
 
@@ -112,10 +109,7 @@ def rank_zero_buffers(module: nn.Module, broadcast: Callable[[Tensor], object]) 
 
 @contextmanager
 def without_fsdp(module: nn.Module) -> Iterator[None]:
-    """Turn FSDP off: forward passes use the parameters as they are.
-
-    Its hooks leave the dicts of the modules, and are put back in the same order.
-    """
+    """Turn FSDP off: forward passes use the parameters as they are."""
     with ExitStack() as stack:
         for m in fsdp_modules(module):
             attributes = vars(m)
@@ -128,8 +122,12 @@ def without_fsdp(module: nn.Module) -> Iterator[None]:
                 items = list(hooks.items())
                 kept = [(key, hook) for key, hook in items if not is_of_fsdp(hook)]
                 if len(kept) < len(items):
-                    stack.callback(_refill, hooks, items)
-                    _refill(hooks, kept)
+                    stack.callback(
+                        hooks.update, items
+                    )  # in the same order, in the dict that `clear` has emptied before
+                    stack.callback(hooks.clear)
+                    hooks.clear()
+                    hooks.update(kept)
         yield
 
 
@@ -196,8 +194,3 @@ def is_dim0_sharded(parameter: DTensor) -> bool:
     return parameter.device_mesh.ndim == 1 and all(
         placement.is_shard(0) and type(placement).__name__ == "Shard" for placement in parameter.placements
     )
-
-
-def _refill(target: dict[Any, Any], items: list[tuple[Any, Any]]) -> None:
-    target.clear()
-    target.update(items)

@@ -152,5 +152,5 @@ def _require_matches(patterns: Sequence[str], names: Sequence[str], module: str)
     for pattern in patterns:
         if not _any_match(names, [pattern]):
             raise ValueError(
-                f"params: {pattern!r} matches no trainable parameter of {module}; names begin with {list(names[:5])}."
+                f"params: the pattern {pattern!r} matches no trainable parameter of {module}; names: {list(names[:5])}."
             )

@@ -35,10 +35,10 @@ from lightning_subspace.probe.arguments import (
     require_word,
     wrong,
 )
-from lightning_subspace.probe.checkpoint import RunState, decode, decode_position, encode, encode_position, require_same
-from lightning_subspace.probe.entries import CheckpointError, Entries
+from lightning_subspace.probe.checkpoint import RunState, decode, encode
+from lightning_subspace.probe.entries import CheckpointError
 from lightning_subspace.probe.run import ProbeRun
-from lightning_subspace.probe.schedule import Position, Schedule
+from lightning_subspace.probe.schedule import Schedule
 from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.report import Publisher, add_layout
 from lightning_subspace.report.loggers import LogLevel
@@ -145,14 +145,11 @@ class SubspaceMonitor(Callback):
             require_word("on_failure", on_failure, ("warn", "raise"))
             require_name("name", name)
         self.name = name
-        self._max_overhead = max_overhead
         self._layout = layout
         self._schedule = Schedule(every_n_steps, max_overhead)
         self._notices = Notices(SPEAKER, on_failure)
         self._runner = ProbeRunner(self._settings, self._schedule, self._notices)
-        self._recorder = Recorder(
-            self._settings, self._runner, self._schedule, self._notices, Publisher(name, log), name, max_overhead
-        )
+        self._recorder = Recorder(self._runner, Publisher(name, log), name)
         self._saved: Any = None  # from a checkpoint, until training goes on from it
         # A step is over only when this differs from `global_step`: while gradients accumulate, batches end without one.
         self._seen_step = -1
@@ -280,9 +277,8 @@ class SubspaceMonitor(Callback):
         self._recorder.draw(trainer)
         self._runner.source.release()
         self._schedule.end()
-        if self._schedule.misses_what_was_asked:
-            schedule = self._schedule
-            self._notices.budget_skipped(schedule.num_passed_over, schedule.passed_over, self._max_overhead)
+        if (schedule := self._schedule).misses_what_was_asked:
+            self._notices.budget_skipped(schedule.num_passed_over, schedule.passed_over, schedule.max_overhead)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: nn.Module, exception: BaseException) -> None:
@@ -332,8 +328,7 @@ class SubspaceMonitor(Callback):
         if self._runner.run is None:
             return dict(self._saved or {})
         try:
-            state = encode(self._runner.run.state(self._recorder.open))
-            return {**state, "schedule": encode_position(self._schedule.position)}
+            return encode(self._runner.run.state(self._schedule.position, self._recorder.open))
         except Exception as error:  # a checkpoint is worth more than what the monitor has to add
             self._notices.failure("a checkpoint was written without what was measured", error, self._runner.ranks)
             return {}
@@ -348,33 +343,28 @@ class SubspaceMonitor(Callback):
         read = self._runner.on_all_ranks(NOT_RESUMED, lambda: self._read(saved, step))
         if read is None:
             return
-        state, position = read
-        reopen = position.last_step == step and self._runner.source.sample is not None
-        reopen = reopen and self._schedule.probes_first_step
-        resumed = self._runner.on_all_ranks(NOT_RESUMED, lambda: run.resumed(state, reopen=reopen))
+        last_step, has_sample = read.position.last_step, self._runner.source.sample is not None
+        reopen = last_step == step and has_sample and self._schedule.probes_first_step
+        resumed = self._runner.on_all_ranks(NOT_RESUMED, lambda: run.resumed(read, reopen=reopen))
         if resumed is None:
             return
         self._runner.run, is_reopened = resumed
-        self._schedule.resume(position, step)
-        is_due = position.last_step < step and self._agree_to_measure(step)  # it was written before our hook
+        self._schedule.resume(read.position, step)
+        is_due = last_step < step and self._agree_to_measure(step)  # the checkpoint was written before our hook
         self._awaits_first = is_reopened or is_due
         self._probed_step = -1 if self._awaits_first or not self.history else self.history[-1].step
 
-    def _read(self, saved: Any, step: int) -> tuple[RunState, Position] | None:
+    def _read(self, saved: Any, step: int) -> RunState | None:
         """What the checkpoint holds of a run that can go on here, or None with a warning."""
         try:
-            state, position = decode(saved), decode_position(Entries(saved).below("schedule"))
-            now = {"k": self._settings.k, "which": self._settings.which}
-            require_same("monitor", now, {"k": state.k, "which": state.which})
-            last = max([position.last_step, *(record.step for record in state.records)])
-            if last > step:
-                raise CheckpointError(f"it is of step {last}, and training starts at step {step}")
+            state = decode(saved)
+            state.require_continuable(self._settings.k, self._settings.which, step)
         except CheckpointError as error:
             self._notices.warn(
                 f"the state {self.name!r} of the checkpoint is not used: {error}. History and overlaps start anew."
             )
             return None
-        return state, position
+        return state
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the methods that Lightning attaches for logging, which hold the module."""

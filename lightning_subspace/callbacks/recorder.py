@@ -11,15 +11,12 @@ from typing import Any
 from torch import nn
 
 from lightning_subspace._lightning import Trainer
-from lightning_subspace.callbacks.notices import Notices
 from lightning_subspace.callbacks.runner import ProbeRunner
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.measurements.base import Prospect
 from lightning_subspace.probe.forecast import Forecast
 from lightning_subspace.probe.open_record import OpenRecord
 from lightning_subspace.probe.run import ProbeRun
-from lightning_subspace.probe.schedule import Schedule
-from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.report import ProgressLine, Publisher
 
 
@@ -27,48 +24,31 @@ class Recorder:
     """Takes probes for a trainer, and publishes their records.
 
     Args:
-        settings: what is measured.
         runner: takes the probes.
-        schedule: keeps the account of the time.
-        notices: what goes wrong is told there.
         publisher: where records go.
         name: of the monitor, for the line of progress.
-        max_overhead: the budget, for the forecast.
 
     Attributes:
         open: the record whose step has not ended yet.
     """
 
-    def __init__(
-        self,
-        settings: ProbeSettings,
-        runner: ProbeRunner,
-        schedule: Schedule,
-        notices: Notices,
-        publisher: Publisher,
-        name: str,
-        max_overhead: float | None,
-    ) -> None:
+    def __init__(self, runner: ProbeRunner, publisher: Publisher, name: str) -> None:
         self.open: OpenRecord | None = None
-        self._settings = settings
         self._runner = runner
-        self._schedule = schedule
-        self._notices = notices
         self._publisher = publisher
         self._name = name
-        self._max_overhead = max_overhead
 
     def take(self, trainer: Trainer, module: nn.Module, step: int) -> None:
         """Probe and open a record, on all ranks or on none. What goes wrong is told, and raised only on request."""
-        ranks = self._runner.ranks
+        ranks, schedule = self._runner.ranks, self._runner.schedule
         moved = ranks.bytes_moved
-        with self._schedule.probing(), ProgressLine(trainer) as line:
+        with schedule.probing(), ProgressLine(trainer) as line:
             opened = self._runner.probe(
                 module, step, lambda run, sample: self._measure(run, trainer, module, sample, step, line)
             )
         if opened is None:
             return
-        costs = {"solver/seconds": self._schedule.last_seconds, "solver/overhead": self._schedule.overhead}
+        costs = {"solver/seconds": schedule.last_seconds, "solver/overhead": schedule.overhead}
         if ranks.count > 1:
             costs["solver/megabytes_moved"] = (ranks.bytes_moved - moved) / 1e6
         opened.record = replace(opened.record, metrics={**opened.record.metrics, **costs})
@@ -76,7 +56,7 @@ class Recorder:
         self._publisher.offer(trainer, opened.record)
         subspace = opened.record.subspace
         if subspace is not None and not subspace.trusted:
-            self._notices.warn_once(subspace.outcome.name, f"at step {step}, {subspace.verdict}")
+            self._runner.notices.warn_once(subspace.outcome.name, f"at step {step}, {subspace.verdict}")
 
     def see_gradient(self, module: nn.Module) -> None:
         """Keep the mini-batch gradient of the step from the open record's point."""
@@ -89,12 +69,12 @@ class Recorder:
         if self.open is None or run is None:
             return
         opened, self.open = self.open, None
-        with self._schedule.aside():
+        with self._runner.schedule.aside():
             try:
                 record = run.close(opened, module)
             except Exception as error:
                 what = f"what the step from {opened.record.step} tells is left out"
-                self._notices.failure(what, error, run.ranks)
+                self._runner.notices.failure(what, error, run.ranks)
                 record = run.close(opened)
             self._publisher.offer(trainer, record)
             self._publisher.send(trainer, record)
@@ -106,7 +86,7 @@ class Recorder:
         """Log the figures of the run so far."""
         run = self._runner.run
         if run is not None:
-            with self._schedule.aside():
+            with self._runner.schedule.aside():
                 self._publisher.draw(trainer, run.history, *run.overlaps.matrix(), run.overlaps.error)
 
     def drop(self) -> None:
@@ -121,12 +101,13 @@ class Recorder:
         self, run: ProbeRun, trainer: Trainer, module: nn.Module, sample: Sample, step: int, line: ProgressLine
     ) -> OpenRecord:
         optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
-        prospect = Prospect(run.num_probes, self._settings.solver, sample, optimizer, run.ranks.count)
-        forecast = Forecast(self._settings, prospect, run.partition, self._max_overhead)
+        settings, notices = run.settings, self._runner.notices
+        prospect = Prospect(run.num_probes, settings.solver, sample, optimizer, run.ranks.count)
+        forecast = Forecast(settings, prospect, run.partition, self._runner.schedule.max_overhead)
 
         def on_matvec(count: int, residual: float) -> None:
-            if self._notices.is_new("forecast") and (text := forecast.see(count)) is not None:
-                self._notices.info_once(text, "forecast")
+            if notices.is_new("forecast") and (text := forecast.see(count)) is not None:
+                notices.info_once(text, "forecast")
             line.update(f"{self._name}: {count} Hessian products, residual {residual:.0e}")
 
         return run.measure(module, sample, step, optimizer=optimizer, on_matvec=on_matvec)

@@ -32,10 +32,11 @@ class ProbeRunner:
     Args:
         settings: what is measured.
         schedule: keeps the account of the time.
-        notices: what goes wrong is told there.
+        notices: gets the warnings.
         otherwise: what happens where a probe fails, to be added to the warning.
 
     Attributes:
+        settings, schedule, notices: as given.
         run: the probes so far; None before training, and when there can be none.
         ranks: the processes of the run.
         source: of the examples.
@@ -45,9 +46,9 @@ class ProbeRunner:
         self.run: ProbeRun | None = None
         self.ranks = Ranks()
         self.source = SampleSource(settings.sample_spec)
-        self._settings = settings
-        self._schedule = schedule
-        self._notices = notices
+        self.settings = settings
+        self.schedule = schedule
+        self.notices = notices
         self._otherwise = f"; {otherwise}" if otherwise else ""
 
     def begin(self, trainer: Trainer, module: nn.Module, ranks: Ranks, *, continues: bool) -> None:
@@ -65,7 +66,7 @@ class ProbeRunner:
         self.ranks = ranks
         run = self.run if continues else None
         self.run = self.on_all_ranks(
-            "nothing is measured", lambda: ProbeRun(self._settings, module, ranks) if run is None else run, ValueError
+            "nothing is measured", lambda: ProbeRun(self.settings, module, ranks) if run is None else run, ValueError
         )
         if self.run is not None:
             self.run.rebind(ranks)
@@ -90,12 +91,12 @@ class ProbeRunner:
             MisconfigurationException: when it was such an exception, on any rank.
         """
         try:
-            with self.ranks.agree(), self._schedule.aside():
+            with self.ranks.agree(), self.schedule.aside():
                 return block()
         except Exception as error:
             if wrong is not None and any(self.ranks.all_gather_object(isinstance(error, wrong))):
-                raise MisconfigurationException(f"{self._notices.speaker}: {error}") from error
-            self._notices.failure(f"{what}{self._otherwise}", error, self.ranks)
+                raise MisconfigurationException(f"{self.notices.speaker}: {error}") from error
+            self.notices.failure(f"{what}{self._otherwise}", error, self.ranks)
             return None
 
     def observe_batch(self, batch: Any, epoch: int) -> bool:
@@ -103,10 +104,10 @@ class ProbeRunner:
         if not self.source.is_gathered:
             return False
         try:
-            with self._schedule.aside():
+            with self.schedule.aside():
                 self.source.observe(batch, epoch)
         except Exception as error:
-            self._notices.failure(f"{NOT_COPIED}{self._otherwise}", error, self.ranks)
+            self.notices.failure(f"{NOT_COPIED}{self._otherwise}", error, self.ranks)
         return True
 
     def should_probe(self, wants: bool = True) -> bool:
@@ -141,10 +142,10 @@ class ProbeRunner:
             self._prepare(run, module, sample, step)
             return run.measure(module, sample, step) if measure is None else measure(run, sample)
         except Exception as error:
-            if isinstance(error, CheckError) and self._settings.on_check_fail == "raise":
+            if isinstance(error, CheckError) and self.settings.on_check_fail == "raise":
                 raise
             what = f"the probe at step {step} failed and is left out"
-            self._notices.failure(f"{what}{self._otherwise}", error, self.ranks)
+            self.notices.failure(f"{what}{self._otherwise}", error, self.ranks)
             return None
 
     def _prepare(self, run: ProbeRun, module: nn.Module, sample: Sample, step: int) -> None:
@@ -152,16 +153,16 @@ class ProbeRunner:
         changed = run.refresh_parameters(module)
         if changed:
             with self.ranks.agree():  # only the first rank warns, and a warning may be an error there
-                self._notices.warn(f"the set of measured parameters has changed by step {step}; overlaps start anew.")
+                self.notices.warn(f"the set of measured parameters has changed by step {step}; overlaps start anew.")
         if run.self_check is not None:
             return
-        with self._schedule.aside():
+        with self.schedule.aside():
             run.check(module, sample)
         with self.ranks.agree():
             if run.notice is not None:
-                self._notices.warn_once("self-check", run.notice)
-            if self._settings.k and self._settings.defaults and len(sample.hessian) == 1 and sample.hessian_share < 1.0:
-                self._notices.info_once(
+                self.notices.warn_once("self-check", run.notice)
+            if self.settings.k and self.settings.defaults and len(sample.hessian) == 1 and sample.hessian_share < 1.0:
+                self.notices.info_once(
                     "the sample is one micro-batch, which cannot be halved, so the gradient fraction gets no error "
                     "bar; pass a larger sample or a smaller batch_size."
                 )

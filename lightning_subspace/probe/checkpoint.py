@@ -44,6 +44,7 @@ class RunState:
         records: of the run, oldest first, without eigenvectors; those whose sketch is still held have it.
         is_open: whether the last record still waited for the step from its point.
         overlaps: between the subspaces of all probes.
+        position: of the schedule.
     """
 
     k: int
@@ -53,6 +54,18 @@ class RunState:
     records: tuple[Record, ...]
     is_open: bool
     overlaps: OverlapHistory
+    position: Position
+
+    def require_continuable(self, k: int, which: str, step: int) -> None:
+        """Refuse what a monitor with these settings cannot continue at this step.
+
+        Raises:
+            CheckpointError: when it was written with other settings, or later than this step.
+        """
+        require_same("monitor", {"k": k, "which": which}, {"k": self.k, "which": self.which})
+        last = max([self.position.last_step, *(record.step for record in self.records)])
+        if last > step:
+            raise CheckpointError(f"it is of step {last}, and training starts at step {step}")
 
 
 def read_history(path: str | os.PathLike[str], name: str | None = None) -> list[Record]:
@@ -109,6 +122,7 @@ def encode(state: RunState) -> dict[str, Any]:
         "history": _encode_records(state.records),
         "overlaps": _encode_overlaps(state.overlaps),
         "open": state.is_open,
+        "schedule": encode_position(state.position),
     }
 
 
@@ -133,6 +147,7 @@ def decode(saved: Any) -> RunState:
         records=tuple(replace(record, sketch=overlaps.sketches.get(record.step)) for record in records),
         is_open=is_open,
         overlaps=overlaps,
+        position=decode_position(entries.below("schedule")),
     )
 
 

@@ -15,12 +15,10 @@ from lightning_subspace.measurements.base import Prospect
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import in_words
 from lightning_subspace.probe.settings import ProbeSettings
+from lightning_subspace.probe.verification import VERIFY_EVERY, is_scheduled
 
 # What a forecast is made of: at most so many products, or as many as take so long.
 ENOUGH_PRODUCTS, ENOUGH_SECONDS = 10, 5.0
-# Every tenth probe, beginning with the first, excludes missed copies of equal eigenvalues; and all those after one that
-# found some, since a warm start does not remember them.
-VERIFY_EVERY = 10
 
 
 class Forecast:
@@ -74,11 +72,6 @@ def is_enough(count: int, k: int, seconds: float) -> bool:
     return count >= 2 and (count >= min(k, ENOUGH_PRODUCTS) or seconds >= ENOUGH_SECONDS)
 
 
-def verifies(number: int) -> bool:
-    """Whether the probe of this number excludes missed copies, whatever was found before it."""
-    return number % VERIFY_EVERY == 0
-
-
 def expected_products(settings: ProbeSettings, prospect: Prospect) -> tuple[float, float]:
     """About how many products the probe will take, and on average one later on.
 
@@ -88,7 +81,7 @@ def expected_products(settings: ProbeSettings, prospect: Prospect) -> tuple[floa
 
     def of(number: int) -> float:
         then = replace(prospect, number=number)
-        own = then.solve(verify=verifies(number))
+        own = then.solve(verify=is_scheduled(number))
         return own + sum(_products_of(m, then) for m in settings.taken if m.is_due(number))
 
     later = range(prospect.number + 1, prospect.number + 1 + VERIFY_EVERY)

@@ -1,4 +1,4 @@
-"""One measurement, from batches to numbers: `measure_subspace` needs no Trainer.
+"""One measurement, from batches to numbers, without a Trainer.
 
     batches -> loss(theta) -> v |-> Hv -> Lanczos -> Subspace -> measurements
 
@@ -24,7 +24,7 @@ from lightning_subspace.curvature import CurvatureConfig, Operator, SelfCheck, e
 from lightning_subspace.data.micro_batch import MicroBatch, Weight
 from lightning_subspace.data.sample import Sample, sample_of_batches
 from lightning_subspace.linalg.selection import Which
-from lightning_subspace.loss.loss_function import LossError, LossFunction
+from lightning_subspace.loss.loss_function import LossFunction
 from lightning_subspace.loss.training_loss import Mode, TrainingLoss
 from lightning_subspace.measurements import Measurement, Probe
 from lightning_subspace.measurements.base import Needs
@@ -217,15 +217,12 @@ def take_probe(
 
 def is_taken(measurement: Measurement, number: int, subspace: Subspace | None) -> bool:
     """Whether the measurement is due, and the eigenpairs are good enough for it."""
-    if not measurement.is_due(number):
-        return False
-    match measurement.needs:
-        case Needs.NOTHING:
-            return True
-        case Needs.EIGENVALUES:
-            return subspace is not None and subspace.converged
-        case Needs.SUBSPACE:
-            return subspace is not None and subspace.trusted
+    is_good_enough = {
+        Needs.NOTHING: True,
+        Needs.EIGENVALUES: subspace is not None and subspace.converged,
+        Needs.SUBSPACE: subspace is not None and subspace.trusted,
+    }
+    return measurement.is_due(number) and is_good_enough[measurement.needs]
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float]:
@@ -305,6 +302,3 @@ def _gradient(hessian: Operator, sample: Sample) -> Tensor:
 
 def _weight(batches: Iterable[MicroBatch]) -> float:
     return sum(batch.weight for batch in batches)
-
-
-__all__ = ["LossError", "measure_subspace", "take_probe"]

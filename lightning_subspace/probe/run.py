@@ -1,4 +1,4 @@
-"""A sequence of probes along one training run: what each hands to the next, and what it leaves behind.
+"""Probes along one training run: what each hands to the next.
 
 Between probes only the eigenvectors of the last and of the reference probe are kept, on the CPU. An open record adds
 the parameters, the gradient and the eigenvectors of its probe; the graphs of the Hessian go as soon as it is taken.
@@ -7,7 +7,7 @@ the parameters, the gradient and the eigenvectors of its probe; the graphs of th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,17 +21,14 @@ from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.probe.checkpoint import RunState
-from lightning_subspace.probe.forecast import verifies
 from lightning_subspace.probe.measure import checked_k, choice_after, finite, is_taken, take_probe
 from lightning_subspace.probe.open_record import OpenRecord, ended
+from lightning_subspace.probe.schedule import Position
 from lightning_subspace.probe.settings import ProbeSettings
+from lightning_subspace.probe.verification import has_degenerate_values, is_scheduled
 from lightning_subspace.subspace.overlap_history import OverlapHistory
 from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.sketch import Sketch, sketch_overlap
-
-# Neighbours closer than this, in units of the largest |eigenvalue|, are taken for copies: a converged eigenvalue is off
-# by about tol^2 / gap, 1e-6 by default, and to take two for copies by chance costs a few products.
-COPIES = 1e-5
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class ProbeRun:
         history: the closed records, oldest first.
         overlaps: between the subspaces of all probes.
         partition: the present parameter space, and how it is dealt to ranks.
-        num_probes: how many probes were taken, those apart that failed.
+        num_probes: how many probes were taken, without those that failed.
         self_check: what the last self-check of the second derivatives showed; None until there was one, and again when
             the set of trainable parameters has changed.
         notice: what a user should be told about it; None where all is well.
@@ -193,13 +190,18 @@ class ProbeRun:
         """Go on in another fit, whose process group is a new one of as many ranks."""
         self.ranks, self.partition = ranks, replace(self.partition, ranks=ranks)
 
-    def state(self, opened: OpenRecord | None = None) -> RunState:
-        """What `resumed` needs; an open record goes in as it is, without its eigenvectors."""
-        solver = self.settings.solver
+    def state(self, position: Position, opened: OpenRecord | None = None) -> RunState:
+        """What `resumed` needs, and where the schedule is; an open record goes in without its eigenvectors."""
         records = [*self.history, *([] if opened is None else [_without_eigenvectors(opened.record)])]
-        is_open = opened is not None
         return RunState(
-            solver.k, solver.which, self.space, self.num_probes, tuple(records), is_open, copy.copy(self.overlaps)
+            k=self.settings.k,
+            which=self.settings.which,
+            space=self.space,
+            num_probes=self.num_probes,
+            records=tuple(records),
+            is_open=opened is not None,
+            overlaps=copy.copy(self.overlaps),
+            position=position,
         )
 
     def resumed(self, state: RunState, *, reopen: bool = False) -> tuple[ProbeRun, bool]:
@@ -251,7 +253,7 @@ class ProbeRun:
     ) -> tuple[Probe, Record]:
         number = self.num_probes
         # Read off eigenvalues, which are equal on all ranks as far as their processors are: the first one decides.
-        verify = self.ranks.broadcast_object(verifies(number) or has_degenerate_values(self.history))
+        verify = self.ranks.broadcast_object(is_scheduled(number) or has_degenerate_values(self.history))
         with self._choice.loss(module, self.space, self.ranks) as loss:
             return take_probe(
                 loss,
@@ -312,15 +314,6 @@ class ProbeRun:
         self.overlaps = OverlapHistory()
         self._previous = self._reference = None
         self._resumed = Resumed()
-
-
-def has_degenerate_values(history: Sequence[Record]) -> bool:
-    """Whether the last probe that excluded missed copies found eigenvalues that occur more than once."""
-    last = next((r.subspace for r in reversed(history) if r.subspace is not None and r.subspace.verified), None)
-    if last is None or last.k < 2:
-        return False
-    values = last.eigenvalues.sort().values
-    return bool((values.diff() <= COPIES * values.abs().max()).any())
 
 
 def _without_eigenvectors(record: Record) -> Record:

@@ -58,7 +58,7 @@ class Schedule:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._every = every_n_steps
-        self._max_overhead = max_overhead
+        self.max_overhead = max_overhead
         self._clock = clock
         self.begin(0)
 
@@ -123,11 +123,11 @@ class Schedule:
 
     def is_affordable(self) -> bool:
         """Whether one more probe keeps the share of the time after the first probe within the budget."""
-        if self._max_overhead is None or self._num_probes == 0:
+        if self.max_overhead is None or self._num_probes == 0:
             return True
         elapsed = self._elapsed - self._first
         later = self._spent - self._first
-        return later + self._price <= self._max_overhead * (elapsed + self._price)
+        return later + self._price <= self.max_overhead * (elapsed + self._price)
 
     @contextmanager
     def probing(self) -> Iterator[None]:

@@ -12,9 +12,9 @@ from lightning_subspace.data.sample import sample_of_batches
 from lightning_subspace.loss.loss_function import LossError
 from lightning_subspace.measurements import Measurement, UpdateFraction
 from lightning_subspace.measurements.base import Needs
-from lightning_subspace.probe.forecast import VERIFY_EVERY
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.settings import ProbeSettings
+from lightning_subspace.probe.verification import VERIFY_EVERY
 from lightning_subspace.subspace.overlap_history import OverlapHistory
 from lightning_subspace.subspace.subspace import fraction, overlap
 

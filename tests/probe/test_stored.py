@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lightning_subspace import CheckpointError, SubspaceMonitor, SubspaceProjection, read_history
 from lightning_subspace.probe import checkpoint
-from lightning_subspace.probe.entries import Entries
 from tests.probe import stored_run as stored
 
 # Of lightning: states of callbacks that a run does not have.
@@ -204,7 +203,6 @@ def test_whatever_is_damaged_in_the_state_of_a_monitor_is_found_and_named():
         message = ""
         try:
             checkpoint.decode(state)
-            checkpoint.decode_position(Entries(state).below("schedule"))
         except CheckpointError as error:
             message, refused = str(error), refused + 1
         else:

@@ -69,7 +69,7 @@ __all__ = [
     "CombinedLoader",
     "MisconfigurationException",
     "attached_trainer",
-    "bystanders",
+    "extra_roots",
     "is_a",
     "move_data_to_device",
     "muted",
@@ -145,7 +145,7 @@ def attached_trainer(module: nn.Module) -> Trainer | None:
     return getattr(module, "_trainer", None)
 
 
-def bystanders(module: nn.Module) -> list[Any]:
+def extra_roots(module: nn.Module) -> list[Any]:
     """Objects a training step can write to: trainer, data module, optimizers, schedulers."""
     trainer = attached_trainer(module)
     if trainer is None:

@@ -19,11 +19,11 @@ __all__ = [
     "FSDP",
     "DispatchMode",
     "base_of",
-    "fsdp_method_below",
     "is_of_fsdp",
     "mixed_precision_policy",
     "module_hooks",
     "storages_of",
+    "unwrap_fsdp_method",
     "version_of",
     "without_gradient_hooks",
 ]
@@ -63,7 +63,7 @@ def is_of_fsdp(hook: Any) -> bool:
     return (getattr(hook, "__module__", None) or "").startswith(FSDP)
 
 
-def fsdp_method_below(value: Any) -> Any:
+def unwrap_fsdp_method(value: Any) -> Any:
     """The method that `register_fsdp_forward_method` has covered, or None."""
     found = None
     # `functools.wraps` gives it the name and the module of the method, but its code is FSDP's own.

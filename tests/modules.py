@@ -44,6 +44,16 @@ def examples(seed: int = 0) -> TensorDataset:
     return TensorDataset(x, (x @ torch.randn(FEATURES, CLASSES, generator=generator)).argmax(dim=1))
 
 
+class Holder(nn.Module):
+    """A module with whatever it is given as attributes."""
+
+    def __init__(self, **attributes):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
 class Project(LightningModule):
     """A smooth two-layer classifier; what comes below adds one kind of state each."""
 

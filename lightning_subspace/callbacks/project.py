@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_subspace._lightning import MisconfigurationException, Trainer, is_a, rank_zero_warn, undeclared
 from lightning_subspace.callbacks.strategy import ranks_of
-from lightning_subspace.loss.loss_function import LossFunction, check_loss_function
+from lightning_subspace.loss.loss_function import LossFunction, resolve_loss
 from lightning_subspace.probe.arguments import wrong
 
 
@@ -39,7 +39,7 @@ def check_project(trainer: Trainer, module: nn.Module, loss_fn: LossFunction | N
             f"{type(module).__name__} optimizes manually, so its training_step takes optimizer steps and cannot be "
             "evaluated on its own; pass loss_fn=, a function (pl_module, batch, batch_idx) -> scalar."
         )
-    check_loss_function(module, loss_fn)
+    resolve_loss(module, loss_fn)
 
 
 def check_names(names: Sequence[str]) -> None:

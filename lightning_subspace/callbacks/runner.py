@@ -105,7 +105,7 @@ class ProbeRunner:
             return False
         try:
             with self.schedule.aside():
-                self.source.see(batch, epoch)
+                self.source.observe(batch, epoch)
         except Exception as error:
             self.notices.failure(f"{NOT_COPIED}{self._otherwise}", error, self.ranks)
         return True

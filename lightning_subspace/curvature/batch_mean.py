@@ -2,7 +2,7 @@
 
     A v = sum_b s_b A_b v,    g = sum_b s_b grad L_b,    s_b = w_b / sum_b w_b
 
-Under ranks vectors are dealt out (`Partition`), and so are the micro-batches (`rounds`): a product is one all-gather of
+Under ranks vectors are dealt out (`Partition`), and so are the micro-batches (`assign`): a product is one all-gather of
 v, the local sums, and one reduce-scatter. A rank on which something fails contributes nan to the sum, and raises behind
 it, so that no rank is left waiting.
 
@@ -25,11 +25,10 @@ import torch
 from torch import Tensor
 
 from lightning_subspace.curvature.gradient import backward_gradient
-from lightning_subspace.data.assignment import Assignment, group_by_round, owner, rounds
+from lightning_subspace.data.assignment import Assignment, assign, group_by_round, owner_rank
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.training_loss import TrainingLoss
-from lightning_subspace.parallel.buffers import VectorBuffers
-from lightning_subspace.parallel.partition import Partition
+from lightning_subspace.parallel.partition import Partition, VectorBuffers
 
 
 class BatchMean(ABC):
@@ -155,7 +154,7 @@ class BatchMean(ABC):
         return VectorBuffers(self.partition, self._loss.dtype, self.device)
 
     def _rounds(self, batches: Sequence[MicroBatch]) -> list[Assignment]:
-        return rounds(batches, self.partition.ranks, held=self._held)
+        return assign(batches, self.partition.ranks, fillers=self._held)
 
     def _gradient_of(self, batch: MicroBatch) -> Tensor:  # (n,) of the whole space
         """The gradient of one micro-batch."""
@@ -209,4 +208,4 @@ class BatchMean(ABC):
         for together, vector in zip(rounds, own, strict=True):
             parts = self.partition.exchange(vector.to(self.dtype))
             for batch in together:
-                yield batch, parts[owner(batch, self.partition.ranks)]
+                yield batch, parts[owner_rank(batch, self.partition.ranks)]

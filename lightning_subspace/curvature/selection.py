@@ -34,7 +34,7 @@ from lightning_subspace.data.sample import Sample
 from lightning_subspace.loss.fsdp_loss import ShardedLoss
 from lightning_subspace.loss.loss_function import LossError, LossFunction
 from lightning_subspace.loss.training_loss import Mode, TrainingLoss
-from lightning_subspace.parallel.fsdp import fsdp_modules, stand_ins, unsupported_reason
+from lightning_subspace.parallel.fsdp import fsdp_modules, replacements, unsupported_reason
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
@@ -150,9 +150,9 @@ class CurvatureConfig:
         """The loss to be opened for a probe. A collective."""
         ranks = Ranks() if ranks is None else ranks
         if self._is_on_shards(module):
-            buffers = stand_ins(module, ranks, whole=False)
+            buffers = replacements(module, ranks, whole=False)
             return ShardedLoss(
-                module, space, self.loss_fn, mode=self.mode, seed=self.seed, stand_ins=buffers, ranks=ranks
+                module, space, self.loss_fn, mode=self.mode, seed=self.seed, replacements=buffers, ranks=ranks
             )
         dtype = torch.float64 if self._row.is_wide else self._narrowest
         return self._loss(module, space, ranks, dtype, self._row.order)
@@ -276,9 +276,9 @@ class CurvatureConfig:
     def _loss(
         self, module: nn.Module, space: ParameterSpace, ranks: Ranks, dtype: torch.dtype | None, order: Order
     ) -> TrainingLoss:
-        whole = stand_ins(module, ranks, narrowest=dtype)
+        whole = replacements(module, ranks, narrowest=dtype)
         return TrainingLoss(
-            module, space, self.loss_fn, mode=self.mode, dtype=dtype, seed=self.seed, order=order, stand_ins=whole
+            module, space, self.loss_fn, mode=self.mode, dtype=dtype, seed=self.seed, order=order, replacements=whole
         )
 
 

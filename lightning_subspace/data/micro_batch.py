@@ -1,7 +1,8 @@
-"""Batch of a fixed sample, the unit that is evaluated and dealt to ranks."""
+"""Micro-batches: units of a fixed sample, evaluated and assigned to ranks."""
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ Weight = Callable[[Any], float]
 
 
 class SampleError(ValueError):
-    """The training data cannot give a fixed sample; the message says what to pass instead."""
+    """The training data cannot give a fixed sample."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,17 @@ class MicroBatch:
     """One batch of a fixed sample.
 
     Attributes:
-        data: what the collate function returned, on the CPU; None where another rank holds it.
-        weight: its share in averages, before normalisation: the number of examples or tokens.
+        data: what the collate function returned, on the CPU; None on ranks that do not hold it.
+        weight: weight in means, positive and finite, not normalised: the number of examples or tokens.
         index: its place in the sample; fixes `batch_idx` and the random seed.
-        transferred: whether it has been through the transfer hooks already, as a batch seen in training has.
-        size: number of examples, where it is known; 0 elsewhere.
-        held: whether this rank holds the data.
-        checksum: of the data, where ranks compare what they have read.
-        draw: which random numbers its index gets; the examples of one batch have different ones.
+        transferred: whether it has been through the transfer hooks, as a batch seen in training has.
+        size: number of examples; 0 if not known.
+        is_local: whether this rank holds the data.
+        checksum: of the data, with several ranks; see `require_same_batches`.
+        draw: second part of the random seed, different for the examples of one batch.
+
+    Raises:
+        SampleError: for a weight that is not positive and finite.
     """
 
     data: Any
@@ -40,13 +44,17 @@ class MicroBatch:
     index: int
     transferred: bool = False
     size: int = 0
-    held: bool = True
+    is_local: bool = True
     checksum: int = 0
     draw: int = 0
 
+    def __post_init__(self) -> None:
+        if not 0.0 < self.weight < math.inf:
+            raise SampleError(f"weight: expected a positive finite number for every batch, got {self.weight}.")
+
 
 def few_examples(batch: MicroBatch, count: int) -> MicroBatch:
-    """The first `count` examples of a batch, where all its tensors share their first dimension; else the batch."""
+    """The first `count` examples, or the batch if it cannot be cut."""
     length = _common_length(batch.data)
     if length is None or length <= count:
         return batch
@@ -55,10 +63,7 @@ def few_examples(batch: MicroBatch, count: int) -> MicroBatch:
 
 
 def single_examples(batch: MicroBatch) -> list[MicroBatch] | None:
-    """The examples as batches of one; None where the tensors share no first dimension.
-
-    They have views of the tensors, the index of the batch, and random numbers of their own.
-    """
+    """The examples as views, or None if the batch cannot be cut."""
     length = _common_length(batch.data)
     if length is None:
         return None
@@ -76,45 +81,26 @@ def number_of_examples(batch: Any) -> int:
         if tensor.ndim:
             return len(tensor)
     raise SampleError(
-        f"the number of examples in a batch of type {type(batch).__name__} cannot be told; pass weight=, a function "
-        "from a batch to a number."
+        f"sample: expected batches with a tensor, whose length is the number of examples, got one of type "
+        f"{type(batch).__name__}; pass weight=, a function from a batch to a number."
     )
 
 
-def checked_weight(weight: float) -> float:
-    """A weight as a positive finite number.
-
-    Raises:
-        SampleError: for anything else.
-    """
-    value = float(weight)
-    if not 0.0 < value < float("inf"):
-        raise SampleError(f"weight: expected a positive finite number for every batch, got {value}.")
-    return value
-
-
-def own_copy(data: Any, device: str | None = None) -> Any:
-    """A copy that nobody else holds, on the given device or where it is."""
+def detached_copy(data: Any, device: str | None = None) -> Any:
+    """A deep copy without graphs, on the given or the same device."""
     return copied(data, lambda t: t.detach().to(device or t.device, copy=True))
 
 
 def checksum(data: Any) -> int:
-    """Of the dense tensors in a batch.
+    """Checksum of the dense tensors in a batch.
 
     Example:
         >>> checksum([torch.zeros(2), "a"]) == checksum({"x": torch.zeros(2)}), checksum(torch.ones(2)) == 0
         (True, False)
     """
-    sums: list[int] = []
-
-    def add(tensor: Tensor) -> Tensor:
-        if tensor.layout is torch.strided and tensor.numel():
-            values = tensor.detach().cpu().resolve_conj().contiguous().reshape(-1).view(torch.uint8)
-            sums.append(zlib.crc32(values.numpy().tobytes()))
-        return tensor
-
-    apply_to_collection(data, Tensor, add)
-    return zlib.crc32(repr(sums).encode())
+    dense = (t.detach().cpu() for t in tensors_of(data) if t.layout is torch.strided and t.numel())
+    values = (t.resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for t in dense)
+    return zlib.crc32(repr([zlib.crc32(value) for value in values]).encode())
 
 
 def tensors_of(data: Any) -> list[Tensor]:
@@ -125,6 +111,6 @@ def tensors_of(data: Any) -> list[Tensor]:
 
 
 def _common_length(data: Any) -> int | None:
-    """The first dimension of all tensors, where they share one that is not 0."""
+    """The first dimension that all tensors share, not 0, or None."""
     lengths = {len(t) if t.ndim else 0 for t in tensors_of(data)}
     return (lengths.pop() or None) if len(lengths) == 1 else None

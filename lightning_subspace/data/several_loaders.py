@@ -1,7 +1,7 @@
-"""A fixed sample of combined batches, where training has several loaders: a dict or a list of them, a CombinedLoader.
+"""Fixed samples from several training loaders.
 
-How batches of the loaders are put together is Lightning's affair: its own CombinedLoader combines lists of indices
-here, in the mode of training, and only what is in the sample is then loaded.
+They come as a dict, a list or a CombinedLoader. Lightning's own CombinedLoader combines lists of indices here, in the
+mode of training; only the sample is loaded.
 """
 
 from __future__ import annotations
@@ -17,55 +17,44 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from lightning_subspace._lightning import CombinedLoader
-from lightning_subspace.data.micro_batch import SampleError, Weight
-from lightning_subspace.data.sample import Sample, micro_batch, require_same_batches, sample_of_dataset
+from lightning_subspace.data.micro_batch import MicroBatch, SampleError
+from lightning_subspace.data.sample import Sample, SampleSpec, micro_batch, require_same_batches, sample_of_dataset
 from lightning_subspace.data.training_set import TrainingSet, batch_size_of, load
 from lightning_subspace.parallel.ranks import Ranks
 
 
 @dataclass(frozen=True)
 class IndexBatch:
-    """The indices of one batch of one of the loaders."""
+    """Indices of one batch of one of the loaders."""
 
     part: int
     indices: list[int]
 
 
-def sample_of_loaders(
-    loaders: CombinedLoader,
-    sample: int | None,
-    gradient_sample: int | None = None,
-    *,
-    batch_size: int | None = None,
-    weight: Weight | None = None,
-    seed: int = 0,
-    ranks: Ranks | None = None,
-) -> Sample:
-    """Draw a fixed sample from the datasets behind the loaders of training, none of which is iterated.
+def sample_of_loaders(loaders: CombinedLoader, spec: SampleSpec, ranks: Ranks) -> Sample:
+    """Draw a fixed sample from the datasets behind the training loaders.
 
-    The arguments are those of `sample_of_dataset`. With several loaders whole combined batches are drawn from those of
-    one epoch, examples of all loaders count, and by default the number of them is the weight of a combined batch. In
-    the mode "max_size_cycle" a short loader begins anew, in "max_size" it gives None.
+    With several loaders, whole combined batches of one epoch are drawn; examples of all loaders count, and their number
+    is the default weight. In "max_size_cycle" a short loader begins again, in "max_size" it gives None.
+
+    Args:
+        loaders: of training; one of them alone is drawn from by `sample_of_dataset`.
+        spec: numbers of examples, or "all".
+        ranks: the process group.
 
     Raises:
         SampleError: for a loader without a sized dataset, an empty one, or a batch size for several loaders.
     """
+    sizes: list[Any] = [None if isinstance(size, str) else size for size in (spec.sample, spec.gradient_sample)]
+    sample, gradient_sample = sizes
     parts = loaders.flattened
     limits = [math.inf] * len(parts) if loaders.limits is None else loaders.limits
     if len(parts) == 1 and loaders.iterables is parts[0]:
-        return sample_of_dataset(
-            parts[0],
-            sample,
-            gradient_sample,
-            batch_size=batch_size,
-            weight=weight,
-            seed=seed,
-            limit=limits[0],
-            ranks=ranks,
-        )
-    if batch_size is not None:
+        options: dict[str, Any] = {"batch_size": spec.batch_size, "weight": spec.weight, "seed": spec.seed}
+        return sample_of_dataset(parts[0], sample, gradient_sample, limit=limits[0], ranks=ranks, **options)
+    if spec.batch_size is not None:
         raise SampleError("batch_size: several training loaders keep the batch size of each; leave it out.")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(spec.seed)
     of_part = []
     for number, (loader, limit) in enumerate(zip(parts, limits, strict=True)):
         order, size = TrainingSet.of(loader, limit).order(generator), batch_size_of(loader)
@@ -76,25 +65,25 @@ def sample_of_loaders(
     for i in torch.randperm(len(combined), generator=generator).tolist():
         if goal is not None and seen >= goal:
             break
-        chosen.append(combined[i])
-        seen += sum(len(chunk.indices) for chunk in _chunks(combined[i]))
-    used = [chunk for item in chosen for chunk in _chunks(item)]
+        used = _chunks(combined[i])
+        size = sum(len(chunk.indices) for chunk in used)
+        chosen.append((combined[i], used, size))
+        seen += size
     data = [
-        load(loader, [chunk.indices for chunk in used if chunk.part == number], generator)
+        load(loader, [chunk.indices for _, used, _ in chosen for chunk in used if chunk.part == number], generator)
         for number, loader in enumerate(parts)
     ]
-    batches = []
-    for index, item in enumerate(chosen):
-        size = sum(len(chunk.indices) for chunk in _chunks(item))
+    batches: list[MicroBatch] = []
+    for item, _, size in chosen:
         loaded = apply_to_collection(item, IndexBatch, lambda chunk: next(data[chunk.part]))
-        batches.append(micro_batch(loaded, index, weight, size=size, ranks=ranks))
-    require_same_batches(batches, Ranks() if ranks is None else ranks)
+        batches.append(micro_batch(loaded, len(batches), spec.weight, size=size, ranks=ranks))
+    require_same_batches(batches, ranks)
     return Sample.of(batches, sample)
 
 
 def _combinations(loaders: CombinedLoader, of_part: list[list[IndexBatch]]) -> Iterator[Any]:
-    """The combined batches of an epoch, in indices."""
-    own = copy.copy(loaders)  # has the mode, and the structure that batches are put into
+    """The combined batches of an epoch, as indices."""
+    own = copy.copy(loaders)  # with the mode, and the structure of a combined batch
     own.flattened = of_part
     iter(own)
     for item, _, _ in islice(own, len(own)):
@@ -102,7 +91,7 @@ def _combinations(loaders: CombinedLoader, of_part: list[list[IndexBatch]]) -> I
 
 
 def _chunks(item: Any) -> list[IndexBatch]:
-    """The chunks of one combined batch, in the order in which they are replaced by data."""
+    """The parts of one combined batch, in the order of loading."""
     found: list[IndexBatch] = []
     apply_to_collection(item, IndexBatch, found.append)
     return found

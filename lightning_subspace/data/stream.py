@@ -1,8 +1,7 @@
-"""The first examples seen in training, for data that nothing can be drawn from: iterable datasets, loaders of any kind.
+"""Fixed sample of a stream: copies of the first batches of training.
 
-Copies of the batches that training gets are kept as they come, on the CPU; the trainer's loader is not iterated. They
-have been through the transfer hooks, which are not called on them again. Under ranks each keeps its own, and tells the
-others how many examples they have, until there are enough in all.
+For loaders whose examples cannot be drawn by index; they are not iterated. The copies have been through the transfer
+hooks, which are not called again. Each rank keeps its own batches, and all exchange the numbers of examples.
 """
 
 from __future__ import annotations
@@ -16,63 +15,58 @@ from lightning_subspace.parallel.ranks import Ranks
 
 
 class StreamSample:
-    """A sample that fills with the first batches of training, but never with the same ones again.
+    """A sample that fills with the batches of the first epoch.
 
     Args:
-        sample: examples for the Hessian, in whole batches.
-        gradient_sample: examples for the gradient, which contain the former.
-        weight: share of a batch in the mean; by default its number of examples.
-        ranks: the processes that share the work.
+        sample: number of examples for the Hessian, in whole batches.
+        gradient_sample: number of examples for the gradient, those of the Hessian included.
+        weight: weight of a batch in the mean; by default its number of examples.
+        ranks: the process group.
 
     Raises:
-        SampleError: for a size that is not a number, as a stream has no end to wait for.
+        SampleError: for a size that is not a number, since a stream may have no end.
 
     Example:
         >>> import torch
-        >>> first_seen = StreamSample(6, 12)
+        >>> stream = StreamSample(6, 12)
         >>> for epoch, batch in [(0, torch.zeros(4, 2)), (0, torch.ones(4, 2)), (1, torch.zeros(4, 2))]:
-        ...     first_seen.see(batch, epoch)
-        ...     first_seen.sample is not None
+        ...     stream.add(batch, epoch)
+        ...     stream.sample is not None
         False
         True
         True
-        >>> [batch.size for batch in first_seen.sample.hessian], first_seen.sample.extra
+        >>> [batch.size for batch in stream.sample.hessian], stream.sample.extra
         ([4, 4], ())
     """
 
     def __init__(
-        self,
-        sample: int | str,
-        gradient_sample: int | str,
-        weight: Weight | None = None,
-        ranks: Ranks | None = None,
+        self, sample: int | str, gradient_sample: int | str, weight: Weight | None = None, ranks: Ranks | None = None
     ) -> None:
         if isinstance(sample, str) or isinstance(gradient_sample, str):
             raise SampleError(
-                "sample: 'all' needs a training set whose end is known, and this one is iterable; pass numbers of "
-                "examples as sample= and gradient_sample=, or sample='current'."
+                "sample: 'all' needs a training set whose end is known; pass numbers of examples, or sample='current'."
             )
         self._sizes = sample, max(sample, gradient_sample)
         self._weight = weight
-        self._ranks = Ranks() if ranks is None else ranks
+        self._ranks = ranks or Ranks()
         self._batches: list[MicroBatch] = []
-        self._epoch: int | None = None
+        self._epoch: int | None = None  # the first one: in the next, the same examples come again
         self._is_closed = False
 
     @property
     def num_examples(self) -> int:
-        """Number of examples kept so far, on all ranks."""
+        """Number of examples so far, on all ranks."""
         return sum(batch.size for batch in self._batches)
 
     @property
     def sample(self) -> Sample | None:
-        """What has been seen, as soon as it is enough for the Hessian; the gradient's part grows on."""
+        """The sample so far, or None if too small for the Hessian."""
         if not self._batches or (not self._is_closed and self.num_examples < self._sizes[0]):
             return None
         return Sample.of(self._batches, self._sizes[0])
 
-    def see(self, batch: Any, epoch: int) -> None:
-        """Keep a copy of a batch of training, unless there are enough. A collective, as long as there are not.
+    def add(self, batch: Any, epoch: int) -> None:
+        """Add a copy of a batch until there are enough. A collective.
 
         Raises:
             SampleError: when its number of examples cannot be told.
@@ -86,18 +80,15 @@ class StreamSample:
         with self._ranks.agree():
             index = len(self._batches) + self._ranks.index
             own = micro_batch(batch, index, self._weight, transferred=True)
-            listed = self._ranks.all_gather_object(replace(own, data=None, held=False))
+            listed = self._ranks.all_gather_object(replace(own, data=None, is_local=False))
         self._batches.extend(own if other.index == index else other for other in listed)
 
-    @property
-    def num_ranks(self) -> int:
-        """Number of processes that share the work."""
-        return self._ranks.count
-
-    def go_on(self, ranks: Ranks) -> None:
-        """The same processes, as another fit knows them."""
-        self._ranks = ranks
+    def rebind(self, ranks: Ranks) -> bool:
+        """Use another fit's process group; False if its size differs."""
+        if ranks.count == self._ranks.count:
+            self._ranks = ranks
+        return ranks.count == self._ranks.count
 
     def close(self) -> None:
-        """No more is to come: the first epoch is over, or training is."""
+        """Add no more: the first epoch or training is over."""
         self._is_closed = True

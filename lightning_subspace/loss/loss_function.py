@@ -1,4 +1,4 @@
-"""What is differentiated: a function (module, batch, batch_idx) -> scalar, by default the module's `training_step`."""
+"""Loss functions: (module, batch, batch_idx) -> scalar, by default `training_step`."""
 
 from __future__ import annotations
 
@@ -9,63 +9,58 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace._torch import fsdp_method_below
+from lightning_subspace._torch import unwrap_fsdp_method
 
 LossFunction = Callable[[nn.Module, Any, int], Tensor]
+WAY_OUT = "pass loss_fn=, a function (module, batch, batch_idx) -> scalar tensor."
 
 
 class LossError(RuntimeError):
-    """The training loss could not be evaluated as a finite scalar that depends on the parameters."""
+    """The training loss is no finite scalar that depends on the parameters."""
 
 
-def check_loss_function(module: nn.Module, loss_fn: LossFunction | None) -> None:
-    """Whether there is a loss to evaluate.
+def resolve_loss(module: nn.Module, loss_fn: LossFunction | None) -> LossFunction:
+    """`loss_fn`, or `module.training_step` with the arguments that it declares.
 
     Raises:
         TypeError: without `loss_fn`, when the module has no `training_step` that takes a batch.
     """
-    if loss_fn is None:
-        loss_of_training(module)
-
-
-def loss_of_training(module: nn.Module) -> LossFunction:
-    """`module.training_step` with the arguments that it declares."""
-    step = getattr(module, "training_step", None)
+    if loss_fn is not None:
+        return loss_fn
+    name, step = type(module).__name__, getattr(module, "training_step", None)
     if step is None:
-        raise TypeError(
-            f"{type(module).__name__} has no training_step; pass loss_fn=, a function (module, batch, batch_idx) -> "
-            "scalar tensor."
-        )
-    declared = inspect.signature(fsdp_method_below(step) or step).parameters  # FSDP's own has lost one
+        raise TypeError(f"{name} has no training_step; {WAY_OUT}")
+    declared = inspect.signature(unwrap_fsdp_method(step) or step).parameters  # the one of FSDP lacks an argument
     if "dataloader_iter" in declared:
         raise TypeError(
-            f"{type(module).__name__}.training_step takes a dataloader_iter, so it cannot be evaluated on a fixed "
-            "batch; pass loss_fn=, a function (module, batch, batch_idx) -> scalar tensor."
+            f"{name}.training_step takes a dataloader_iter, so no fixed batch can be given to it; {WAY_OUT}"
         )
     positional = [p for p in declared.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     takes_index = len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in declared.values())
 
     def evaluate(module: Any, batch: Any, batch_idx: int) -> Any:
-        # Looked up at each call: in a probe FSDP's own method has given way to the one below.
+        # Looked up at each call: in a probe, FSDP's method is unwrapped.
         return module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
 
     return evaluate
 
 
-def as_scalar(output: Any, owner: str, *, finite: bool = True) -> Tensor:
-    """The loss in what training_step returned."""
+def as_scalar(output: Any, name: str, *, finite: bool = True) -> Tensor:
+    """The loss, 0-dimensional, in what a training step has returned.
+
+    Raises:
+        LossError: without a scalar loss that depends on the parameters, and is finite if `finite`.
+    """
     if isinstance(output, Mapping):
         output = output.get("loss")
     if output is None:
-        raise LossError(
-            f"the training step of {owner} returned no loss for this batch; return a tensor or {{'loss': ...}}."
-        )
+        raise LossError(f"the loss of {name}: expected a tensor or {{'loss': ...}}, got none for this batch.")
     if not isinstance(output, Tensor) or output.numel() != 1:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise LossError(f"the loss of {owner} must be a scalar tensor, got {shape}; average it over the batch.")
+        raise LossError(f"the loss of {name}: expected a scalar tensor, got {shape}; average it over the batch.")
     value = output.reshape(())
     if not value.requires_grad:
-        raise LossError(f"the loss of {owner} does not depend on the parameters (it has no graph); was it detached?")
+        raise LossError(f"the loss of {name} does not depend on the parameters (it has no graph); was it detached?")
     if finite and not bool(torch.isfinite(value)):
-        raise LossError(f"the loss of {owner} is {value.item()} on the fixed sample; nothing can be measured here.")
+        raise LossError(f"the loss of {name} is {value.item()} on the fixed sample; nothing can be measured here.")
     return value

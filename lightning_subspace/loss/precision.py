@@ -1,4 +1,4 @@
-"""Number formats and kernels inside of a loss: what is set aside so that it can be differentiated, twice if need be."""
+"""Number formats and kernels inside of a differentiated loss."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
 def eager(device: torch.device, narrowest: torch.dtype | None) -> Iterator[None]:
-    """Set aside compiled code and inference mode, and with a `narrowest` type autocast and the default type."""
+    """Turn off compiled code, inference mode and, with `narrowest`, autocast."""
     default = torch.get_default_dtype()
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        if "torch._dynamo" in sys.modules:  # without it nothing is compiled, and importing it takes seconds
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and importing it takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if narrowest is not None:
             for kind in {device.type, "cpu"}:
@@ -30,9 +28,16 @@ def eager(device: torch.device, narrowest: torch.dtype | None) -> Iterator[None]
 
 @contextmanager
 def twice_differentiable(module: nn.Module) -> Iterator[None]:
-    """Set aside kernels without a second derivative: fused attention, cuDNN's RNNs."""
-    with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    """Turn off kernels without a second derivative: fused attention, cuDNN's RNNs."""
+    with sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
         if any(isinstance(m, nn.RNNBase) for m in module.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
+
+
+def widened(tensor: Tensor, narrowest: torch.dtype | None, *, copy: bool) -> Tensor:
+    """A tensor whose type, if floating-point, is at least `narrowest`."""
+    dtype = tensor.dtype
+    if narrowest is not None and (dtype.is_floating_point or dtype.is_complex):
+        dtype = torch.promote_types(dtype, narrowest)
+    return tensor.to(dtype, copy=copy)

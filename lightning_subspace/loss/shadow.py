@@ -1,24 +1,14 @@
-"""A module whose state is copies, for as long as a probe looks at it.
+"""Shadow of a module: its state replaced by copies during a probe.
 
-`training_step` changes more than gradients: batch-norm statistics, spectral-norm vectors, metric states, counters, a
-momentum teacher, clamped weights, random generators. A `Shadow` finds every container of state that hangs on a module
-and fills it with copies. Modules, dicts and lists stay the same *objects*, so that closures and hooks see the copies
-too; only their contents are exchanged. Whatever is written goes to the copies. Closing puts the original contents
-back: not equal ones, the same ones, so nothing of the user's was ever written.
+`training_step` changes more than gradients: batch-norm statistics, metric states, counters, a momentum teacher, clamped
+weights, random generators. A `Shadow` finds all mutable objects of a module and fills them with copies. The objects
+stay the same, so that closures and hooks see the copies, too. Closing puts the very same contents back.
 
-`reset` gives fresh copies: called before every evaluation of the loss, it makes each evaluation start from the same
-state, which is what makes the loss a function. Copies of parameters are kept between evaluations as long as nobody
-writes to them, so that all graphs of a probe share one set of leaves.
-
-What is found (`containers.py` says how): the attributes of all modules, registered or not; dicts, lists, sets, deques
-and tuples at any depth; arrays; random generators; hooks, with what their closures and partials hold; and plain objects
-whose class comes from the same package as one of the module's own classes. A tensor that is a view of another one, or
-of a parameter, is so among the copies too. An iterator or an open file cannot be put back: using one raises.
-
-Not found: globals and class attributes, but for generators in the files of the module's classes; objects of unrelated
-packages; what lives outside of Python (shared memory, queues, services); and `.grad`, without which the copies of
-parameters begin. A set that grew may iterate in another order afterwards. A list kept in the module is copied with all
-its tensors, so a training set does not belong there.
+Copied: attributes of all modules; dicts, lists, sets, deques and tuples at any depth; arrays; random generators; hooks
+with their closures and partials; objects whose class is of the module's own package. Views stay views. Using an
+iterator or an open file raises. Not copied: globals and class attributes (but for generators in the files of the
+module's classes), objects of other packages, state outside of Python, and `.grad`, which is None on the copies. A set
+that grew may iterate in another order afterwards. A training set kept in a list of the module is copied whole.
 """
 
 from __future__ import annotations
@@ -32,36 +22,30 @@ import torch
 from torch import Tensor, nn
 
 from lightning_subspace.loss.leaves import ParameterCopy, unmodified
+from lightning_subspace.loss.precision import widened
 from lightning_subspace.parallel.fsdp import is_sharded
-from lightning_subspace.state.object_graph import (
-    MutableObject,
-    ObjectGraph,
-    own_caches,
-    own_generators,
-    own_packages,
-    walk,
-)
+from lightning_subspace.state.object_graph import MutableObject, own_caches, own_generators, packages_of, restore, walk
 
-# What stands for something else inside a shadow; a tuple or a read-only dict only if it holds any.
+# Types of what is copied; a tuple or a read-only dict only if it holds any of them.
 COPIED = (Tensor, np.ndarray, tuple, types.MappingProxyType)
 
 
 class Shadow:
-    """Exchange the state of `module` for copies, from the first `reset` until `close`.
+    """Replace a module's state by copies, from `reset` until `close`.
 
     Args:
-        module: the module; its tree is walked once.
+        module: any module; its tree is walked once.
         dtype: floating-point copies are at least this wide (a bfloat16 weight becomes a float32 leaf); None keeps all.
-        displacement: None, or a function from a parameter to an offset that is added to its copy (None: no offset).
-        bystanders: objects whose attributes are put back as well, but whose tensors are not copied: what a training
-            step can reach and assign to, such as the learning rate of an optimizer.
-        stand_ins: what a copy is made from in place of the original, by the id of the original. For a sharded parameter
-            (a DTensor) it is the whole one, and becomes the copy itself if it is wide enough.
-        parameters: whether parameters are copied; if not, they stay as they are.
+        displacement: a function from a parameter to an offset of its copy, or to None.
+        extra_roots: more objects whose attributes are put back, without copies of their tensors: what a training step
+            can assign to, such as the learning rate of an optimizer.
+        replacements: tensors to copy in place of an original, by the id of the original. That of a sharded parameter (a
+            DTensor) is the whole one; it becomes the copy itself if it is wide enough.
+        parameters: whether parameters are copied.
 
     Raises:
         TypeError: for a TorchScript module.
-        ValueError: when a sharded parameter is to be copied and has no stand-in.
+        ValueError: when a sharded parameter is to be copied and has no replacement.
 
     Example:
         >>> norm = nn.BatchNorm1d(2)
@@ -78,63 +62,67 @@ class Shadow:
         module: nn.Module,
         dtype: torch.dtype | None = None,
         displacement: Callable[[nn.Parameter], Tensor | None] | None = None,
-        bystanders: Iterable[Any] = (),
+        extra_roots: Iterable[Any] = (),
         *,
-        stand_ins: Mapping[int, Tensor] | None = None,
+        replacements: Mapping[int, Tensor] | None = None,
         parameters: bool = True,
     ) -> None:
         self._dtype = dtype
-        self._stand_ins = {} if stand_ins is None else stand_ins
+        self._replacements = {} if replacements is None else replacements
         self._copies_parameters = parameters
         self._displacement = displacement if displacement is not None else lambda parameter: None
         self._leaves: dict[int, ParameterCopy] = {}  # by the id of the original
-        self._written: set[int] = set()  # ids of the originals whose copies were written to
+        self._written: set[int] = set()  # ids of the originals
         self._round = 0
         self._caches = [(cache, cache.cache_info().misses) for cache in own_caches(module)]
-        packages = own_packages(module)
-        inside = walk([module], ObjectGraph(packages))
-        around = walk([*map(vars, bystanders), *own_generators(module)], ObjectGraph(packages, inside.seen))
+        packages = packages_of(module.modules())
+        inside = walk([module], packages)
+        around = walk([*map(vars, extra_roots), *own_generators(module)], packages, inside.seen)
         self._generators = inside.generators + around.generators
         self._owners = _owners(inside.tensors)
-        self._require_stand_ins(inside.tensors)
+        for tensor in inside.tensors if parameters else []:
+            if is_sharded(tensor) and id(tensor) not in self._replacements:
+                raise ValueError(
+                    "replacements: expected the whole of every sharded tensor, got none for one of shape "
+                    f"{tuple(tensor.shape)}; `full_tensors(module)` makes those of the parameters."
+                )
         self._sealed = {id(iterator): _Sealed(iterator) for iterator in inside.iterators}
-        self._copied: list[MutableObject] = []  # what holds something that is copied
+        self._copied: list[MutableObject] = []  # with something in it that is copied
         self._others: list[MutableObject] = around.containers
         for container in inside.containers:
             needs_copy = any(isinstance(i, COPIED) or id(i) in self._sealed for i in container.items)
             (self._copied if needs_copy else self._others).append(container)
 
     def reset(self) -> None:
-        """Start again from the original state: fresh copies, generators rewound; untouched parameter copies stay."""
+        """Start from the original state; unwritten copies of parameters stay."""
         self.drop_written()
         self._round += 1
         offset = self._displacement
         self._leaves = {key: leaf for key, leaf in self._leaves.items() if offset(leaf.original) is leaf.offset}
         memo: dict[int, Any] = dict(self._sealed)
         for container in self._copied:
-            container.fill([self._copy(item, memo) for item in container.items])
+            container.replace_contents([self._copy(item, memo) for item in container.items])
         for leaf in list(self._leaves.values()):
             leaf.copy.grad = None
             leaf.copy.__dict__.clear()
             leaf.copy.__dict__.update({key: self._copy(item, memo) for key, item in vars(leaf.original).items()})
-        self._put_back(self._others)
+        restore(self._others, self._generators)
 
     def drop_written(self) -> None:
-        """Part with the parameter copies that were written to; to be called when the graph of an evaluation is built.
+        """Drop the parameter copies that an evaluation has written to.
 
         Raises:
-            RuntimeError: when the graph of an earlier evaluation, which did not write to it, uses the same copy; when
-                the copy is the whole of a sharded parameter.
+            RuntimeError: when an earlier graph uses the copy, unwritten, or it is the whole of a sharded parameter.
         """
         leaves = list(self._leaves.items())
-        intact = unmodified(None if key in self._written else self._comparison(leaf) for key, leaf in leaves)
+        intact = unmodified(None if key in self._written else leaf.comparison(self._value) for key, leaf in leaves)
         for (key, leaf), is_intact in zip(leaves, intact, strict=True):
             if is_intact:
                 continue
-            if leaf.is_whole_of_shards:
+            if leaf.is_gathered:
                 raise RuntimeError(
-                    "the training step writes to a parameter that FSDP2 has sharded, of which there is one copy a "
-                    "rank, made once a probe; pass loss_fn=, a loss without that."
+                    "the training step writes to a parameter that FSDP2 has sharded, whose copy is made once a probe; "
+                    "pass loss_fn=, a loss without that."
                 )
             del self._leaves[key]
             self._written.add(key)
@@ -145,30 +133,15 @@ class Shadow:
                 )
 
     def close(self) -> None:
-        """Put the original contents back. The module is as if nothing had happened, also after an exception."""
+        """Put the original contents back, also after an exception."""
         self._leaves.clear()
         for cache, misses in self._caches:
             if cache.cache_info().misses != misses:  # the tables of a probe may be of a wider type
                 cache.cache_clear()
-        self._put_back([*self._copied, *self._others])
-
-    def _put_back(self, containers: list[MutableObject]) -> None:
-        """Fill with the original contents and rewind the generators: all of them, also when one raises."""
-        errors: list[BaseException] = []
-        for container in containers:
-            try:
-                container.fill(container.items)
-            except BaseException as error:
-                errors.append(error)
-        for set_state, state in self._generators:
-            set_state(state)
-        if errors:
-            raise errors[0]
-
-    # -- copying ------------------------------------------------------------------------------------------------------
+        restore([*self._copied, *self._others], self._generators)
 
     def _copy(self, value: Any, memo: dict[int, Any]) -> Any:
-        """What stands in for a value; what is constant, or exchanged in place, stands in for itself."""
+        """The copy of a value, or the value if none is needed."""
         if isinstance(value, tuple | types.MappingProxyType):
             return self._copy_immutable(value, memo)
         if id(value) not in memo:
@@ -183,7 +156,7 @@ class Shadow:
         return memo[id(value)]
 
     def _copy_immutable(self, value: Any, memo: dict[int, Any]) -> Any:
-        """A tuple or a read-only dict, made anew if anything in it is."""
+        """A tuple or a read-only dict, with copies of its items."""
         items = list(value if isinstance(value, tuple) else value.values())
         new = [self._copy(item, memo) for item in items]
         if all(a is b for a, b in zip(new, items, strict=True)):
@@ -206,64 +179,38 @@ class Shadow:
         if owner is not None and isinstance(owner, nn.Parameter) and not self._copies_parameters:
             return original
         if owner is None:
-            alone = self._widened(self._source(original), clone=True)
+            alone = widened(self._source(original), self._dtype, copy=True)
             return alone.requires_grad_(original.requires_grad and original.is_leaf)
         start = original.storage_offset() - owner.storage_offset()
         view: Tensor = self._copy(owner, memo).as_strided(original.size(), original.stride(), start)
         return view if original.requires_grad else view.detach()
 
-    def _comparison(self, leaf: ParameterCopy) -> tuple[Tensor, Tensor] | None:
-        return leaf.comparison(None if leaf.is_whole_of_shards else self._value(leaf.original, leaf.offset))
-
     def _value(self, original: nn.Parameter, offset: Tensor | None, *, clone: bool = False) -> Tensor:
-        """What the copy of a parameter holds when nobody has written to it."""
-        value = self._widened(self._source(original), clone=clone and offset is None)
+        """The value of an unwritten copy."""
+        value = widened(self._source(original), self._dtype, copy=clone and offset is None)
         return value if offset is None else value + offset.to(value)
 
     def _source(self, original: Tensor) -> Tensor:
-        return self._stand_ins.get(id(original), original).detach()
-
-    def _require_stand_ins(self, tensors: Iterable[Tensor]) -> None:
-        if not self._copies_parameters:
-            return
-        for tensor in tensors:
-            if is_sharded(tensor) and id(tensor) not in self._stand_ins:
-                raise ValueError(
-                    f"stand_ins: expected the whole of every sharded tensor, got none for one of shape "
-                    f"{tuple(tensor.shape)}; `full_tensors(module)` makes those of the parameters."
-                )
-
-    def _widened(self, tensor: Tensor, *, clone: bool) -> Tensor:
-        dtype = tensor.dtype
-        if self._dtype is not None and (tensor.is_floating_point() or tensor.is_complex()):
-            dtype = torch.promote_types(dtype, self._dtype)
-        return tensor.to(dtype, copy=True) if clone else tensor.to(dtype)
+        return self._replacements.get(id(original), original).detach()
 
 
 class _Sealed:
-    """In the place of an iterator or a file."""
+    """Replacement for an iterator or a file; raises when used."""
 
     def __init__(self, original: Iterator[Any]) -> None:
         self._kind = type(original).__name__
 
-    def __iter__(self) -> NoReturn:
-        self._refuse()
-
-    def __next__(self) -> NoReturn:
-        self._refuse()
-
-    def __getattr__(self, name: str) -> NoReturn:
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
+    def _refuse(self, *args: object) -> NoReturn:
         raise TypeError(
             f"the training step uses an object of type {self._kind} that the module keeps, which cannot be put back "
             "afterwards; pass loss_fn=, a loss without it."
         )
 
+    __iter__ = __next__ = __getattr__ = _refuse
+
 
 def _owners(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
-    """For each tensor, by id, that is a view of another one in the list: the other."""
+    """The owners of views in the list, by the view's id."""
     by_storage: dict[int, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.layout is torch.strided and type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.numel():
@@ -276,7 +223,7 @@ def _owners(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
 
 
 def _is_part(tensor: Tensor, whole: Tensor) -> bool:
-    """Whether a tensor lies within another one of the same storage, so that it can be cut from a copy."""
+    """Whether a tensor lies within another one of the same storage."""
     if isinstance(tensor, nn.Parameter) or tensor.dtype != whole.dtype or not whole.is_contiguous():
         return False
     start = tensor.storage_offset() - whole.storage_offset()

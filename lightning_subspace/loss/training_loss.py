@@ -1,19 +1,11 @@
-"""The user's own training loss as a pure function of (parameters, micro-batch).
+"""Training loss as a pure function of parameters and a micro-batch.
 
-Inside the context the module runs on a `Shadow`: copies of its parameters, as leaves, and of every other state. Each
-evaluation starts from the same state and the same random seed, which depends on the micro-batch alone; so the same
-dropout masks come back and two evaluations give the same number to the last bit. On exit everything is as it was.
+In the context the module runs on a `Shadow`. Each evaluation starts from the same state and from a random seed that
+depends on the micro-batch alone: two give the same bits, dropout included. On exit everything is as it was. The context
+must stay open through every product with the Hessian: hooks and activation checkpoints run in the backward pass.
 
-The context has to stay open through every product with the Hessian as well: hooks and the recomputation of activation
-checkpoints run inside the backward pass and must meet the copies.
-
-For second derivatives the context sets aside what cannot be differentiated twice: compiled code, fused attention,
-autocast, cuDNN's recurrent kernels.
-
-By default everything is computed in float32 at least, whatever precision is trained in; `dtype=None` takes the loss as
-it is trained, types, autocast and all.
-
-Where FSDP2 has sharded the parameters, whole ones stand in for them, and FSDP is off as long as the context is open.
+Off is what cannot be differentiated twice: compiled code, fused attention, autocast, cuDNN's recurrent kernels; and
+FSDP2, whose shards are replaced by whole parameters.
 """
 
 from __future__ import annotations
@@ -27,10 +19,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace._lightning import attached_trainer, bystanders, move_data_to_device, muted, transfer
+from lightning_subspace._lightning import attached_trainer, extra_roots, move_data_to_device, muted, transfer
 from lightning_subspace.data.micro_batch import MicroBatch
-from lightning_subspace.loss.loss_function import LossFunction, as_scalar, loss_of_training
-from lightning_subspace.loss.precision import eager, twice_differentiable
+from lightning_subspace.loss.loss_function import LossFunction, as_scalar, resolve_loss
+from lightning_subspace.loss.precision import eager, twice_differentiable, widened
 from lightning_subspace.loss.shadow import Shadow
 from lightning_subspace.parallel.fsdp import reshard, without_fsdp
 from lightning_subspace.parallel.parameters import ParameterSpace
@@ -42,11 +34,11 @@ Mode = Literal["train", "eval"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One value of the loss, with its graph.
+    """A value of the loss with its graph.
 
     Attributes:
-        value: 0-dimensional, finite.
-        leaves: the copies of the selected parameters that the graph ends in, in the order of the space.
+        value: 0-dimensional.
+        leaves: the copies of the parameters of the space that the graph ends in, in order.
     """
 
     value: Tensor
@@ -54,26 +46,27 @@ class Evaluation:
 
 
 class TrainingLoss:
-    """A context in which `loss(micro_batch)` evaluates the training loss without touching anything.
+    """A context in which `loss(micro_batch)` evaluates without a trace.
 
     Args:
-        module: a LightningModule, or any module when `loss_fn` is given.
+        module: a LightningModule, or any module with `loss_fn`.
         space: the parameters to differentiate by.
         loss_fn: `loss_fn(module, batch, batch_idx) -> scalar`, in place of `module.training_step`.
-        mode: "train" measures the objective that is being descended, with submodules in the modes they are in (a
-            module that is in eval mode as a whole is put into train mode); "eval" puts everything in eval mode.
-        dtype: the narrowest floating-point type used; wider ones stay. None takes the loss as it is trained: parameters
-            and batch in their own types, inside the trainer's precision context.
-        seed: of the random numbers inside the loss (dropout masks).
-        random_state: where the generators stand at every evaluation, in place of a seed: with a snapshot taken before a
-            training step, the gradient is that of this step.
-        order: how often it can be differentiated. 1 leaves the attention and recurrent kernels of training in place.
-        stand_ins: by the id of a parameter or buffer, a tensor that its copy is made from in its place: the values that
-            rank 0 has in a buffer, the whole of a parameter that is sharded (each needs one; see `full_tensors`).
+        mode: "train" evaluates the objective of training, with submodules in the modes they are in (a module that is in
+            eval mode as a whole is put into train mode); "eval" puts everything into eval mode.
+        dtype: the narrowest floating-point type; wider ones stay. None: types and precision context of training.
+        seed: of the random numbers in the loss (dropout masks).
+        random_state: in place of a seed; with one from before a training step, the gradient is that of this step.
+        order: how often the loss is differentiated; 1 keeps the attention and recurrent kernels of training.
+        replacements: tensors to copy in place of a parameter or buffer, by its id: rank 0's values of a buffer, the
+            whole of a sharded parameter (each needs one; see `full_tensors`).
 
     Attributes:
-        dtype: of flat vectors: at least float32.
-        originals: the module's own parameters at these coordinates, while the context is open; not to be written to.
+        dtype: of flat vectors; float32 or wider.
+        originals: the module's own parameters of the space, in an open context; not to be written to.
+
+    Raises:
+        TypeError: without `loss_fn`, when the module has no `training_step` that takes a batch.
 
     Example:
         >>> net, batch = nn.Linear(2, 1), MicroBatch(torch.ones(4, 2), weight=4.0, index=0)
@@ -94,7 +87,7 @@ class TrainingLoss:
         seed: int = 0,
         random_state: RandomState | None = None,
         order: Literal[1, 2] = 2,
-        stand_ins: Mapping[int, Tensor] | None = None,
+        replacements: Mapping[int, Tensor] | None = None,
     ) -> None:
         self.module = module
         self.space = space
@@ -104,9 +97,9 @@ class TrainingLoss:
         self._narrowest = None if dtype is None else self.dtype
         self._random_state = random_state
         self._order = order
-        self._stand_ins = {} if stand_ins is None else stand_ins
+        self._replacements = {} if replacements is None else replacements
         self.device = space.tensors(module)[0].device
-        self._step = loss_fn if loss_fn is not None else loss_of_training(module)
+        self._step = resolve_loss(module, loss_fn)
         self.originals: tuple[Tensor, ...] = ()
         self._displacement: dict[int, Tensor] = {}
         self._stack = ExitStack()
@@ -122,7 +115,7 @@ class TrainingLoss:
                 stack.enter_context(twice_differentiable(self.module))
             stack.enter_context(_in_mode(self.module, self.mode))
             stack.enter_context(muted(self.module))
-            self._shadow = self._contained(stack)
+            self._shadow = self._make_shadow(stack)
             stack.callback(self._shadow.close)
             self._stack = stack.pop_all()
         self.originals = tuple(originals)
@@ -136,21 +129,20 @@ class TrainingLoss:
             self._displacement = {}
             self.originals = ()
 
-    def _contained(self, stack: ExitStack) -> Shadow:
-        """The module on copies of its state."""
+    def _make_shadow(self, stack: ExitStack) -> Shadow:
         stack.enter_context(without_fsdp(self.module))
-        around = bystanders(self.module)
-        return Shadow(self.module, self._narrowest, self._offset, around, stand_ins=self._stand_ins)
+        around, offset = extra_roots(self.module), lambda parameter: self._displacement.get(id(parameter))
+        return Shadow(self.module, self._narrowest, offset, around, replacements=self._replacements)
 
     def displace(self, offset: Tensor | None) -> None:
-        """Evaluate at theta + offset from now on; `offset` is a flat vector (n,), None goes back to theta."""
+        """Evaluate at theta + offset, (n,), from now on; None: at theta."""
         pieces = [] if offset is None else self.space.unflatten(offset)
         self._displacement = dict(zip(map(id, self.originals), pieces, strict=False))
 
-    def value_at(self, offset: Tensor | None, turns: Iterable[tuple[MicroBatch, float]]) -> float:
-        """sum_b s_b L_b at theta + offset over micro-batches b with shares s_b, one forward pass each.
+    def value_at(self, offset: Tensor | None, assignments: Iterable[tuple[MicroBatch, float]]) -> float:
+        """sum_b s_b L_b at theta + offset, one forward pass a micro-batch.
 
-        A loss that is not finite passes, and one of share 0 does not count.
+        Over micro-batches b with shares s_b. A loss that is not finite passes; one of share 0 does not count.
 
         Raises:
             LossError: when a loss cannot be evaluated.
@@ -158,60 +150,46 @@ class TrainingLoss:
         total = 0.0
         self.displace(offset)
         try:
-            for batch, share in turns:
-                value = as_scalar(self._evaluate(batch)[0], type(self.module).__name__, finite=False)
+            for batch, share in assignments:
+                value = self._evaluate(batch, finite=False).value
                 total += share * float(value.detach()) if share else 0.0
         finally:
             self.displace(None)
             if self._shadow is not None:
-                self._shadow.reset()  # what is recomputed inside of a product must meet theta
+                self._shadow.reset()  # a checkpoint that is recomputed in a later product must meet theta
         return total
 
     def __call__(self, batch: MicroBatch) -> Evaluation:
         """Evaluate the loss of one micro-batch.
 
         Raises:
-            LossError: when `training_step` returns None, something without a loss, a value that is not a scalar, not
-                finite, or independent of the parameters.
+            LossError: when `training_step` returns no finite scalar loss that depends on the parameters.
             RuntimeError: when the context is not open.
         """
-        output, leaves = self._evaluate(batch)
-        return Evaluation(as_scalar(output, type(self.module).__name__), leaves)
+        return self._evaluate(batch)
 
-    def _evaluate(self, batch: MicroBatch) -> tuple[Any, list[Tensor]]:
-        """What the training step returned, and the leaves of its graph."""
+    def _evaluate(self, batch: MicroBatch, *, finite: bool = True) -> Evaluation:
         if self._shadow is None:
-            raise RuntimeError(
-                "TrainingLoss is a context manager; evaluate it inside `with TrainingLoss(...) as loss:`."
-            )
+            raise RuntimeError("TrainingLoss is a context manager; use it inside `with TrainingLoss(...) as loss:`.")
         self._shadow.reset()
         leaves = self.space.tensors(self.module)
         if self._random_state is not None:
             self._random_state.restore()
         else:  # one stream a micro-batch: the stride keeps the seeds of neighbouring monitors and batches apart
             seed_generators((self.seed + 7_919 * batch.draw) * 1_000_003 + batch.index)
-        data = copied(batch.data, self._own_copy)
+        # A copy, since training_step may write into its batch.
+        data = copied(batch.data, lambda tensor: widened(tensor.detach(), self._narrowest, copy=True))
         data = (move_data_to_device if batch.transferred else partial(transfer, self.module))(data, self.device)
-        with self._as_trained() as convert:
+        with self._around_step() as convert:
             output = self._step(self.module, convert(data), batch.index)
         for leaf in leaves:
-            leaf.requires_grad_(True)  # where the step has frozen it, the graph does not lead to it: no gradient
+            leaf.requires_grad_(True)  # if the step has frozen it, the graph does not lead to it: no gradient
         self._shadow.drop_written()
-        return output, leaves
-
-    def _offset(self, parameter: nn.Parameter) -> Tensor | None:
-        return self._displacement.get(id(parameter))
-
-    def _own_copy(self, tensor: Tensor) -> Tensor:
-        """A copy, since training_step may write into its batch, at least as wide as the parameters."""
-        dtype = tensor.dtype
-        if self._narrowest is not None and (tensor.is_floating_point() or tensor.is_complex()):
-            dtype = torch.promote_types(dtype, self._narrowest)
-        return tensor.detach().to(dtype, copy=True)
+        return Evaluation(as_scalar(output, type(self.module).__name__, finite=finite), leaves)
 
     @contextmanager
-    def _as_trained(self) -> Iterator[Callable[[Any], Any]]:
-        """The precision that the trainer trains in, where it is asked for; gives its conversion of a batch."""
+    def _around_step(self) -> Iterator[Callable[[Any], Any]]:
+        """The trainer's precision context, if asked for; gives its batch conversion."""
         trainer = attached_trainer(self.module)
         if self._narrowest is not None or trainer is None:
             yield lambda data: data
@@ -222,12 +200,10 @@ class TrainingLoss:
 
 @contextmanager
 def _in_mode(module: nn.Module, mode: Mode) -> Iterator[None]:
-    """Set train or eval mode and put back the mode of every submodule."""
-    before = [(m, m.training) for m in module.modules()]
-    try:
+    """Set train or eval mode; put back every submodule's at the end."""
+    with ExitStack() as stack:
+        for m in module.modules():
+            stack.callback(setattr, m, "training", m.training)
         if mode == "eval" or not module.training:
             module.train(mode == "train")
         yield
-    finally:
-        for m, training in before:
-            m.training = training

@@ -1,1 +1,1 @@
-"""Processes that measure together, and how a flat vector is dealt to them."""
+"""Process group of a probe, and the partition of vectors over it."""

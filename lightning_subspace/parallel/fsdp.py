@@ -1,18 +1,9 @@
-"""What is known about modules that FSDP2 (`fully_shard`, Lightning's `ModelParallelStrategy`) has sharded.
+"""Support for modules sharded by FSDP2: `fully_shard`, Lightning's `ModelParallelStrategy`.
 
-Each rank holds a part of every parameter, a DTensor, and hooks on the forward pass gather the whole. There are two ways
-to a Hessian:
-
-Exact. Double backward does not go through the gathering (`autograd.grad` by a shard gives nothing, silently). So the
-whole parameters are gathered once, stand in for the shards as leaves, and FSDP's hooks are off for as long.
-
-    memory a rank      4 n bytes beside the retained graphs, and one parameter more while gathering; a float64
-                       self-check another 24 n
-    communication      4 n bytes once a probe, and a gather and a reduce-scatter of a flat vector, 8 n bytes, a product
-
-By differences of gradients on the shards, where FSDP does the communication: see `sharded_loss`.
-
-FSDP2 modules are told by the public `FSDPModule`; what has no public reader is in `_torch.py`.
+Each rank holds a part of every parameter, a DTensor, and hooks on the forward pass gather the whole. Double backward
+does not go through this: `autograd.grad` by a shard gives nothing, silently. So for an exact Hessian the parameters are
+gathered once and replace the shards, with FSDP's hooks off. Differences of gradients are taken on the shards
+(`loss/fsdp_loss.py`). README.md in this folder has the memory and the communication of both.
 """
 
 from __future__ import annotations
@@ -25,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace._torch import FSDP, fsdp_method_below, is_of_fsdp, mixed_precision_policy, module_hooks
+from lightning_subspace._torch import FSDP, is_of_fsdp, mixed_precision_policy, module_hooks, unwrap_fsdp_method
 from lightning_subspace.parallel.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -50,17 +41,13 @@ def fsdp_modules(module: nn.Module) -> list[Any]:
 
 
 def reshard(module: nn.Module) -> None:
-    """Part with whole parameters that a forward pass without a backward one has left, as after a validation.
-
-    Until then the shards are not among the module's parameters. FSDP does the same after every backward pass, and its
-    next forward pass gathers them again.
-    """
-    for m in fsdp_modules(module):
+    """Free whole parameters that a forward pass alone has left."""
+    for m in fsdp_modules(module):  # before that, the module's parameters are not the shards
         m.reshard()
 
 
 def sharded_parameters(module: nn.Module) -> dict[str, DTensor]:
-    """The parameters that are sharded, frozen ones included, by name and in order."""
+    """The sharded parameters by name, in order, frozen ones included."""
     reshard(module)
     return {name: p for name, p in module.named_parameters() if is_sharded(p)}
 
@@ -68,13 +55,12 @@ def sharded_parameters(module: nn.Module) -> dict[str, DTensor]:
 def full_tensors(
     module: nn.Module, narrowest: torch.dtype | None = torch.float32, ranks: Ranks | None = None
 ) -> dict[int, Tensor]:
-    """The whole of every sharded parameter, by the id of the parameter. A collective: one all-gather a parameter.
+    """The whole of every sharded parameter, by its id. A collective.
 
     Args:
-        module: the module; {} where nothing is sharded.
-        narrowest: what is narrower is widened at once, so that no second copy is needed; None keeps all.
-        ranks: that the parameters are sharded over. Within their `agree`, one that runs out of memory tells the
-            others.
+        module: any module; {} if nothing is sharded.
+        narrowest: narrower types are widened at once, so that no second copy is needed; None keeps all.
+        ranks: that the parameters are sharded over. Within `agree`, one that runs out of memory tells the others.
     """
     whole = {}
     with torch.no_grad():
@@ -86,29 +72,19 @@ def full_tensors(
     return whole
 
 
-def stand_ins(
+def replacements(
     module: nn.Module, ranks: Ranks, *, whole: bool = True, narrowest: torch.dtype | None = torch.float32
 ) -> dict[int, Tensor]:
-    """What the copies of buffers, and of sharded parameters, are made from: see `TrainingLoss`. A collective.
-
-    Args:
-        module: the module.
-        ranks: the processes that measure together; the parameters are sharded over them.
-        whole: whether whole parameters are needed.
-        narrowest: see `full_tensors`.
-    """
-    found = {} if ranks.count == 1 else rank_zero_buffers(module, lambda tensor: ranks.broadcast([tensor]))
-    return {**found, **full_tensors(module, narrowest, ranks)} if whole else found
+    """`rank_zero_buffers` and, if `whole`, `full_tensors`, for a `TrainingLoss`."""
+    buffers = {} if ranks.count == 1 else rank_zero_buffers(module, lambda tensor: ranks.broadcast([tensor]))
+    return {**buffers, **full_tensors(module, narrowest, ranks)} if whole else buffers
 
 
 def rank_zero_buffers(module: nn.Module, broadcast: Callable[[Tensor], object]) -> dict[int, Tensor]:
-    """Copies of all buffers with the values of rank 0, by the id of the buffer. A collective.
+    """Copies of rank 0's buffers, by the buffer's id. A collective.
 
-    Batch-norm statistics differ between ranks; in eval mode the loss has to be one function all the same.
-
-    Args:
-        module: the module.
-        broadcast: overwrites a contiguous tensor with that of rank 0.
+    Batch-norm statistics differ between ranks; in eval mode the loss has to be one function on all. `broadcast`
+    overwrites a contiguous tensor with that of rank 0.
 
     Example:
         >>> norm = nn.BatchNorm1d(2)
@@ -133,41 +109,40 @@ def rank_zero_buffers(module: nn.Module, broadcast: Callable[[Tensor], object]) 
 
 @contextmanager
 def without_fsdp(module: nn.Module) -> Iterator[None]:
-    """Take FSDP off the forward passes, so that they use the parameters that are there; put it back as it was.
-
-    Its hooks leave the dicts of the modules and come back in the same order. `register_fsdp_forward_method` covers a
-    method on the instance; there, the attribute leaves.
-    """
+    """Turn FSDP off: forward passes use the parameters as they are."""
     with ExitStack() as stack:
         for m in fsdp_modules(module):
-            own = vars(m)
-            for name, value in [*own.items()]:
-                if (original := fsdp_method_below(value)) is not None:
-                    stack.callback(own.__setitem__, name, value)
-                    own[name] = original
+            attributes = vars(m)
+            for name, value in [*attributes.items()]:  # `register_fsdp_forward_method` sets a method on the instance
+                if (original := unwrap_fsdp_method(value)) is not None:
+                    stack.callback(attributes.__setitem__, name, value)
+                    attributes[name] = original
         for m in module.modules():
             for hooks in module_hooks(m):
                 items = list(hooks.items())
                 kept = [(key, hook) for key, hook in items if not is_of_fsdp(hook)]
                 if len(kept) < len(items):
-                    stack.callback(_refill, hooks, items)
-                    _refill(hooks, kept)
+                    stack.callback(
+                        hooks.update, items
+                    )  # in the same order, in the dict that `clear` has emptied before
+                    stack.callback(hooks.clear)
+                    hooks.clear()
+                    hooks.update(kept)
         yield
 
 
 def unsupported_reason(module: nn.Module) -> str | None:
-    """Why differences of float32 gradients cannot be taken on these shards, or None."""
+    """Why these shards do not allow differences of gradients, or None."""
+    wide = (torch.float32, torch.float64)
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad and parameter.dtype.to_real() not in (torch.float32, torch.float64):
+        if parameter.requires_grad and parameter.dtype.to_real() not in wide:
             return (
                 f"curvature: expected parameters of float32 for finite differences on the shards of FSDP2, got "
                 f"{parameter.dtype} for {name!r}; with curvature='hessian' every rank makes a float32 copy."
             )
-    for m in fsdp_modules(module):
-        policy = mixed_precision_policy(m)
+    for policy in map(mixed_precision_policy, fsdp_modules(module)):
         for field in ("param_dtype", "reduce_dtype"):
-            dtype = getattr(policy, field, None)
-            if dtype is not None and dtype not in (torch.float32, torch.float64):
+            if (dtype := getattr(policy, field, None)) not in (None, *wide):
                 return (
                     "curvature: finite differences on the shards of FSDP2 need gradients in float32, but its "
                     f"MixedPrecisionPolicy has {field}={dtype}; use curvature='hessian', which computes in float32."
@@ -176,18 +151,15 @@ def unsupported_reason(module: nn.Module) -> str | None:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's shard of a tensor, not a copy; of one that is not sharded, the tensor."""
+    """This rank's shard, not a copy, or the tensor if not sharded."""
     if not is_sharded(tensor):
         return tensor
-    with torch.no_grad():  # else it would be a node of a graph
+    with torch.no_grad():  # else the shard would be a node of a graph
         return tensor.to_local()
 
 
-def own_part(
-    whole: Tensor,  # of the shape of the parameter
-    parameter: Tensor,
-) -> Tensor | None:
-    """This rank's shard within the whole of a parameter, a view; None for another placement than `Shard(0)`."""
+def local_slice(whole: Tensor, parameter: Tensor) -> Tensor | None:  # both (d, ...) to (this rank's rows, ...)
+    """View of this rank's shard in the whole; None unless `Shard(0)`."""
     assert is_sharded(parameter)
     if not is_dim0_sharded(parameter):
         return None
@@ -197,36 +169,28 @@ def own_part(
 
 
 def _gathered(parameter: DTensor, ranks: Ranks | None) -> Tensor:
-    """The whole of a parameter, in memory of its own.
-
-    By `Ranks`, whose comparison of notes stands between all that takes memory here and the collective; inside of
-    `DTensor.full_tensor` a rank that fails would leave the others waiting. That remains for a frozen parameter that is
-    placed in another way, which `shards` does not refuse.
-    """
+    """The whole of a parameter, a copy."""
     mesh = parameter.device_mesh
-    if not is_dim0_sharded(parameter):
+    if not is_dim0_sharded(parameter):  # a frozen one, which `shards` does not refuse
         return parameter.full_tensor().clone(memory_format=torch.contiguous_format)
+    # Not by `DTensor.full_tensor`: a rank that runs out of memory there would leave the others waiting. The check in
+    # `Ranks` stands between the allocations here and the collective.
     if ranks is None or ranks.count != mesh.size():
         ranks = Ranks(mesh.get_group(), parameter.device)
     own, shape = local_part(parameter), parameter.shape
     size = -(-shape[0] // ranks.count)
     received = own.new_empty(ranks.count * size, *shape[1:])
     sent = own.contiguous()
-    if len(own) < size:  # all send equally much
+    if len(own) < size:  # all ranks send equally much
         sent = own.new_zeros(size, *shape[1:])
         sent[: len(own)] = own
-    # As bytes: not every backend takes every type.
+    # As bytes, since not every backend takes every type.
     ranks.all_gather(sent.view(-1).view(torch.uint8), received.view(-1).view(torch.uint8))
     return received[: shape[0]]
 
 
 def is_dim0_sharded(parameter: DTensor) -> bool:
-    """Whether a parameter is cut along dimension 0, over a mesh of one dimension, as `fully_shard` does by default."""
+    """Whether a parameter is cut by rows over a one-dimensional mesh."""
     return parameter.device_mesh.ndim == 1 and all(
         placement.is_shard(0) and type(placement).__name__ == "Shard" for placement in parameter.placements
     )
-
-
-def _refill(target: dict[Any, Any], items: list[tuple[Any, Any]]) -> None:
-    target.clear()
-    target.update(items)

@@ -1,12 +1,9 @@
-"""Which tensors are differentiated, and how a flat vector maps to them.
+"""Parameters as the coordinates of R^n: selection, order, and flat vectors.
 
-A curvature computation needs one order of the coordinates: `ParameterSpace` fixes it once, as the order of
-`module.named_parameters()` restricted to the parameters that require a gradient and match the requested patterns.
-Tied parameters appear once, under their first name; a pattern may use any of their names.
-
-A complex parameter has two real coordinates an entry, its real and its imaginary part, as in `torch.view_as_real`.
-Torch's gradient of a real loss by a complex tensor, dL/dRe + i dL/dIm, has the real gradient for its parts, so flat
-vectors are always real and their inner products are those of R^n.
+The order is that of `module.named_parameters()`. Tied parameters appear once, under their first name; a pattern may use
+any of their names. A complex parameter has two real coordinates an entry, its real and imaginary parts. Torch's
+gradient of a real loss by a complex tensor, dL/dRe + i dL/dIm, holds the real gradient by these two, so that flat
+vectors are real and their inner products are those of R^n.
 """
 
 from __future__ import annotations
@@ -19,6 +16,8 @@ from functools import reduce
 
 import torch
 from torch import Tensor, nn
+
+from lightning_subspace.parallel.fsdp import local_part
 
 
 @dataclass(frozen=True)
@@ -44,31 +43,28 @@ class ParameterSpace:
 
     @classmethod
     def of(cls, module: nn.Module, params: Sequence[str] | None = None) -> ParameterSpace:
-        """Plan the space of `module`.
+        """The space of the trainable parameters of a module.
 
         Args:
             module: any module; only parameters with `requires_grad=True` are taken.
             params: shell-style patterns on the qualified names (`["head.*", "*.bias"]`); None takes all.
 
         Raises:
-            ValueError: when nothing is left to differentiate, when a pattern matches no trainable parameter, or when
-                a parameter is a lazy one that has not been initialised yet.
+            ValueError: when no parameter is trainable, a pattern matches none, or one is lazy and without a shape.
         """
         names: dict[nn.Parameter, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
             if parameter.requires_grad:
                 names.setdefault(parameter, []).append(name)
         if not names:
-            raise ValueError(
-                f"{type(module).__name__} has no parameter with requires_grad=True, so there is no gradient to measure."
-            )
+            raise ValueError(f"{type(module).__name__} has no parameter with requires_grad=True; nothing to measure.")
         if params is not None:
             _require_matches(params, [name for aliases in names.values() for name in aliases], type(module).__name__)
         chosen = {aliases[0]: p for p, aliases in names.items() if params is None or _any_match(aliases, params)}
         for name, parameter in chosen.items():
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise ValueError(
-                    f"the parameter {name!r} is a lazy one without a shape yet; run one forward pass before training."
+                    f"{name!r}: expected a shape, got a lazy parameter; run a forward pass before training."
                 )
         is_complex = frozenset(name for name, parameter in chosen.items() if parameter.is_complex())
         return cls(tuple(chosen), tuple(p.shape for p in chosen.values()), is_complex)
@@ -87,12 +83,12 @@ class ParameterSpace:
         return sum(self.numels)
 
     def widest_dtype(self, module: nn.Module, *least: torch.dtype) -> torch.dtype:
-        """The real type that holds every parameter at these coordinates, and the types in `least`."""
+        """The real type that holds every parameter and the `least` types."""
         dtypes = (tensor.dtype.to_real() for tensor in self.tensors(module))
         return reduce(torch.promote_types, (*least, *dtypes))
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
-        """The module's own tensors at these coordinates, in order.
+        """The module's parameters of this space, in order.
 
         Raises:
             ValueError: when a parameter has gone or changed its shape.
@@ -104,7 +100,7 @@ class ParameterSpace:
         return [named[name] for name in self.names]
 
     def flatten(self, tensors: Iterable[Tensor | None], like: Tensor | None = None) -> Tensor:  # (n,)
-        """Concatenate one tensor a parameter into a new flat vector.
+        """Concatenate one tensor a parameter into a new flat real vector.
 
         Args:
             tensors: in the order of `names`; None stands for zeros (an unused parameter), sparse ones are made dense.
@@ -116,28 +112,34 @@ class ParameterSpace:
         tensors = list(tensors)
         like = next((t for t in tensors if t is not None), None) if like is None else like
         if like is None:
-            raise ValueError("flatten: every tensor is None; pass `like=` to fix dtype and device of the zeros.")
+            raise ValueError("tensors: expected at least one, got None alone; pass `like=` for dtype and device.")
         flat = torch.zeros(self.n, dtype=like.dtype.to_real(), device=like.device)
         pieces = torch.split(flat, list(self.numels))
         for name, shape, piece, tensor in zip(self.names, self.shapes, pieces, tensors, strict=True):
-            if tensor is None:
-                continue
-            if tensor.shape != shape:
-                raise ValueError(
-                    f"flatten: the tensor for {name!r} must have shape {tuple(shape)}, got {tuple(tensor.shape)}."
-                )
-            values = tensor.detach().to_dense()
-            if values.is_complex():
-                values = torch.view_as_real(values.resolve_conj())
-            piece.copy_(values.reshape(-1))
+            if tensor is not None:
+                piece.copy_(flat_values(tensor, name, shape))
         return flat
 
     def unflatten(self, flat: Tensor) -> list[Tensor]:
-        """Views of a flat real vector, one a parameter; for a complex parameter a complex tensor of its own."""
+        """Views of a flat vector, (n,), by parameter; copies if complex."""
         return [
             torch.complex(*piece.view(-1, 2).unbind(1)).view(shape) if name in self.complex_names else piece.view(shape)
             for name, shape, piece in zip(self.names, self.shapes, torch.split(flat, list(self.numels)), strict=True)
         ]
+
+
+def flat_values(tensor: Tensor, name: str, shape: torch.Size) -> Tensor:
+    """The real coordinates of a tensor or of its local shard, flat.
+
+    Raises:
+        ValueError: for a tensor that has not the shape of the parameter `name`.
+    """
+    if tensor.shape != shape:
+        raise ValueError(f"{name!r}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}.")
+    values = local_part(tensor.detach()).to_dense()
+    if values.is_complex():
+        values = torch.view_as_real(values.resolve_conj())
+    return values.reshape(-1)
 
 
 def _any_match(names: Iterable[str], patterns: Sequence[str]) -> bool:
@@ -150,6 +152,5 @@ def _require_matches(patterns: Sequence[str], names: Sequence[str], module: str)
     for pattern in patterns:
         if not _any_match(names, [pattern]):
             raise ValueError(
-                f"params: the pattern {pattern!r} matches no trainable parameter of {module}; "
-                f"the names begin with {list(names[:5])}. Patterns are shell-style, as in 'head.*'."
+                f"params: the pattern {pattern!r} matches no trainable parameter of {module}; names: {list(names[:5])}."
             )

@@ -1,11 +1,9 @@
-"""How the coordinates of R^n are dealt to ranks, and how vectors go from whole to dealt and back.
+"""Partition of R^n over ranks, and transfers between whole and local vectors.
 
-Each rank holds a few contiguous ranges of every flat vector, about n / W coordinates in all. Plain and DDP: W parts of
-n / W, rounded up, in order; the last ranks may hold less, or nothing. Under FSDP2: the rank's own shards, one
-range a parameter, so that a vector of the solver lies where the parameters do. Nothing is padded but the buffers of a
-transfer, so no sum over coordinates ever meets a coordinate that does not exist.
-
-One transfer moves n numbers: every rank sends and receives (W - 1) / W of them.
+Each rank holds a few contiguous ranges of every flat vector, about n / W coordinates in all: under plain strategies and
+DDP a part of ceil(n / W), the last ranks less; under FSDP2 its own shards, one range a parameter, so that the solver's
+vectors lie where the parameters do. Only buffers of transfers are padded. A transfer moves n numbers: every rank sends
+and receives (W - 1) / W of them.
 """
 
 from __future__ import annotations
@@ -18,23 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace.parallel.fsdp import is_dim0_sharded, is_sharded, local_part, sharded_parameters
-from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.parallel.fsdp import is_dim0_sharded, is_sharded, sharded_parameters
+from lightning_subspace.parallel.parameters import ParameterSpace, flat_values
 from lightning_subspace.parallel.ranks import Ranks
 
-# Random numbers are drawn in blocks of this length, of which a rank keeps what is its own.
-BLOCK = 1 << 20
+BLOCK = 1 << 20  # random numbers are drawn in blocks of this length, so that no rank holds a whole vector
 SEED_STRIDE = 1_000_003  # keeps the vectors of neighbouring seeds apart
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Which coordinates this rank holds of R^n, and which the others.
+    """The coordinates of R^n that each rank holds.
 
     Attributes:
         space: names and shapes behind the coordinates.
-        ranges: for every rank its ranges of flat coordinates, ascending; together they are 0..n, each once.
-        ranks: the processes.
+        ranges: of flat coordinates, for every rank, ascending; together they are 0..n-1, each once.
+        ranks: the process group.
 
     Example:
         >>> partition = Partition.even(ParameterSpace.of(torch.nn.Linear(3, 2)))
@@ -48,7 +45,7 @@ class Partition:
 
     @classmethod
     def even(cls, space: ParameterSpace, ranks: Ranks | None = None) -> Partition:
-        """A flat cut into parts of ceil(n / W) coordinates."""
+        """A flat cut into W parts of ceil(n / W) coordinates."""
         ranks = Ranks() if ranks is None else ranks
         size = -(-space.n // ranks.count)
         cuts = [min(rank * size, space.n) for rank in range(ranks.count + 1)]
@@ -56,13 +53,13 @@ class Partition:
 
     @classmethod
     def of(cls, space: ParameterSpace, module: nn.Module, ranks: Ranks) -> Partition:
-        """The shards of a module that FSDP2 has sharded over these ranks; of any other a flat cut.
+        """The shards of a module under FSDP2, otherwise a flat cut.
 
         Raises:
-            ValueError: for a module that is sharded in another way, see `shards`.
+            ValueError: for a module that is sharded in another way (see `shards`).
         """
-        held = shards(space, module)
-        return cls.even(space, ranks) if held is None else cls(space, held, ranks)
+        ranges = shards(space, module)
+        return cls.even(space, ranks) if ranges is None else cls(space, ranges, ranks)
 
     @property
     def n(self) -> int:
@@ -70,27 +67,21 @@ class Partition:
         return self.space.n
 
     @property
-    def own(self) -> tuple[range, ...]:
+    def local_ranges(self) -> tuple[range, ...]:
         """This rank's ranges."""
         return self.ranges[self.ranks.index]
 
     @property
     def local_n(self) -> int:
         """Number of coordinates that this rank holds."""
-        return sum(map(len, self.own))
+        return sum(map(len, self.local_ranges))
 
-    def cut(
-        self,
-        whole: Tensor,  # (..., n)
-    ) -> Tensor:  # (..., local_n), a copy
-        """This rank's part of what every rank has."""
-        return torch.cat([whole[..., piece.start : piece.stop] for piece in self.own], dim=-1)
+    def cut(self, whole: Tensor) -> Tensor:  # (..., n) to (..., local_n), a copy
+        """This rank's part of a whole vector, or of rows of them."""
+        return torch.cat([whole[..., piece.start : piece.stop] for piece in self.local_ranges], dim=-1)
 
-    def gather(
-        self,
-        local: Tensor,  # (local_n,)
-    ) -> Tensor:  # (n,)
-        """The whole of a vector that is dealt to ranks: one all-gather."""
+    def gather(self, local: Tensor) -> Tensor:  # (local_n,) to (n,)
+        """The whole of a vector from all ranks' parts: one all-gather."""
         if self.ranks.count == 1:
             return local if self.is_in_order else self.assemble(local, torch.empty_like(local))
         own, gathered = local.new_zeros(self.longest), local.new_empty(self.ranks.count * self.longest)
@@ -98,86 +89,61 @@ class Partition:
         self.ranks.all_gather(own, gathered)
         return self.assemble(gathered, local.new_empty(self.n))
 
-    def sum_scatter(
-        self,
-        whole: Tensor,  # (n,)
-    ) -> Tensor:  # (local_n,)
-        """This rank's part of the sum of one vector a rank: one reduce-scatter."""
-        if self.ranks.count == 1:
-            return self.cut(whole)
-        laid = self.lay_out(whole, whole.new_zeros(self.ranks.count * self.longest))
-        part = whole.new_empty(self.longest)
-        self.ranks.reduce_scatter(laid, part)
-        return part[: self.local_n]
-
-    def exchange(
-        self,
-        whole: Tensor,  # (n,)
-    ) -> Tensor:  # (W, local_n)
-        """This rank's part of one vector of every rank, unsummed: one all-to-all."""
+    def exchange(self, whole: Tensor) -> Tensor:  # (n,) to (W, local_n)
+        """This rank's part of every rank's vector, unsummed: one all-to-all."""
         if self.ranks.count == 1:
             return self.cut(whole)[None]
         laid = self.lay_out(whole, whole.new_zeros(self.ranks.count * self.longest))
         return self.ranks.all_to_all(laid).view(self.ranks.count, self.longest)[:, : self.local_n]
 
-    def flatten(
-        self,
-        tensors: Iterable[Tensor | None],
-        like: Tensor,
-    ) -> Tensor:  # (local_n,)
-        """This rank's part of what `ParameterSpace.flatten` gives, of parameters or gradients that training holds.
+    def flatten(self, tensors: Iterable[Tensor | None], like: Tensor) -> Tensor:  # (local_n,)
+        """This rank's part of a flat vector, from one tensor a parameter.
 
         Args:
-            tensors: one a parameter, in the order of the space: whole ones, or this rank's shards of them (DTensors).
-            like: gives dtype and device.
+            tensors: in the order of the space, whole or sharded (DTensors); None stands for zeros.
+            like: gives (real) dtype and device.
 
         Raises:
             ValueError: when a tensor has not the shape of its parameter.
         """
-        shapes = dict(zip(self.space.names, self.space.shapes, strict=True))
-        named = dict(zip(self.space.names, tensors, strict=True))
+        named = dict(zip(self.space.names, zip(tensors, self.space.shapes, strict=True), strict=True))
         local = torch.zeros(self.local_n, dtype=like.dtype.to_real(), device=like.device)
         for name, offset, place in self.locate():
-            tensor = named[name]
-            if tensor is None:
-                continue
-            if tensor.shape != shapes[name]:
-                raise ValueError(f"{name!r}: expected shape {tuple(shapes[name])}, got {tuple(tensor.shape)}.")
-            values = local_part(tensor.detach()).to_dense()
-            if values.is_complex():
-                values = torch.view_as_real(values.resolve_conj())
-            values = values.reshape(-1)
-            local[place.start : place.stop] = values if is_sharded(tensor) else values[offset : offset + len(place)]
+            tensor, shape = named[name]
+            if tensor is not None:
+                values = flat_values(tensor, name, shape)
+                local[place.start : place.stop] = values if is_sharded(tensor) else values[offset : offset + len(place)]
         return local
 
     def random(self, seed: int, number: int, dtype: torch.dtype = torch.float32) -> Tensor:  # (local_n,)
-        """This rank's part of a standard normal vector on the CPU, the same one for any number of ranks."""
+        """This rank's part of a standard normal vector, on the CPU."""
+        # All ranks draw the whole vector, so that it is the same for any number of them.
         generator = torch.Generator().manual_seed((seed * SEED_STRIDE + number) % 2**63)
         local = torch.empty(self.local_n, dtype=dtype)
         for start in range(0, self.n, BLOCK):
             block = torch.randn(min(BLOCK, self.n - start), generator=generator, dtype=dtype)
-            done = 0
-            for piece in self.own:
-                first, last = max(piece.start, start), min(piece.stop, start + len(block))
-                if first < last:
-                    place = done + first - piece.start
-                    local[place : place + last - first] = block[first - start : last - start]
-                done += len(piece)
+            for offset, place in self._overlaps(start, start + len(block)):
+                local[place.start : place.stop] = block[offset : offset + len(place)]
         return local
 
     def locate(self) -> list[tuple[str, int, range]]:
-        """This rank's coordinates by parameter: name, offset in the parameter, and the range among the local ones."""
-        found = []
+        """Local coordinates by parameter: name, offset in it, local range."""
+        ends = accumulate(self.space.numels, initial=0)
+        return [
+            (name, offset, place)
+            for name, (start, stop) in zip(self.space.names, pairwise(ends), strict=True)
+            for offset, place in self._overlaps(start, stop)
+        ]
+
+    def _overlaps(self, start: int, stop: int) -> Iterator[tuple[int, range]]:
+        """Local coordinates in start..stop-1: offset from `start`, local range."""
         done = 0
-        ends = list(accumulate(self.space.numels, initial=0))
-        for piece in self.own:
-            for name, (start, stop) in zip(self.space.names, pairwise(ends), strict=True):
-                first, last = max(piece.start, start), min(piece.stop, stop)
-                if first < last:
-                    place = done + first - piece.start
-                    found.append((name, first - start, range(place, place + last - first)))
+        for piece in self.local_ranges:
+            first, last = max(piece.start, start), min(piece.stop, stop)
+            if first < last:
+                place = done + first - piece.start
+                yield first - start, range(place, place + last - first)
             done += len(piece)
-        return found
 
     @property
     def longest(self) -> int:
@@ -186,36 +152,28 @@ class Partition:
 
     @property
     def is_in_order(self) -> bool:
-        """Whether the parts of the ranks, one after another and without their padding, are the vector."""
+        """Whether the parts of the ranks, one after another, are the vector."""
         starts = [min(rank * self.longest, self.n) for rank in range(len(self.ranges))]
         return all(len(own) == 1 and own[0].start == start for own, start in zip(self.ranges, starts, strict=True))
 
-    def assemble(
-        self,
-        gathered: Tensor,  # (W longest,)
-        out: Tensor,  # (n,)
-    ) -> Tensor:
-        """Put the ranks' parts, padded to one length, into the order of the coordinates; `out`, or a view in order."""
+    def assemble(self, gathered: Tensor, out: Tensor) -> Tensor:  # (W longest,), (n,) to (n,)
+        """Put padded parts in order, in `out` or as a view."""
         if self.is_in_order:
             return gathered[: self.n]
         for place, piece in self._places():
             out[piece.start : piece.stop] = gathered[place : place + len(piece)]
         return out
 
-    def lay_out(
-        self,
-        whole: Tensor,  # (n,)
-        out: Tensor,  # (W longest,), zeros where there is padding
-    ) -> Tensor:
-        """The reverse: the parts one after another. Nothing to do where `whole` lies in `out` and is in order."""
-        if whole.data_ptr() == out.data_ptr() and self.is_in_order:
+    def lay_out(self, whole: Tensor, out: Tensor) -> Tensor:  # (n,), (W longest,) to (W longest,)
+        """Write the padded parts into `out`, whose padding must be zeros."""
+        if whole.data_ptr() == out.data_ptr() and self.is_in_order:  # it lies there already
             return out
         for place, piece in self._places():
             out[place : place + len(piece)] = whole[piece.start : piece.stop]
         return out
 
     def _places(self) -> Iterator[tuple[int, range]]:
-        """Where each range begins when the parts of the ranks, padded to one length, follow one another."""
+        """The beginning of each range among the padded parts, with the range."""
         for rank, ranges in enumerate(self.ranges):
             place = rank * self.longest
             for piece in ranges:
@@ -223,13 +181,61 @@ class Partition:
                 place += len(piece)
 
 
+class VectorBuffers:
+    """Buffers for the transfers of one operator's vectors, allocated once.
+
+    An allocation can fail on one rank alone, so none may stand between a rank and its collective where a rank cannot
+    leave before the others (`Ranks.unchecked`). The buffers hold 2 n + 2 n / W numbers for a flat cut, 4 n + 2 n / W
+    for several ranges a rank, n in one process.
+
+    Args:
+        partition: of the vectors over ranks.
+        dtype: of the vectors.
+        device: of the vectors.
+
+    Attributes:
+        total: (n,), to be filled with this rank's summand.
+    """
+
+    def __init__(self, partition: Partition, dtype: torch.dtype, device: torch.device) -> None:
+        self._partition = partition
+        count, longest, n = partition.ranks.count, partition.longest, partition.n
+        self._is_alone = count == 1
+
+        def zeros(size: int) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        self._laid = zeros(count * longest)  # the parts of all ranks, each padded with zeros to one length
+        self.total = self._laid[:n] if partition.is_in_order else zeros(n)
+        if not self._is_alone:
+            self._own, self._part, self._gathered = zeros(longest), zeros(longest), zeros(count * longest)
+            self._whole = self._gathered[:n] if partition.is_in_order else zeros(n)
+
+    def gather(self, local: Tensor) -> Tensor:  # (local_n,) to (n,)
+        """The whole of a vector, until the next call: one all-gather."""
+        if self._is_alone:
+            return self._partition.gather(local)  # the vector itself, if in order
+        self._own[: len(local)] = local
+        self._partition.ranks.all_gather(self._own, self._gathered)
+        return self._partition.assemble(self._gathered, self._whole)
+
+    def sum_scatter(self) -> Tensor:  # (local_n,)
+        """This rank's part of the summed `total`s: one reduce-scatter."""
+        partition = self._partition
+        if self._is_alone:
+            return partition.cut(self.total)
+        partition.lay_out(self.total, self._laid)
+        partition.ranks.reduce_scatter(self._laid, self._part)
+        return self._part[: partition.local_n].clone()
+
+
 def shards(space: ParameterSpace, module: nn.Module) -> tuple[tuple[range, ...], ...] | None:
-    """For every rank of the mesh, the ranges of flat coordinates that it holds, one a parameter in the space's order.
+    """The ranges of flat coordinates on every rank, one a parameter.
 
     A range may be empty. A parameter that is not sharded, in a module where others are, is cut evenly.
 
     Returns:
-        None where no parameter of the space is sharded.
+        None when no parameter of the space is sharded.
 
     Raises:
         ValueError: when a parameter is sharded other than along dimension 0 over one mesh of one dimension.
@@ -238,35 +244,30 @@ def shards(space: ParameterSpace, module: nn.Module) -> tuple[tuple[range, ...],
     mesh = _mesh(space, sharded)
     if mesh is None:
         return None
-    held: list[list[range]] = [[] for _ in range(mesh.size())]
+    ranges: list[list[range]] = [[] for _ in range(mesh.size())]
     start = 0
     for name, shape, numel in zip(space.names, space.shapes, space.numels, strict=True):
         rows = shape[0] if name in sharded else numel
         size = -(-rows // mesh.size())  # the first ranks hold the larger parts, the last one perhaps nothing
-        for rank, ranges in enumerate(held):
+        for rank, own in enumerate(ranges):
             first, last = (min(k * size, rows) * (numel // max(rows, 1)) for k in (rank, rank + 1))
-            ranges.append(range(start + first, start + last))
+            own.append(range(start + first, start + last))
         start += numel
-    return tuple(tuple(ranges) for ranges in held)
+    return tuple(map(tuple, ranges))
 
 
 def _mesh(space: ParameterSpace, sharded: dict[str, Any]) -> Any:
     """The one mesh of all sharded parameters of the space, or None."""
     found = None
-    for name in space.names:
-        if name not in sharded:
-            continue
-        parameter = sharded[name]
+    for name, parameter in ((name, sharded[name]) for name in space.names if name in sharded):
+        mesh = parameter.device_mesh
         if not is_dim0_sharded(parameter):
             raise ValueError(
-                f"{name!r} is placed as {tuple(parameter.placements)} on a mesh of shape "
-                f"{tuple(parameter.device_mesh.shape)}; expected (Shard(0),) on a mesh of one dimension, as "
-                "fully_shard does by default: tensor parallelism, replicated groups (HSDP) and other dimensions are "
-                "not measured."
+                f"{name!r}: expected (Shard(0),) on a mesh of one dimension, as fully_shard does by default, got "
+                f"{tuple(parameter.placements)} on a mesh of shape {tuple(mesh.shape)}; tensor parallelism, replicated "
+                "groups (HSDP) and other dimensions are not measured."
             )
-        if found is not None and found != parameter.device_mesh:
-            raise ValueError(
-                f"{name!r} is sharded over another mesh than the parameters before it; expected one mesh for all."
-            )
-        found = parameter.device_mesh
+        if found is not None and found != mesh:
+            raise ValueError(f"{name!r}: expected one mesh for all parameters, got {mesh} after {found}.")
+        found = mesh
     return found

@@ -1,15 +1,8 @@
-"""The processes that measure together. The only file that talks to torch.distributed.
+"""Process group of a probe: collectives, and agreement on errors.
 
-Every method is a collective: all ranks call the same ones in the same order. That is so by construction as long as
-whatever decides comes out of a sum over ranks; `Ranks.agree` is for what construction cannot give, an exception on
-one rank. Inside it every collective begins with a comparison of notes, one all-reduce of three numbers: has a rank
-failed, and are all at the same place? A rank that fails thus meets the others at their next collective, and all leave
-the block by an exception, as long as the code in it communicates by these methods alone.
-
-The sums of the eigensolver go without (`unchecked`): there a rank that fails takes part until the end with nan as its
-contribution, and the sums carry it to all. Its products are blocks of their own.
-
-A process alone (`group=None`) takes the same path with no communication.
+Nothing else in the package calls torch.distributed. Every method of `Ranks` is a collective: all ranks call the same
+ones in the same order, as long as every decision comes from a sum over ranks. An exception on one rank breaks this;
+`Ranks.agree` is for that. README.md in this folder has the protocols. One process alone (`group=None`) sends nothing.
 """
 
 from __future__ import annotations
@@ -19,17 +12,17 @@ import pickle
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-# The latter are their names in earlier versions of torch.
+# Newer versions of torch have new names for these two.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -42,21 +35,21 @@ def world() -> dist.ProcessGroup:
 
 
 class PeerError(RuntimeError):
-    """Another rank has failed, and says why; or the ranks have come to different places."""
+    """Another rank has failed, or ranks are at different collectives."""
 
 
 class Ranks:
-    """A group of processes, or one alone.
+    """A process group, or one process alone.
 
     Args:
         group: a process group of torch.distributed, gloo or nccl; None for this process alone.
-        device: of the process; the collectives of nccl want their tensors there, those of gloo on the CPU.
+        device: of the process; nccl takes tensors there, gloo on the CPU.
 
     Attributes:
-        index: of this rank in the group.
+        index: of this rank, in 0..W-1.
         count: W, the number of ranks.
-        calls: how often each collective was called, by its name.
-        nbytes: the bytes of the whole vectors that each collective was called for, by its name; objects count 0.
+        calls: number of calls of each collective, by its name.
+        nbytes: bytes of the whole vectors in the calls of each collective, by its name; objects count 0.
 
     Example:
         >>> alone = Ranks()
@@ -70,8 +63,9 @@ class Ranks:
         if group is not None and "gloo" in dist.get_backend_config(group):  # perhaps one of several
             _wait_for_gloo_at_exit()
         self._device = torch.device("cpu" if is_gloo else device)
-        self._compares_notes = False
-        self._ended = ""  # why the block that compares notes is over; nobody answers in it any more
+        self._source = 0 if group is None else dist.get_global_rank(group, 0)
+        self._is_checked = False  # inside of `agree` and not of `unchecked`: a check goes before each collective
+        self._ended = ""  # why the block of `agree` is over; the other ranks have left it and answer no more
         self.index = 0 if group is None else dist.get_rank(group)
         self.count = 1 if group is None else dist.get_world_size(group)
         self.calls: Counter[str] = Counter()
@@ -79,15 +73,15 @@ class Ranks:
 
     @property
     def bytes_moved(self) -> int:
-        """Of all calls so far."""
+        """Bytes of all calls so far."""
         return sum(self.nbytes.values())
 
     def all_reduce(self, local: Tensor) -> Tensor:
-        """Sum a small tensor over ranks, in its own precision; equal to the bit on all of them."""
+        """Sum a small tensor over ranks, to the same bits on all."""
         if self._group is None:
             return local
         total = local.to(self._device, copy=True).contiguous()
-        self._begin("all_reduce", total.nbytes, f"{total.shape}{total.dtype}")
+        self._begin("all_reduce", total)
         dist.all_reduce(total, group=self._group)
         return total.to(local.device)
 
@@ -95,43 +89,31 @@ class Ranks:
         """The smallest of one number a rank."""
         return min(self.all_gather_object(value))
 
-    def all_gather(
-        self,
-        local: Tensor,  # (s,), of one length on all ranks
-        out: Tensor,  # (W s,)
-    ) -> None:
+    def all_gather(self, local: Tensor, out: Tensor) -> None:  # (s,), s equal on all ranks; (W s,)
         """Write the slices of all ranks into `out`, one after another."""
-        if self._group is None:
-            out.copy_(local)
-            return
-        received, sent = self._placed(out), self._placed(local)
-        self._begin("all_gather", out.nbytes, f"{out.shape}{out.dtype}")
-        _all_gather(received, sent, group=self._group)
-        if received is not out:
-            out.copy_(received)
+        self._write("all_gather", _all_gather, local, out, whole=out)
 
-    def reduce_scatter(
-        self,
-        whole: Tensor,  # (W s,)
-        out: Tensor,  # (s,)
-    ) -> None:
-        """Sum a vector over ranks, and write this rank's slice of the sum into `out`."""
+    def reduce_scatter(self, whole: Tensor, out: Tensor) -> None:  # (W s,); (s,)
+        """Write this rank's slice of the sum over ranks into `out`."""
+        self._write("reduce_scatter", _reduce_scatter, whole, out, whole=whole)
+
+    def _write(self, name: str, collective: Callable[..., Any], source: Tensor, out: Tensor, *, whole: Tensor) -> None:
         if self._group is None:
-            out.copy_(whole)
+            out.copy_(source)
             return
-        received, sent = self._placed(out), self._placed(whole)
-        self._begin("reduce_scatter", whole.nbytes, f"{whole.shape}{whole.dtype}")
-        _reduce_scatter(received, sent, group=self._group)
+        received, sent = self._placed(out), self._placed(source)
+        self._begin(name, whole)
+        collective(received, sent, group=self._group)
         if received is not out:
             out.copy_(received)
 
     def all_to_all(self, whole: Tensor) -> Tensor:  # (W s,) to (W s,)
-        """The r-th slice of each rank's vector goes to rank r, which gets one from each."""
+        """Send the r-th slice of each rank's vector to rank r."""
         if self._group is None:
             return whole
         sent = self._placed(whole)
         received = torch.empty_like(sent)
-        self._begin("all_to_all", whole.nbytes, f"{whole.shape}{whole.dtype}")
+        self._begin("all_to_all", whole)
         dist.all_to_all_single(received, sent, group=self._group)
         return received.to(whole.device)
 
@@ -141,112 +123,111 @@ class Ranks:
             return
         for tensor in tensors:
             moved = self._placed(tensor)
-            self._begin("broadcast", tensor.nbytes, f"{tensor.shape}{tensor.dtype}")
+            self._begin("broadcast", tensor)
             dist.broadcast(moved, self._source, group=self._group)
             if moved is not tensor:
                 tensor.copy_(moved)
 
     def broadcast_object(self, value: T) -> T:
-        """What the first rank has: a decision, or anything that can be pickled."""
+        """The first rank's value; anything that can be pickled."""
         if self._group is None:
             return value
-        # Not in the collective: a value that cannot be pickled would leave the others waiting in it.
-        held = [pickle.dumps(value) if self.index == 0 else b""]
-        self._begin("broadcast_object", 0, "")
-        dist.broadcast_object_list(held, self._source, group=self._group, device=self._device)
-        result: T = value if self.index == 0 else pickle.loads(held[0])
+        # Pickled before the collective: a value that cannot be pickled would leave the others waiting in it.
+        packed = [pickle.dumps(value) if self.index == 0 else b""]
+        self._begin("broadcast_object")
+        dist.broadcast_object_list(packed, self._source, group=self._group, device=self._device)
+        result: T = value if self.index == 0 else pickle.loads(packed[0])
         return result
 
     def all_gather_object(self, value: T) -> list[T]:
-        """What each rank has, by rank; anything that can be pickled."""
+        """The values of all ranks, by rank; anything that can be pickled."""
         if self._group is None:
             return [value]
-        own, held = pickle.dumps(value), [b""] * self.count
-        self._begin("all_gather_object", 0, "")
-        dist.all_gather_object(held, own, self._group)
-        return [pickle.loads(packed) for packed in held]
+        own, gathered = pickle.dumps(value), [b""] * self.count
+        self._begin("all_gather_object")
+        dist.all_gather_object(gathered, own, self._group)
+        return [pickle.loads(packed) for packed in gathered]
 
     @contextmanager
     def agree(self) -> Iterator[None]:
-        """All ranks get to the end of the block, or none does: see the top of this file.
+        """Bring all ranks to the end of the block, or none.
+
+        A check, one all-reduce of three numbers, goes before every collective in the block. A rank that fails meets the
+        others at its next check, and all leave the block by an exception. The code in the block may only communicate by
+        these methods. A block inside of a block is part of the outer one.
 
         Raises:
-            PeerError: on a rank that is all right, when another one is not.
+            PeerError: on a rank that is well, when another one is not.
         """
-        if self._group is None or self._compares_notes:
+        if self._group is None or self._is_checked:
             yield
             return
-        self._compares_notes, self._ended = True, ""
+        self._is_checked, self._ended = True, ""
         try:
             yield
-            self._meet("the end")
+            self._check("the end")
         except Exception as error:
             self.fail(error)
             raise
         finally:
-            self._compares_notes = False
+            self._is_checked = False
 
     def fail(self, error: Exception) -> None:
-        """Within `agree`: tell the others at once, where the exception may not come to the end of the block soon."""
-        if self._compares_notes and not self._ended:
-            self._meet("", error)
+        """Within `agree`: tell the others of an exception at once."""
+        if self._is_checked and not self._ended:
+            self._check("", error)
 
     @contextmanager
     def unchecked(self) -> Iterator[None]:
-        """Within `agree`: collectives without the comparison, where no rank can leave before the others.
+        """Omit the checks within `agree`, where no rank can leave alone.
 
-        All ranks get into it, or none does. A `agree` in it compares notes, and is a block of its own.
+        All ranks enter the block or none does. An `agree` inside of it is checked, and is a block of its own.
         """
-        if self._compares_notes:
-            self._meet("bare")
-        before, self._compares_notes = self._compares_notes, False
+        if self._is_checked:
+            self._check("unchecked")
+        before, self._is_checked = self._is_checked, False
         try:
             yield
         finally:
-            self._compares_notes = before
+            self._is_checked = before
 
     def describe(self, error: Exception) -> str:
-        """What went wrong in a block, in words, and on which of several ranks."""
+        """An exception in words, with its rank if there are several."""
         if self.count == 1:
             return in_words(error)
         return str(error) if isinstance(error, PeerError) else f"rank {self.index}: {in_words(error)}"
 
     def _placed(self, tensor: Tensor) -> Tensor:
-        """The tensor where the collectives want it: gloo takes those of an accelerator by way of the CPU (untested)."""
-        return tensor if tensor.device.type == self._device.type else tensor.to(self._device)
+        """The tensor on the device of the collectives."""
+        return tensor if tensor.device.type == self._device.type else tensor.to(self._device)  # gloo: untested
 
-    @property
-    def _source(self) -> int:
-        assert self._group is not None
-        return dist.get_global_rank(self._group, 0)
-
-    def _begin(self, name: str, nbytes: int, shape: str) -> None:
-        if self._compares_notes:
-            self._meet(f"{name} {shape}")
+    def _begin(self, name: str, tensor: Tensor | None = None) -> None:
+        if self._is_checked:
+            self._check(f"{name} " if tensor is None else f"{name} {tensor.shape}{tensor.dtype}")
         self.calls[name] += 1
-        self.nbytes[name] += nbytes
+        self.nbytes[name] += 0 if tensor is None else tensor.nbytes
 
-    def _meet(self, place: str, error: Exception | None = None) -> None:
-        """Compare notes with the other ranks.
+    def _check(self, place: str, error: Exception | None = None) -> None:
+        """Check that all ranks are well and at the same place.
 
         Args:
-            place: where this rank is; must be the same on all.
-            error: what has happened to this rank; then it is nowhere.
+            place: where this rank is: the collective to come and its shape.
+            error: of this rank; then it is at no place.
 
         Raises:
-            PeerError: unless all ranks are well and at the same place.
+            PeerError: on a rank that is well, unless all are, and at the same place.
         """
-        if self._ended:  # and somebody has kept the exception to himself
+        if self._ended:  # code in the block has swallowed the exception
             raise PeerError(self._ended)
         code = float(zlib.crc32(place.encode()))
-        # Of each the largest over ranks: whether one has failed; the place; the place negated. The last two sum to 0 if
-        # all are equal. A rank that has failed is at no place: smaller than any.
-        notes = [0.0, code, -code] if error is None else [1.0, -1.0, -float(1 << 33)]
-        noted = torch.tensor(notes, dtype=torch.float64, device=self._device)
-        self.calls["meet"] += 1
-        self.nbytes["meet"] += noted.nbytes
-        dist.all_reduce(noted, dist.ReduceOp.MAX, group=self._group)
-        failed, high, low = noted.tolist()
+        # The maximum of each over ranks: has one failed; the place; the place negated. The last two sum to 0 if all are
+        # equal. A rank that has failed sends less than any place.
+        flags = [0.0, code, -code] if error is None else [1.0, -1.0, -float(1 << 33)]
+        found = torch.tensor(flags, dtype=torch.float64, device=self._device)
+        self.calls["check"] += 1
+        self.nbytes["check"] += found.nbytes
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group)
+        failed, high, low = found.tolist()
         if failed:
             causes: list[str | None] = [None] * self.count
             dist.all_gather_object(causes, None if error is None else in_words(error), self._group)
@@ -262,15 +243,15 @@ class Ranks:
 
 @cache  # once a process
 def _wait_for_gloo_at_exit() -> None:
-    # A thread of gloo drops the tensors of a collective after the collective has returned, and needs the GIL for it. If
-    # it gets no turn before the interpreter ends, it aborts the process (pytorch issue 190489). Destroying the group
-    # does not help as long as something refers to it, and DDP does. Who sleeps gives the GIL away: ten turns.
+    # A thread of gloo drops the tensors of a collective after it has returned, and needs the GIL for that. If it gets
+    # no turn before the interpreter ends, it aborts the process (pytorch issue 190489). Destroying the group does not
+    # help while something refers to it, and DDP does. Sleeping gives the GIL away: ten turns.
     atexit.register(time.sleep, 0.05)
 
 
 def in_words(error: Exception) -> str:
-    """An exception as a traceback ends, also where its class makes nothing of it."""
+    """An exception as the last line of a traceback."""
     try:
         return f"{type(error).__name__}: {error}"
-    except Exception:  # of its `__str__`; whoever is told waits
+    except Exception:  # its class has a broken `__str__`; the other ranks wait for an answer
         return type(error).__name__

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from lightning_subspace.curvature import CurvatureConfig
 from lightning_subspace.curvature.selection import Curvature, OnCheckFail, Precision
 from lightning_subspace.data.micro_batch import Weight
-from lightning_subspace.data.source import SampleSpec
+from lightning_subspace.data.sample import SampleSpec
 from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss.loss_function import LossFunction
 from lightning_subspace.loss.training_loss import Mode

@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 def copied(data: Any, copy_tensor: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of a batch that shares nothing with it: arrays, lists and objects of any class included.
+    """A deep copy of a batch, objects of any class included.
 
     Args:
         data: the batch.
-        copy_tensor: used for the tensors in collections; those inside objects of other classes are copied as they are.
+        copy_tensor: copies the tensors in collections; those inside objects of other classes are deep-copied.
 
     Example:
         >>> import torch

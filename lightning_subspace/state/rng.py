@@ -1,21 +1,20 @@
-"""The global random generators: snapshots of them, and putting them back as they were."""
+"""Snapshots of the global random generators."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True)
 class RandomState:
-    """What the global generators of torch (CPU and every initialised accelerator), numpy and python are at.
+    """State of the global random generators of torch, numpy and Python.
 
     Example:
         >>> state = RandomState.now()
@@ -25,37 +24,31 @@ class RandomState:
         True
     """
 
-    cpu: Tensor
-    legacy: Any
-    python: Any
-    cuda: list[Tensor] | None
-    mps: Tensor | None
+    states: tuple[tuple[Callable[[Any], object], Any], ...]  # a function that sets a state, and the state
 
     @classmethod
     def now(cls) -> RandomState:
-        """A snapshot."""
-        return cls(
-            torch.get_rng_state(),
-            np.random.get_state(),
-            random.getstate(),
-            torch.cuda.get_rng_state_all() if _cuda_in_use() else None,
-            torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
-        )
+        """A snapshot of the present state."""
+        states: list[tuple[Callable[[Any], object], Any]] = [
+            (torch.set_rng_state, torch.get_rng_state()),
+            (np.random.set_state, np.random.get_state()),
+            (random.setstate, random.getstate()),
+        ]
+        if _cuda_in_use():  # untested: no GPU was available
+            states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+        if torch.backends.mps.is_available():  # untested
+            states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
+        return cls(tuple(states))
 
     def restore(self) -> None:
-        """Bring every generator back to it."""
-        torch.set_rng_state(self.cpu)
-        np.random.set_state(self.legacy)
-        random.setstate(self.python)
-        if self.cuda is not None:  # untested: no GPU was available
-            torch.cuda.set_rng_state_all(self.cuda)
-        if self.mps is not None:  # untested
-            torch.mps.set_rng_state(self.mps)
+        """Set every generator to this state."""
+        for set_state, state in self.states:
+            set_state(state)
 
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Put the global generators back as they were, also on an exception.
+    """Restore the global generators at the end, also on an exception.
 
     Example:
         >>> state = torch.get_rng_state()
@@ -72,11 +65,8 @@ def preserved_random_state() -> Iterator[None]:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed every global generator.
-
-    `torch.manual_seed` is not used: it also queues a seed for CUDA where CUDA has not been initialised, which would
-    reach the user's own CUDA generator later.
-    """
+    """Seed every global generator."""
+    # Not by `torch.manual_seed`: where CUDA is not initialised it queues a seed, for the user's own generator later.
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

@@ -141,7 +141,7 @@ def _whole(vectors: Tensor, partition: Partition) -> Tensor:
     """All columns of a few short vectors, by one sum."""
     whole = vectors.new_zeros(len(vectors), partition.n)
     done = 0
-    for piece in partition.own:
+    for piece in partition.local_ranges:
         whole[:, piece.start : piece.stop] = vectors.detach()[:, done : done + len(piece)]
         done += len(piece)
     return partition.ranks.all_reduce(whole)

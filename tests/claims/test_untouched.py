@@ -273,7 +273,7 @@ def test_a_failing_logger_is_told_and_changes_nothing(alone, tmp_path, monkeypat
 @pytest.mark.filterwarnings("ignore:The second derivatives of this model are not those")
 @pytest.mark.parametrize("name", ["Everything", "Teacher", "Hooks"])
 @pytest.mark.parametrize(
-    ("owner", "function"), [(Hessian, "matvec"), (training_loss, "as_scalar"), (containment.Shadow, "renew")]
+    ("owner", "function"), [(Hessian, "matvec"), (training_loss, "as_scalar"), (containment.Shadow, "reset")]
 )
 def test_an_interrupted_probe_leaves_every_object_in_place(name, owner, function, monkeypatch):
     module = PROJECTS[name]()
@@ -371,7 +371,7 @@ PIECES = {
     "closures": (without("_of_cell", []), "Hooks", {}),
     "plain objects": (without("_is_own", False), "Attributes", {}),
     "caches": (lambda p: p.setattr(containment, "own_caches", lambda module: []), "Cached", {}),
-    "bystanders": (lambda p: p.setattr(training_loss, "bystanders", lambda module: []), "Conductor", {}),
+    "extra_roots": (lambda p: p.setattr(training_loss, "extra_roots", lambda module: []), "Conductor", {}),
     "self.log": (lambda p: p.setattr(_lightning, "_cover", nothing), "Metrics", {}),
     "loggers": (lambda p: p.setattr(_lightning, "Silent", lambda logger: logger), "Writers", {}),
     "kept writers": (lambda p: p.setattr(_lightning, "_writes", lambda *args: False), "Writers", {}),

@@ -105,8 +105,8 @@ def buffers_of_others():
     nn.init.normal_(module[1].running_mean)
     nn.init.ones_(module[0].weight)
     module = shard(module)
-    stand_ins = {id(module[1].running_mean): torch.zeros(3)}
-    with ShardedLoss(module, ParameterSpace.of(module), loss_fn, mode="eval", stand_ins=stand_ins) as loss:
+    replacements = {id(module[1].running_mean): torch.zeros(3)}
+    with ShardedLoss(module, ParameterSpace.of(module), loss_fn, mode="eval", replacements=replacements) as loss:
         used = []
         operator_of(loss, images).mean_gradient([micro_batch(images, 0)])
         loss._shadow.reset()

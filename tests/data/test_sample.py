@@ -1,80 +1,17 @@
-"""The fixed sample: which examples, in which order and with which weights; and that drawing it disturbs nothing."""
+"""The fixed sample: which examples, in which order and with which weights; and batches given by the user."""
 
 import math
-import multiprocessing
 import random
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    Sampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    TensorDataset,
-    WeightedRandomSampler,
-)
+from torch.utils.data import DataLoader, DistributedSampler, SubsetRandomSampler, TensorDataset
 
-from lightning_subspace.data.micro_batch import (
-    MicroBatch,
-    SampleError,
-    few_examples,
-    number_of_examples,
-    single_examples,
-)
+from lightning_subspace.data.micro_batch import MicroBatch, SampleError
 from lightning_subspace.data.sample import Sample, sample_of_batches, sample_of_current, sample_of_dataset
 from lightning_subspace.parallel.ranks import Ranks
-
-COUNT = 50
-
-
-class Numbered(Dataset):
-    """Example i is the number i, with noise from every generator there is."""
-
-    def __init__(self, count=COUNT):
-        self.count = count
-        self.generator = torch.Generator().manual_seed(5)
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        noise = torch.rand(1, generator=self.generator) + torch.rand(1) + np.random.rand() + random.random()
-        return torch.tensor(index), noise.float()
-
-
-def loader(dataset=None, **options):
-    if "batch_sampler" in options:
-        options["batch_size"] = 1  # what torch expects beside it
-    return DataLoader(Numbered() if dataset is None else dataset, **({"batch_size": 8} | options))
-
-
-def indices(batches):
-    return [i for batch in batches for i in batch.data[0].tolist()]
-
-
-def sizes(batches):
-    return [len(batch.data[0]) for batch in batches]
-
-
-def all_states(dataset):
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()
-    return (
-        torch_state.numpy().tobytes(),
-        numpy_state[1].tobytes(),
-        numpy_state[2:],
-        random.getstate(),
-        dataset.generator.get_state().numpy().tobytes(),
-    )
-
-
-# Which examples
+from tests.data.datasets import COUNT, Numbered, RandomStream, Ready, Stream, all_states, indices, loader, sizes
 
 
 def test_examples_are_drawn_without_repetition_and_not_in_order():
@@ -138,93 +75,6 @@ def test_the_batch_size_can_be_chosen():
     assert sizes(sample_of_dataset(loader(), 10, batch_size=7).hessian) == [5, 5]
 
 
-def test_only_what_a_subset_sampler_may_draw():
-    allowed = list(range(0, COUNT, 3))
-    sample = sample_of_dataset(loader(sampler=SubsetRandomSampler(allowed)), None)
-    assert sorted(indices(sample.hessian)) == allowed
-    held_out_everywhere = sample_of_dataset(loader(sampler=SubsetRandomSampler(torch.tensor(allowed))), 5, 9)
-    assert set(indices((*held_out_everywhere.hessian, *held_out_everywhere.extra))) <= set(allowed)
-
-
-@pytest.mark.parametrize(
-    "inner", [SequentialSampler(range(COUNT)), RandomSampler(range(COUNT)), SubsetRandomSampler(range(COUNT - 1))]
-)
-def test_a_batch_sampler(inner):
-    sample = sample_of_dataset(DataLoader(Numbered(), batch_sampler=BatchSampler(inner, 6, drop_last=True)), 15)
-    assert sizes(sample.hessian) == [5, 5, 5]
-    if isinstance(inner, SubsetRandomSampler):
-        assert COUNT - 1 not in indices(sample.hessian)
-
-
-def test_a_weighted_sampler_with_replacement_is_followed():
-    weights = torch.tensor([0.0] * 10 + [1.0] * 20 + [3.0] * 20)
-    sample = sample_of_dataset(loader(sampler=WeightedRandomSampler(weights, 2000), num_workers=1), None)
-    drawn = torch.tensor(indices(sample.hessian))
-    assert len(drawn) == 2000  # "all" is an epoch's worth
-    frequencies = torch.bincount(drawn, minlength=COUNT) / 2000
-    expected = weights / weights.sum()
-    assert (frequencies - expected).abs().max() < 5 * (expected.max() / 2000).sqrt()  # five standard deviations
-    assert frequencies[:10].sum() == 0.0  # weight zero: held out
-    assert frequencies[30:].sum() == pytest.approx(0.75, abs=0.05)
-    assert sample.population == math.inf
-
-
-def test_a_weighted_sampler_without_replacement_is_followed():
-    sampler = WeightedRandomSampler(torch.arange(COUNT) + 1.0, 20, replacement=False)
-    drawn = [indices(sample_of_dataset(loader(sampler=sampler), 8, 16, seed=seed).hessian) for seed in range(12)]
-    assert all(len(set(one)) == 8 for one in drawn)
-    mean = torch.tensor(drawn).float().mean()
-    assert mean > 28.0  # uniform: 24.5
-
-
-def test_a_small_epoch_of_weighted_draws_bounds_the_sample():
-    assert (
-        len(indices(sample_of_dataset(loader(sampler=WeightedRandomSampler(torch.ones(COUNT), 10)), 30).hessian)) == 10
-    )
-
-
-@pytest.mark.parametrize(
-    ("options", "limit", "expected"),
-    [
-        ({}, 2, 16),
-        ({}, math.inf, COUNT),
-        ({}, 100, COUNT),
-        ({"drop_last": True}, math.inf, 48),
-        ({"drop_last": True}, 3, 24),
-        ({"shuffle": True}, 2, COUNT),
-        ({"shuffle": True, "drop_last": True}, math.inf, COUNT),
-        ({"sampler": SubsetRandomSampler(range(30))}, 2, 30),
-        ({"batch_sampler": [[0, 1, 2, 3], [4, 5]]}, 1, COUNT),
-    ],
-)
-def test_without_shuffling_the_batches_behind_the_last_are_not_of_the_training_set(options, limit, expected):
-    found = sample_of_dataset(loader(**options), None, limit=limit, batch_size=10)
-    assert sorted(indices(found.hessian)) == list(range(expected))
-    assert found.hessian_share == 1.0
-
-
-class EveryOther(Sampler):
-    def __iter__(self):
-        raise AssertionError("the sampler of training may not be moved")
-
-    def __len__(self):
-        return COUNT // 2
-
-
-def test_another_sampler_is_taken_to_draw_all_examples():
-    assert sorted(indices(sample_of_dataset(loader(sampler=EveryOther()), None).hessian)) == list(range(COUNT))
-
-
-class Ready(Dataset):
-    """Items that are batches: item i has i examples, all of them i."""
-
-    def __len__(self):
-        return 7
-
-    def __getitem__(self, index):
-        return (torch.full((index + 1,), index),)
-
-
 def test_items_that_are_batches_are_drawn_whole():
     sample = sample_of_dataset(loader(Ready(), batch_size=None, shuffle=True), 6, 15)
     batches = [*sample.hessian, *sample.extra]
@@ -238,63 +88,9 @@ def test_items_that_are_batches_are_drawn_whole():
     assert sorted(batch.size for batch in everything) == [1, 2, 3, 4, 5, 6, 7]
 
 
-class ByList(Dataset):
-    """Takes a list of indices, and gives a batch."""
-
-    def __len__(self):
-        return COUNT
-
-    def __getitem__(self, listed):
-        return (torch.tensor(listed),)
-
-
-def test_a_sampler_of_lists_without_automatic_batching():
-    sampler = BatchSampler(SubsetRandomSampler(range(20)), 6, drop_last=False)
-    sample = sample_of_dataset(loader(ByList(), batch_size=None, sampler=sampler), None)
-    assert sizes(sample.hessian) == [5, 5, 5, 5]
-    assert sorted(indices(sample.hessian)) == list(range(20))
-
-
-def doubled(examples):
-    return torch.stack([number for number, _ in examples]), torch.full((len(examples),), 2.0)
-
-
-def test_the_collate_function_is_the_loaders():
-    sample = sample_of_dataset(loader(collate_fn=doubled), 10)
-    assert [batch.data[1].tolist() for batch in sample.hessian] == [[2.0] * 5, [2.0] * 5]
-
-
 def test_a_weight_function():
     sample = sample_of_dataset(loader(), 10, weight=lambda batch: 1.0 + len(batch[0]))
     assert [batch.weight for batch in sample.hessian] == [6.0, 6.0]
-
-
-# What drawing must not do
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_no_generator_moves(workers):
-    dataset = Numbered()
-    trainer_loader = loader(dataset, shuffle=True, num_workers=workers, generator=torch.Generator().manual_seed(3))
-    before, of_loader = all_states(dataset), trainer_loader.generator.get_state()
-    sample_of_dataset(trainer_loader, 12, 30)
-    assert all_states(dataset) == before
-    assert torch.equal(trainer_loader.generator.get_state(), of_loader)
-
-
-def test_workers_are_gone_afterwards():
-    before = set(multiprocessing.active_children())
-    sample_of_dataset(loader(num_workers=2, persistent_workers=True), 12)
-    assert set(multiprocessing.active_children()) <= before
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_same_seed_gives_the_same_bits(workers):
-    first, again = (sample_of_dataset(loader(num_workers=workers), 12, 20, seed=3) for _ in range(2))
-    torch.rand(1)
-    for a, b in zip((*first.hessian, *first.extra), (*again.hessian, *again.extra), strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a.data, b.data, strict=True))
-    assert indices(sample_of_dataset(loader(), 12, seed=4).hessian) != indices(first.hessian)
 
 
 def test_the_sample_holds_its_own_copies():
@@ -303,9 +99,6 @@ def test_the_sample_holds_its_own_copies():
     values.zero_()
     assert sorted(sample.hessian[0].data[0].tolist()) == [0, 1, 2, 3, 4, 5]
     assert sample.nbytes == 6 * 4
-
-
-# Batches given by the user
 
 
 def test_given_batches():
@@ -391,70 +184,6 @@ def test_the_current_batch():
     (batch,) = sample.hessian
     assert (batch.weight, batch.transferred) == (1.0, True)  # it has been through the hooks of the module
     assert batch.data[0].sum() == 10.0
-
-
-def test_number_of_examples():
-    assert number_of_examples({"scale": torch.tensor(1.0), "x": torch.zeros(6, 2), "y": torch.zeros(3)}) == 6
-    assert number_of_examples([{"x": torch.zeros(2, 9)}]) == 2
-
-
-# A few examples of a batch
-
-
-def test_few_examples_of_a_batch():
-    batch = MicroBatch({"x": torch.arange(20), "y": (torch.arange(20), "name")}, 20.0, 4, transferred=True)
-    few = few_examples(batch, 8)
-    assert few.data["x"].tolist() == few.data["y"][0].tolist() == list(range(8))
-    assert few.data["y"][1] == "name"
-    assert (few.weight, few.index, few.transferred) == (8.0, 4, True)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [torch.zeros(8, 2), (torch.zeros(20), torch.zeros(19)), (torch.zeros(20), torch.tensor(1.0)), "no tensor"],
-    ids=["small", "uneven", "scalar", "nothing"],
-)
-def test_a_batch_that_cannot_be_cut_stays_whole(data):
-    batch = MicroBatch(data, 20.0, 0)
-    assert few_examples(batch, 8) is batch
-
-
-def test_single_examples_of_a_batch():
-    batch = MicroBatch({"x": torch.arange(6).view(3, 2), "y": (torch.arange(3), "name")}, 20.0, 4, transferred=True)
-    examples = single_examples(batch)
-    assert [e.data["x"].tolist() for e in examples] == [[[0, 1]], [[2, 3]], [[4, 5]]]
-    assert [(e.data["y"][0].tolist(), e.data["y"][1]) for e in examples] == [([i], "name") for i in range(3)]
-    assert [(e.weight, e.index, e.transferred, e.size, e.draw) for e in examples] == [
-        (1.0, 4, True, 1, i) for i in range(3)
-    ]
-    assert examples[1].data["x"].data_ptr() == batch.data["x"][1].data_ptr()  # no copies
-
-
-@pytest.mark.parametrize(
-    "data",
-    [(torch.zeros(20), torch.zeros(19)), (torch.zeros(20), torch.tensor(1.0)), torch.zeros(0, 2), "no tensor"],
-    ids=["uneven", "scalar", "empty", "nothing"],
-)
-def test_a_batch_without_single_examples(data):
-    assert single_examples(MicroBatch(data, 20.0, 0)) is None
-
-
-# Errors
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(range(10))
-
-
-class RandomStream(IterableDataset):
-    def __init__(self):
-        self.generator, self.count = torch.Generator().manual_seed(1), 0
-
-    def __iter__(self):
-        for _ in range(10):
-            self.count += 1
-            yield (torch.rand((), generator=self.generator),)
 
 
 class Unsized:

@@ -16,7 +16,7 @@ from lightning_subspace.data.micro_batch import MicroBatch, number_of_examples
 from lightning_subspace.data.sample import sample_of_batches
 from lightning_subspace.loss import shadow as containment
 from lightning_subspace.loss import training_loss
-from lightning_subspace.loss.loss_function import LossError, check_loss_function
+from lightning_subspace.loss.loss_function import LossError, resolve_loss
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from tests.modules import (
@@ -104,18 +104,18 @@ def test_masks_depend_on_the_micro_batch_and_on_the_seed_alone():
     assert not set(values(1, [0, 1, 2])) & set(first)
 
 
-def renew_once(self, renew=containment.Shadow.renew):
+def reset_once(self, reset=containment.Shadow.reset):
     if self._round == 0:
-        renew(self)
+        reset(self)
 
 
 @pytest.mark.parametrize(
     ("piece", "owner", "replacement", "name"),
     [
-        ("renew", containment.Shadow, renew_once, "Attributes"),
+        ("reset", containment.Shadow, reset_once, "Attributes"),
         ("copied", training_loss, lambda data, copy: data, "InPlaceBatch"),
         ("seed_generators", training_loss, lambda seed: None, "Randomness"),
-        ("settle", containment.Shadow, lambda self: None, "Teacher"),
+        ("drop_written", containment.Shadow, lambda self: None, "Teacher"),
     ],
 )
 def test_without_a_piece_evaluations_differ(piece, owner, replacement, name, tmp_path, monkeypatch):
@@ -379,13 +379,13 @@ def returning(result):
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        (lambda loss: None, "the training step of Returns returned no loss for this batch"),
-        (lambda loss: {}, "the training step of Returns returned no loss"),
-        (lambda loss: {"losses": loss}, "return a tensor or {'loss': ...}"),
-        (lambda loss: {"loss": None}, "returned no loss"),
-        (lambda loss: loss.expand(3), r"must be a scalar tensor, got \(3,\); average it over the batch"),
-        (lambda loss: 1.5, "must be a scalar tensor, got float"),
-        (lambda loss: [loss], "must be a scalar tensor, got list"),
+        (lambda loss: None, "the loss of Returns: expected .*, got none for this batch"),
+        (lambda loss: {}, "the loss of Returns: expected .*, got none"),
+        (lambda loss: {"losses": loss}, "expected a tensor or {'loss': ...}"),
+        (lambda loss: {"loss": None}, "got none"),
+        (lambda loss: loss.expand(3), r"expected a scalar tensor, got \(3,\); average it over the batch"),
+        (lambda loss: 1.5, "expected a scalar tensor, got float"),
+        (lambda loss: [loss], "expected a scalar tensor, got list"),
         (lambda loss: loss * float("nan"), "the loss of Returns is nan on the fixed sample"),
         (lambda loss: loss / 0, "the loss of Returns is inf"),
         (lambda loss: loss.detach(), "does not depend on the parameters .* was it detached?"),
@@ -444,7 +444,7 @@ class Bare(LightningModule):
 @pytest.mark.parametrize("make", [OneArgument, OneAndOptions, AnyArguments, ThreeArguments])
 def test_signatures(make):
     module = make()
-    check_loss_function(module, None)
+    resolve_loss(module, None)
     with TrainingLoss(module, ParameterSpace.of(module)) as loss:
         value = loss(batch_of()).value
     assert torch.equal(
@@ -465,8 +465,8 @@ def test_modules_without_a_loss(make, message):
     with pytest.raises(TypeError, match=message):
         TrainingLoss(module, ParameterSpace.of(module))
     with pytest.raises(TypeError, match=message):
-        check_loss_function(module, None)
-    check_loss_function(module, cross_entropy)
+        resolve_loss(module, None)
+    resolve_loss(module, cross_entropy)
 
 
 def test_an_error_of_the_step_is_its_own_and_nothing_is_changed():

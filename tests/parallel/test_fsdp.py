@@ -16,7 +16,7 @@ from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.fsdp import (
     full_tensors,
     is_sharded,
-    own_part,
+    local_slice,
     rank_zero_buffers,
     reshard,
     sharded_parameters,
@@ -162,7 +162,7 @@ def product_on_whole_tensors(name, dtype, options):
     module, data = made(name, dtype)
     module = shard(module, **options)
     space = ParameterSpace.of(module)
-    with TrainingLoss(module, space, loss_fn, dtype=dtype, stand_ins=full_tensors(module)) as loss:
+    with TrainingLoss(module, space, loss_fn, dtype=dtype, replacements=full_tensors(module)) as loss:
         return summed_product(loss, data)
 
 
@@ -213,12 +213,12 @@ def other_forward_methods():
     def loss_fn(module, batch, batch_idx):
         return module.encode(batch).square().mean()
 
-    with TrainingLoss(module, space, loss_fn, stand_ins=full_tensors(module)) as loss:
+    with TrainingLoss(module, space, loss_fn, replacements=full_tensors(module)) as loss:
         product = Hessian(loss, [batch]).matvec(torch.ones(space.n))
     module.encode(batch.data)  # without a backward pass: parameters stay gathered
-    stand_ins = full_tensors(module)
+    replacements = full_tensors(module)
     module.encode(batch.data)
-    with TrainingLoss(module, space, loss_fn, stand_ins=stand_ins) as loss:
+    with TrainingLoss(module, space, loss_fn, replacements=replacements) as loss:
         again = Hessian(loss, [batch]).matvec(torch.ones(space.n))
     expected = matrix.sum(dim=1)
     return float((product - expected).norm() / expected.norm()), torch.equal(product, again), before is module.encode
@@ -253,7 +253,7 @@ def step_of_a_sharded_module(kind, factor, times):
         register_fsdp_forward_method(module, "training_step")
     before = vars(module)["training_step"]
     space, batch = ParameterSpace.of(module), MicroBatch(images(0)[0], 1.0, 2)
-    with TrainingLoss(module, space, stand_ins=full_tensors(module)) as loss:
+    with TrainingLoss(module, space, replacements=full_tensors(module)) as loss:
         product = Hessian(loss, [batch]).matvec(torch.ones(space.n))
     expected = matrix.sum(dim=1)
     return float((product - expected).norm() / expected.norm()), before is module.training_step
@@ -270,7 +270,7 @@ def checked(name):
     module, data = made(name)
     module = shard(module)
     space = ParameterSpace.of(module)
-    loss = TrainingLoss(module, space, loss_fn, dtype=torch.float64, stand_ins=full_tensors(module))
+    loss = TrainingLoss(module, space, loss_fn, dtype=torch.float64, replacements=full_tensors(module))
     return self_check(loss, micro_batch(data, 0)).outcome
 
 
@@ -284,26 +284,26 @@ def test_the_float64_self_check_runs_on_whole_tensors():
 def copies():
     module, data = made("frozen")
     module = shard(module)
-    stand_ins = full_tensors(module)
-    addresses = {tensor.data_ptr() for tensor in stand_ins.values()}
+    replacements = full_tensors(module)
+    addresses = {tensor.data_ptr() for tensor in replacements.values()}
     before = [p.to_local().clone() for p in sharded_parameters(module).values()]
-    with TrainingLoss(module, ParameterSpace.of(module), loss_fn, stand_ins=stand_ins) as loss:
+    with TrainingLoss(module, ParameterSpace.of(module), loss_fn, replacements=replacements) as loss:
         loss(micro_batch(data, 0))
         leaves = list(module.parameters())
         is_plain = not any(is_sharded(p) for p in leaves)
-        are_stand_ins = {p.data_ptr() for p in leaves} == addresses
+        are_replacements = {p.data_ptr() for p in leaves} == addresses
     after = [p.to_local() for p in sharded_parameters(module).values()]
-    return is_plain, are_stand_ins, all(map(torch.equal, before, after)), len(stand_ins)
+    return is_plain, are_replacements, all(map(torch.equal, before, after)), len(replacements)
 
 
-def test_stand_ins_are_the_leaves_themselves():
+def test_replacements_are_the_leaves_themselves():
     assert run(copies, 2) == [(True, True, True, 6)] * 2
 
 
 def narrow():
     module = shard(made("uneven")[0].bfloat16())
     whole = full_tensors(module)
-    parts = [torch.equal(own_part(whole[id(p)], p), p.to_local().float()) for p in module.parameters()]
+    parts = [torch.equal(local_slice(whole[id(p)], p), p.to_local().float()) for p in module.parameters()]
     return {t.dtype for t in whole.values()}, {t.dtype for t in full_tensors(module, None).values()}, all(parts)
 
 
@@ -332,7 +332,7 @@ def writing(write):
         return loss_fn(module, batch, batch_idx)
 
     try:
-        with TrainingLoss(module, ParameterSpace.of(module), clamping, stand_ins=full_tensors(module)) as loss:
+        with TrainingLoss(module, ParameterSpace.of(module), clamping, replacements=full_tensors(module)) as loss:
             loss(micro_batch(data, 0))
     except RuntimeError as error:
         return str(error)
@@ -358,15 +358,15 @@ def test_a_training_step_that_writes_to_its_weights_is_refused_on_every_rank(wri
         assert "writes to a parameter that FSDP2 has sharded" in message
 
 
-def without_stand_ins():
+def without_replacements():
     module = shard(made("uneven")[0])
     with TrainingLoss(module, ParameterSpace.of(module), loss_fn):
         pass
 
 
-def test_without_stand_ins_it_is_refused():
+def test_without_replacements_it_is_refused():
     with pytest.raises(ValueError, match="expected the whole of every sharded tensor"):
-        run(without_stand_ins, 2)
+        run(without_replacements, 2)
 
 
 def hooks():
@@ -396,7 +396,7 @@ def buffers():
     kept = all(torch.equal(own[name], buffer) for name, buffer in module.named_buffers())
     strides = all(copies[id(b)].stride() == b.stride() for b in module.buffers())
     with TrainingLoss(
-        module, ParameterSpace.of(module), lambda m, x, i: m(x).mean(), mode="eval", stand_ins=copies
+        module, ParameterSpace.of(module), lambda m, x, i: m(x).mean(), mode="eval", replacements=copies
     ) as t:
         t(MicroBatch(torch.ones(2, 3), 1.0, 0))
         used = {name: buffer.clone() for name, buffer in module.named_buffers()}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lightning_subspace.parallel import partition as partition_module
 from lightning_subspace.parallel.parameters import ParameterSpace
-from lightning_subspace.parallel.partition import BLOCK, Partition
+from lightning_subspace.parallel.partition import BLOCK, Partition, VectorBuffers
 from lightning_subspace.parallel.ranks import Ranks
 from tests.processes import run
 
@@ -107,7 +107,13 @@ def vectors(count, n, seed=0):
 
 
 def coordinates(partition):
-    return [i for piece in partition.own for i in piece]
+    return [i for piece in partition.local_ranges for i in piece]
+
+
+def sum_scatter(partition, whole):
+    buffers = VectorBuffers(partition, whole.dtype, whole.device)
+    buffers.total.copy_(whole)
+    return buffers.sum_scatter()
 
 
 def check(partitions, wholes):
@@ -123,7 +129,7 @@ def check(partitions, wholes):
 
     for _, whole in on_all(partitions, lambda p: p.gather(p.cut(wholes[0]))):
         assert torch.equal(whole, wholes[0])
-    for p, local in on_all(partitions, lambda p: p.sum_scatter(wholes[p.ranks.index])):
+    for p, local in on_all(partitions, lambda p: sum_scatter(p, wholes[p.ranks.index])):
         rounding = 50 * torch.finfo(local.dtype).eps
         assert torch.allclose(local, p.cut(torch.stack(wholes).sum(0)), rtol=0, atol=rounding)
     for p, parts in on_all(partitions, lambda p: p.exchange(wholes[p.ranks.index])):
@@ -146,7 +152,7 @@ def test_a_flat_cut_gives_each_coordinate_to_one_rank(space, count):
     size = math.ceil(space.n / count)
     for rank, partition in enumerate(partitions):
         assert partition.local_n == min(size, max(0, space.n - rank * size))
-        assert len(partition.own) == 1
+        assert len(partition.local_ranges) == 1
 
 
 @given(worlds(), st.integers(0, 3))
@@ -162,6 +168,23 @@ def test_whole_vectors_and_dealt_ones_agree(partitions, seed):
 
 @given(worlds())
 @FEW
+def test_buffers_serve_many_transfers(partitions):
+    buffers = {id(p): VectorBuffers(p, torch.float64, torch.device("cpu")) for p in partitions}
+
+    def summed(p):
+        buffers[id(p)].total.copy_(wholes[p.ranks.index])
+        return buffers[id(p)].sum_scatter()
+
+    for seed in range(2):
+        wholes = vectors(len(partitions), partitions[0].n, seed)
+        for _, whole in on_all(partitions, lambda p, first=wholes[0]: buffers[id(p)].gather(p.cut(first)).clone()):
+            assert torch.equal(whole, wholes[0])
+        for p, local in on_all(partitions, summed):
+            assert torch.allclose(local, p.cut(torch.stack(wholes).sum(0)))
+
+
+@given(worlds())
+@FEW
 def test_a_transfer_sends_a_vector_once(partitions):
     """And the padding of the shorter parts: nothing for a flat cut that comes out even."""
     count, n = len(partitions), partitions[0].n
@@ -169,7 +192,7 @@ def test_a_transfer_sends_a_vector_once(partitions):
     whole = torch.zeros(n)
     for method in (
         lambda p: p.gather(torch.zeros(p.local_n)),
-        lambda p: p.sum_scatter(whole),
+        lambda p: sum_scatter(p, whole),
         lambda p: p.exchange(whole),
     ):
         sent = {}

@@ -22,25 +22,25 @@ NOTES = 3 * 8  # bytes that are compared
 
 # Every verb, and what it is called with in the tests of what surrounds it.
 VERBS = {
-    "all_sum": lambda ranks: ranks.all_reduce(torch.ones(3)),
-    "smallest": lambda ranks: ranks.all_reduce_min(ranks.index),
+    "all_reduce": lambda ranks: ranks.all_reduce(torch.ones(3)),
+    "all_reduce_min": lambda ranks: ranks.all_reduce_min(ranks.index),
     "all_gather": lambda ranks: ranks.all_gather(torch.ones(2), torch.empty(2 * ranks.count)),
     "reduce_scatter": lambda ranks: ranks.reduce_scatter(torch.ones(2 * ranks.count), torch.empty(2)),
     "all_to_all": lambda ranks: ranks.all_to_all(torch.ones(2 * ranks.count)),
     "broadcast": lambda ranks: ranks.broadcast([torch.ones(4), torch.ones(2, dtype=torch.int64)]),
-    "first": lambda ranks: ranks.broadcast_object("a decision"),
-    "listed": lambda ranks: ranks.all_gather_object(ranks.index),
+    "broadcast_object": lambda ranks: ranks.broadcast_object("a decision"),
+    "all_gather_object": lambda ranks: ranks.all_gather_object(ranks.index),
 }
 # Of each: what it is counted as, how many bytes in all for W ranks, and in how many calls.
 TRAFFIC = {
-    "all_sum": ("all_reduce", lambda count: 12, 1),
-    "smallest": ("all_gather_object", lambda count: 0, 1),
+    "all_reduce": ("all_reduce", lambda count: 12, 1),
+    "all_reduce_min": ("all_gather_object", lambda count: 0, 1),
     "all_gather": ("all_gather", lambda count: 8 * count, 1),
     "reduce_scatter": ("reduce_scatter", lambda count: 8 * count, 1),
     "all_to_all": ("all_to_all", lambda count: 8 * count, 1),
     "broadcast": ("broadcast", lambda count: 32, 2),
-    "first": ("broadcast_object", lambda count: 0, 1),
-    "listed": ("all_gather_object", lambda count: 0, 1),
+    "broadcast_object": ("broadcast_object", lambda count: 0, 1),
+    "all_gather_object": ("all_gather_object", lambda count: 0, 1),
 }
 
 
@@ -67,7 +67,7 @@ def outcome(block, *args):
 
 def test_every_verb_is_tested():
     public = {name for name, _ in inspect.getmembers(Ranks, inspect.isfunction) if not name.startswith("_")}
-    assert set(VERBS) == set(TRAFFIC) == public - {"together", "fail", "bare", "cause"}
+    assert set(VERBS) == set(TRAFFIC) == public - {"agree", "fail", "unchecked", "describe"}
 
 
 def test_a_warning_in_a_process_is_an_error_as_in_the_tests():
@@ -186,12 +186,12 @@ def test_traffic_is_counted_by_verb():
             for call in VERBS.values():
                 call(ranks)
         meetings = calls.total() + 1
-        assert ranks.calls == calls + calls + Counter(meet=meetings)
-        assert ranks.nbytes == nbytes + nbytes + Counter(meet=meetings * NOTES)
+        assert ranks.calls == calls + calls + Counter(check=meetings)
+        assert ranks.nbytes == nbytes + nbytes + Counter(check=meetings * NOTES)
         with ranks.agree(), ranks.unchecked():
             for call in VERBS.values():
                 call(ranks)
-        assert ranks.calls["meet"] == meetings + 2  # before the bare part, and at the end
+        assert ranks.calls["check"] == meetings + 2  # before the unchecked part, and at the end
 
     run(in_a_process, 2)
 
@@ -206,7 +206,7 @@ def record_calls(seen):
         def spy(*args, **kwargs):
             if not inside:  # what it calls in turn is its own affair
                 notes = name == "all_reduce" and dist.ReduceOp.MAX in args and args[0].shape == (3,)
-                seen.append("meet" if notes else name)
+                seen.append("check" if notes else name)
             inside.append(name)
             try:
                 return original(*args, **kwargs)
@@ -245,12 +245,12 @@ def test_no_verb_goes_without_a_meeting_in_a_block():
         for verb in VERBS:
             plain = found[verb, "outside"]
             assert plain
-            assert "meet" not in plain
-            assert found[verb, "bare"] == ["meet", *plain, "meet"]  # at both ends of the bare part
-            assert found[verb, "inside"] == [call for name in plain for call in ("meet", name)] + ["meet"]
+            assert "check" not in plain
+            assert found[verb, "bare"] == ["check", *plain, "check"]  # at both ends of the unchecked part
+            assert found[verb, "inside"] == [call for name in plain for call in ("check", name)] + ["check"]
 
 
-# -- together ---------------------------------------------------------------------------------------------------------
+# -- agree ------------------------------------------------------------------------------------------------------------
 
 
 def go_through(ranks, at=None, error=None):
@@ -293,10 +293,10 @@ def test_several_ranks_fail():
     def in_a_process():
         ranks = world()
         own = BrokenError(f"of {ranks.index}")
-        together = outcome(in_a_block, ranks, 1 if ranks.index else None, own)
+        agreed = outcome(in_a_block, ranks, 1 if ranks.index else None, own)
         apart = outcome(in_a_block, ranks, {0: 0, 1: 3}.get(ranks.index), own)
         everybody = outcome(in_a_block, ranks, 1, own)
-        return together, apart, everybody, in_a_block(ranks)
+        return agreed, apart, everybody, in_a_block(ranks)
 
     both = "PeerError: rank 1: BrokenError: of 1, rank 2: BrokenError: of 2"
     first = "PeerError: rank 0: BrokenError: of 0"  # the later failure of rank 1 never comes to be
@@ -310,7 +310,9 @@ def test_several_ranks_fail():
 def test_ranks_at_different_places_are_told_so():
     """Another verb, another shape, another type, or the end of the block: none is mistaken for another."""
     places = {
-        **{name: verb for name, verb in VERBS.items() if name != "smallest"},  # which is made of `listed`
+        **{
+            name: verb for name, verb in VERBS.items() if name != "all_reduce_min"
+        },  # which is made of `all_gather_object`
         "other shape": lambda ranks: ranks.all_reduce(torch.ones(1, 3)),
         "other type": lambda ranks: ranks.all_reduce(torch.ones(3, dtype=torch.float64)),
         "longer": lambda ranks: ranks.all_gather(torch.ones(3), torch.empty(3 * ranks.count)),
@@ -360,7 +362,7 @@ def test_a_block_in_a_block_is_part_of_it():
             with ranks.agree():
                 ranks.all_reduce(torch.ones(1))
             ranks.all_reduce(torch.ones(1))
-        assert ranks.calls["meet"] == 3  # one a sum, and one at the end
+        assert ranks.calls["check"] == 3  # one a sum, and one at the end
 
         def inside(failing, place):
             with ranks.agree():
@@ -409,7 +411,7 @@ def test_code_that_catches_everything_gets_no_further():
                         raise BrokenError("early")
 
         told = outcome(block)
-        return told, set(seen[1:]), in_a_block(ranks), ranks.calls["meet"]
+        return told, set(seen[1:]), in_a_block(ranks), ranks.calls["check"]
 
     (own, seen, *rest), (told, seen_there, *rest_there) = run(in_a_process, 2)
     peer = "PeerError: rank 0: BrokenError: early"
@@ -471,7 +473,7 @@ def test_bare_collectives_are_not_compared():
         with ranks.unchecked():  # outside of a block it changes nothing
             ranks.all_reduce(torch.ones(1))
         ranks.all_reduce(torch.ones(1))
-        assert ranks.calls["meet"] == 0
+        assert ranks.calls["check"] == 0
         return outcome(failing_behind), outcome(comparing_again)[:50], in_a_block(ranks)
 
     different = f"PeerError: {DIFFERENT}"[:50]
@@ -534,7 +536,7 @@ class Speechless(Exception):  # noqa: N818
         raise ValueError("no words")
 
 
-@pytest.mark.parametrize(("verb", "failing"), [("first", 0), ("listed", 1)])
+@pytest.mark.parametrize(("verb", "failing"), [("broadcast_object", 0), ("all_gather_object", 1)])
 def test_what_cannot_be_sent_or_said_leaves_no_other_waiting(verb, failing):
     def in_a_process():
         ranks = world()
@@ -572,9 +574,9 @@ def test_an_interrupt_waits_for_nobody():
             time.sleep(0.05 * ranks.index)
             with pytest.raises(interrupt), ranks.agree():
                 raise interrupt
-        assert ranks.calls["meet"] == 0
+        assert ranks.calls["check"] == 0
         ranks.all_reduce(torch.ones(1))
-        assert ranks.calls["meet"] == 0
+        assert ranks.calls["check"] == 0
         return in_a_block(ranks)
 
     assert run(in_a_process, 2) == ["well", "well"]

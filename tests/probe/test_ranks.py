@@ -369,7 +369,7 @@ def counted(ranks, function):
         function()
     found = ranks.calls - before[0], ranks.nbytes - before[1]
     for own, seen in zip(found, (wire.calls, wire.nbytes), strict=True):
-        assert own + Counter(all_reduce=own["meet"]) == seen + Counter(meet=own["meet"])
+        assert own + Counter(all_reduce=own["check"]) == seen + Counter(check=own["check"])
     return found
 
 
@@ -420,8 +420,8 @@ def test_a_solve_moves_two_vectors_a_product_and_a_few_numbers():
         # Two to four passes of orthogonalisation, each one sum over all vectors of the basis.
         assert 2 * matvecs <= calls["all_reduce"] <= 4 * matvecs + 20
         assert nbytes["all_reduce"] <= calls["all_reduce"] * 8 * (2 * 3 + 10 + 2) ** 2
-        assert set(calls) == {"all_gather", "reduce_scatter", "all_reduce", "meet"}
-        assert calls["meet"] <= 5  # none in the inner loop
+        assert set(calls) == {"all_gather", "reduce_scatter", "all_reduce", "check"}
+        assert calls["check"] <= 5  # none in the inner loop
 
     run(in_a_process, 2)
 
@@ -443,7 +443,7 @@ def test_a_measurement_that_solves_for_an_operator_compares_no_notes_in_its_prod
                 matvecs = found[0].num_matvecs
                 assert matvecs > 3
                 assert calls["all_gather"] == calls["reduce_scatter"] == matvecs
-                assert calls["meet"] - notes * matvecs <= 5
+                assert calls["check"] - notes * matvecs <= 5
 
     run(in_a_process, 2)
 

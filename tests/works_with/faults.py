@@ -267,7 +267,7 @@ def _follow_probes() -> None:
 
 def _follow_collectives() -> None:
     """Inside of a collective no operation is made to fail: nothing can bound that."""
-    begin, meet = Ranks._begin, Ranks._meet
+    begin, meet = Ranks._begin, Ranks._check
 
     def beginning(self: Any, *args: Any) -> None:
         begin(self, *args)
@@ -289,7 +289,7 @@ def _follow_collectives() -> None:
 
         return ending
 
-    Ranks._begin, Ranks._meet = beginning, meeting  # type: ignore[method-assign]
+    Ranks._begin, Ranks._check = beginning, meeting  # type: ignore[method-assign]
     for name in (
         "all_reduce",
         "all_gather",

@@ -147,13 +147,13 @@ class Evaluate(Callback):
         held = [piece.cpu() for piece in batch_of(rank)]
         batch = MicroBatch(held, 1.0, rank)
         if self.way == "exact":
-            with TrainingLoss(module, space, mode="eval", stand_ins={**full_tensors(module), **buffers}) as loss:
+            with TrainingLoss(module, space, mode="eval", replacements={**full_tensors(module), **buffers}) as loss:
                 product = Hessian(loss, [batch]).matvec(torch.ones(space.n)) / 2
             dist.all_reduce(product)
             return product
-        with ShardedLoss(module, space, mode="eval", stand_ins=buffers) as loss:
+        with ShardedLoss(module, space, mode="eval", replacements=buffers) as loss:
             partition = Partition.of(space, module, Ranks(dist.group.WORLD))
-            both = [batch if i == rank else replace(batch, index=i, held=False) for i in (0, 1)]
+            both = [batch if i == rank else replace(batch, index=i, is_local=False) for i in (0, 1)]
             part = ShardedDifferenceHessian(loss, both, partition=partition).matvec(torch.ones(loss.n))
         whole = torch.zeros(space.n)
         for piece, values in zip(held_by(space, module), part.split(list(loss.local_numels)), strict=True):

@@ -1,9 +1,10 @@
 """Hessian of the training loss, exact, by double backward.
 
-H v = sum_b w_b grad(grad L_b . v) / sum_b w_b over the micro-batches b of a fixed sample. The graph of the gradient
-does not depend on v, so it is built once a probe and reused by every product (Pearlmutter 1994; a product then costs
-about 1.5 to 2 gradients instead of 2.5 to 3). Where the graphs of all micro-batches do not fit the memory budget, those
-that fit are kept and the others are rebuilt for every product; the result is the same to the last bit.
+    H v = sum_b w_b grad(grad L_b . v) / sum_b w_b
+
+over the micro-batches b of a fixed sample (Pearlmutter 1994). The graph of the gradient does not depend on v, so it is
+built once a probe and serves every product: 1.5 to 2 gradients each, instead of 2.5 to 3. Graphs beyond the memory
+budget are rebuilt for every product, with the same result to the last bit.
 """
 
 from __future__ import annotations
@@ -54,13 +55,11 @@ class GradientGraph:
 
 
 class RetainedGraphs(BatchMean):
-    """A mean over micro-batches whose products go through one retained graph each.
+    """A mean over micro-batches with one retained graph each.
 
     Args:
-        loss: see `BatchMean`.
-        batches: see `BatchMean`.
-        memory: bytes that retained graphs may take; None takes half of the memory that is free.
-        partition: see `BatchMean`.
+        loss: as for `BatchMean`, like `batches` and `partition`.
+        memory: bytes that retained graphs may take; None: half of the memory that is free.
     """
 
     def __init__(
@@ -83,10 +82,7 @@ class RetainedGraphs(BatchMean):
         """Number of micro-batches whose graph is kept on this rank."""
         return sum(graph is not None for graph in self._retained)
 
-    def matvec(
-        self,
-        v: Tensor,  # (n,)
-    ) -> Tensor:  # (n,)
+    def matvec(self, v: Tensor) -> Tensor:  # (n,) -> (n,)
         """A v, by one product with every graph."""
 
         def images(whole: Tensor) -> Iterator[Tensor]:

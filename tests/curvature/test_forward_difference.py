@@ -122,7 +122,7 @@ def chosen(name, **options):
     module = built((NETS | KINKED)[name], 0)
     choice = CurvatureConfig(classify, curvature="finite-difference", **options)
     space, sample = ParameterSpace.of(module), sample_of_batches(batches())
-    choice, notice = choice.after(choice.check(module, sample))
+    choice, notice = choice.after_check(choice.check(module, sample))
     assert notice is None
     with choice.loss(module, space) as loss:
         operator = choice.operator(loss, sample)

@@ -17,7 +17,6 @@ RandomVector = Callable[[int, int], Tensor]
 
 # Below these the residual estimates go on falling, but the true residuals do not.
 SMALLEST_TOL = {torch.float32: 1e-5, torch.float64: 1e-12}
-
 _SEED_STRIDE = 1_000_003  # so that neighbouring seeds share no vectors
 
 
@@ -88,9 +87,7 @@ def tolerances(tol: float, subspace_tol: float | None, dtype: torch.dtype) -> tu
         raise ValueError(f"subspace_tol: expected a positive finite number, or None, got {subspace_tol}.")
     smallest = SMALLEST_TOL[dtype]
     if tol < smallest:
-        message = (
-            f"tol: expected at least {smallest} in {dtype}, got {tol}; it was raised to that. float64 reaches 1e-12."
-        )
+        message = f"tol: expected at least {smallest} in {dtype}, got {tol}; it was raised to that."
         warnings.warn(message, UserWarning, stacklevel=3)
     return max(tol, smallest), max(tol / 10, smallest)
 
@@ -99,8 +96,7 @@ def basis_size(ncv: int | None, k: int, dimension: int) -> int:
     """The largest size of the basis."""
     if ncv is None:
         return min(dimension, 2 * k + 10)
-    smallest = min(dimension, k + 3)
-    _check_count("ncv", ncv, smallest, f"min(dimension, k + 3) = {smallest}")
+    _check_count("ncv", ncv, min(dimension, k + 3), "min(dimension, k + 3) = ")
     return min(ncv, dimension)
 
 
@@ -121,8 +117,8 @@ def _vector(v0: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     return vector
 
 
-def _check_count(name: str, value: int, smallest: int, meaning: str | None = None) -> None:
+def _check_count(name: str, value: int, smallest: int, meaning: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {value!r}.")
     if value < smallest:
-        raise ValueError(f"{name}: expected at least {meaning or smallest}, got {value}.")
+        raise ValueError(f"{name}: expected at least {meaning}{smallest}, got {value}.")

@@ -1,8 +1,8 @@
 """Sums over ranks, and failures on one rank that all see.
 
-A rank that stopped at an exception of its own would leave the others waiting for ever in their next sum. So it keeps
-the exception, goes on taking part in all communication, and contributes NaN. All ranks then see NaN in the same sum and
-come to the same end by the same path, without another message; only there is the exception raised.
+A rank that stopped at an exception of its own would leave the others waiting in their next sum. So it keeps the
+exception, goes on communicating, and contributes NaN. All ranks see NaN in the same sum and come to the same end by the
+same path, without another message; only there is the exception raised.
 """
 
 from __future__ import annotations

@@ -4,14 +4,7 @@ Thick-restart Lanczos. The loop is `_solve` below; how a basis grows and shrinks
 `stopping.py`, which missed copies are looked for in `verification.py`.
 
 Source: K. Wu and H. Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems, SIAM J. Matrix Anal.
-Appl. 22 (2000), 602-616. What `eigsh` does differently from `scipy.sparse.linalg.eigsh`:
-
-1. Eigenvectors are rows; eigenvalues are listed best first.
-2. `tol` is relative to the largest eigenvalue, not to each one, and is tested after every product.
-3. The gap behind the wanted eigenvalues tightens the test, so that the eigenspace is right too.
-4. Multiple eigenvalues are found as often as they occur.
-5. A failure is an outcome, not an exception.
-6. Vectors may be spread over ranks.
+Appl. 22 (2000), 602-616. README.md lists the differences from `scipy.sparse.linalg.eigsh`.
 """
 
 from __future__ import annotations
@@ -212,7 +205,7 @@ def _solve(lanczos: Lanczos, rules: Rules, draw: Callable[[int], Tensor], on_mat
 def _result(
     lanczos: Lanczos, rules: Rules, progress: Progress, ritz: Ritz, behind: Sequence[Neighbour], verdict: Verdict
 ) -> EigshResult:
-    """The record of the run; spends the last sum over ranks."""
+    """Record of the run; spends the last sum over ranks."""
     num_pairs = min(lanczos.size, rules.k)
     closest = closest_of(behind, default_gap=math.inf if rules.k == rules.dimension else 0.0)
     order = report_order(num_pairs, rules.which)

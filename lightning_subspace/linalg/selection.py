@@ -76,14 +76,7 @@ def closest_of(behind: Sequence[Neighbour], default_gap: float = math.nan) -> Ne
 
 
 def best_first(values: Tensor, which: Which) -> Tensor:
-    """Indices that list values best first.
-
-    Args:
-        values: eigenvalues or Ritz values in any order, shape (m,).
-        which: "LA" largest, "SA" smallest, "LM" largest magnitude, "BE" both ends, alternating.
-
-    Returns:
-        A permutation of `range(m)`.
+    """Indices, a permutation of `range(m)`, that list values, (m,), best first.
 
     Example:
         >>> values = torch.tensor([1.0, -5.0, 3.0, 2.0])
@@ -106,7 +99,7 @@ def best_first(values: Tensor, which: Which) -> Tensor:
 
 
 def merit(values: Tensor, which: Which) -> Tensor:
-    """The merit, (m,), of values listed best first: it falls at each end."""
+    """Merits, (m,), of values listed best first: they fall at each end."""
     return values.abs() if which == "LM" else _signs(values.numel(), which) * values
 
 
@@ -125,11 +118,7 @@ def merit_in_place(values: Tensor, place: int, which: Which) -> Tensor:
     return values.abs() if which == "LM" else _sign(place, which) * values
 
 
-def decisive_values(
-    wanted: Tensor,  # (k,) found eigenvalues, best first
-    which: Which,
-    margin: float,  # by which a copy has to improve on the last wanted value
-) -> list[float]:
+def decisive_values(wanted: Tensor, which: Which, margin: float) -> list[float]:  # (k,) best first
     """The found eigenvalues whose missed copies would matter, one an end.
 
     A copy matters if its merit exceeds that of the last wanted value by more than `margin`. Of all such values of an
@@ -154,7 +143,7 @@ def report_order(k: int, which: Which) -> list[int]:
 
 
 def _sign(place: int, which: Which) -> float:
-    """+1 if larger is better in this place, -1 if smaller is."""
+    # +1 if larger is better in this place, -1 if smaller is.
     return -1.0 if which == "SA" or (which == "BE" and place % 2 == 1) else 1.0
 
 

@@ -47,13 +47,11 @@ class Rules:
         """Ritz vectors that a thick restart keeps."""
         return self.k + (self.ncv - self.k) // 3
 
-    def thresholds(
-        self,
-        wanted: Tensor,  # (k,) Ritz values
-        gap: float,  # behind them; NaN while it is unknown, infinity to leave `subspace_tol` out
-        scale: float,
-    ) -> Tensor:  # (k,)
-        """The largest residuals at which the wanted pairs pass."""
+    def thresholds(self, wanted: Tensor, gap: float, scale: float) -> Tensor:  # (k,) -> (k,)
+        """The largest residuals at which the wanted pairs pass.
+
+        The `gap` behind them is NaN while it is unknown, and infinity to leave `subspace_tol` out.
+        """
         allowed = self.tol * scale
         if self.subspace_tol is not None:
             for_space = 0.0 if math.isnan(gap) else self.subspace_tol * gap

@@ -1,4 +1,4 @@
-"""Base of all operators: a mean over the micro-batches of a fixed sample.
+"""Base of all operators: a mean over the sample's micro-batches.
 
     A v = sum_b s_b A_b v,    g = sum_b s_b grad L_b,    s_b = w_b / sum_b w_b
 
@@ -44,17 +44,18 @@ class BatchMean(ABC):
 
     Attributes:
         n: length of this rank's part of a vector; `partition.n` is that of the whole.
-        raises_after_collectives: whether a product that fails on one rank takes part in all its collectives, with nan,
-            before it raises; then it needs no further agreement between ranks.
-        max_asymmetry: largest |v.Au - u.Av| of unit vectors that is rounding, relative to the largest |eigenvalue|.
 
     Raises:
         LossError: when a loss cannot be evaluated (see `TrainingLoss`).
         ValueError: for an empty sample.
     """
 
+    # Whether a product that fails on one rank takes part in all its collectives, with nan, before it raises. Then it
+    # needs no further agreement between ranks.
     raises_after_collectives = True
-    max_asymmetry = 1e-4  # 2e-6 at most was measured, and far more where something is wrong
+    # The largest |v.Au - u.Av| of unit vectors that is rounding, relative to the largest |eigenvalue|. 2e-6 at most was
+    # measured, and far more where something is wrong.
+    max_asymmetry = 1e-4
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class BatchMean(ABC):
         return self._by_batch(group_by_round(batches, self.partition.ranks), own)
 
     def value(self, offset: Tensor | None) -> float:  # (n,)
-        """Mean loss at theta + offset; inf or nan where it is not finite.
+        """Mean loss at theta + offset, finite or not.
 
         A forward pass of every micro-batch, one all-gather, and a sum of one number.
         """
@@ -148,11 +149,10 @@ class BatchMean(ABC):
         return backward_gradient(self._loss, batch)
 
     def _gradient_over(self, turns: Sequence[Assignment]) -> Tensor:
-        """This rank's part of the gradient of the mean over these turns, in the precision of the loss."""
         return self._mean_of((self._gradient_of(batch) for batch, _ in turns), turns)
 
     def _centre(self) -> Tensor:
-        """This rank's part of g(theta), in the precision of the loss."""
+        """This rank's part of g(theta), in the dtype of the loss."""
         if self._mean is None:
             self._mean = self._gradient_over(self._assignments)
         return self._mean
@@ -166,7 +166,7 @@ class BatchMean(ABC):
         return self._mean_of(images(self._buffers.gather(v.to(self._loss.dtype)))).to(self.dtype)
 
     def _mean_of(self, terms: Iterable[Tensor], turns: Sequence[Assignment] | None = None) -> Tensor:
-        """This rank's part of the weighted mean of one whole vector a turn."""
+        """This rank's part of a weighted mean of whole vectors, one a turn."""
         total = self._buffers.total.zero_()
         failure: Exception | None = None
         try:

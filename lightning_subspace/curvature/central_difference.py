@@ -19,9 +19,9 @@ from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.partition import Partition
 
-# Rounding leaves about 1e-16 |g| / eps and truncation eps^2, so these are small enough in float64; in float32 none is.
-# A step that crosses the kink of a ReLU is wrong by any amount, and with many examples even 1e-6 crosses some. But it
-# does so on one side only: the differences forward and backward then disagree, and the next step is tried.
+# Lengths of the displacement. Rounding leaves about 1e-16 |g| / eps and truncation eps^2: little in float64; in float32
+# no length would do. A step that crosses the kink of a ReLU is wrong by any amount, and with many examples even 1e-6
+# crosses some. But it does so on one side only: the differences to both sides disagree, and the next step is tried.
 STEPS = (3e-7, 3e-8, 3e-9)
 # How far both may be apart, relative to H u, and by rounding of the gradients, relative to g.
 SIDES_AGREE = 1e-5
@@ -32,11 +32,8 @@ class FiniteDifferenceHessian(DisplacedGradients):
     """The Hessian where double backward is not available.
 
     Args:
-        loss: an open context with dtype float64; it must stay open as long as products are taken.
-        batches: the fixed sample; weights need not be normalised.
+        loss: as for `BatchMean`, like `batches` and `partition`; its dtype has to be float64.
         dtype: of the vectors that come and go.
-        steps: lengths of the displacement in parameter space, falling.
-        partition: how vectors are dealt to ranks; None: all to this process.
 
     Raises:
         ValueError: for an empty sample, or a `loss` of another dtype.
@@ -47,7 +44,8 @@ class FiniteDifferenceHessian(DisplacedGradients):
         >>> data = MicroBatch(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), weight=2.0, index=0)
         >>> fn = lambda m, x, i: m(x).square().mean()
         >>> with TrainingLoss(net, ParameterSpace.of(net), fn, dtype=torch.float64) as loss:
-        ...     print(FiniteDifferenceHessian(loss, [data]).matvec(torch.ones(2)))
+        ...     product = FiniteDifferenceHessian(loss, [data]).matvec(torch.ones(2))
+        >>> product
         tensor([1., 4.])
     """
 
@@ -57,13 +55,11 @@ class FiniteDifferenceHessian(DisplacedGradients):
         batches: Sequence[MicroBatch],
         *,
         dtype: torch.dtype = torch.float32,
-        steps: Sequence[float] = STEPS,
         partition: Partition | None = None,
     ) -> None:
         if loss.dtype != torch.float64:
             raise ValueError(f"loss: expected a TrainingLoss with dtype=torch.float64, got {loss.dtype}.")
         super().__init__(loss, batches, dtype=dtype, partition=partition)
-        self._steps = tuple(steps)
 
     def matvec(self, v: Tensor) -> Tensor:  # (n,) -> (n,)
         """H v, from two gradients of every micro-batch, or more near kinks.
@@ -79,7 +75,7 @@ class FiniteDifferenceHessian(DisplacedGradients):
     def _slope(self, whole: Tensor, length: float, centre: float) -> Tensor:
         """This rank's part of H u, u along `whole` of that length; `centre` is |g|."""
         found = []
-        for step in self._steps:
+        for step in STEPS:
             plus, minus = (self._gradient_at(whole, sign * step / length) for sign in (1.0, -1.0))
             bend = (plus + minus).sub_(self._centre(), alpha=2.0).div_(step)
             slope = plus.sub_(minus).div_(2.0 * step)

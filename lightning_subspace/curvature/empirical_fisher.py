@@ -38,12 +38,10 @@ class EmpiricalFisher(BatchMean):
     """The empirical Fisher over single examples, or over micro-batches.
 
     Args:
-        loss: an open context, best of order 1; it must stay open as long as products are taken.
-        batches: the fixed sample, of all ranks; weights need not be normalised.
+        loss: as for `BatchMean`, like `batches` and `partition`; best of order 1.
         examples: over single examples; a micro-batch that cannot be cut counts as one. False: over micro-batches.
         memory: bytes that gradients may take (4 n each; others are taken anew for every product); None: half of the
             memory that is free.
-        partition: how vectors, and with them the work, are dealt to ranks; None: all to this process.
 
     Raises:
         LossError: when a loss cannot be evaluated (see `TrainingLoss`).
@@ -112,16 +110,11 @@ class EmpiricalFisher(BatchMean):
 
 
 def examples_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfCheck:
-    """Whether the loss of a batch is the mean over its examples.
+    """Whether the loss of a batch is its examples' mean; arguments as `self_check`.
 
-    PASSED, or SKIPPED with the reason why not. There is no derivative to check: F is made of the gradients that
-    training takes, right or wrong. Where the loss draws random numbers, a batch and its examples draw different ones,
-    and they are compared in eval mode.
-
-    Args:
-        loss: a `TrainingLoss` with dtype float64, not open yet.
-        batch: a few examples.
-        seed: not used, as no direction is drawn.
+    PASSED, or SKIPPED with the reason why not. No derivative is checked: F is made of the gradients of training, right
+    or wrong. A loss that draws random numbers is compared in eval mode: a batch and its examples draw different ones.
+    `seed` is not used.
     """
     examples = single_examples(batch)
     if examples is None:
@@ -130,7 +123,8 @@ def examples_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> S
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what the model has to say, it says in training
             with loss:
-                if any(isinstance(m, BATCH_NORMS) and _takes_statistics(m) for m in loss.module.modules()):
+                norms = [m for m in loss.module.modules() if isinstance(m, BATCH_NORMS)]
+                if any(norm.training or norm.running_mean is None for norm in norms):
                     return _skipped("batch-norm takes its statistics over the batch")
                 whole, mean = _both(loss, batch, examples)
                 is_random = loss.value_at(None, [(replace(batch, draw=1), 1.0)]) != whole
@@ -148,17 +142,13 @@ def examples_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> S
 
 
 def _both(loss: TrainingLoss, batch: MicroBatch, examples: Sequence[MicroBatch]) -> tuple[float, float]:
-    """The loss of a batch, and the mean over its examples."""
+    # The loss of a batch, and the mean over its examples.
     share = 1.0 / len(examples)
     return loss.value_at(None, [(batch, 1.0)]), loss.value_at(None, [(example, share) for example in examples])
 
 
 def _are_close(whole: float, mean: float) -> bool:
     return abs(whole - mean) <= MEAN_ROUNDING * max(abs(whole), abs(mean))
-
-
-def _takes_statistics(norm: nn.Module) -> bool:
-    return norm.training or norm.running_mean is None
 
 
 def _skipped(reason: str) -> SelfCheck:

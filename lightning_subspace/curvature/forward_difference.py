@@ -13,7 +13,6 @@ none, by an extrapolation in float64 that is exact to second order for smooth lo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +22,6 @@ from lightning_subspace.curvature.differences import DisplacedGradients
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.training_loss import TrainingLoss
-from lightning_subspace.parallel.partition import Partition
 
 # Truncation is STEP / 2 times the third derivative along u, rounding about 1e-6 |g| / STEP: both below 1e-3 lambda_1
 # for smooth networks (1e-4 to 7e-4 measured for a GELU ViT along its own eigenvectors).
@@ -38,13 +36,10 @@ SMOOTH_ERROR = 2e-3
 class ForwardDifferenceHessian(DisplacedGradients):
     """The Hessian at one gradient a product, for smooth networks.
 
-    Args:
-        loss: an open context, best of order 1; it must stay open as long as products are taken.
-        batches: the fixed sample; weights need not be normalised.
-        step: length of the displacement in parameter space.
-        partition: how vectors are dealt to ranks; None: all to this process.
+    Arguments as `BatchMean`; the loss is best of order 1.
 
     Raises:
+        LossError: when a loss cannot be evaluated (see `TrainingLoss`).
         ValueError: for an empty sample.
 
     Example:
@@ -60,36 +55,21 @@ class ForwardDifferenceHessian(DisplacedGradients):
     # Truncation is not symmetric: 1e-4 was measured. What depends on chance, such as batches drawn anew, exceeds 5e-3.
     max_asymmetry = 1e-3
 
-    def __init__(
-        self,
-        loss: TrainingLoss,
-        batches: Sequence[MicroBatch],
-        *,
-        step: float = STEP,
-        partition: Partition | None = None,
-    ) -> None:
-        super().__init__(loss, batches, partition=partition)
-        self._step = step
-
-    def matvec(self, v: Tensor) -> Tensor:  # (n,) -> (n,)
-        """H v, from one gradient of every micro-batch."""
+    def matvec(self, v: Tensor, step: float = STEP) -> Tensor:  # (n,) -> (n,)
+        """H v, from one gradient of every micro-batch at distance `step`."""
         (length,) = self._norms(v)
         if not 0.0 < length < float("inf"):
             return torch.zeros_like(v) * length  # nan stays nan
-        step = self._step / length
+        scale = step / length
         centre = self._centre()
-        return self._gradient_at(self._buffers.gather(v), step).sub_(centre).div_(step)
+        return self._gradient_at(self._buffers.gather(v), scale).sub_(centre).div_(scale)
 
 
 def smoothness_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfCheck:
-    """Whether forward differences may be used.
+    """Whether forward differences may be used; arguments as `self_check`.
 
-    PASSED, or SKIPPED with the reason why not. Costs about 17 gradients of the batch in float64.
-
-    Args:
-        loss: a `TrainingLoss` with dtype float64, not open yet.
-        batch: 64 examples, since fewer may meet no kink.
-        seed: of the random direction.
+    PASSED, or SKIPPED with the reason why not. Costs about 17 gradients of the batch in float64; it should have 64
+    examples, since fewer may meet no kink.
 
     Raises:
         ValueError: when `loss` is not a float64 one.
@@ -100,14 +80,13 @@ def smoothness_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) ->
         with warnings.catch_warnings(), loss:
             warnings.simplefilter("ignore")  # what the model has to say, it says in training
             exact = FiniteDifferenceHessian(loss, [batch], dtype=torch.float64)
-            near = ForwardDifferenceHessian(loss, [batch], step=CHECKED_STEP)
-            far = ForwardDifferenceHessian(loss, [batch], step=3 * CHECKED_STEP)
+            near, far = ForwardDifferenceHessian(loss, [batch]), ForwardDifferenceHessian(loss, [batch])
             errors, lengths, product = [], [], draw
             for given in (draw, exact.gradient(), None):
                 direction = product if given is None else given
                 unit = direction / direction.norm()
                 product = exact.matvec(unit)
-                extrapolated = 1.5 * near.matvec(unit) - 0.5 * far.matvec(unit)
+                extrapolated = 1.5 * near.matvec(unit, CHECKED_STEP) - 0.5 * far.matvec(unit, 3 * CHECKED_STEP)
                 errors.append(float((extrapolated - product).norm()))
                 lengths.append(float(product.norm()))
     except ValueError:

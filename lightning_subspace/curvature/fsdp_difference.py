@@ -47,17 +47,13 @@ KINKED = frozenset((
 class ShardedDifferenceHessian(DisplacedGradients):
     """The Hessian, on this rank's shards of vectors.
 
-    Every method is a collective: FSDP gathers parameters and scatters gradients in it. It sums over ranks, so where
-    one micro-batch is evaluated alone, all ranks but its owner do so at weight zero.
+    Every method is a collective: FSDP gathers parameters and scatters gradients in it, and sums over ranks. Where one
+    micro-batch is evaluated alone, all ranks but its owner do so at weight zero.
 
     Args:
-        loss: an open `ShardedLoss`; it must stay open as long as products are taken.
+        loss: an open `ShardedLoss`; otherwise as for `BatchMean`.
         batches: the sample, of all ranks.
         partition: the shards of the module, and the ranks that it is sharded over.
-
-    Raises:
-        LossError: when a loss cannot be evaluated (see `ShardedLoss`).
-        ValueError: for an empty sample.
     """
 
     max_asymmetry = 1e-3  # 1e-4 at most for the smooth networks named above
@@ -65,7 +61,7 @@ class ShardedDifferenceHessian(DisplacedGradients):
     _loss: ShardedLoss
 
     def matvec(self, v: Tensor, step: float = STEP) -> Tensor:  # (n,) -> (n,)
-        """H v, from two gradients of every micro-batch, at displacements of length `step`."""
+        """H v, from two gradients of every micro-batch at distance `step`."""
         length = self.norm(v)
         if not 0.0 < length < float("inf"):
             return torch.zeros_like(v, dtype=self.dtype) * length  # nan stays nan
@@ -106,6 +102,7 @@ class ShardedDifferenceHessian(DisplacedGradients):
 
     def _evaluated(self, offset: Tensor | None, turns: Sequence[Assignment]) -> tuple[Tensor, float]:
         """The gradient at theta + offset, and this rank's share of the loss."""
+        # The gradient at theta + offset, and this rank's share of the loss.
         self._loss.displace(offset)
         try:
             return self._loss.gradient(turns)

@@ -47,21 +47,13 @@ CHECKED_STEPS = (1e-5, 1e-6)  # in float64
 
 @dataclass(frozen=True)
 class OutputGraph(GradientGraph):
-    """The loss of one micro-batch by its output, and the output by the leaves.
+    """Graphs of one micro-batch: leaves to output, and output to loss."""
 
-    Attributes:
-        output: z, with the graph that ends in the leaves.
-        place: z again, as the leaf that the loss was computed from.
-        slope: dL/dz, with the graph that ends in `place`.
-        cotangent: w, a leaf of the shape of z.
-        pullback: J^T w by leaf, with the graph that ends in w; None for a leaf that z does not depend on.
-    """
-
-    output: Tensor
-    place: Tensor
-    slope: Tensor
-    cotangent: Tensor
-    pullback: list[Tensor | None]
+    output: Tensor  # z, with the graph that ends in the leaves
+    place: Tensor  # a copy of z, the leaf that the loss was computed from
+    slope: Tensor  # dL/dz, with the graph that ends in `place`
+    cotangent: Tensor  # w, a leaf of the shape of z
+    pullback: list[Tensor | None]  # J^T w by leaf, with the graph that ends in w; None where z does not depend on it
 
     @classmethod
     def build(cls, loss: TrainingLoss, batch: MicroBatch) -> OutputGraph:
@@ -97,7 +89,7 @@ class OutputGraph(GradientGraph):
 
 
 class GaussNewton(RetainedGraphs):
-    """The Gauss-Newton matrix; arguments are those of `RetainedGraphs`.
+    """The Gauss-Newton matrix; arguments as `RetainedGraphs`.
 
     Raises:
         LossError: also where the training step has no single output (see above).
@@ -117,12 +109,7 @@ class GaussNewton(RetainedGraphs):
 
 
 def gauss_newton_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfCheck:
-    """Compare G v with J^T (dL/dz(theta + h v) - dL/dz(theta - h v)) / 2h.
-
-    Args:
-        loss: a `TrainingLoss` with dtype float64, not open yet.
-        batch: a few examples.
-        seed: of the direction.
+    """Compare G v with J^T times differences of dL/dz; arguments as `self_check`.
 
     Raises:
         LossError: where the training step has no single output.
@@ -196,21 +183,16 @@ def _evaluated(
 
 
 class _Cut(TorchFunctionMode):
-    """Give loss functions a leaf in place of the output, and keep both.
-
-    Attributes:
-        found: name of the function, the output with its graph, and the leaf, one a call.
-        is_linear: whether one was `nll_loss` of what `log_softmax` has not given.
-    """
+    """Context in which loss functions get a leaf in place of the output."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[str, Tensor, Tensor]] = []
-        self.is_linear = False
+        self.found: list[tuple[str, Tensor, Tensor]] = []  # one a call: its name, the output with its graph, the leaf
+        self.is_linear = False  # whether one was `nll_loss` of anything but a `log_softmax`
         self._normalised: list[tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]] = []  # log-probabilities and logits
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a torch function, if it is a loss with a leaf for its input."""
+        """Call a torch function; a loss gets a leaf for its input."""
         kwargs = dict(kwargs or {})
         if func not in LOSSES and func not in LOG_SOFTMAX:
             return func(*args, **kwargs)

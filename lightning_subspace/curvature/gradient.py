@@ -17,10 +17,6 @@ def backward_gradient(loss: TrainingLoss, batch: MicroBatch) -> Tensor:  # (n,)
     `torch.autograd.grad` prunes the nodes that lead to no parameter of the space, also those that would refuse a
     derivative, and reentrant checkpoints refuse it altogether; `backward()` takes all as they are.
 
-    Args:
-        loss: an open `TrainingLoss`.
-        batch: the micro-batch.
-
     Raises:
         LossError: when the loss cannot be evaluated (see `TrainingLoss`).
     """

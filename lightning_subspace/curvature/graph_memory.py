@@ -30,7 +30,7 @@ def memory_budget(device: torch.device, num_ranks: int) -> float:
     return FREE_SHARE * min(free, _left_in_container()) / num_ranks
 
 
-class SavedBytes:
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
     """Context that counts the bytes that a graph built inside of it keeps.
 
     Each storage counts once, by autograd's hooks on saved tensors. Parameters are left out, and views of them (the
@@ -38,16 +38,9 @@ class SavedBytes:
     """
 
     def __init__(self) -> None:
+        super().__init__(self._pack, lambda tensor: tensor)
         self._storages: dict[int, int] = {}  # bytes by address; what takes the place of something freed counts alone
         self._parameters: set[int] = set()
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    def __enter__(self) -> SavedBytes:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._hooks.__exit__(*exc_info)
 
     def count(self, held: Iterable[Tensor], leaves: Iterable[Tensor]) -> int:
         """Bytes of what autograd has saved and of the tensors `held` beside."""

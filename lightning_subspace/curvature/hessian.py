@@ -44,7 +44,7 @@ class GradientGraph:
         return [gradient for gradient in self.gradients if gradient is not None]
 
     def product(self, direction: list[Tensor]) -> list[Tensor | None]:
-        """Derivative of gradient . direction by leaf; None for a leaf without influence."""
+        """Derivative of gradient . direction by leaf; None without influence."""
         # A gradient without a graph is constant in theta: a piecewise linear part of the loss.
         pairs = [(g, v) for g, v in zip(self.gradients, direction, strict=True) if g is not None and g.requires_grad]
         if not pairs:
@@ -93,7 +93,7 @@ class RetainedGraphs(BatchMean):
         return self._product(v, images)
 
     def batch_gradients(self) -> Iterator[tuple[MicroBatch, Tensor]]:
-        """Each micro-batch of all ranks, with the gradient of its loss, (n,); from the graphs."""
+        """Each micro-batch of all ranks, with its gradient, (n,), from the graphs."""
         return self._by_batch(self._together, map(self._flat_gradient, self._graphs()))
 
     def _gradient_of(self, batch: MicroBatch) -> Tensor:
@@ -105,22 +105,21 @@ class RetainedGraphs(BatchMean):
         return self._mean
 
     def _retain(self, memory: float) -> None:
-        """Build every graph once, for the gradient; keep those that fit.
-
-        All ranks keep equally many: they build together, as a training step may have collectives of its own.
-        """
+        """Build every graph once, for the gradient; keep those that fit."""
         used = 0
 
         def built() -> Iterator[GradientGraph]:
             nonlocal used
             for number, (batch, _) in enumerate(self._assignments):
-                with SavedBytes() as saved:
+                saved = SavedBytes()
+                with saved:
                     graph = self._build(batch)
                 used += saved.count(graph.held, graph.leaves)
                 self._retained[number] = graph if used <= memory else None
                 yield graph
 
         self._mean = self._mean_of(map(self._flat_gradient, built()))
+        # All ranks keep equally many, to rebuild the others together: a training step may have collectives of its own.
         count = self.partition.ranks.all_reduce_min(self.num_retained)
         self._retained[count:] = [None] * (len(self._assignments) - count)
 
@@ -133,7 +132,7 @@ class RetainedGraphs(BatchMean):
 
 
 class Hessian(RetainedGraphs):
-    """The Hessian; arguments are those of `RetainedGraphs`.
+    """The Hessian; arguments as `RetainedGraphs`.
 
     Raises:
         LossError: when a loss cannot be evaluated (see `TrainingLoss`).

@@ -43,37 +43,22 @@ SUM_ROUNDING = 1e-5
 
 
 class CheckError(RuntimeError):
-    """The self-check has failed, so nothing is measured.
-
-    Either `on_check_fail="raise"` asks for that, or finite differences would measure another matrix.
-    """
+    """The self-check has failed, so nothing is measured; see `on_check_fail`."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """The operator of one word for `curvature`, and its self-check.
+    """The operator of one word for `curvature`, and its self-check."""
 
-    Attributes:
-        operator: called with (loss, batches, partition=), and `dtype=` where it `is_wide`.
-        order: how often the loss has to be differentiable.
-        is_wide: whether the loss is evaluated in float64, whatever the solver computes in.
-        check: called with (a float64 loss that is not open, a few examples, seed=); None: there is nothing to check.
-        check_order: how often the loss has to be differentiable there.
-        check_examples: how many examples it gets; the code path is the same for eight as for a thousand.
-        passed: the row that takes over where the check has passed, if any.
-        not_passed: the notice, before its reason, where the check has not passed; empty: none.
-        has_differences: whether finite differences measure the same matrix.
-    """
-
-    operator: Callable[..., BatchMean]
-    order: Order = 2
-    is_wide: bool = False
-    check: Callable[..., SelfCheck] | None = None
-    check_order: Order = 2
-    check_examples: int = 8
-    passed: Row | None = None
-    not_passed: str = ""
-    has_differences: bool = False
+    operator: Callable[..., BatchMean]  # called with (loss, batches, partition=), and `dtype=` where it `is_wide`
+    order: Order = 2  # how often the loss has to be differentiable
+    is_wide: bool = False  # whether the loss is evaluated in float64, whatever the solver computes in
+    check: Callable[..., SelfCheck] | None = None  # called with (a float64 loss, not open, a few examples, seed=)
+    check_order: Order = 2  # how often the loss has to be differentiable there
+    check_examples: int = 8  # how many it gets; the code path is the same for eight as for a thousand
+    passed: Row | None = None  # what takes over where the check has passed
+    not_passed: str = ""  # the notice, without its reason, where the check has not passed
+    has_differences: bool = False  # whether finite differences measure the same matrix
 
 
 OPERATORS: dict[str, Row] = {
@@ -101,17 +86,7 @@ OPERATORS: dict[str, Row] = {
 
 @dataclass(frozen=True)
 class CurvatureConfig:
-    """How the loss is evaluated and differentiated.
-
-    Attributes:
-        loss_fn: see `TrainingLoss`.
-        mode: see `TrainingLoss`.
-        seed: see `TrainingLoss`.
-        dtype: "float32" (at least; wider parameters keep their type), "float64", "native" (the loss as it is trained),
-            or a `torch.dtype`.
-        curvature: a key of `OPERATORS`.
-        on_check_fail: "warn" and go on, "raise" `CheckError`, or "finite-difference".
-        has_passed: whether the self-check has passed.
+    """Settings of the loss and of its derivatives; see `TrainingLoss` for the first three.
 
     Raises:
         ValueError: for any other word, and for finite differences of the "native" loss, which are rounding alone.
@@ -120,10 +95,10 @@ class CurvatureConfig:
     loss_fn: LossFunction | None = None
     mode: Mode = "train"
     seed: int = 0
-    dtype: str | torch.dtype = "float32"
-    curvature: str = "hessian"
-    on_check_fail: str = "warn"
-    has_passed: bool = False
+    dtype: str | torch.dtype = "float32"  # a `Precision`, or float32 or float64 itself; see README.md
+    curvature: str = "hessian"  # a key of `OPERATORS`
+    on_check_fail: str = "warn"  # and go on, "raise" `CheckError`, or go on with "finite-difference"
+    has_passed: bool = False  # whether the self-check has passed
 
     def __post_init__(self) -> None:
         for name in ("curvature", "on_check_fail"):
@@ -159,14 +134,10 @@ class CurvatureConfig:
         return self._row.operator(loss, sample.hessian, partition=partition, **options)
 
     def check(self, module: nn.Module, sample: Sample, partition: Partition | None = None) -> SelfCheck:
-        """The self-check on a few examples, or on a batch that cannot be cut.
+        """The self-check on a few examples of the sample's first micro-batch.
 
-        Every rank checks the first rank's batch, and the first rank's result counts.
-
-        Args:
-            module: as it is at the first probe.
-            sample: its first micro-batch is looked at.
-            partition: of the parameter space; None: all parameters, this process alone.
+        Every rank checks the first rank's batch, and the first rank's result counts. A batch that cannot be cut is
+        taken whole. No `partition`: all parameters, this process alone.
 
         Raises:
             LossError: when the loss cannot be evaluated, or gives two values for one batch; when differences on the
@@ -186,7 +157,7 @@ class CurvatureConfig:
         return result
 
     def after_check(self, check: SelfCheck) -> tuple[CurvatureConfig, str | None]:
-        """The configuration to go on with after the self-check, and a notice to the user.
+        """The configuration after the self-check, and a notice to the user.
 
         Raises:
             CheckError: when the check has failed, with `on_check_fail="raise"`, or where differences would measure
@@ -238,7 +209,7 @@ class CurvatureConfig:
             )
 
     def _check_on_shards(self, module: nn.Module, sample: Sample, partition: Partition) -> SelfCheck:
-        """The check of differences on shards; without them nothing can be measured there."""
+        """The check of differences on shards, where there is nothing else."""
         with self.loss(module, partition.space, partition.ranks) as loss:
             assert isinstance(loss, ShardedLoss)
             operator = ShardedDifferenceHessian(loss, sample.hessian[: partition.ranks.count], partition=partition)

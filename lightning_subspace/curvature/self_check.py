@@ -54,20 +54,12 @@ class CheckOutcome(enum.Enum):
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """Result of `self_check`.
-
-    Attributes:
-        outcome: what it showed.
-        error: largest relative difference over the parameter tensors, for the best eps; inf where there is no product,
-            nan where nothing is known.
-        parameter: the name of the tensor where it is largest.
-        reason: one sentence with the numbers, or why it is inconclusive.
-    """
+    """Result of a self-check."""
 
     outcome: CheckOutcome
-    error: float = float("nan")
-    parameter: str = ""
-    reason: str = ""
+    error: float = float("nan")  # largest relative difference over parameter tensors; inf: no product, nan: not known
+    parameter: str = ""  # the name of the tensor where it is largest
+    reason: str = ""  # one sentence with the numbers, or why there are none
 
 
 def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfCheck:

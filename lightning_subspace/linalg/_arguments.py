@@ -1,4 +1,4 @@
-"""Arguments of the eigensolver and the quadrature: checked, and completed with defaults."""
+"""Arguments of the eigensolver and the quadrature: checks and defaults."""
 
 from __future__ import annotations
 
@@ -35,16 +35,7 @@ def random_vectors(
         return torch.randn(n, generator=generator, dtype=dtype, device="cpu")
 
     source = own if random is None else random
-
-    def draw(i: int) -> Tensor:
-        vector = source(seed, i)
-        if tuple(vector.shape) != (n,):
-            raise ValueError(f"random: expected vectors of shape {(n,)}, got {tuple(vector.shape)}; check n.")
-        if not bool(torch.isfinite(vector).all()):
-            raise ValueError(f"random: expected finite vectors, got NaN or infinity from random({seed}, {i}).")
-        return vector
-
-    return draw
+    return lambda i: _checked("random", source(seed, i), n, dtype)
 
 
 def global_dimension(dimension: int | None, n: int, agreement: Agreement, device: torch.device) -> int:
@@ -102,18 +93,18 @@ def basis_size(ncv: int | None, k: int, dimension: int) -> int:
 
 def start(lanczos: Lanczos, v0: Tensor | None, n: int, draw: Callable[[int], Tensor]) -> None:
     """Make `v0`, or a random vector, the first one of the factorisation."""
-    if not lanczos.inject(lambda: draw(0) if v0 is None else _vector(v0, n, lanczos.basis.dtype)):
+    if not lanczos.inject(lambda: draw(0) if v0 is None else _checked("v0", v0, n, lanczos.basis.dtype)):
         raise ValueError("v0: expected a vector other than zero, got zero; pass None for a random one.")
 
 
-def _vector(v0: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    if not isinstance(v0, Tensor):
-        raise TypeError(f"v0: expected a Tensor, got an object of type {type(v0).__name__}.")
-    if tuple(v0.shape) != (n,):
-        raise ValueError(f"v0: expected shape {(n,)}, got {tuple(v0.shape)}; flatten it, or check n.")
-    vector = v0.detach().to(dtype)
+def _checked(name: str, vector: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got an object of type {type(vector).__name__}.")
+    if tuple(vector.shape) != (n,):
+        raise ValueError(f"{name}: expected shape {(n,)}, got {tuple(vector.shape)}; flatten it, or check n.")
+    vector = vector.detach().to(dtype)
     if not bool(torch.isfinite(vector).all()):
-        raise ValueError("v0: expected a finite vector, got NaN or infinity; pass None for a random one.")
+        raise ValueError(f"{name}: expected a finite vector, got NaN or infinity.")
     return vector
 
 

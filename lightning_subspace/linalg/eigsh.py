@@ -56,10 +56,10 @@ def eigsh(
     """Compute k extreme eigenpairs of a symmetric operator by thick-restart Lanczos.
 
     The wanted pairs pass when every residual estimate is at most `tol * scale`, where scale is the largest absolute
-    Ritz value, and at most `subspace_tol` times the gap behind the wanted eigenvalues (but less than `tol * scale / 10`
-    is never asked for). The first test makes the eigenvalues right, the second the eigen*space*: the sine of its angle
-    to the true one is about residual / gap. With `tol > 1e-3` the residual must also be small relative to its own
-    eigenvalue, on two consecutive matvecs, since pairs may pass a loose test before the right ones have appeared.
+    Ritz value, and at most `subspace_tol` times the gap behind the wanted eigenvalues (or `tol * scale / 10`, if that
+    is more). The first test makes the eigenvalues right, the second the eigen*space*: the sine of its angle to the true
+    one is about residual / gap. With `tol > 1e-3` the residual must also be small relative to its own eigenvalue, on
+    two consecutive matvecs, since pairs may pass a loose test before the right ones have appeared.
 
     A failure on one rank only, out of memory or an exception in `matvec`, `random` or `on_matvec`, ends the run on all
     ranks at the same matvec: that rank raises its exception, the others return `Outcome.NONFINITE`. All arguments but
@@ -68,9 +68,8 @@ def eigsh(
     Memory: `(ncv + 1) * n` numbers, and `k * n` more for the answer.
 
     Args:
-        matvec: maps a vector of shape (n,) to its image, of the same shape. It gets a view of the basis and must not
-            write to it. It is called in the caller's autograd mode, equally often on all ranks. If it communicates, it
-            must finish that before it raises.
+        matvec: maps a vector of shape (n,), a view that it must not write to, to its image, of the same shape. It is
+            called in the caller's autograd mode, equally often on all ranks. It raises after any communication.
         n: length of a vector; under ranks, of this rank's slice.
         k: number of eigenpairs, 1 <= k <= dimension.
         which: "LA" largest, "SA" smallest, "LM" largest magnitude, "BE" half from each end, an odd one from the high.
@@ -167,7 +166,7 @@ def _solve(lanczos: Lanczos, rules: Rules, draw: Callable[[int], Tensor], on_mat
             worst = float(ritz.residuals[:k].max()) if lanczos.size >= k else math.inf
             with lanczos.agreement.local():
                 on_matvec(progress.num_matvecs, worst / scale if scale else worst)
-        answered = converged or verification.active
+        answered = converged or verification.active  # a verification begins after convergence
         certain = answered and verification.is_certain(ritz, closest, scale, invariant=invariant)
         asymmetric = lanczos.asymmetry > rules.max_asymmetry * scale
         settled = scale <= _SETTLED * scale_before

@@ -50,18 +50,9 @@ class Lanczos:
         n: length of this rank's slice.
         max_size: vectors the factorisation can hold besides the pending one.
         dimension: N, of the whole space.
-        dtype: float32 or float64.
+        dtype: float32 or float64, of the basis.
         device: of the basis. The small matrices are float64 on the CPU.
         agreement: sums over ranks, and the failure of one.
-
-    Attributes:
-        basis: shape (max_size + 1, n); the first `size` rows are V, the next one is the pending vector.
-        size: m.
-        coupling: b, shape (m,), float64.
-        invariant: whether there is no pending vector: V spans an invariant subspace.
-        scale: largest absolute Ritz value so far, a lower bound of the norm of A.
-        asymmetry: largest difference seen between the two sides of T, in units of A. Every entry off the diagonal is
-            measured twice, once with either of its vectors. Only rounding, for a symmetric deterministic operator.
     """
 
     def __init__(
@@ -75,15 +66,18 @@ class Lanczos:
         device: torch.device,
         agreement: Agreement,
     ) -> None:
+        # (max_size + 1, n): the first `size` rows are V, the next one is the pending vector.
         self.basis = torch.zeros(max_size + 1, 0, dtype=dtype, device=device)
         with agreement.local():
             self.basis = torch.empty(max_size + 1, n, dtype=dtype, device=device)  # read where it was written
         self.agreement = agreement
-        self.size = 0
-        self.invariant = True
-        self.scale = 0.0
+        self.size = 0  # m
+        self.coupling = _zeros(0)  # b, (m,)
+        self.invariant = True  # there is no pending vector: V spans an invariant subspace
+        self.scale = 0.0  # largest absolute Ritz value so far, a lower bound of the norm of A
+        # Largest difference seen between the two sides of T, in units of A: every entry off the diagonal is measured
+        # twice, once with either of its vectors. Only rounding, for a symmetric deterministic operator.
         self.asymmetry = 0.0
-        self.coupling = _zeros(0)
         self._matvec = matvec
         self._dimension = dimension
         self._projected = _zeros(max_size, max_size)

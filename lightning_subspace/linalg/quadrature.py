@@ -134,8 +134,8 @@ def quadrature(
         n: as for `eigsh`.
         steps: m, Lanczos steps from each vector: the resolution.
         vectors: number of random vectors: the error of sums.
-        known: eigenvalues, their residuals and orthonormal eigenvectors as rows, which are taken out first. They need
-            not be exact: Ritz values of any space do, and what couples them to the rest is then missing.
+        known: eigenvalues, their residuals and orthonormal eigenvectors as rows, which are taken out first. Ritz
+            pairs of any space will do; what couples them to the rest is then missing.
         seed: of the random vectors.
         dtype: float32 or float64, of the basis.
         device: of the basis.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Outcome(enum.Enum):
-    """Why the eigensolver stopped: what happened, likely causes, what to do."""
+    """Why the eigensolver stopped, likely causes, and the way out."""
 
     CONVERGED = "All wanted eigenpairs reached the tolerance."
     EXACT = "The basis spans the whole space, so the eigenpairs are exact up to rounding."

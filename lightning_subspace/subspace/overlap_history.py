@@ -20,13 +20,6 @@ KEPT_SKETCHES = 64
 class OverlapHistory:
     """Sketches and pairwise overlaps of the probes so far.
 
-    Attributes:
-        keep: how many sketches are held at most.
-        steps: the steps of all probes, oldest first.
-        sketches: the sketches that are held, by their steps, oldest first.
-        pairs: the overlaps that were taken, by the steps of the two probes, the earlier one first.
-        reference_step: whose sketch is always kept.
-
     Raises:
         ValueError: for `keep` below 2.
 
@@ -39,11 +32,11 @@ class OverlapHistory:
         [[1.0, 1.0], [1.0, 1.0]]
     """
 
-    keep: int = KEPT_SKETCHES
-    steps: list[int] = field(default_factory=list)
-    sketches: dict[int, Sketch] = field(default_factory=dict)
-    pairs: dict[tuple[int, int], float] = field(default_factory=dict)
-    reference_step: int | None = None
+    keep: int = KEPT_SKETCHES  # how many sketches are held at most
+    steps: list[int] = field(default_factory=list)  # of all probes, oldest first
+    sketches: dict[int, Sketch] = field(default_factory=dict)  # those held, by their steps, oldest first
+    pairs: dict[tuple[int, int], float] = field(default_factory=dict)  # overlaps of two steps, the earlier one first
+    reference_step: int | None = None  # whose sketch is always kept
 
     def __post_init__(self) -> None:
         if self.keep < 2:

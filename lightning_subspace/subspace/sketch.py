@@ -43,15 +43,10 @@ HASHED_AT_ONCE = 1 << 20  # coordinates
 
 @dataclass(frozen=True, eq=False)
 class Sketch:
-    """The image of a subspace under the hash.
+    """The image of a subspace under the hash."""
 
-    Attributes:
-        basis: (k, d) orthonormal rows, float32 on the CPU.
-        exact: whether no hashing was needed, so that overlaps are exact.
-    """
-
-    basis: Tensor
-    exact: bool
+    basis: Tensor  # (k, d) orthonormal rows, float32 on the CPU
+    exact: bool  # whether no hashing was needed, so that overlaps are exact
 
 
 def sketch(basis: Tensor, partition: Partition, cells: int = CELLS) -> Sketch:

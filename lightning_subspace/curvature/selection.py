@@ -97,7 +97,7 @@ class CurvatureConfig:
     seed: int = 0
     dtype: str | torch.dtype = "float32"  # a `Precision`, or float32 or float64 itself; see README.md
     curvature: str = "hessian"  # a key of `OPERATORS`
-    on_check_fail: str = "warn"  # and go on, "raise" `CheckError`, or go on with "finite-difference"
+    on_check_fail: str = "warn"  # "warn" and go on, "raise" `CheckError`, or go on with "finite-difference"
     has_passed: bool = False  # whether the self-check has passed
 
     def __post_init__(self) -> None:

@@ -105,10 +105,9 @@ class Lanczos:
         return values, rotation
 
     def residuals(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """Residual norms |A x - theta x| of Ritz vectors rotation^T V.
+        """Residual norms |A x - theta x| of Ritz vectors rotation^T V, (m, c) -> (c,).
 
-        For columns (m, c), returns the part along the pending vector, which further expansions reduce, and all of it;
-        both (c,), float64.
+        Returns the part along the pending vector, which further expansions reduce, and all of it.
         """
         reducible = (self.coupling @ rotation).abs()
         dropped = torch.linalg.vector_norm(self._dropped @ rotation, dim=0)

@@ -101,7 +101,7 @@ class Quadrature:
     def density(self, grid: Tensor, width: float) -> Tensor:  # (g,) -> (g,) float64
         """Density of the eigenvalues, smoothed by Gaussians; its integral is 1.
 
-        Both `grid` and `width`, the standard deviation of the Gaussians, are in units of the eigenvalues.
+        `grid` and `width`, the standard deviation, are in units of the eigenvalues.
         """
         centres = torch.cat([self.known, self.nodes.flatten()])
         heights = torch.cat([torch.ones_like(self.known), (self.weights * (self.rest / len(self.nodes))).flatten()])

@@ -13,8 +13,6 @@ import numpy as np
 
 from lightning_subspace.subspace.sketch import Sketch, sketch_error, sketch_overlap
 
-KEPT_SKETCHES = 64
-
 
 @dataclass(eq=False)
 class OverlapHistory:
@@ -32,7 +30,7 @@ class OverlapHistory:
         [[1.0, 1.0], [1.0, 1.0]]
     """
 
-    keep: int = KEPT_SKETCHES  # how many sketches are held at most
+    keep: int = 64  # how many sketches are held at most
     steps: list[int] = field(default_factory=list)  # of all probes, oldest first
     sketches: dict[int, Sketch] = field(default_factory=dict)  # those held, by their steps, oldest first
     pairs: dict[tuple[int, int], float] = field(default_factory=dict)  # overlaps of two steps, the earlier one first

@@ -78,7 +78,7 @@ def sketch_overlap(sketch: Sketch, other: Sketch) -> float:
     """Estimate of the overlap of the two sketched subspaces, in [0, 1].
 
     Raises:
-        ValueError: when the sketches are of parameter spaces, or of numbers of cells, that cannot be compared.
+        ValueError: when they are of different parameter spaces or numbers of cells.
     """
     if sketch.exact != other.exact or sketch.basis.shape[1] != other.basis.shape[1]:
         raise ValueError(
@@ -109,8 +109,6 @@ def sketch_error(sketch: Sketch) -> float:
 
 def count_sketch(vectors: Tensor, partition: Partition, cells: int = CELLS) -> Tensor:  # (k, n) -> (k, cells)
     """Add up signed coordinates in cells, over all ranks; arguments as `sketch`.
-
-    It is linear in the vectors, and inner products are right on average.
 
     Raises:
         ValueError: when `cells` is not a multiple of 4 in [4, 131072].

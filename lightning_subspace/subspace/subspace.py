@@ -2,9 +2,9 @@
 
 A subspace is held as an orthonormal basis in *rows*: V is (k, n) with V V^T = I, and P = V^T V is its projector.
 Every number here depends on the subspace alone, not on the basis chosen in it. Under ranks every rank has its own
-columns of V and its own part of a vector, and inner products are summed over ranks.
+columns of V and its own part of a vector.
 
-Reference: Gur-Ari, Roberts and Dyer, "Gradient Descent Happens in a Tiny Subspace", arXiv 1812.04754, section 2.
+Source: Gur-Ari, Roberts and Dyer, "Gradient Descent Happens in a Tiny Subspace", arXiv 1812.04754, section 2.
 """
 
 from __future__ import annotations
@@ -32,10 +32,7 @@ ALONE = Ranks()
 
 
 class SubspaceIntegrityError(RuntimeError):
-    """A quantity that is in [0, 1] by definition was not.
-
-    That is a bug in this package or in a solver, not in the user's code.
-    """
+    """A fraction or an overlap outside of [0, 1]: a bug in this package."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -166,7 +166,7 @@ class BatchMean(ABC):
         return self._mean_of(images(self._buffers.gather(v.to(self._loss.dtype)))).to(self.dtype)
 
     def _mean_of(self, terms: Iterable[Tensor], turns: Sequence[Assignment] | None = None) -> Tensor:
-        """This rank's part of a weighted mean of whole vectors, one a turn."""
+        """This rank's part of the mean of one vector a turn."""
         total = self._buffers.total.zero_()
         failure: Exception | None = None
         try:

@@ -110,11 +110,11 @@ class EmpiricalFisher(BatchMean):
 
 
 def examples_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfCheck:
-    """Whether the loss of a batch is its examples' mean; arguments as `self_check`.
+    """Whether the loss of a batch is the mean over its examples.
 
-    PASSED, or SKIPPED with the reason why not. No derivative is checked: F is made of the gradients of training, right
-    or wrong. A loss that draws random numbers is compared in eval mode: a batch and its examples draw different ones.
-    `seed` is not used.
+    Arguments as `self_check`; `seed` is not used. PASSED, or SKIPPED with the reason why not. No derivative is checked,
+    since F is made of the gradients of training, right or wrong. A loss that draws random numbers is compared in eval
+    mode: a batch and its examples draw different ones.
     """
     examples = single_examples(batch)
     if examples is None:

@@ -101,7 +101,7 @@ class ShardedDifferenceHessian(DisplacedGradients):
         return self._evaluated(None, turns)[0]
 
     def _evaluated(self, offset: Tensor | None, turns: Sequence[Assignment]) -> tuple[Tensor, float]:
-        """The gradient at theta + offset, and this rank's share of the loss."""
+        """Gradient and this rank's share of the loss at theta + offset."""
         # The gradient at theta + offset, and this rank's share of the loss.
         self._loss.displace(offset)
         try:

@@ -183,7 +183,7 @@ def _evaluated(
 
 
 class _Cut(TorchFunctionMode):
-    """Context in which loss functions get a leaf in place of the output."""
+    """Context in which a loss gets a leaf for its input."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -31,7 +31,7 @@ def memory_budget(device: torch.device, num_ranks: int) -> float:
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Context that counts the bytes that a graph built inside of it keeps.
+    """Context that counts the bytes kept by a graph built inside.
 
     Each storage counts once, by autograd's hooks on saved tensors. Parameters are left out, and views of them (the
     transposed weight of a linear layer): the graphs of all micro-batches share them.

@@ -86,7 +86,7 @@ OPERATORS: dict[str, Row] = {
 
 @dataclass(frozen=True)
 class CurvatureConfig:
-    """Settings of the loss and of its derivatives; see `TrainingLoss` for the first three.
+    """Settings of the loss (see `TrainingLoss`) and of its derivatives.
 
     Raises:
         ValueError: for any other word, and for finite differences of the "native" loss, which are rounding alone.

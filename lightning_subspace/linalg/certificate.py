@@ -64,7 +64,7 @@ class Certificate:
         return bool((self._growth >= self._required).all())
 
     def follow(self, column: Tensor, norm: float) -> None:
-        """Update c after A v_m = V column + norm v_(m+1); column (m + 1,), norm > 0."""
+        """Update c after an expansion; see `lanczos.Expansion`."""
         components = self._components
         new = (self._eigenvalues * components[:, -1] - components @ column) / norm
         # An excluded eigenvalue is followed no further: its components would go on growing, finally past float64.

@@ -32,9 +32,9 @@ _BREAKDOWN = 20  # in units of eps * scale: what is left of a vector after cance
 
 
 class Expansion(NamedTuple):
-    """Result of one matvec, A q = V column + norm q'; V contains q."""
+    """Result A q = V column + norm q' of a matvec, q in V."""
 
-    column: Tensor  # (m,) float64
+    column: Tensor  # (m,) float64, m counts q
     norm: float  # 0.0 if the basis became invariant
 
 
@@ -105,7 +105,7 @@ class Lanczos:
         return values, rotation
 
     def residuals(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """Residual norms |A x - theta x| of Ritz vectors rotation^T V, (m, c) -> (c,).
+        """Residual norms |A x - theta x|, (c,), of Ritz vectors, (m, c).
 
         Returns the part along the pending vector, which further expansions reduce, and all of it.
         """
@@ -128,9 +128,7 @@ class Lanczos:
         self.size = k
 
     def inject(self, source: Callable[[], Tensor]) -> bool:
-        """Make the part outside V of a fresh vector, (n,), the pending one.
-
-        What was pending is dropped.
+        """Replace the pending vector by the part outside V of another, (n,).
 
         Returns:
             False if there was no such part. True also if that is unknown, because the vector is not finite.
@@ -197,7 +195,7 @@ class Lanczos:
         self.size = kept
 
     def rotated(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """A copy of rotation^T V, (m, c) -> (c, n), and its Gram matrix."""
+        """A copy of rotation^T V, (c, n), and its Gram matrix."""
         count = rotation.shape[1]
         vectors = self.basis[:count]  # in their place, where there is no memory for them
         gram = _zeros(count, count)

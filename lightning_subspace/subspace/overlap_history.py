@@ -82,7 +82,7 @@ class OverlapHistory:
         return OverlapHistory(self.keep, list(self.steps), dict(self.sketches), dict(self.pairs), self.reference_step)
 
     def forget(self, step: int) -> None:
-        """Undo `add` of this step; a sketch that was dropped for it stays dropped."""
+        """Undo `add` of this step; what it dropped stays dropped."""
         self.steps.remove(step)
         del self.sketches[step]
         self.pairs = {pair: value for pair, value in self.pairs.items() if step not in pair}

@@ -97,7 +97,7 @@ def sketch_overlap(sketch: Sketch, other: Sketch) -> float:
 
 
 def sketch_error(sketch: Sketch) -> float:
-    """Largest standard deviation of an overlap with such a sketch; 0 where exact.
+    """Largest standard deviation of an overlap with such a sketch.
 
     Example:
         >>> round(sketch_error(Sketch(torch.eye(10, 4096), exact=False)), 4)
@@ -140,7 +140,7 @@ def _whole(vectors: Tensor, partition: Partition) -> Tensor:
 
 
 def _words(name: str, start: int, block: Tensor) -> Tensor:
-    """64 random bits a column of a block at offset `start` of a parameter."""
+    """64 random bits a column of a block at offset `start`."""
     digest = hashlib.blake2b(name.encode(), digest_size=7).digest()  # 56 bits: adding an offset cannot overflow
     return _mix(torch.arange(start, start + block.shape[1], device=block.device) + int.from_bytes(digest, "big"))
 

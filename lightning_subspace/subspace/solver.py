@@ -50,7 +50,7 @@ class Solver:
     seed: int = 0
 
     def expected_products(self, *, trained: bool, verify: bool = False) -> float:
-        """Expected number of products of a solve, to a factor of about two.
+        """Expected number of products, right to a factor of about two.
 
         Args:
             trained: whether the network is past its first steps.
@@ -77,6 +77,9 @@ class Solver:
                 products at best. Never the gradient: an unconverged space would then contain it.
             verify: exclude missed copies of equal eigenvalues.
             on_matvec: called with (number of products, worst relative residual).
+
+        Raises:
+            SubspaceIntegrityError: when the eigenvectors are not orthonormal to 1e-4.
         """
         partition = operator.partition
         v0 = None if start is None else self._warm_start(operator, start)
@@ -114,9 +117,10 @@ class Solver:
 
 
 def agreed_product(operator: Operator, matvec: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
-    """A product that ends on all ranks when it fails on one; see `Ranks.unchecked`.
+    """A product that ends on all ranks, also where it fails on one.
 
-    `matvec` takes the place of the operator's own product, which may need no agreement (`raises_after_collectives`).
+    It is for use inside of `Ranks.unchecked`. `matvec` takes the place of the operator's own product, which may need no
+    agreement (`raises_after_collectives`).
     """
     if matvec is None and operator.raises_after_collectives:
         return operator.matvec

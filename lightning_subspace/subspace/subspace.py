@@ -32,7 +32,7 @@ ALONE = Ranks()
 
 
 class SubspaceIntegrityError(RuntimeError):
-    """A fraction or an overlap outside of [0, 1]: a bug in this package."""
+    """A fraction or overlap outside of [0, 1], by a bug of this package."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,9 +54,13 @@ class ShardedDifferenceHessian(DisplacedGradients):
         loss: an open `ShardedLoss`; otherwise as for `BatchMean`.
         batches: the sample, of all ranks.
         partition: the shards of the module, and the ranks that it is sharded over.
+
+    Raises:
+        LossError: when a loss cannot be evaluated (see `ShardedLoss`).
+        ValueError: for an empty sample.
     """
 
-    max_asymmetry = 1e-3  # 1e-4 at most for the smooth networks named above
+    max_asymmetry = 1e-3  # 1e-4 at most was measured for smooth networks
 
     _loss: ShardedLoss
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lightning_subspace.linalg.agreement import Agreement, AllSum
-from lightning_subspace.linalg.lanczos import Lanczos
 from lightning_subspace.linalg.selection import WHICH
 
 RandomVector = Callable[[int, int], Tensor]
@@ -35,7 +34,7 @@ def random_vectors(
         return torch.randn(n, generator=generator, dtype=dtype, device="cpu")
 
     source = own if random is None else random
-    return lambda i: _checked("random", source(seed, i), n, dtype)
+    return lambda i: vector("random", source(seed, i), n, dtype)
 
 
 def global_dimension(dimension: int | None, n: int, agreement: Agreement, device: torch.device) -> int:
@@ -78,8 +77,8 @@ def tolerances(tol: float, subspace_tol: float | None, dtype: torch.dtype) -> tu
         raise ValueError(f"subspace_tol: expected a positive finite number, or None, got {subspace_tol}.")
     smallest = SMALLEST_TOL[dtype]
     if tol < smallest:
-        message = f"tol: expected at least {smallest} in {dtype}, got {tol}; it was raised to that."
-        warnings.warn(message, UserWarning, stacklevel=3)
+        message = f"tol: expected at least {smallest} in {dtype}, got {tol}; it was raised to that"
+        warnings.warn(f"{message}. float64 reaches 1e-12.", UserWarning, stacklevel=3)
     return max(tol, smallest), max(tol / 10, smallest)
 
 
@@ -91,21 +90,16 @@ def basis_size(ncv: int | None, k: int, dimension: int) -> int:
     return min(ncv, dimension)
 
 
-def start(lanczos: Lanczos, v0: Tensor | None, n: int, draw: Callable[[int], Tensor]) -> None:
-    """Make `v0`, or a random vector, the first one of the factorisation."""
-    if not lanczos.inject(lambda: draw(0) if v0 is None else _checked("v0", v0, n, lanczos.basis.dtype)):
-        raise ValueError("v0: expected a vector other than zero, got zero; pass None for a random one.")
-
-
-def _checked(name: str, vector: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    if not isinstance(vector, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got an object of type {type(vector).__name__}.")
-    if tuple(vector.shape) != (n,):
-        raise ValueError(f"{name}: expected shape {(n,)}, got {tuple(vector.shape)}; flatten it, or check n.")
-    vector = vector.detach().to(dtype)
-    if not bool(torch.isfinite(vector).all()):
+def vector(name: str, given: Tensor, n: int, dtype: torch.dtype) -> Tensor:  # (n,)
+    """A vector of the user's in that dtype, or an error."""
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got an object of type {type(given).__name__}.")
+    if tuple(given.shape) != (n,):
+        raise ValueError(f"{name}: expected shape {(n,)}, got {tuple(given.shape)}; flatten it, or check n.")
+    converted = given.detach().to(dtype)
+    if not bool(torch.isfinite(converted).all()):
         raise ValueError(f"{name}: expected a finite vector, got NaN or infinity.")
-    return vector
+    return converted
 
 
 def _check_count(name: str, value: int, smallest: int, meaning: str = "") -> None:

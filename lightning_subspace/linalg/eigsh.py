@@ -120,7 +120,8 @@ def eigsh(
     is_verified = verify == "always"
     rules = Rules(k, which, tol, tightest, subspace_tol, ncv, max_matvecs, is_verified, delta, dimension, max_asymmetry)
     lanczos = Lanczos(matvec, n, ncv, dimension=dimension, dtype=dtype, device=device, agreement=agreement)
-    arguments.start(lanczos, v0, n, draw)
+    if not lanczos.inject(lambda: draw(0) if v0 is None else arguments.vector("v0", v0, n, dtype)):
+        raise ValueError("v0: expected a vector other than zero, got zero; pass None for a random one.")
     result = _solve(lanczos, rules, draw, on_matvec)
     agreement.settle()
     return result

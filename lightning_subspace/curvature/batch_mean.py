@@ -1,15 +1,14 @@
-"""Base of all operators: a mean over the micro-batches of a fixed sample.
+"""Base of all operators: a mean over the sample's micro-batches.
 
     A v = sum_b s_b A_b v,    g = sum_b s_b grad L_b,    s_b = w_b / sum_b w_b
 
-Under ranks vectors are dealt out (`Partition`), and so are the micro-batches (`assign`): a product is one all-gather of
-v, the local sums, and one reduce-scatter. A rank on which something fails contributes nan to the sum, and raises behind
-it, so that no rank is left waiting.
+Under ranks both vectors (`Partition`) and micro-batches (`data/assignment.py`) are divided among them: a product is one
+all-gather of v, the local sums, and one reduce-scatter.
 
-A new operator is one class with one method: `matvec` below `BatchMean`, where A_b v can be had from a vector alone (as
-in `empirical_fisher.py`); `_build` below `RetainedGraphs`, where a graph serves all products (`hessian.py`); `matvec`
+A new operator is one class with one method: `matvec` below `BatchMean`, where A_b v needs v alone (as in
+`empirical_fisher.py`); `_build` below `RetainedGraphs`, where a graph serves all products (`hessian.py`); `matvec`
 below `DisplacedGradients`, where it is a difference of gradients (`forward_difference.py`). One row of the table in
-`choice.py` gives it a name.
+`selection.py` gives it a name.
 """
 
 from __future__ import annotations
@@ -43,21 +42,19 @@ class BatchMean(ABC):
         partition: how vectors, and with them the work, are dealt to ranks; None: all to this process.
 
     Attributes:
-        n: length of a vector here: of this rank's part.
-        partition: how vectors are dealt to ranks; `partition.n` is the dimension of the whole space.
-        batches: the micro-batches, of all ranks.
-        raises_after_collectives: whether a product that fails on one rank still takes part in all its collectives, with
-            nan, and raises behind them; then ranks need not compare notes in it.
-        max_asymmetry: how far v.Au and u.Av of unit vectors may be apart by rounding, relative to the largest
-            |eigenvalue|.
+        n: length of this rank's part of a vector; `partition.n` is that of the whole.
 
     Raises:
         LossError: when a loss cannot be evaluated (see `TrainingLoss`).
         ValueError: for an empty sample.
     """
 
+    # Whether a product that fails on one rank takes part in all its collectives, with nan, before it raises. Then it
+    # needs no further agreement between ranks.
     raises_after_collectives = True
-    max_asymmetry = 1e-4  # 2e-6 at most, and far more where something is wrong
+    # The largest |v.Au - u.Av| of unit vectors that is rounding, relative to the largest |eigenvalue|. 2e-6 at most was
+    # measured, and far more where something is wrong.
+    max_asymmetry = 1e-4
 
     def __init__(
         self,
@@ -75,7 +72,7 @@ class BatchMean(ABC):
         self.device = loss.device
         self.batches = tuple(batches)
         self._loss = loss
-        self._held = self.batches  # also in a part: where to look for a micro-batch to evaluate at weight zero
+        self._held = self.batches  # also in a part: fillers, which are evaluated at weight zero, come from here
         self._assignments = self._rounds(self.batches)
         self._together = group_by_round(self.batches, self.partition.ranks)  # what all ranks evaluate in each turn
         self._retained: list[Any] = [None] * len(self._assignments)  # what a subclass keeps of each turn
@@ -84,10 +81,7 @@ class BatchMean(ABC):
             _ = self._buffers
 
     @abstractmethod
-    def matvec(
-        self,
-        v: Tensor,  # (n,)
-    ) -> Tensor:  # (n,)
+    def matvec(self, v: Tensor) -> Tensor:  # (n,) -> (n,)
         """A v."""
 
     def gradient(self) -> Tensor:  # (n,)
@@ -107,30 +101,26 @@ class BatchMean(ABC):
         own = (self._gradient_of(batch) for batch, _ in self._rounds(batches))
         return self._by_batch(group_by_round(batches, self.partition.ranks), own)
 
-    def value(
-        self,
-        offset: Tensor | None,  # (n,)
-    ) -> float:
-        """Mean loss at theta + offset; inf or nan where it is not finite.
+    def value(self, offset: Tensor | None) -> float:  # (n,)
+        """Mean loss at theta + offset, finite or not.
 
         A forward pass of every micro-batch, one all-gather, and a sum of one number.
         """
         whole = None if offset is None else self.partition.gather(offset.to(self._loss.dtype))
-        own, failures = math.nan, []
+        own, failure = math.nan, None
         try:
             own = self._loss.value_at(whole, self._assignments)
         except Exception as error:
-            failures.append(error)
+            failure = error
         total = float(self.partition.ranks.all_reduce(torch.tensor([own], dtype=torch.float64)))
-        if failures:
-            raise failures[0]
+        if failure is not None:
+            raise failure
         return total
 
     def part(self, positions: Iterable[int]) -> BatchMean:
         """The operator over some micro-batches, by their positions in `batches`.
 
-        It shares what is retained. Rounds in which no rank has anything left are passed over; in the others every rank
-        still takes its turn.
+        It shares what is retained. Rounds without any of them are left out; in the others all ranks take their turn.
         """
         chosen = {self.batches[position].index for position in positions}
         part = copy.copy(self)
@@ -141,59 +131,48 @@ class BatchMean(ABC):
         part._together = [left[number] for number in kept]
         part._assignments = []
         for batch, share in (self._assignments[number] for number in kept):
-            part._assignments.append(
-                Assignment(batch, batch.weight / total if share and batch.index in chosen else 0.0)
-            )
+            weight = batch.weight / total if share and batch.index in chosen else 0.0
+            part._assignments.append(Assignment(batch, weight))
         part._retained = [self._retained[number] for number in kept]
         part._mean = None
         return part
 
     @cached_property
     def _buffers(self) -> VectorBuffers:
-        """Communication buffers (see `VectorBuffers`)."""
         return VectorBuffers(self.partition, self._loss.dtype, self.device)
 
     def _rounds(self, batches: Sequence[MicroBatch]) -> list[Assignment]:
         return assign(batches, self.partition.ranks, fillers=self._held)
 
-    def _gradient_of(self, batch: MicroBatch) -> Tensor:  # (n,) of the whole space
-        """The gradient of one micro-batch."""
+    def _gradient_of(self, batch: MicroBatch) -> Tensor:  # (whole n,)
         return backward_gradient(self._loss, batch)
 
     def _gradient_over(self, turns: Sequence[Assignment]) -> Tensor:
-        """This rank's part of the gradient of the mean over these turns, in the precision of the loss."""
         return self._mean_of((self._gradient_of(batch) for batch, _ in turns), turns)
 
     def _centre(self) -> Tensor:
-        """This rank's part of g(theta), in the precision of the loss."""
+        """This rank's part of g(theta), in the dtype of the loss."""
         if self._mean is None:
             self._mean = self._gradient_over(self._assignments)
         return self._mean
 
-    def _product(
-        self,
-        v: Tensor,  # (n,)
-        images: Callable[[Tensor], Iterable[Tensor]],
-    ) -> Tensor:  # (n,)
+    def _product(self, v: Tensor, images: Callable[[Tensor], Iterable[Tensor]]) -> Tensor:  # (n,) -> (n,)
         """A v: one all-gather and one reduce-scatter, whatever the number of micro-batches.
 
-        `images` makes the whole of v into the whole of A_b v for each turn, one after another. As a generator function
-        it runs inside of the sum, where it may fail and take memory.
+        `images` makes the whole of v into the whole of A_b v for each turn. As a generator function it runs inside of
+        the sum, where it may fail and take memory.
         """
         return self._mean_of(images(self._buffers.gather(v.to(self._loss.dtype)))).to(self.dtype)
 
     def _mean_of(self, terms: Iterable[Tensor], turns: Sequence[Assignment] | None = None) -> Tensor:
-        """This rank's part of the weighted mean of one whole vector a turn.
-
-        All ranks get to the sum: one that fails contributes nan, and raises behind it.
-        """
+        """This rank's part of the mean of one vector a turn."""
         total = self._buffers.total.zero_()
         failure: Exception | None = None
         try:
             for (_, share), term in zip(self._assignments if turns is None else turns, terms, strict=True):
                 if share:
                     total.add_(term, alpha=share)
-        except Exception as error:
+        except Exception as error:  # it is raised behind the sum, in which the other ranks are waiting
             failure = error
             total.fill_(math.nan)
         local = self._buffers.sum_scatter()

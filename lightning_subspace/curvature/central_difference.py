@@ -1,18 +1,10 @@
-"""Hessian of the training loss by central differences of float64 gradients.
+"""Hessian by central differences of float64 gradients.
 
     H v = |v| (g(theta + eps u) - g(theta - eps u)) / (2 eps),    u = v / |v|,
 
-in float64, whatever the solver computes in. It needs no second derivative and the memory of a training step, and takes
-the gradient by `backward()`, as training does: so it is right where double backward is not implemented, refused
-(reentrant checkpoints) or silently wrong (functions that are differentiable once).
-
-In float64 rounding leaves about 1e-16 |g| / eps, and truncation eps^2. In between lie the kinks of a ReLU network: a
-step that crosses one is wrong by any amount, and with many examples even one of 1e-6 does now and then. It does on one
-side only, so the differences forward and backward, both known once g(theta) is, then disagree: the product is taken
-again with a smaller step. In float32 no eps is small enough: the error is of the size of H v.
-
-Only where theta lies *on* kinks, such as zero biases under blank inputs at step 0, there is nothing to agree with; the
-operator is then not symmetric, and the solver says so.
+in float64, whatever the solver computes in. A product needs no second derivative and the memory of a training step. The
+gradient is taken by `backward()`, as in training. So the product is right also where double backward is not
+implemented, refused (reentrant checkpoints) or silently wrong. Errors and limits: README.md, "What is exact".
 """
 
 from __future__ import annotations
@@ -27,25 +19,24 @@ from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.partition import Partition
 
-# Lengths of the displacement, tried in turn until the differences to both sides agree.
+# Lengths of the displacement. Rounding leaves about 1e-16 |g| / eps and truncation eps^2: little in float64; in float32
+# no length would do. A step that crosses the kink of a ReLU is wrong by any amount, and with many examples even 1e-6
+# crosses some. But it does so on one side only: the differences to both sides disagree, and the next step is tried.
 STEPS = (3e-7, 3e-8, 3e-9)
-AGREEMENT = 1e-5
-# What rounding can do to the sum of the gradients on both sides, relative to the gradient.
-ROUNDING = 100 * torch.finfo(torch.float64).eps
+# How far both may be apart, relative to H u, and by rounding of the gradients, relative to g.
+SIDES_AGREE = 1e-5
+GRADIENT_ROUNDING = 100 * torch.finfo(torch.float64).eps
 
 
 class FiniteDifferenceHessian(DisplacedGradients):
-    """The Hessian where it cannot be had by double backward.
+    """The Hessian where double backward is not available.
 
     Args:
-        loss: an open context with dtype float64; it must stay open as long as products are taken.
-        batches: the fixed sample; weights need not be normalised.
+        loss: as for `BatchMean`, like `batches` and `partition`; its dtype has to be float64.
         dtype: of the vectors that come and go.
-        steps: lengths of the displacement in parameter space, falling.
-        partition: how vectors are dealt to ranks; None: all to this process.
 
     Raises:
-        ValueError: for an empty sample, or when `loss` is not a float64 one.
+        ValueError: for an empty sample, or a `loss` of another dtype.
 
     Example:
         >>> from lightning_subspace.parallel.parameters import ParameterSpace
@@ -64,18 +55,13 @@ class FiniteDifferenceHessian(DisplacedGradients):
         batches: Sequence[MicroBatch],
         *,
         dtype: torch.dtype = torch.float32,
-        steps: Sequence[float] = STEPS,
         partition: Partition | None = None,
     ) -> None:
         if loss.dtype != torch.float64:
             raise ValueError(f"loss: expected a TrainingLoss with dtype=torch.float64, got {loss.dtype}.")
         super().__init__(loss, batches, dtype=dtype, partition=partition)
-        self._steps = tuple(steps)
 
-    def matvec(
-        self,
-        v: Tensor,  # (n,)
-    ) -> Tensor:  # (n,)
+    def matvec(self, v: Tensor) -> Tensor:  # (n,) -> (n,)
         """H v, from two gradients of every micro-batch, or more near kinks.
 
         One all-gather and a sum, and for each step tried two reduce-scatters and a sum.
@@ -87,14 +73,14 @@ class FiniteDifferenceHessian(DisplacedGradients):
         return self._slope(self._buffers.gather(wide), length, centre).mul_(length).to(self.dtype)
 
     def _slope(self, whole: Tensor, length: float, centre: float) -> Tensor:
-        """This rank's part of H u, u along `whole` of that length; `centre` is |g|."""
+        """This rank's part of H u, with u = whole / length and |g| = centre."""
         found = []
-        for step in self._steps:
+        for step in STEPS:
             plus, minus = (self._gradient_at(whole, sign * step / length) for sign in (1.0, -1.0))
             bend = (plus + minus).sub_(self._centre(), alpha=2.0).div_(step)
             slope = plus.sub_(minus).div_(2.0 * step)
             size, steepness = self._norms(bend, slope)
             found.append((size, slope))
-            if not size > AGREEMENT * steepness + ROUNDING * centre / step:  # also where it is nan
+            if not size > SIDES_AGREE * steepness + GRADIENT_ROUNDING * centre / step:  # also where it is nan
                 break
         return min(found, key=lambda pair: pair[0])[1]

@@ -1,8 +1,4 @@
-"""Differences of gradients: operators that displace the parameters.
-
-They need no second derivative and the memory of a training step. A displacement is a whole vector, and so is what a
-rank adds to the mean; what comes and goes is dealt to ranks. No graph is kept.
-"""
+"""Base of the operators that take differences of gradients."""
 
 from __future__ import annotations
 
@@ -15,15 +11,14 @@ from lightning_subspace.curvature.batch_mean import BatchMean
 
 
 class DisplacedGradients(BatchMean):
-    """A Hessian whose products are made of gradients; see `BatchMean`."""
+    """An operator that evaluates gradients at displaced parameters; see `BatchMean`.
+
+    It needs no second derivative and the memory of a training step; no graph is kept.
+    """
 
     raises_after_collectives = False  # a product takes memory between its sums
 
-    def _gradient_at(
-        self,
-        direction: Tensor,  # (n,) of the whole space
-        scale: float,
-    ) -> Tensor:  # (n,)
+    def _gradient_at(self, direction: Tensor, scale: float) -> Tensor:  # (whole n,) -> (n,)
         """This rank's part of g(theta + scale * direction)."""
 
         def gradients() -> Iterator[Tensor]:  # inside of the sum, as a displacement takes memory

@@ -1,25 +1,14 @@
-"""Empirical Fisher matrix of the training loss: the second moment of its gradients.
+"""Empirical Fisher matrix: the second moment of the gradients of examples.
 
     F v = (1 / N) sum_n g_n (g_n . v)
 
-over the N examples of the sample, g_n the gradient of the loss of example n alone (Kunstner, Hennig and Balles 2019,
-arXiv 1905.12558, eq. 3, divided by N as the loss is). Micro-batches have the weights that they have in the mean, and
-the examples of one share its weight. It needs no second derivative.
-
-It is not the Hessian, though often taken for it: the labels are those of the data, not the model's own, so it need not
-come near the Fisher or the Gauss-Newton matrix (same paper, section 3). What Gur-Ari et al. (2018) say of the gradient
-and the top space, they say of the Hessian's. Its rank is at most N.
+over the N examples of the sample; g_n is the gradient of the loss of example n alone. Source: Kunstner, Hennig and
+Balles 2019, arXiv 1905.12558, eq. 3, divided by N as the loss is. Micro-batches have the weights that they have in the
+mean, and the examples of one share its weight. It needs no second derivative. Its rank is at most N.
 
 A training step gives the mean loss of a batch, so single examples are evaluated as batches of one, each with random
-numbers of its own. `examples_check` finds out whether that is the same loss. It is not with batch-norm in train mode,
-whose statistics are the batch's, nor with contrastive losses, sums, or means over tokens. Then, and where a batch
-cannot be cut, F is taken over micro-batches, (1 / sum w_b) sum_b w_b g_b g_b^T: what the gradients of training scatter
-by, with eigenvalues that are smaller by about the number of examples in a micro-batch.
-
-A product costs an inner product and a sum for each gradient that is kept. Those beyond the memory budget (4 n bytes
-each) are taken anew for every product, by a forward and a backward pass of one example. Measured with an MLP (n =
-79,510) and 1,024 examples, in gradients of the sample in batches of 64: 50 to begin with, then 2 a product with all
-gradients kept, and 50 with none. Under FSDP2 whole parameters stand in for the shards, as for the Hessian.
+numbers of its own. `examples_check` finds out whether that is the same loss. Where it is not, and where a batch cannot
+be cut, F is taken over micro-batches: (1 / sum w_b) sum_b w_b g_b g_b^T. What it is not, and its costs: README.md.
 """
 
 from __future__ import annotations
@@ -41,19 +30,18 @@ from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.partition import Partition
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-# How far the loss of a batch and the mean over its examples may be apart in float64, relative to the former.
-THRESHOLD = 1e-6
+# How far the loss of a batch and the mean over its examples may be apart in float64, relative to the larger one.
+MEAN_ROUNDING = 1e-6
 
 
 class EmpiricalFisher(BatchMean):
     """The empirical Fisher over single examples, or over micro-batches.
 
     Args:
-        loss: an open context, best of order 1; it must stay open as long as products are taken.
-        batches: the fixed sample, of all ranks; weights need not be normalised.
+        loss: as for `BatchMean`, like `batches` and `partition`; best of order 1.
         examples: over single examples; a micro-batch that cannot be cut counts as one. False: over micro-batches.
-        memory: bytes that gradients may take; None takes half of the memory that is free.
-        partition: how vectors, and with them the work, are dealt to ranks; None: all to this process.
+        memory: bytes that gradients may take (4 n each; others are taken anew for every product); None: half of the
+            memory that is free.
 
     Raises:
         LossError: when a loss cannot be evaluated (see `TrainingLoss`).
@@ -96,10 +84,7 @@ class EmpiricalFisher(BatchMean):
         """Number of gradients that are kept on this rank."""
         return sum(len(gradients) for _, gradients in self._retained if gradients is not None)
 
-    def matvec(
-        self,
-        v: Tensor,  # (n,)
-    ) -> Tensor:  # (n,)
+    def matvec(self, v: Tensor) -> Tensor:  # (n,) -> (n,)
         """F v: an inner product and a sum for each gradient."""
 
         def images(whole: Tensor) -> Iterator[Tensor]:
@@ -127,14 +112,9 @@ class EmpiricalFisher(BatchMean):
 def examples_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfCheck:
     """Whether the loss of a batch is the mean over its examples.
 
-    PASSED, or SKIPPED with the reason why not. There is no derivative to check: F is made of the gradients that
-    training takes, right or wrong. Where the loss draws random numbers, a batch and its examples draw different ones,
-    and they are compared in eval mode.
-
-    Args:
-        loss: a `TrainingLoss` with dtype float64, not open yet.
-        batch: a few examples.
-        seed: not used, as no direction is drawn.
+    Arguments as `self_check`; `seed` is not used. PASSED, or SKIPPED with the reason why not. No derivative is checked,
+    since F is made of the gradients of training, right or wrong. A loss that draws random numbers is compared in eval
+    mode: a batch and its examples draw different ones.
     """
     examples = single_examples(batch)
     if examples is None:
@@ -143,7 +123,8 @@ def examples_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> S
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what the model has to say, it says in training
             with loss:
-                if any(isinstance(m, BATCH_NORMS) and _takes_statistics(m) for m in loss.module.modules()):
+                norms = [m for m in loss.module.modules() if isinstance(m, BATCH_NORMS)]
+                if any(norm.training or norm.running_mean is None for norm in norms):
                     return _skipped("batch-norm takes its statistics over the batch")
                 whole, mean = _both(loss, batch, examples)
                 is_random = loss.value_at(None, [(replace(batch, draw=1), 1.0)]) != whole
@@ -161,17 +142,13 @@ def examples_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> S
 
 
 def _both(loss: TrainingLoss, batch: MicroBatch, examples: Sequence[MicroBatch]) -> tuple[float, float]:
-    """The loss of a batch, and the mean over its examples."""
+    # The loss of a batch, and the mean over its examples.
     share = 1.0 / len(examples)
     return loss.value_at(None, [(batch, 1.0)]), loss.value_at(None, [(example, share) for example in examples])
 
 
 def _are_close(whole: float, mean: float) -> bool:
-    return abs(whole - mean) <= THRESHOLD * max(abs(whole), abs(mean))
-
-
-def _takes_statistics(norm: nn.Module) -> bool:
-    return norm.training or norm.running_mean is None
+    return abs(whole - mean) <= MEAN_ROUNDING * max(abs(whole), abs(mean))
 
 
 def _skipped(reason: str) -> SelfCheck:

@@ -1,25 +1,18 @@
-"""Hessian of the training loss by forward differences: one gradient a product.
+"""Hessian by forward differences: one gradient a product.
 
     H v = |v| (g(theta + eps u) - g(theta)) / eps,    u = v / |v|,
 
-in the precision of training, with g(theta) taken once. It needs no second derivative, the memory of a training step,
-and leaves fused attention in place. For float32 it is the cheapest product there is, and the least exact: truncation is
-eps / 2 times the third derivative along u, rounding about 1e-6 |g| / eps. At eps = 3e-4 both stay below 1e-3 lambda_1
-for smooth networks (measured: 1e-4 to 7e-4 for a GELU ViT along its own eigenvectors); with kinks the error is of the
-size of H v, whatever eps is. So the operator is used only where `smoothness_check` finds no kinks:
+in the precision of training, with g(theta) taken once. A product needs no second derivative and the memory of a
+training step, and leaves fused attention in place. For float32 it is the cheapest product there is, and the least
+exact. With kinks its error is of the size of H v, whatever eps is. So it is used only where `smoothness_check` finds
+none, by an extrapolation in float64 that is exact to second order for smooth losses:
 
-    (3 d(eps) - d(3 eps)) / 2 = H u + O(eps^2),    d(eps) = (g(theta + eps u) - g(theta)) / eps,
-
-in float64, along a random direction, the gradient's, and the image of the latter. Measured on 64 examples the left side
-is off by 2e-7 to 3e-4 of the largest |H u| for networks of GELU, SiLU, tanh and softmax, and by .08 to 19 for those of
-ReLU. Few kinks may hide from it, as those of one max-pooling behind a smooth layer; the solver then finds the operator
-asymmetric.
+    (3 d(eps) - d(3 eps)) / 2 = H u + O(eps^2),    d(eps) = (g(theta + eps u) - g(theta)) / eps
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,24 +22,24 @@ from lightning_subspace.curvature.differences import DisplacedGradients
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.training_loss import TrainingLoss
-from lightning_subspace.parallel.partition import Partition
 
+# Truncation is STEP / 2 times the third derivative along u, rounding about 1e-6 |g| / STEP: both below 1e-3 lambda_1
+# for smooth networks (1e-4 to 7e-4 measured for a GELU ViT along its own eigenvectors).
 STEP = 3e-4
-# Of the check, in units of the largest |H u|.
-CHECK_STEP = 1e-3
-SMOOTH = 2e-3
+CHECKED_STEP = 1e-3
+# The largest error of the extrapolation that counts as smooth, in units of the largest |H u|. On 64 examples 2e-7 to
+# 3e-4 were measured for networks of GELU, SiLU, tanh and softmax, .08 to 19 for those of ReLU. Few kinks, as those of
+# one max-pooling behind a smooth layer, may hide from it; the solver then finds the operator asymmetric.
+SMOOTH_ERROR = 2e-3
 
 
 class ForwardDifferenceHessian(DisplacedGradients):
     """The Hessian at one gradient a product, for smooth networks.
 
-    Args:
-        loss: an open context, best of order 1; it must stay open as long as products are taken.
-        batches: the fixed sample; weights need not be normalised.
-        step: length of the displacement in parameter space.
-        partition: how vectors are dealt to ranks; None: all to this process.
+    Arguments as `BatchMean`; the loss is best of order 1.
 
     Raises:
+        LossError: when a loss cannot be evaluated (see `TrainingLoss`).
         ValueError: for an empty sample.
 
     Example:
@@ -55,47 +48,28 @@ class ForwardDifferenceHessian(DisplacedGradients):
         >>> data = MicroBatch(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), weight=2.0, index=0)
         >>> fn = lambda m, x, i: m(x).square().mean()
         >>> with TrainingLoss(net, ParameterSpace.of(net), fn, order=1) as loss:
-        ...     product = ForwardDifferenceHessian(loss, [data]).matvec(torch.ones(2))
-        >>> [round(value, 2) for value in product.tolist()]
-        [1.0, 4.0]
+        ...     print(ForwardDifferenceHessian(loss, [data]).matvec(torch.ones(2)).round(decimals=2))
+        tensor([1., 4.])
     """
 
     # Truncation is not symmetric: 1e-4 was measured. What depends on chance, such as batches drawn anew, exceeds 5e-3.
     max_asymmetry = 1e-3
 
-    def __init__(
-        self,
-        loss: TrainingLoss,
-        batches: Sequence[MicroBatch],
-        *,
-        step: float = STEP,
-        partition: Partition | None = None,
-    ) -> None:
-        super().__init__(loss, batches, partition=partition)
-        self._step = step
-
-    def matvec(
-        self,
-        v: Tensor,  # (n,)
-    ) -> Tensor:  # (n,)
-        """H v, from one gradient of every micro-batch."""
+    def matvec(self, v: Tensor, step: float = STEP) -> Tensor:  # (n,) -> (n,)
+        """H v, from one gradient of every micro-batch at distance `step`."""
         (length,) = self._norms(v)
         if not 0.0 < length < float("inf"):
             return torch.zeros_like(v) * length  # nan stays nan
-        step = self._step / length
+        scale = step / length
         centre = self._centre()
-        return self._gradient_at(self._buffers.gather(v), step).sub_(centre).div_(step)
+        return self._gradient_at(self._buffers.gather(v), scale).sub_(centre).div_(scale)
 
 
 def smoothness_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfCheck:
-    """Whether forward differences may be used.
+    """Whether forward differences may be used; arguments as `self_check`.
 
-    PASSED, or SKIPPED with the reason why not. Costs about 17 gradients of the batch in float64.
-
-    Args:
-        loss: a `TrainingLoss` with dtype float64, not open yet.
-        batch: 64 examples, since fewer may meet no kink.
-        seed: of the random direction.
+    PASSED, or SKIPPED with the reason why not. Costs about 17 gradients of the batch in float64; it should have 64
+    examples, since fewer may meet no kink.
 
     Raises:
         ValueError: when `loss` is not a float64 one.
@@ -106,14 +80,13 @@ def smoothness_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) ->
         with warnings.catch_warnings(), loss:
             warnings.simplefilter("ignore")  # what the model has to say, it says in training
             exact = FiniteDifferenceHessian(loss, [batch], dtype=torch.float64)
-            near = ForwardDifferenceHessian(loss, [batch], step=CHECK_STEP)
-            far = ForwardDifferenceHessian(loss, [batch], step=3 * CHECK_STEP)
+            near, far = ForwardDifferenceHessian(loss, [batch]), ForwardDifferenceHessian(loss, [batch])
             errors, lengths, product = [], [], draw
             for given in (draw, exact.gradient(), None):
                 direction = product if given is None else given
                 unit = direction / direction.norm()
                 product = exact.matvec(unit)
-                extrapolated = 1.5 * near.matvec(unit) - 0.5 * far.matvec(unit)
+                extrapolated = 1.5 * near.matvec(unit, CHECKED_STEP) - 0.5 * far.matvec(unit, 3 * CHECKED_STEP)
                 errors.append(float((extrapolated - product).norm()))
                 lengths.append(float(product.norm()))
     except ValueError:
@@ -121,9 +94,8 @@ def smoothness_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) ->
     except Exception as failure:  # float64 can fail in any way inside the user's code; that decides nothing
         return SelfCheck(CheckOutcome.SKIPPED, reason=f"{type(failure).__name__} in float64: {failure}")
     error = float(torch.tensor(errors).max() / torch.tensor(lengths).max())  # nan where one of them is
-    if error <= SMOOTH:
-        return SelfCheck(
-            CheckOutcome.PASSED, error, reason=f"forward differences extrapolate to H v within {error:.1e}"
-        )
+    if error <= SMOOTH_ERROR:
+        reason = f"forward differences extrapolate to H v within {error:.1e}"
+        return SelfCheck(CheckOutcome.PASSED, error, reason=reason)
     reason = f"the loss has kinks, or bends too much: forward differences miss H v by {error:.1e}"
     return SelfCheck(CheckOutcome.SKIPPED, error, reason=reason)

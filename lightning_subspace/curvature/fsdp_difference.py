@@ -2,17 +2,9 @@
 
     H v = |v| (g(theta + eps u) - g(theta - eps u)) / (2 eps),    u = v / |v|,  eps = 1e-3
 
-Two gradients a product, with the memory of a training step; FSDP does the communication (`sharded_loss`). Rounding
-leaves about 1e-7 / eps of the gradients of single examples, truncation eps^2. Measured with MLPs (tanh, GELU,
-batch-norm), a GELU convolution and a GELU transformer, n = 445 to 222,205, at the start and trained: along the top
-eigenvector 2e-5 to 4e-4 of |H v|, along the gradient up to 1e-3; along a random direction, where |H v| itself is small,
-up to 2e-3, and 5e-2 in one net trained to a loss of 1e-3. Differences to one side cost half and leave 6e-4 to 8e-3
-along the top eigenvector, more than the eigensolver's tolerance.
-
-For a loss with kinks (ReLU, max-pooling) no eps is right: single examples cross a kink, and their jump is divided by
-eps; products are then off by up to 20 of |H v|. Differences along a random direction for two eps, 3e-2 and 1e-2, which
-`check_differences` takes, disagree by .22 to 1.1 for a ReLU MLP and a ReLU convolution with max-pooling (16 to 512
-examples), and by 3e-5 to 1.3e-2 for the smooth nets above; u.Hv and v.Hu of these differ by 1e-4 lambda_1 or less.
+Two gradients a product, with the memory of a training step; FSDP does the communication (`loss/fsdp_loss.py`). For a
+loss with kinks (ReLU, max-pooling) no eps is right: single examples cross a kink, and their jump is divided by eps.
+`check_differences` finds such losses. Errors: README.md, "What is exact".
 """
 
 from __future__ import annotations
@@ -32,10 +24,12 @@ from lightning_subspace.data.assignment import Assignment
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.fsdp_loss import ShardedLoss
 
-STEP = 1e-3
+STEP = 1e-3  # rounding leaves about 1e-7 / STEP of the gradients of single examples, truncation STEP^2
 # What the check compares along a random direction: large enough for many examples to cross kinks, if there are any.
 CHECKED_STEPS = (3e-2, 1e-2)
-THRESHOLD = 0.05
+# The largest relative difference that passes. For smooth nets the two steps differ by 3e-5 to 1.3e-2, for those with
+# kinks by .22 to 1.1 (MLPs and convolutions of ReLU, 16 to 512 examples).
+LARGEST_DIFFERENCE = 0.05
 # Along the gradient, for the loss itself: its differences have the rounding of a float32 loss.
 LOSS_STEP = 1e-2
 LOSS_ROUNDING = 1e-5
@@ -53,11 +47,11 @@ KINKED = frozenset((
 class ShardedDifferenceHessian(DisplacedGradients):
     """The Hessian, on this rank's shards of vectors.
 
-    Every method is a collective: FSDP gathers parameters and scatters gradients in it. It sums over ranks, so where
-    one micro-batch is evaluated alone, all ranks but its owner do so at weight zero.
+    Every method is a collective: FSDP gathers parameters and scatters gradients in it, and sums over ranks. Where one
+    micro-batch is evaluated alone, all ranks but its owner do so at weight zero.
 
     Args:
-        loss: an open `ShardedLoss`; it must stay open as long as products are taken.
+        loss: an open `ShardedLoss`; otherwise as for `BatchMean`.
         batches: the sample, of all ranks.
         partition: the shards of the module, and the ranks that it is sharded over.
 
@@ -66,16 +60,12 @@ class ShardedDifferenceHessian(DisplacedGradients):
         ValueError: for an empty sample.
     """
 
-    max_asymmetry = 1e-3  # 1e-4 at most for the smooth networks named above
+    max_asymmetry = 1e-3  # 1e-4 at most was measured for smooth networks
 
     _loss: ShardedLoss
 
-    def matvec(
-        self,
-        v: Tensor,  # (n,)
-        step: float = STEP,
-    ) -> Tensor:  # (n,)
-        """H v, from two gradients of every micro-batch, at displacements of length `step`."""
+    def matvec(self, v: Tensor, step: float = STEP) -> Tensor:  # (n,) -> (n,)
+        """H v, from two gradients of every micro-batch at distance `step`."""
         length = self.norm(v)
         if not 0.0 < length < float("inf"):
             return torch.zeros_like(v, dtype=self.dtype) * length  # nan stays nan
@@ -115,7 +105,8 @@ class ShardedDifferenceHessian(DisplacedGradients):
         return self._evaluated(None, turns)[0]
 
     def _evaluated(self, offset: Tensor | None, turns: Sequence[Assignment]) -> tuple[Tensor, float]:
-        """The gradient at theta + offset, and this rank's share of the loss."""
+        """Gradient and this rank's share of the loss at theta + offset."""
+        # The gradient at theta + offset, and this rank's share of the loss.
         self._loss.displace(offset)
         try:
             return self._loss.gradient(turns)
@@ -123,20 +114,20 @@ class ShardedDifferenceHessian(DisplacedGradients):
             self._loss.displace(None)
 
 
-def check_differences(
-    operator: ShardedDifferenceHessian,
-    direction: Tensor,  # (n,), this rank's part of a random vector
-) -> SelfCheck:
+def check_differences(operator: ShardedDifferenceHessian, direction: Tensor) -> SelfCheck:
     """Whether differences of float32 gradients are the Hessian of this loss.
 
-    Nine gradients of the sample, for three comparisons. Differences along a random direction, for two lengths: they
-    disagree where the loss has kinks. The symmetry of the operator, u.Hv = v.Hu with u along Hv. And the loss itself
-    along its gradient, which shows whether FSDP's gradients are those of the mean over ranks.
+    Costs nine gradients of the sample, for three comparisons.
+
+    Args:
+        operator: over the sample to be checked with.
+        direction: this rank's part of a random vector, (n,).
     """
     observer = _KinkObserver()
     with observer:
         gradient = operator.gradient()
     seen = f"; the loss has kinks ({', '.join(sorted(observer.kinks))})" if observer.kinks else ""
+    # 1. Two steps along a random direction: the differences disagree where the loss has kinks.
     v = direction.to(operator.dtype) / operator.norm(direction)
     wide, near = (operator.matvec(v, step) for step in CHECKED_STEPS)
     names = operator._loss.space.names
@@ -144,30 +135,30 @@ def check_differences(
     name = names[int(parts.argmax())]
     scale = max(operator.norm(wide), operator.norm(near))
     disagreement = _ratio(float(parts.square().sum().sqrt()), scale)
-    if not disagreement <= THRESHOLD:
-        return SelfCheck(
-            CheckOutcome.FAILED,
-            disagreement,
-            name,
+    if not disagreement <= LARGEST_DIFFERENCE:
+        reason = (
             f"differences of float32 gradients along one direction, for steps of {CHECKED_STEPS[0]:.0e} and "
-            f"{CHECKED_STEPS[1]:.0e}, disagree by {disagreement:.1%} (largest in {name}; at most {THRESHOLD:.0%} is "
-            f"rounding){seen or ': rounding, or kinks in the loss'}. On the shards of FSDP2 finite differences are "
-            "right for smooth networks only; use curvature='hessian'.",
+            f"{CHECKED_STEPS[1]:.0e}, disagree by {disagreement:.1%} (largest in {name}; at most "
+            f"{LARGEST_DIFFERENCE:.0%} is rounding){seen or ': rounding, or kinks in the loss'}. On the shards of "
+            "FSDP2 finite differences are right for smooth networks only; use curvature='hessian'."
         )
+        return SelfCheck(CheckOutcome.FAILED, disagreement, name, reason)
+    # 2. The symmetry of the operator: u.Hv = v.Hu with u along Hv.
     length = operator.norm(near)
     if length > 0.0:
         u = near / length
         asymmetry = _ratio(abs(operator.dot(v, operator.matvec(u)) - length), length)
-        if not asymmetry <= THRESHOLD:
-            reason = f"u.Hv and v.Hu differ by {asymmetry:.1%} (at most {THRESHOLD:.0%} is rounding){seen}"
+        if not asymmetry <= LARGEST_DIFFERENCE:
+            reason = f"u.Hv and v.Hu differ by {asymmetry:.1%} (at most {LARGEST_DIFFERENCE:.0%} is rounding){seen}"
             return SelfCheck(CheckOutcome.FAILED, asymmetry, name, reason)
         disagreement = max(disagreement, asymmetry)
+    # 3. The loss along its gradient: whether FSDP's gradients are those of the mean over ranks.
     slope = operator.norm(gradient)
     if slope > 0.0:
         offset = gradient * (LOSS_STEP / slope)
         plus, minus = operator.value(offset), operator.value(-offset)
         error = abs((plus - minus) / (2.0 * LOSS_STEP) - slope)
-        if not error <= THRESHOLD * slope + LOSS_ROUNDING * max(abs(plus), abs(minus)) / LOSS_STEP:
+        if not error <= LARGEST_DIFFERENCE * slope + LOSS_ROUNDING * max(abs(plus), abs(minus)) / LOSS_STEP:
             reason = (
                 f"along its gradient of length {slope:.3g} the mean loss has a slope of "
                 f"{(plus - minus) / (2.0 * LOSS_STEP):.3g}: FSDP2's gradients are not those of the mean over ranks (is "
@@ -193,10 +184,10 @@ class _KinkObserver(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__.removesuffix("_")
-        if func.namespace == "aten" and name in KINKED and any(_is_floating(arg) for arg in args):
+        if (
+            func.namespace == "aten"
+            and name in KINKED
+            and any(isinstance(arg, Tensor) and arg.is_floating_point() for arg in args)
+        ):
             self.kinks.add(name)
         return func(*args, **(kwargs or {}))
-
-
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()

@@ -4,16 +4,13 @@ With the loss of a micro-batch L(z(theta)), z the output of the network, and J =
 
     G v = J^T H_L J v,    H_L = d^2 L / dz^2:
 
-the Hessian without the curvature of the network. It is positive semidefinite where L is convex (Schraudolph 2002), and
-one product costs about 1.3 gradients. J v is taken by backward passes alone: J^T w is linear in w, and its derivative
-along v is J v. The graphs of z, of J^T w and of dL/dz do not depend on v and are kept for a whole probe.
+the Hessian without the curvature of the network (Schraudolph 2002); positive semidefinite where L is convex. J v is
+taken by backward passes alone: J^T w is linear in w, and its derivative along v is J v. The graphs of z, of J^T w and
+of dL/dz do not depend on v and are kept for a whole probe.
 
-A training step gives a scalar and no z. So the call that turns one into the other is caught while the step runs: the
-first argument of `cross_entropy`, `mse_loss`, `binary_cross_entropy_with_logits` and the like (`LOSSES`), which
-`nn.CrossEntropyLoss` and the other modules call, too. It is replaced by a copy that is a leaf, so H_L is that of all
-that the step makes of its output: weights, masks and means. For `nll_loss` of `log_softmax` z is what `log_softmax` was
-given. A step without such a call, with several, or with a loss that depends on the parameters also in another way, such
-as a penalty, has no Gauss-Newton matrix that could be meant, and is refused.
+A training step gives a scalar and no z. So the call of a loss function (`LOSSES`) is caught while the step runs, and
+its first argument is replaced by a copy that is a leaf. H_L is then that of all that the step makes of its output:
+weights, masks and means. Steps without a single output are refused; README.md says which.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_subspace.curvature.hessian import GradientGraph, RetainedGraphs
-from lightning_subspace.curvature.self_check import JITTER, REFUSALS, THRESHOLD, CheckOutcome, SelfCheck, worst_part
+from lightning_subspace.curvature.self_check import JITTER, LARGEST_ERROR, REFUSALS, CheckOutcome, SelfCheck, worst_part
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.loss_function import LossError
 from lightning_subspace.loss.training_loss import TrainingLoss
@@ -45,27 +42,18 @@ LOSSES = (
     F.poisson_nll_loss,
 )
 LOG_SOFTMAX = (F.log_softmax, torch.log_softmax, Tensor.log_softmax)
-# Of the check, in float64.
-STEPS = (1e-5, 1e-6)
+CHECKED_STEPS = (1e-5, 1e-6)  # in float64
 
 
 @dataclass(frozen=True)
 class OutputGraph(GradientGraph):
-    """The loss of one micro-batch by its output, and the output by the leaves.
+    """Graphs of one micro-batch: leaves to output, and output to loss."""
 
-    Attributes:
-        output: z, with the graph that ends in the leaves.
-        place: z again, as the leaf that the loss was computed from.
-        slope: dL/dz, with the graph that ends in `place`.
-        cotangent: w, a leaf of the shape of z.
-        pullback: J^T w by leaf, with the graph that ends in w; None for a leaf that z does not depend on.
-    """
-
-    output: Tensor
-    place: Tensor
-    slope: Tensor
-    cotangent: Tensor
-    pullback: list[Tensor | None]
+    output: Tensor  # z, with the graph that ends in the leaves
+    place: Tensor  # a copy of z, the leaf that the loss was computed from
+    slope: Tensor  # dL/dz, with the graph that ends in `place`
+    cotangent: Tensor  # w, a leaf of the shape of z
+    pullback: list[Tensor | None]  # J^T w by leaf, with the graph that ends in w; None where z does not depend on it
 
     @classmethod
     def build(cls, loss: TrainingLoss, batch: MicroBatch) -> OutputGraph:
@@ -97,13 +85,11 @@ class OutputGraph(GradientGraph):
 
     def pulled_back(self, cotangent: Tensor) -> list[Tensor | None]:
         """J^T w by leaf."""
-        return list(
-            torch.autograd.grad(self.output, self.leaves, cotangent, retain_graph=True, allow_unused=True),
-        )
+        return list(torch.autograd.grad(self.output, self.leaves, cotangent, retain_graph=True, allow_unused=True))
 
 
 class GaussNewton(RetainedGraphs):
-    """The Gauss-Newton matrix; arguments are those of `RetainedGraphs`.
+    """The Gauss-Newton matrix; arguments as `RetainedGraphs`.
 
     Raises:
         LossError: also where the training step has no single output (see above).
@@ -123,14 +109,7 @@ class GaussNewton(RetainedGraphs):
 
 
 def gauss_newton_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfCheck:
-    """Compare a product with differences of first-order derivatives.
-
-    These are J^T (dL/dz(theta + h v) - dL/dz(theta - h v)) / 2h.
-
-    Args:
-        loss: a `TrainingLoss` with dtype float64, not open yet.
-        batch: a few examples.
-        seed: of the direction.
+    """Compare G v with J^T times differences of dL/dz; arguments as `self_check`.
 
     Raises:
         LossError: where the training step has no single output.
@@ -144,7 +123,7 @@ def gauss_newton_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) 
             loss.displace(jitter)
             graph = OutputGraph.build(loss, batch)
             product = loss.space.flatten(graph.product(loss.space.unflatten(direction)), like=direction)
-            coarse, fine = (_difference(loss, batch, graph, jitter, step * direction) / step for step in STEPS)
+            coarse, fine = (_difference(loss, batch, graph, jitter, step * direction) / step for step in CHECKED_STEPS)
             error, name = worst_part(loss, product, fine)
             spread, _ = worst_part(loss, coarse, fine)
     except LossError:
@@ -155,15 +134,15 @@ def gauss_newton_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) 
         error = float("inf" if refused else "nan")
         return SelfCheck(outcome, error, reason=f"{type(failure).__name__}: {failure}")
     reason = f"G v and differences are apart by {error:.1e} in {name}, differences for two steps by {spread:.1e}"
-    if error <= THRESHOLD:
+    if error <= LARGEST_ERROR:
         return SelfCheck(CheckOutcome.PASSED, error, name, reason)
-    if spread > THRESHOLD:  # noise or kinks: nothing that could accuse the product
+    if spread > LARGEST_ERROR:  # noise or kinks: nothing that could accuse the product
         return SelfCheck(CheckOutcome.INCONCLUSIVE, reason=reason)
     return SelfCheck(CheckOutcome.FAILED, error, name, reason)
 
 
 def _difference(loss: TrainingLoss, batch: MicroBatch, graph: OutputGraph, centre: Tensor, offset: Tensor) -> Tensor:
-    """J^T (dL/dz(centre + offset) - dL/dz(centre - offset)) / 2, of first-order derivatives."""
+    """J^T (dL/dz(centre + offset) - dL/dz(centre - offset)) / 2."""
     slopes = []
     for sign in (1.0, -1.0):
         loss.displace(centre + sign * offset)
@@ -204,21 +183,16 @@ def _evaluated(
 
 
 class _Cut(TorchFunctionMode):
-    """Give loss functions a leaf in place of the output, and keep both.
-
-    Attributes:
-        found: name of the function, the output with its graph, and the leaf, one a call.
-        is_linear: whether one was `nll_loss` of what `log_softmax` has not given.
-    """
+    """Context in which a loss gets a leaf for its input."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[str, Tensor, Tensor]] = []
-        self.is_linear = False
+        self.found: list[tuple[str, Tensor, Tensor]] = []  # one a call: its name, the output with its graph, the leaf
+        self.is_linear = False  # whether one was `nll_loss` of anything but a `log_softmax`
         self._normalised: list[tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]] = []  # log-probabilities and logits
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Called for every torch function."""
+        """Call a torch function; a loss gets a leaf for its input."""
         kwargs = dict(kwargs or {})
         if func not in LOSSES and func not in LOG_SOFTMAX:
             return func(*args, **kwargs)
@@ -230,8 +204,8 @@ class _Cut(TorchFunctionMode):
         return result
 
     def _cut(self, name: str, given: Tensor) -> Tensor:
-        """What stands in for the first argument of a loss."""
-        for result, logits, normalise in self._normalised:
+        """The replacement for the first argument of a loss."""
+        for result, logits, normalise in self._normalised:  # for nll_loss of log_softmax z is the logits
             if result is given and logits.requires_grad and name == F.nll_loss.__name__:
                 return normalise(self._leaf(name, logits))
         self.is_linear = self.is_linear or name == F.nll_loss.__name__

@@ -1,6 +1,8 @@
-"""Gradient of one micro-batch, in both ways that torch has for it."""
+"""Gradient of one micro-batch, by `backward()` or by `autograd.grad`."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,12 +14,8 @@ from lightning_subspace.loss.training_loss import TrainingLoss
 def backward_gradient(loss: TrainingLoss, batch: MicroBatch) -> Tensor:  # (n,)
     """The gradient by `backward()`, as training takes it.
 
-    `torch.autograd.grad`, which is told the inputs, prunes the nodes that refuse to be derived, and reentrant
-    checkpoints refuse it altogether; `backward()` takes them as they are.
-
-    Args:
-        loss: an open `TrainingLoss`.
-        batch: the micro-batch.
+    `torch.autograd.grad` prunes the nodes that lead to no parameter of the space, also those that would refuse a
+    derivative, and reentrant checkpoints refuse it altogether; `backward()` takes all as they are.
 
     Raises:
         LossError: when the loss cannot be evaluated (see `TrainingLoss`).
@@ -26,19 +24,17 @@ def backward_gradient(loss: TrainingLoss, batch: MicroBatch) -> Tensor:  # (n,)
     for leaf in evaluation.leaves:
         leaf.grad = None
     evaluation.value.backward()
-    return loss.space.flatten([leaf.grad for leaf in evaluation.leaves], like=_like(loss))
+    return _flat(loss, [leaf.grad for leaf in evaluation.leaves])
 
 
 def pruned_gradient(loss: TrainingLoss, batch: MicroBatch) -> Tensor:  # (n,)
-    """The gradient by `torch.autograd.grad`.
+    """The gradient by `torch.autograd.grad`; arguments and errors as `backward_gradient`.
 
-    It goes back no further than the parameters of the space, so it is the cheaper one where these are few. Arguments
-    and errors are those of `backward_gradient`.
+    It goes back no further than the parameters of the space, so it is the cheaper one where these are few.
     """
     evaluation = loss(batch)
-    gradients = torch.autograd.grad(evaluation.value, evaluation.leaves, allow_unused=True)
-    return loss.space.flatten(gradients, like=_like(loss))
+    return _flat(loss, torch.autograd.grad(evaluation.value, evaluation.leaves, allow_unused=True))
 
 
-def _like(loss: TrainingLoss) -> Tensor:
-    return torch.empty(0, dtype=loss.dtype, device=loss.device)
+def _flat(loss: TrainingLoss, gradients: Sequence[Tensor | None]) -> Tensor:
+    return loss.space.flatten(gradients, like=torch.empty(0, dtype=loss.dtype, device=loss.device))

@@ -1,8 +1,4 @@
-"""Memory of retained graphs: what is free, and what a graph takes.
-
-Half of the memory that is free when an operator is made may be taken, within the limit of a container (cgroup v2). What
-a graph takes is counted while it is built: autograd's hooks on saved tensors see each of them once.
-"""
+"""Memory of retained graphs: what is free, and what a graph takes."""
 
 from __future__ import annotations
 
@@ -16,47 +12,38 @@ from torch import Tensor
 
 from lightning_subspace._torch import base_of, storages_of
 
-# Share of the free memory that retained graphs may take.
-MEMORY_SHARE = 0.5
-# Where a container finds what it may take and what it has taken (cgroup v2).
-CGROUP = Path("/sys/fs/cgroup")
+FREE_SHARE = 0.5  # of the free memory, that retained graphs may take
+CGROUP = Path("/sys/fs/cgroup")  # the limit and the use of a container (cgroup v2)
 
 
 def memory_budget(device: torch.device, num_ranks: int) -> float:
-    """Bytes that may be retained: half of what is free now.
+    """Bytes that this rank may retain: half of what is free now.
 
-    All ranks are taken to be on one host, and share its memory.
+    On a CPU the limit of a container counts, and ranks share the memory as if all were on one host.
     """
     if device.type == "cuda":  # untested: no GPU was available
-        return MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
+        return FREE_SHARE * torch.cuda.mem_get_info(device)[0]
     try:
         free = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):  # not Linux
         free = float(4 << 30)
-    return MEMORY_SHARE * min(free, _left_in_container()) / num_ranks
+    return FREE_SHARE * min(free, _left_in_container()) / num_ranks
 
 
-class SavedBytes:
-    """Context that counts what a graph built inside of it keeps.
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Context that counts the bytes kept by a graph built inside.
 
-    Each storage counts once. Parameters are left out, also where a view of one is saved (the transposed weight of a
-    linear layer): the graphs of all micro-batches share them.
+    Each storage counts once, by autograd's hooks on saved tensors. Parameters are left out, and views of them (the
+    transposed weight of a linear layer): the graphs of all micro-batches share them.
     """
 
     def __init__(self) -> None:
+        super().__init__(self._pack, lambda tensor: tensor)
         self._storages: dict[int, int] = {}  # bytes by address; what takes the place of something freed counts alone
         self._parameters: set[int] = set()
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    def __enter__(self) -> SavedBytes:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._hooks.__exit__(*exc_info)
 
     def count(self, held: Iterable[Tensor], leaves: Iterable[Tensor]) -> int:
-        """Bytes that autograd has saved and of what is `held` beside."""
+        """Bytes of what autograd has saved and of the tensors `held` beside."""
         for tensor in held:
             self._add(tensor)
         shared = self._parameters.union(leaf.untyped_storage().data_ptr() for leaf in leaves)
@@ -77,7 +64,7 @@ class SavedBytes:
 
 
 def _left_in_container() -> float:
-    """What the limit of this process's container leaves; infinite without one."""
+    """Bytes that the limit of this process's container leaves; infinite without one."""
     try:
         limit, taken = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
     except (OSError, ValueError):  # no cgroup v2, or no limit: "max"

@@ -1,9 +1,10 @@
 """Hessian of the training loss, exact, by double backward.
 
-H v = sum_b w_b grad(grad L_b . v) / sum_b w_b over the micro-batches b of a fixed sample. The graph of the gradient
-does not depend on v, so it is built once a probe and reused by every product (Pearlmutter 1994; a product then costs
-about 1.5 to 2 gradients instead of 2.5 to 3). Where the graphs of all micro-batches do not fit the memory budget, those
-that fit are kept and the others are rebuilt for every product; the result is the same to the last bit.
+    H v = sum_b w_b grad(grad L_b . v) / sum_b w_b
+
+over the micro-batches b of a fixed sample (Pearlmutter 1994). The graph of the gradient does not depend on v, so it is
+built once a probe and serves every product: 1.5 to 2 gradients each, instead of 2.5 to 3. Graphs beyond the memory
+budget are rebuilt for every product, with the same result to the last bit.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class GradientGraph:
         return [gradient for gradient in self.gradients if gradient is not None]
 
     def product(self, direction: list[Tensor]) -> list[Tensor | None]:
-        """Derivative of gradient . direction by leaf; None for a leaf without influence."""
+        """Derivative of gradient . direction by leaf; None without influence."""
         # A gradient without a graph is constant in theta: a piecewise linear part of the loss.
         pairs = [(g, v) for g, v in zip(self.gradients, direction, strict=True) if g is not None and g.requires_grad]
         if not pairs:
@@ -54,13 +55,11 @@ class GradientGraph:
 
 
 class RetainedGraphs(BatchMean):
-    """A mean over micro-batches whose products go through one retained graph each.
+    """A mean over micro-batches with one retained graph each.
 
     Args:
-        loss: see `BatchMean`.
-        batches: see `BatchMean`.
-        memory: bytes that retained graphs may take; None takes half of the memory that is free.
-        partition: see `BatchMean`.
+        loss: as for `BatchMean`, like `batches` and `partition`.
+        memory: bytes that retained graphs may take; None: half of the memory that is free.
     """
 
     def __init__(
@@ -83,10 +82,7 @@ class RetainedGraphs(BatchMean):
         """Number of micro-batches whose graph is kept on this rank."""
         return sum(graph is not None for graph in self._retained)
 
-    def matvec(
-        self,
-        v: Tensor,  # (n,)
-    ) -> Tensor:  # (n,)
+    def matvec(self, v: Tensor) -> Tensor:  # (n,) -> (n,)
         """A v, by one product with every graph."""
 
         def images(whole: Tensor) -> Iterator[Tensor]:
@@ -97,7 +93,7 @@ class RetainedGraphs(BatchMean):
         return self._product(v, images)
 
     def batch_gradients(self) -> Iterator[tuple[MicroBatch, Tensor]]:
-        """Each micro-batch of all ranks, with the gradient of its loss, (n,); from the graphs."""
+        """Each micro-batch of all ranks, with its gradient, (n,), from the graphs."""
         return self._by_batch(self._together, map(self._flat_gradient, self._graphs()))
 
     def _gradient_of(self, batch: MicroBatch) -> Tensor:
@@ -109,22 +105,21 @@ class RetainedGraphs(BatchMean):
         return self._mean
 
     def _retain(self, memory: float) -> None:
-        """Build every graph once, for the gradient; keep those that fit.
-
-        All ranks keep equally many: they build together, as a training step may have collectives of its own.
-        """
+        """Build every graph once, for the gradient; keep those that fit."""
         used = 0
 
         def built() -> Iterator[GradientGraph]:
             nonlocal used
             for number, (batch, _) in enumerate(self._assignments):
-                with SavedBytes() as saved:
+                saved = SavedBytes()
+                with saved:
                     graph = self._build(batch)
                 used += saved.count(graph.held, graph.leaves)
                 self._retained[number] = graph if used <= memory else None
                 yield graph
 
         self._mean = self._mean_of(map(self._flat_gradient, built()))
+        # All ranks keep equally many, to rebuild the others together: a training step may have collectives of its own.
         count = self.partition.ranks.all_reduce_min(self.num_retained)
         self._retained[count:] = [None] * (len(self._assignments) - count)
 
@@ -137,7 +132,7 @@ class RetainedGraphs(BatchMean):
 
 
 class Hessian(RetainedGraphs):
-    """The Hessian; arguments are those of `RetainedGraphs`.
+    """The Hessian; arguments as `RetainedGraphs`.
 
     Raises:
         LossError: when a loss cannot be evaluated (see `TrainingLoss`).

@@ -1,14 +1,8 @@
-"""CurvatureConfig of the operator, its precision, and what follows from the self-check.
+"""Choice of the operator by `curvature=`, its precision, and the self-check.
 
-    "hessian"            double backward: exact, one retained graph a micro-batch
-    "ggn"                the generalised Gauss-Newton matrix, one retained graph a micro-batch; see `gauss_newton.py`
-    "finite-difference"  needs no second derivative: forward differences of float32 gradients where the self-check finds
-                         the loss smooth, which is the cheapest of all, and central ones of float64 gradients elsewhere
-    "empirical-fisher"   the second moment of the gradients: of single examples where the self-check finds that the loss
-                         is a mean over them, of micro-batches elsewhere; see `empirical_fisher.py`
-
-`OPERATORS` has one row for each. A run begins as its user asked. Where an operation has no second derivative, the
-Hessian goes on with differences by itself; where the second derivatives are wrong, `on_check_fail` decides.
+`OPERATORS` has one row a word; README.md says what each of them is. A run begins as its user asked. Where an operation
+has no second derivative, "hessian" goes on with differences by itself; where the second derivatives are wrong,
+`on_check_fail` decides.
 """
 
 from __future__ import annotations
@@ -16,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -44,43 +38,27 @@ Curvature = Literal["hessian", "ggn", "finite-difference", "empirical-fisher"]
 OnCheckFail = Literal["warn", "raise", "finite-difference"]
 Order = Literal[1, 2]
 
-# Two evaluations agree to the bit on a CPU; kernels of an accelerator may sum in another order.
-REPEATED = 1e-5
+# How far two evaluations of a batch may be apart: on a CPU not at all, but an accelerator may sum in another order.
+SUM_ROUNDING = 1e-5
 
 
 class CheckError(RuntimeError):
-    """The self-check has failed, so nothing is measured.
-
-    Either `on_check_fail="raise"` asks for that, or finite differences would measure another matrix.
-    """
+    """The self-check has failed, so nothing is measured; see `on_check_fail`."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one word for `curvature` stands for.
+    """The operator of one word for `curvature`, and its self-check."""
 
-    Attributes:
-        operator: called with (loss, batches, partition=), and `dtype=` where it `is_wide`.
-        order: how often the loss has to be differentiable.
-        is_wide: whether the loss is evaluated in float64, whatever the solver computes in.
-        check: the self-check, called with (a loss in float64 that is not open, a few examples, seed=); None: there is
-            nothing to check.
-        check_order: how often the loss has to be differentiable there.
-        check_examples: how many examples it gets; the code path is the same for eight as for a thousand.
-        passed: what takes over where the check has passed; None: nothing.
-        not_passed: what the user is told where it has not taken over, before the reason; empty: nothing.
-        has_differences: whether finite differences measure the same matrix.
-    """
-
-    operator: Callable[..., BatchMean]
-    order: Order = 2
-    is_wide: bool = False
-    check: Callable[..., SelfCheck] | None = None
-    check_order: Order = 2
-    check_examples: int = 8
-    passed: Row | None = None
-    not_passed: str = ""
-    has_differences: bool = False
+    operator: Callable[..., BatchMean]  # called with (loss, batches, partition=), and `dtype=` where it `is_wide`
+    order: Order = 2  # how often the loss has to be differentiable
+    is_wide: bool = False  # whether the loss is evaluated in float64, whatever the solver computes in
+    check: Callable[..., SelfCheck] | None = None  # called with (a float64 loss, not open, a few examples, seed=)
+    check_order: Order = 2  # how often the loss has to be differentiable there
+    check_examples: int = 8  # how many it gets; the code path is the same for eight as for a thousand
+    passed: Row | None = None  # what takes over where the check has passed
+    not_passed: str = ""  # the notice, without its reason, where the check has not passed
+    has_differences: bool = False  # whether finite differences measure the same matrix
 
 
 OPERATORS: dict[str, Row] = {
@@ -108,38 +86,28 @@ OPERATORS: dict[str, Row] = {
 
 @dataclass(frozen=True)
 class CurvatureConfig:
-    """How the loss is evaluated and differentiated.
-
-    Attributes:
-        loss_fn: see `TrainingLoss`.
-        mode: see `TrainingLoss`.
-        seed: see `TrainingLoss`.
-        dtype: "float32" (at least; wider parameters keep their type), "float64", "native" (the loss as it is trained),
-            or a `torch.dtype`.
-        curvature: a word of `OPERATORS`.
-        on_check_fail: "warn" and go on, "raise" `CheckError`, or "finite-difference".
-        has_passed: whether the self-check has passed.
+    """Settings of the loss (see `TrainingLoss`) and of its derivatives.
 
     Raises:
-        ValueError: for anything else, and for finite differences of the "native" loss, which are rounding alone.
+        ValueError: for any other word, and for finite differences of the "native" loss, which are rounding alone.
     """
 
     loss_fn: LossFunction | None = None
     mode: Mode = "train"
     seed: int = 0
-    dtype: str | torch.dtype = "float32"
-    curvature: str = "hessian"
-    on_check_fail: str = "warn"
-    has_passed: bool = False
+    dtype: str | torch.dtype = "float32"  # a `Precision`, or float32 or float64 itself; see README.md
+    curvature: str = "hessian"  # a key of `OPERATORS`
+    on_check_fail: str = "warn"  # "warn" and go on, "raise" `CheckError`, or go on with "finite-difference"
+    has_passed: bool = False  # whether the self-check has passed
 
     def __post_init__(self) -> None:
         for name in ("curvature", "on_check_fail"):
             object.__setattr__(self, name, getattr(self, name).replace("_", "-"))
-        _check("mode", self.mode, get_args(Mode))
-        _check("curvature", self.curvature, tuple(OPERATORS))
-        _check("on_check_fail", self.on_check_fail, get_args(OnCheckFail))
-        if self.dtype not in (torch.float32, torch.float64):
-            _check("dtype", self.dtype, get_args(Precision))
+        dtypes = get_args(Precision) if isinstance(self.dtype, str) else (torch.float32, torch.float64)
+        words = {"mode": get_args(Mode), "curvature": tuple(OPERATORS), "on_check_fail": get_args(OnCheckFail)}
+        for name, choices in {**words, "dtype": dtypes}.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}.")
         if self.dtype == "native" and OPERATORS[self.curvature].is_wide:
             raise ValueError(
                 f"dtype: expected 'float32' or 'float64' (of the solver) with curvature={self.curvature!r}, got "
@@ -147,7 +115,7 @@ class CurvatureConfig:
             )
 
     def loss(self, module: nn.Module, space: ParameterSpace, ranks: Ranks | None = None) -> TrainingLoss:
-        """The loss to be opened for a probe. A collective."""
+        """The loss to be opened for a probe; a collective."""
         ranks = Ranks() if ranks is None else ranks
         if self._is_on_shards(module):
             buffers = replacements(module, ranks, whole=False)
@@ -166,14 +134,10 @@ class CurvatureConfig:
         return self._row.operator(loss, sample.hessian, partition=partition, **options)
 
     def check(self, module: nn.Module, sample: Sample, partition: Partition | None = None) -> SelfCheck:
-        """The self-check on a few examples, or on a batch that cannot be cut.
+        """The self-check on a few examples of the sample's first micro-batch.
 
-        Every rank checks the first rank's batch, and the first rank's result counts.
-
-        Args:
-            module: as it is at the first probe.
-            sample: its first micro-batch is looked at.
-            partition: of the parameter space; None: all parameters, this process alone.
+        Every rank checks the first rank's batch, and the first rank's result counts. A batch that cannot be cut is
+        taken whole. No `partition`: all parameters, this process alone.
 
         Raises:
             LossError: when the loss cannot be evaluated, or gives two values for one batch; when differences on the
@@ -192,8 +156,8 @@ class CurvatureConfig:
         self._evaluate_twice(module, few, partition)
         return result
 
-    def after(self, check: SelfCheck) -> tuple[CurvatureConfig, str | None]:
-        """What to go on with after the self-check, and what to tell the user.
+    def after_check(self, check: SelfCheck) -> tuple[CurvatureConfig, str | None]:
+        """The configuration after the self-check, and a notice to the user.
 
         Raises:
             CheckError: when the check has failed, with `on_check_fail="raise"`, or where differences would measure
@@ -238,14 +202,14 @@ class CurvatureConfig:
     def _evaluate_twice(self, module: nn.Module, batch: MicroBatch, partition: Partition) -> None:
         with self.loss(module, partition.space, partition.ranks) as loss:
             values = [loss(batch).value.item() for _ in range(2)]
-        if abs(values[0] - values[1]) > REPEATED * max(map(abs, values)):
+        if abs(values[0] - values[1]) > SUM_ROUNDING * max(map(abs, values)):
             raise LossError(
                 f"loss: expected one value from two evaluations of a batch, got {values[0]} and {values[1]}; it "
                 "depends on something outside of the module, perhaps a random generator: pass loss_fn=, a loss without."
             )
 
     def _check_on_shards(self, module: nn.Module, sample: Sample, partition: Partition) -> SelfCheck:
-        """Differences are all there is: where they are wrong nothing is measured."""
+        """The check of differences on shards, where there is nothing else."""
         with self.loss(module, partition.space, partition.ranks) as loss:
             assert isinstance(loss, ShardedLoss)
             operator = ShardedDifferenceHessian(loss, sample.hessian[: partition.ranks.count], partition=partition)
@@ -266,11 +230,11 @@ class CurvatureConfig:
         return {"float32": torch.float32, "float64": torch.float64}.get(self.dtype)
 
     def _widest(self, module: nn.Module, space: ParameterSpace) -> torch.dtype:
-        """The type of the solver's vectors."""
+        """The dtype of the solver's vectors."""
         return space.widest_dtype(module, self._narrowest or torch.float32)
 
     def _is_on_shards(self, module: nn.Module) -> bool:
-        """Whether FSDP2 takes the gradients, on its shards."""
+        """Whether gradients are taken by FSDP2, on its shards."""
         return self.curvature == "finite-difference" and bool(fsdp_modules(module))
 
     def _loss(
@@ -280,13 +244,3 @@ class CurvatureConfig:
         return TrainingLoss(
             module, space, self.loss_fn, mode=self.mode, dtype=dtype, seed=self.seed, order=order, replacements=whole
         )
-
-
-def exact_hessian(loss: TrainingLoss, sample: Sample, partition: Partition) -> Hessian:
-    """The Hessian over the sample's first part, by double backward."""
-    return Hessian(loss, sample.hessian, partition=partition)
-
-
-def _check(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}.")

@@ -2,12 +2,11 @@
 
 Double backward is silently wrong for custom autograd functions that keep tensors on `ctx`, for `once_differentiable`
 and for reentrant checkpoints: the product is then often even symmetric, so only an independent derivative notices. The
-check compares H v for one random v with central differences of first-order gradients,
+check compares H v for one random v with central differences of first-order gradients, in float64,
 
     (g(theta + eps v) - g(theta - eps v)) / (2 eps),
 
-in float64, for the best of several eps, one parameter tensor at a time. It is taken at a slightly jittered theta, since
-networks with zero biases start exactly on the kinks of their ReLUs, where no derivative exists.
+one parameter tensor at a time.
 """
 
 from __future__ import annotations
@@ -28,18 +27,17 @@ from lightning_subspace.curvature.hessian import Hessian
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.training_loss import TrainingLoss
 
-THRESHOLD = 1e-4
-JITTER = 1e-3
-STEPS = (1e-5, 1e-6, 1e-7)
-# A parameter tensor whose part of H v is smaller than this share of the whole is compared on the scale of the whole.
-SMALLEST_PART = 1e-3
+LARGEST_ERROR = 1e-4  # relative; less is rounding
+JITTER = 1e-3  # of theta: networks with zero biases start on the kinks of their ReLUs, where no derivative exists
+CHECKED_STEPS = (1e-5, 1e-6, 1e-7)  # the best of these counts
+SMALLEST_PART = 1e-3  # of |H v|: smaller parts, of single parameter tensors, are compared on this scale
 # What torch says where it has no second derivative: at an operation without one (EmbeddingBag, CTC loss), at
 # `once_differentiable`, at compiled code and cuDNN's recurrent kernels, and at a reentrant checkpoint.
 REFUSALS = re.compile(r"derivative for .* is not implemented|once_differentiable|double.?backward|use_reentrant", re.I)
 
 
 class CheckOutcome(enum.Enum):
-    """What the comparison showed."""
+    """Outcome of a self-check, in one sentence for the user."""
 
     PASSED = "What was compared agrees."
     FAILED = (
@@ -56,20 +54,12 @@ class CheckOutcome(enum.Enum):
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """Result of `self_check`.
-
-    Attributes:
-        outcome: what it showed.
-        error: largest relative difference over the parameter tensors, for the best eps; inf where there is no product,
-            nan where nothing is known.
-        parameter: the name of the tensor where it is largest.
-        reason: one sentence with the numbers, or why it is inconclusive.
-    """
+    """Result of a self-check."""
 
     outcome: CheckOutcome
-    error: float = float("nan")
-    parameter: str = ""
-    reason: str = ""
+    error: float = float("nan")  # largest relative difference over parameter tensors; inf: no product, nan: not known
+    parameter: str = ""  # the name of the tensor where it is largest
+    reason: str = ""  # one sentence with the numbers, or why there are none
 
 
 def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfCheck:
@@ -102,8 +92,7 @@ def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfC
     refusal: RuntimeError | None = None
     try:
         with warnings.catch_warnings(), loss:
-            # What the model has to say, it says in training; here autograd's own remarks on backward() would repeat.
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # what the model has to say, it says in training
             loss.displace(jitter)
             try:
                 product = Hessian(loss, [batch]).matvec(direction)
@@ -112,7 +101,7 @@ def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfC
                     raise
                 refusal = raised
             with narrowing:
-                differences = [_difference(loss, batch, jitter, direction, eps) for eps in STEPS]
+                differences = [_difference(loss, batch, jitter, direction, eps) for eps in CHECKED_STEPS]
     except Exception as failure:  # float64 can fail in any way inside the user's code; that decides nothing
         return SelfCheck(CheckOutcome.INCONCLUSIVE, reason=f"{type(failure).__name__} in float64: {failure}")
     if refusal is not None:
@@ -120,17 +109,19 @@ def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfC
         outcome = CheckOutcome.FAILED if reentrant else CheckOutcome.UNAVAILABLE
         return SelfCheck(outcome, float("inf"), reason=f"{type(refusal).__name__}: {refusal}")
     error, name = min(worst_part(loss, product, difference) for difference in differences)
-    if error <= THRESHOLD:
+    if error <= LARGEST_ERROR:
         return SelfCheck(CheckOutcome.PASSED, error, name, f"relative difference {error:.1e} (largest in {name})")
     # Differences can accuse the product only where they agree with each other, for two eps at least. An operation in
     # float32 makes them noise; one that the loss does not depend on, in a metric or a label, leaves them as they are.
     spread, _ = min(worst_part(loss, *pair) for pair in itertools.pairwise(differences))
-    if spread > THRESHOLD:
+    if spread > LARGEST_ERROR:
         reason = f"differences of gradients for two eps differ by {spread:.1%}: noise or kinks in the loss"
         if narrowing.operation is not None:
             reason = f"{narrowing.operation} returns a type narrower than float64, and {reason}"
         return SelfCheck(CheckOutcome.INCONCLUSIVE, reason=reason)
-    reason = f"H v differs from differences of gradients by {error:.1%} in {name} (at most {THRESHOLD:.0e} is rounding)"
+    reason = (
+        f"H v differs from differences of gradients by {error:.1%} in {name} (at most {LARGEST_ERROR:.0e} is rounding)"
+    )
     return SelfCheck(CheckOutcome.FAILED, error, name, reason)
 
 
@@ -139,8 +130,7 @@ def _difference(loss: TrainingLoss, batch: MicroBatch, jitter: Tensor, direction
     for sign in (1, -1):
         loss.displace(jitter + sign * eps * direction)
         gradients.append(backward_gradient(loss, batch))
-    plus, minus = gradients
-    return (plus - minus) / (2 * eps)
+    return (gradients[0] - gradients[1]) / (2 * eps)
 
 
 def worst_part(loss: TrainingLoss, product: Tensor, difference: Tensor) -> tuple[float, str]:
@@ -163,14 +153,8 @@ class _NarrowingObserver(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self.operation is None and any(_is_float64(a) for a in args) and _is_narrow(result):
-            self.operation = str(func)
+        if self.operation is None and isinstance(result, Tensor) and result.is_floating_point():
+            was_wide = any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args)
+            if was_wide and result.dtype != torch.float64:
+                self.operation = str(func)
         return result
-
-
-def _is_float64(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype == torch.float64
-
-
-def _is_narrow(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64

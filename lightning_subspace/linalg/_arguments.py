@@ -1,4 +1,4 @@
-"""Arguments of the eigensolver and the quadrature: checked, and completed with defaults."""
+"""Arguments of the eigensolver and the quadrature: checks and defaults."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_subspace.linalg.agreement import Agreement, AllSum
-from lightning_subspace.linalg.lanczos import Lanczos
 from lightning_subspace.linalg.selection import WHICH
 
 RandomVector = Callable[[int, int], Tensor]
 
 # Below these the residual estimates go on falling, but the true residuals do not.
 SMALLEST_TOL = {torch.float32: 1e-5, torch.float64: 1e-12}
-
 _SEED_STRIDE = 1_000_003  # so that neighbouring seeds share no vectors
 
 
@@ -36,16 +34,7 @@ def random_vectors(
         return torch.randn(n, generator=generator, dtype=dtype, device="cpu")
 
     source = own if random is None else random
-
-    def draw(i: int) -> Tensor:
-        vector = source(seed, i)
-        if tuple(vector.shape) != (n,):
-            raise ValueError(f"random: expected vectors of shape {(n,)}, got {tuple(vector.shape)}; check n.")
-        if not bool(torch.isfinite(vector).all()):
-            raise ValueError(f"random: expected finite vectors, got NaN or infinity from random({seed}, {i}).")
-        return vector
-
-    return draw
+    return lambda i: vector("random", source(seed, i), n, dtype)
 
 
 def global_dimension(dimension: int | None, n: int, agreement: Agreement, device: torch.device) -> int:
@@ -88,10 +77,8 @@ def tolerances(tol: float, subspace_tol: float | None, dtype: torch.dtype) -> tu
         raise ValueError(f"subspace_tol: expected a positive finite number, or None, got {subspace_tol}.")
     smallest = SMALLEST_TOL[dtype]
     if tol < smallest:
-        message = (
-            f"tol: expected at least {smallest} in {dtype}, got {tol}; it was raised to that. float64 reaches 1e-12."
-        )
-        warnings.warn(message, UserWarning, stacklevel=3)
+        message = f"tol: expected at least {smallest} in {dtype}, got {tol}; it was raised to that"
+        warnings.warn(f"{message}. float64 reaches 1e-12.", UserWarning, stacklevel=3)
     return max(tol, smallest), max(tol / 10, smallest)
 
 
@@ -99,30 +86,24 @@ def basis_size(ncv: int | None, k: int, dimension: int) -> int:
     """The largest size of the basis."""
     if ncv is None:
         return min(dimension, 2 * k + 10)
-    smallest = min(dimension, k + 3)
-    _check_count("ncv", ncv, smallest, f"min(dimension, k + 3) = {smallest}")
+    _check_count("ncv", ncv, min(dimension, k + 3), "min(dimension, k + 3) = ")
     return min(ncv, dimension)
 
 
-def start(lanczos: Lanczos, v0: Tensor | None, n: int, draw: Callable[[int], Tensor]) -> None:
-    """Make `v0`, or a random vector, the first one of the factorisation."""
-    if not lanczos.inject(lambda: draw(0) if v0 is None else _vector(v0, n, lanczos.basis.dtype)):
-        raise ValueError("v0: expected a vector other than zero, got zero; pass None for a random one.")
+def vector(name: str, given: Tensor, n: int, dtype: torch.dtype) -> Tensor:  # (n,)
+    """A vector of the user's in that dtype, or an error."""
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got an object of type {type(given).__name__}.")
+    if tuple(given.shape) != (n,):
+        raise ValueError(f"{name}: expected shape {(n,)}, got {tuple(given.shape)}; flatten it, or check n.")
+    converted = given.detach().to(dtype)
+    if not bool(torch.isfinite(converted).all()):
+        raise ValueError(f"{name}: expected a finite vector, got NaN or infinity.")
+    return converted
 
 
-def _vector(v0: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    if not isinstance(v0, Tensor):
-        raise TypeError(f"v0: expected a Tensor, got an object of type {type(v0).__name__}.")
-    if tuple(v0.shape) != (n,):
-        raise ValueError(f"v0: expected shape {(n,)}, got {tuple(v0.shape)}; flatten it, or check n.")
-    vector = v0.detach().to(dtype)
-    if not bool(torch.isfinite(vector).all()):
-        raise ValueError("v0: expected a finite vector, got NaN or infinity; pass None for a random one.")
-    return vector
-
-
-def _check_count(name: str, value: int, smallest: int, meaning: str | None = None) -> None:
+def _check_count(name: str, value: int, smallest: int, meaning: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {value!r}.")
     if value < smallest:
-        raise ValueError(f"{name}: expected at least {meaning or smallest}, got {value}.")
+        raise ValueError(f"{name}: expected at least {meaning}{smallest}, got {value}.")

@@ -1,8 +1,8 @@
 """Sums over ranks, and failures on one rank that all see.
 
-A rank that stopped at an exception of its own would leave the others waiting for ever in their next sum. So it keeps
-the exception, goes on taking part in all communication, and contributes NaN. All ranks then see NaN in the same sum and
-come to the same end by the same path, without another message; only there is the exception raised.
+A rank that stopped at an exception of its own would leave the others waiting in their next sum. So it keeps the
+exception, goes on communicating, and contributes NaN. All ranks see NaN in the same sum and come to the same end by the
+same path, without another message; only there is the exception raised.
 """
 
 from __future__ import annotations
@@ -21,15 +21,11 @@ AllSum = Callable[[Tensor], Tensor]
 class Agreement:
     """Sums over the ranks of one run, and whether all were finite.
 
-    Args:
-        all_sum: sums a small float64 tensor over ranks. None if there is one process, which then fails at once.
-
-    Attributes:
-        finite: whether all sums were, so far. Equal on all ranks; once it is False the run is over.
+    `all_sum` sums a small float64 tensor over ranks. It is None if there is one process, which then fails at once.
     """
 
     def __init__(self, all_sum: AllSum | None = None) -> None:
-        self.finite = True
+        self.finite = True  # whether all sums were, so far: equal on all ranks; once it is False the run is over
         self._all_sum = all_sum
         self._failure: Exception | None = None
 

@@ -1,8 +1,8 @@
 """Products with long vectors as rows, a few columns at a time.
 
-That bounds the memory of what is done in float64, and it bounds the rounding of inner products: a CPU adds float32 one
-after the other, and loses 1e-4 of |v|^2 in vectors of a million. Accuracy does not depend on the caller's settings:
-autocast and TF32 do not touch float64. Apple's devices have no float64, and stay in their own precision.
+That bounds the memory of float64 copies, and the rounding of inner products: a CPU adds float32 one after the other,
+and loses 1e-4 of |v|^2 in vectors of a million. Autocast and TF32 do not touch float64. Apple's devices have none, and
+stay in their own precision.
 """
 
 from __future__ import annotations
@@ -13,16 +13,10 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 13  # columns; on a CPU a block of them fits a cache
-# Columns are copied in float64 in at least so many parts: the copies of a short basis are small beside it.
-_PARTS, _SMALLEST_CHUNK = 32, 256
+_PARTS, _SMALLEST_CHUNK = 32, 256  # of float64 copies: so many parts at least, that they are small beside the basis
 
 
-def products(
-    rows: Tensor,  # (m, n)
-    vector: Tensor,  # (n,)
-    *,
-    normed: bool,
-) -> Tensor:  # (m + 1,)
+def products(rows: Tensor, vector: Tensor, *, normed: bool) -> Tensor:  # (m, n), (n,) -> (m + 1,)
     """Inner products with all rows, then |vector|^2 (zero if not `normed`)."""
     found = torch.zeros(rows.shape[0] + 1, dtype=_exact(rows), device=rows.device)
     with torch.autocast(vector.device.type, enabled=False):  # it would round these to half precision
@@ -33,11 +27,7 @@ def products(
     return found
 
 
-def rotate(
-    rows: Tensor,  # (m, n)
-    rotation: Tensor,  # (m, c)
-    out: Tensor,  # (c, n)
-) -> None:
+def rotate(rows: Tensor, rotation: Tensor, out: Tensor) -> None:  # (m, n), (m, c), (c, n)
     """Write rotation^T rows into `out`, possibly the first rows themselves."""
     weights = rotation.T.to(out.device, _exact(out))
     for block in _blocks(out):

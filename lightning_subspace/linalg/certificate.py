@@ -2,20 +2,20 @@
 
 A Krylov space holds one vector of every eigenspace, so Lanczos sees one copy of a multiple eigenvalue, however long it
 runs. After convergence a second chain is therefore started from a random unit vector r, orthogonal to the eigenvectors
-X that were found, and followed until a missed copy would have shown. How long is that? Let u be a missed eigenvector,
-with an eigenvalue lam that was found. Every vector of the chain is a polynomial in A applied to r, so
+X that were found, and followed until a missed copy would have shown. Let u be a missed eigenvector, with an eigenvalue
+lam that was found. Every vector of the chain is a polynomial in A applied to r, so
 
     u . v_j = c_j (u . r),
 
 and the c_j obey the chain's own recurrence: they are known from the projected matrix and lam alone. Since the v_j are
-orthonormal, (u . r)^2 |c|^2 <= 1. But for a random r and large N, P((u . r)^2 <= 1 / G) <= sqrt(2 N / (pi G)): once
+orthonormal, (u . r)^2 |c|^2 <= 1. But for a random r and large N, P((u . r)^2 <= 1 / G) <= sqrt(2 N / (pi G)). Once
 |c|^2 has reached
 
     G = (2 / pi) N / delta^2,
 
-either there is no such u, or r was drawn with bad luck of probability delta. The bound takes X as exactly invariant (it
-is so to the tolerance of the solver). Its cost grows like log(N): |c|^2 grows geometrically where lam lies outside the
-spectrum that is left, the faster the farther out, which is why one lam speaks for all those beyond it.
+there is no such u, but for a risk of delta. The bound takes X as exactly invariant (it is so to the tolerance of the
+solver). Its cost grows like log(N): |c|^2 grows geometrically where lam lies outside the spectrum that is left, the
+faster the farther out, which is why one lam speaks for all those beyond it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,11 @@ from torch import Tensor
 class Certificate:
     """The components c for each lam along one Lanczos chain.
 
-    With several lam the risk is shared out between them, so `delta` bounds the risk that any copy was missed.
-
     Args:
-        eigenvalues: the lam, see `decisive_values`. Without any there is nothing to exclude.
+        eigenvalues: the lam, see `decisive_values`; they share the risk. Without any there is nothing to exclude.
         num_found: rows of the basis that hold X; the chain starts with the row behind them.
         dimension: N, of the whole space.
-        delta: risk, in (0, 1).
+        delta: risk that any copy was missed, in (0, 1).
 
     Example:
         The chain of a tridiagonal matrix with zero diagonal and unit off-diagonals, whose spectrum lies in (-2, 2):
@@ -66,12 +64,7 @@ class Certificate:
         return bool((self._growth >= self._required).all())
 
     def follow(self, column: Tensor, norm: float) -> None:
-        """Update c after an expansion, A v_m = V column + norm v_(m+1).
-
-        Args:
-            column: shape (m + 1,), float64.
-            norm: positive.
-        """
+        """Update c after an expansion; see `lanczos.Expansion`."""
         components = self._components
         new = (self._eigenvalues * components[:, -1] - components @ column) / norm
         # An excluded eigenvalue is followed no further: its components would go on growing, finally past float64.
@@ -80,10 +73,6 @@ class Certificate:
         self._growth = torch.maximum(self._growth, self._components.square().sum(dim=1))
 
     def contract(self, rotation: Tensor) -> None:
-        """Update c after a restart, which replaces V by rotation^T V.
-
-        Args:
-            rotation: orthonormal columns, shape (m, kept), float64.
-        """
+        """Update c after a restart to rotation^T V; orthonormal columns, (m, kept)."""
         settled, pending = self._components[:, :-1], self._components[:, -1:]
         self._components = torch.cat([settled @ rotation, pending], dim=1)

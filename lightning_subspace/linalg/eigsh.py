@@ -4,14 +4,7 @@ Thick-restart Lanczos. The loop is `_solve` below; how a basis grows and shrinks
 `stopping.py`, which missed copies are looked for in `verification.py`.
 
 Source: K. Wu and H. Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems, SIAM J. Matrix Anal.
-Appl. 22 (2000), 602-616. What `eigsh` does differently from `scipy.sparse.linalg.eigsh`:
-
-1. Eigenvectors are rows; eigenvalues are listed best first.
-2. `tol` is relative to the largest eigenvalue, not to each one, and is tested after every product.
-3. The gap behind the wanted eigenvalues tightens the test, so that the eigenspace is right too.
-4. Multiple eigenvalues are found as often as they occur.
-5. A failure is an outcome, not an exception.
-6. Vectors may be spread over ranks.
+Appl. 22 (2000), 602-616. README.md lists the differences from `scipy.sparse.linalg.eigsh`.
 """
 
 from __future__ import annotations
@@ -63,10 +56,10 @@ def eigsh(
     """Compute k extreme eigenpairs of a symmetric operator by thick-restart Lanczos.
 
     The wanted pairs pass when every residual estimate is at most `tol * scale`, where scale is the largest absolute
-    Ritz value, and at most `subspace_tol` times the gap behind the wanted eigenvalues (but less than `tol * scale / 10`
-    is never asked for). The first test makes the eigenvalues right, the second the eigen*space*: the sine of its angle
-    to the true one is about residual / gap. With `tol > 1e-3` the residual must also be small relative to its own
-    eigenvalue, on two consecutive matvecs, since pairs may pass a loose test before the right ones have appeared.
+    Ritz value, and at most `subspace_tol` times the gap behind the wanted eigenvalues (or `tol * scale / 10`, if that
+    is more). The first test makes the eigenvalues right, the second the eigen*space*: the sine of its angle to the true
+    one is about residual / gap. With `tol > 1e-3` the residual must also be small relative to its own eigenvalue, on
+    two consecutive matvecs, since pairs may pass a loose test before the right ones have appeared.
 
     A failure on one rank only, out of memory or an exception in `matvec`, `random` or `on_matvec`, ends the run on all
     ranks at the same matvec: that rank raises its exception, the others return `Outcome.NONFINITE`. All arguments but
@@ -75,9 +68,8 @@ def eigsh(
     Memory: `(ncv + 1) * n` numbers, and `k * n` more for the answer.
 
     Args:
-        matvec: maps a vector of shape (n,) to its image, of the same shape. It gets a view of the basis and must not
-            write to it. It is called in the caller's autograd mode, equally often on all ranks. If it communicates, it
-            must finish that before it raises.
+        matvec: maps a vector of shape (n,), a view that it must not write to, to its image, of the same shape. It is
+            called in the caller's autograd mode, equally often on all ranks. It raises after any communication.
         n: length of a vector; under ranks, of this rank's slice.
         k: number of eigenpairs, 1 <= k <= dimension.
         which: "LA" largest, "SA" smallest, "LM" largest magnitude, "BE" half from each end, an odd one from the high.
@@ -128,7 +120,8 @@ def eigsh(
     is_verified = verify == "always"
     rules = Rules(k, which, tol, tightest, subspace_tol, ncv, max_matvecs, is_verified, delta, dimension, max_asymmetry)
     lanczos = Lanczos(matvec, n, ncv, dimension=dimension, dtype=dtype, device=device, agreement=agreement)
-    arguments.start(lanczos, v0, n, draw)
+    if not lanczos.inject(lambda: draw(0) if v0 is None else arguments.vector("v0", v0, n, dtype)):
+        raise ValueError("v0: expected a vector other than zero, got zero; pass None for a random one.")
     result = _solve(lanczos, rules, draw, on_matvec)
     agreement.settle()
     return result
@@ -174,7 +167,7 @@ def _solve(lanczos: Lanczos, rules: Rules, draw: Callable[[int], Tensor], on_mat
             worst = float(ritz.residuals[:k].max()) if lanczos.size >= k else math.inf
             with lanczos.agreement.local():
                 on_matvec(progress.num_matvecs, worst / scale if scale else worst)
-        answered = converged or verification.active
+        answered = converged or verification.active  # a verification begins after convergence
         certain = answered and verification.is_certain(ritz, closest, scale, invariant=invariant)
         asymmetric = lanczos.asymmetry > rules.max_asymmetry * scale
         settled = scale <= _SETTLED * scale_before
@@ -212,7 +205,7 @@ def _solve(lanczos: Lanczos, rules: Rules, draw: Callable[[int], Tensor], on_mat
 def _result(
     lanczos: Lanczos, rules: Rules, progress: Progress, ritz: Ritz, behind: Sequence[Neighbour], verdict: Verdict
 ) -> EigshResult:
-    """The record of the run; spends the last sum over ranks."""
+    """Record of the run; spends the last sum over ranks."""
     num_pairs = min(lanczos.size, rules.k)
     closest = closest_of(behind, default_gap=math.inf if rules.k == rules.dimension else 0.0)
     order = report_order(num_pairs, rules.which)

@@ -1,19 +1,16 @@
 """Lanczos factorisation of a symmetric operator, growing and shrinking.
 
-Nothing here decides when to do so.
 With the m vectors of the basis as *rows* of V (and A applied to each row) the factorisation reads
 
     A V = T V + b q,        V V^T = I,    V q = 0,    |q| = 1
 
 with the symmetric projected matrix T = V A V^T, shape (m, m), the pending vector q that the next matvec is spent on,
 and the coupling b, shape (m,). After an expansion b is zero but for its last entry (the usual r e^T); after a restart
-it is full, and so will be the next row of T. Where the pending vector was replaced by a fresh direction, b q was
-*dropped*: the identity then holds up to the dropped residuals, whose coefficients are kept and enter every residual
-estimate.
+it is full, and so is the next row of T. Where the pending vector was replaced by a fresh direction, b q was *dropped*:
+the identity then holds up to the dropped residuals, whose coefficients enter every residual estimate.
 
-Source: K. Wu and H. Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems, SIAM J. Matrix Anal.
-Appl. 22 (2000), 602-616. Differences: an image is orthogonalised at least twice, first against what it is
-coupled to and then against the whole basis; T is kept as a dense matrix.
+Source: Wu and Simon 2000 (see `eigsh.py`). Differences: an image is orthogonalised at least twice, first against what
+it is coupled to and then against the whole basis; T is kept as a dense matrix.
 """
 
 from __future__ import annotations
@@ -35,9 +32,9 @@ _BREAKDOWN = 20  # in units of eps * scale: what is left of a vector after cance
 
 
 class Expansion(NamedTuple):
-    """Result of one matvec, A q = V column + norm q'; V contains q."""
+    """Result A q = V column + norm q' of a matvec, q in V."""
 
-    column: Tensor  # (m,) float64
+    column: Tensor  # (m,) float64, m counts q
     norm: float  # 0.0 if the basis became invariant
 
 
@@ -45,27 +42,17 @@ class Lanczos:
     """A factorisation that grows by one vector a matvec.
 
     Its memory, `(max_size + 1) * n` numbers, is allocated at the start. Every number that leaves this class was summed
-    over ranks, or follows from such sums by small matrices, so all ranks see the same. This needs `torch.linalg.eigh`
-    to give the same bits for the same matrix on all of them: one build of torch, one kind of processor, one number of
-    threads.
+    over ranks, or follows from such sums by small matrices, so all ranks see the same, if `torch.linalg.eigh` has the
+    same bits on all of them: one build of torch, one kind of processor, one number of threads.
 
     Args:
         matvec: maps this rank's slice of a vector, shape (n,), to the slice of its image. Must not write to it.
         n: length of this rank's slice.
         max_size: vectors the factorisation can hold besides the pending one.
         dimension: N, of the whole space.
-        dtype: float32 or float64.
+        dtype: float32 or float64, of the basis.
         device: of the basis. The small matrices are float64 on the CPU.
-        agreement: sums over ranks. A failure of this rank alone shows in nothing else.
-
-    Attributes:
-        basis: shape (max_size + 1, n); the first `size` rows are V, the next one is the pending vector.
-        size: m.
-        invariant: whether there is no pending vector: V spans an invariant subspace.
-        scale: largest absolute Ritz value so far, a lower bound of the norm of A.
-        asymmetry: largest difference seen between the two sides of T, in units of A. Every entry off the diagonal is
-            measured twice, when either of its two vectors is expanded. Zero up to rounding for an operator that is
-            symmetric and gives the same answer every time.
+        agreement: sums over ranks, and the failure of one.
     """
 
     def __init__(
@@ -79,18 +66,21 @@ class Lanczos:
         device: torch.device,
         agreement: Agreement,
     ) -> None:
+        # (max_size + 1, n): the first `size` rows are V, the next one is the pending vector.
         self.basis = torch.zeros(max_size + 1, 0, dtype=dtype, device=device)
         with agreement.local():
             self.basis = torch.empty(max_size + 1, n, dtype=dtype, device=device)  # read where it was written
         self.agreement = agreement
-        self.size = 0
-        self.invariant = True
-        self.scale = 0.0
+        self.size = 0  # m
+        self.coupling = _zeros(0)  # b, (m,)
+        self.invariant = True  # there is no pending vector: V spans an invariant subspace
+        self.scale = 0.0  # largest absolute Ritz value so far, a lower bound of the norm of A
+        # Largest difference seen between the two sides of T, in units of A: every entry off the diagonal is measured
+        # twice, once with either of its vectors. Only rounding, for a symmetric deterministic operator.
         self.asymmetry = 0.0
         self._matvec = matvec
         self._dimension = dimension
         self._projected = _zeros(max_size, max_size)
-        self._coupling = _zeros(0)  # b
         self._dropped = _zeros(0, 0)  # (drops, m) coefficients of the residuals given up
 
     @property
@@ -108,11 +98,6 @@ class Lanczos:
         """T, shape (m, m), float64: a view."""
         return self._projected[: self.size, : self.size]
 
-    @property
-    def coupling(self) -> Tensor:
-        """b, shape (m,), float64."""
-        return self._coupling
-
     def ritz(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues of T, (m,) ascending, and eigenvectors as columns, (m, m)."""
         values, rotation = torch.linalg.eigh(self.projected)
@@ -120,21 +105,15 @@ class Lanczos:
         return values, rotation
 
     def residuals(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """Residual norms |A x - theta x| of the Ritz vectors rotation^T V.
+        """Residual norms |A x - theta x|, (c,), of Ritz vectors, (m, c).
 
-        For eigenvectors of T as columns, (m, c), returns the part along the pending vector, which further expansions
-        reduce, and all of it; both (c,), float64.
+        Returns the part along the pending vector, which further expansions reduce, and all of it.
         """
-        reducible = (self._coupling @ rotation).abs()
+        reducible = (self.coupling @ rotation).abs()
         dropped = torch.linalg.vector_norm(self._dropped @ rotation, dim=0)
         return reducible, torch.hypot(reducible, dropped)
 
-    def lock(
-        self,
-        vectors: Tensor,  # (k, n) orthonormal rows
-        values: Tensor,  # (k,)
-        residuals: Tensor,  # (k,)
-    ) -> None:
+    def lock(self, vectors: Tensor, values: Tensor, residuals: Tensor) -> None:  # (k, n) orthonormal rows, (k,), (k,)
         """Begin with Ritz pairs of an earlier run; what follows is orthogonal.
 
         The block of T behind them is that of (I - P) A (I - P), with the projector P on them.
@@ -143,23 +122,20 @@ class Lanczos:
         with self.agreement.local():
             self.basis[:k].copy_(vectors)
         self._projected[:k, :k] = torch.diag(values.to(self._projected))
-        self._coupling = _zeros(k)
+        self.coupling = _zeros(k)
         self._dropped = torch.diag(residuals.to(self._projected))
         self.scale = max(self.scale, float(values.abs().max())) if k else self.scale
         self.size = k
 
     def inject(self, source: Callable[[], Tensor]) -> bool:
-        """Make a fresh direction the pending vector; what was pending is dropped.
-
-        Args:
-            source: gives a vector, shape (n,). Its part outside V is used.
+        """Replace the pending vector by the part outside V of another, (n,).
 
         Returns:
             False if there was no such part. True also if that is unknown, because the vector is not finite.
         """
-        if self._coupling.any():
-            self._dropped = torch.cat([self._dropped, self._coupling[None]])
-        self._coupling = _zeros(self.size)
+        if self.coupling.any():
+            self._dropped = torch.cat([self._dropped, self.coupling[None]])
+        self.coupling = _zeros(self.size)
         with self.agreement.local():
             self.pending.copy_(source())
         before, _, after = self._orthogonalise(self.pending, self.vectors)
@@ -179,7 +155,7 @@ class Lanczos:
         with self.agreement.local():
             image.copy_(_checked(self._matvec(self.basis[m]), image))
         # All that is large of A q lies along q and what is coupled to it: one vector, but all of them after a restart.
-        near = m + 1 if self._coupling[:-1].any() else min(m + 1, 2)
+        near = m + 1 if self.coupling[:-1].any() else min(m + 1, 2)
         column = _zeros(m + 1)
         column[-near:] = self._subtract(image, vectors[-near:], normed=False)[0]
         _, rest, norm = self._orthogonalise(image, vectors, done=1)
@@ -187,7 +163,7 @@ class Lanczos:
             return None
         column += rest
         # b predicted v_i . A q when v_i was expanded, up to what has been dropped since.
-        surprise = (column[:m] - self._coupling).abs() - self._dropped.abs().sum(dim=0)
+        surprise = (column[:m] - self.coupling).abs() - self._dropped.abs().sum(dim=0)
         self.asymmetry = max(self.asymmetry, float(surprise.max())) if m else self.asymmetry
         self.scale = max(self.scale, float(column.abs().max()))
         # The measured entries, not the predicted ones: then T = V A V^T holds also where something was dropped.
@@ -198,18 +174,15 @@ class Lanczos:
         if not self.invariant:
             self._divide(image, norm)
         self.size = m + 1
-        self._coupling = _zeros(m + 1)
-        self._coupling[m] = norm
+        self.coupling = _zeros(m + 1)
+        self.coupling[m] = norm
         self._dropped = torch.nn.functional.pad(self._dropped, (0, 1))
         return Expansion(column, norm)
 
     def contract(self, rotation: Tensor) -> None:
-        """Replace V by the rows of rotation^T V; the pending vector stays.
+        """Replace V by rotation^T V, of orthonormal columns, (m, kept).
 
-        The identity keeps holding if the columns span an invariant subspace of T. With Ritz vectors, a thick restart.
-
-        Args:
-            rotation: orthonormal columns, shape (m, kept), float64.
+        The identity holds on if the columns span an invariant subspace of T: with Ritz vectors, a thick restart.
         """
         m, kept = rotation.shape
         with self.agreement.local():
@@ -217,16 +190,12 @@ class Lanczos:
             if kept < m:
                 self.basis[kept].copy_(self.basis[m])
         self._projected[:kept, :kept] = rotation.T @ self.projected @ rotation
-        self._coupling = self._coupling @ rotation
+        self.coupling = self.coupling @ rotation
         self._dropped = self._dropped @ rotation
         self.size = kept
 
     def rotated(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """A copy of the rows rotation^T V, (c, n), and its Gram matrix.
-
-        Args:
-            rotation: columns, shape (m, c), float64.
-        """
+        """A copy of rotation^T V, (c, n), and its Gram matrix."""
         count = rotation.shape[1]
         vectors = self.basis[:count]  # in their place, where there is no memory for them
         gram = _zeros(count, count)
@@ -239,8 +208,8 @@ class Lanczos:
     def _orthogonalise(self, vector: Tensor, rows: Tensor, done: int = 0) -> tuple[float, Tensor, float]:
         """Subtract from a vector, in place, its part along orthonormal rows.
 
-        One host synchronisation a pass, of which `done` were made before. Returns the norm before, the coefficients of
-        the part subtracted and the norm after; they mean nothing if a sum was not finite.
+        One sum over ranks a pass, of which `done` were made before. Returns the norm before, the coefficients of the
+        part subtracted and the norm after; they mean nothing if a sum was not finite.
         """
         coefficients = _zeros(rows.shape[0])
         initial = remaining = 0.0

@@ -2,8 +2,8 @@
 
 For a random unit vector u in R^N, N u^T f(A) u has the mean tr f(A) = sum_i f(lambda_i). After m steps of Lanczos from
 u with the projected matrix T = S diag(theta) S^T it is N sum_j w_j f(theta_j) with weights w_j = S_1j^2: a Gauss
-quadrature, exact for polynomials f of degree 2 m - 1. Eigenpairs that are known already enter exactly, and u is drawn
-orthogonal to them, so that the nodes go to the rest of the spectrum.
+quadrature, exact for polynomials f of degree 2 m - 1. Known eigenpairs enter exactly, and u is drawn orthogonal to
+them, so that the nodes go to the rest of the spectrum.
 
 For u uniform on the sphere, N u^T B u has the variance 2 N / (N + 2) (tr B^2 - (tr B)^2 / N). With B = f(A) both traces
 are such sums themselves, so each sum comes with its standard error, even from one vector.
@@ -28,7 +28,7 @@ from lightning_subspace.linalg import _arguments as arguments
 from lightning_subspace.linalg.agreement import Agreement, AllSum
 from lightning_subspace.linalg.lanczos import Lanczos, MatVec
 
-_BLOCK = 1024  # Gaussians of a density that are added up at a time
+_GAUSSIANS_AT_ONCE = 1024
 
 
 class Estimate(NamedTuple):
@@ -68,11 +68,6 @@ class Quadrature:
         return bool(torch.isfinite(self.nodes).all())
 
     @property
-    def num_vectors(self) -> int:
-        """Number of random vectors."""
-        return len(self.nodes)
-
-    @property
     def rest(self) -> int:
         """Number of eigenvalues that the nodes stand for."""
         return self.dimension - len(self.known)
@@ -84,40 +79,34 @@ class Quadrature:
         return float(seen.min()), float(seen.max())
 
     def sum(self, function: Callable[[Tensor], Tensor]) -> Estimate:
-        """The sum of f(lambda_i) over all eigenvalues, with its standard error.
-
-        Args:
-            function: f, elementwise.
-        """
+        """Sum of an elementwise f over all eigenvalues, with its standard error."""
         values = torch.where(self.weights > 0.0, function(self.nodes), 0.0)
         mean = float((self.weights * values).sum(dim=1).mean())
         variance = float((self.weights * values.square()).sum(dim=1).mean()) - mean**2
         total = self.rest * mean + float(function(self.known).sum())
-        return Estimate(total, self.rest * math.sqrt(2.0 * max(variance, 0.0) / ((self.rest + 2) * self.num_vectors)))
+        return Estimate(total, self.rest * math.sqrt(2.0 * max(variance, 0.0) / ((self.rest + 2) * len(self.nodes))))
 
     def below(self, threshold: float) -> tuple[float, float]:
         """Bounds of the share of eigenvalues below a threshold, in [0, 1].
 
-        T can be continued by one row so that the threshold is a node. Then, by the inequalities of Chebyshev, Markov
-        and Stieltjes, the spectral distribution of u is there at least the sum of the weights in front of that node,
-        and at most that sum and its own; m steps give no better bounds. Averaged over the vectors. The error from their
-        choice is not in these bounds: see `sum`.
+        T can be continued by one row so that the threshold is a node. By the inequalities of Chebyshev, Markov and
+        Stieltjes the spectral distribution of u is there between the sum of the weights in front of that node, and that
+        sum and its own; m steps give no better bounds. Averaged over the vectors, whose choice adds the error of `sum`.
         """
         found = [_bounds(*chain, threshold) for chain in self.chains]
         exact = float((self.known < threshold).sum())
         low, high = ((self.rest * sum(ends) / len(found) + exact) / self.dimension for ends in zip(*found, strict=True))
         return max(low, 0.0), min(high, 1.0)
 
-    def density(
-        self,
-        grid: Tensor,  # (g,) in units of the eigenvalues
-        width: float,  # standard deviation of the Gaussians, in the same units
-    ) -> Tensor:  # (g,) float64
-        """Density of the eigenvalues, smoothed by Gaussians; its integral is 1."""
+    def density(self, grid: Tensor, width: float) -> Tensor:  # (g,) -> (g,) float64
+        """Density of the eigenvalues, smoothed by Gaussians; its integral is 1.
+
+        `grid` and `width`, the standard deviation, are in units of the eigenvalues.
+        """
         centres = torch.cat([self.known, self.nodes.flatten()])
-        heights = torch.cat([torch.ones_like(self.known), (self.weights * (self.rest / self.num_vectors)).flatten()])
+        heights = torch.cat([torch.ones_like(self.known), (self.weights * (self.rest / len(self.nodes))).flatten()])
         result = torch.zeros(len(grid), dtype=torch.float64)
-        for centre, height in zip(centres.split(_BLOCK), heights.split(_BLOCK), strict=True):
+        for centre, height in zip(centres.split(_GAUSSIANS_AT_ONCE), heights.split(_GAUSSIANS_AT_ONCE), strict=True):
             result += torch.exp(-0.5 * ((grid.double()[:, None] - centre) / width).square()) @ height
         return result / (self.dimension * width * math.sqrt(2.0 * math.pi))
 
@@ -142,11 +131,11 @@ def quadrature(
 
     Args:
         matvec: as for `eigsh`.
-        n: length of a vector; under ranks, of this rank's slice.
+        n: as for `eigsh`.
         steps: m, Lanczos steps from each vector: the resolution.
         vectors: number of random vectors: the error of sums.
-        known: eigenvalues, their residuals and orthonormal eigenvectors as rows, which are taken out first. They need
-            not be exact: Ritz values of any space do, and what couples them to the rest is then missing.
+        known: eigenvalues, their residuals and orthonormal eigenvectors as rows, which are taken out first. Ritz
+            pairs of any space will do; what couples them to the rest is then missing.
         seed: of the random vectors.
         dtype: float32 or float64, of the basis.
         device: of the basis.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Outcome(enum.Enum):
-    """Why the eigensolver stopped: what happened, likely causes, what to do."""
+    """Why the eigensolver stopped, likely causes, and the way out."""
 
     CONVERGED = "All wanted eigenpairs reached the tolerance."
     EXACT = "The basis spans the whole space, so the eigenpairs are exact up to rounding."
@@ -40,8 +40,8 @@ class EigshResult:
     """Eigenpairs, best first, with their cost, errors and outcome.
 
     The order is by `which`: "LA" descending, "SA" ascending, "LM" by magnitude descending, "BE" the high end
-    descending, then the low end ascending. Outcomes that are not `converged` come with the best pairs at hand, which
-    may be fewer than k; their residuals tell how good they are.
+    descending, then the low end ascending. Without convergence these are the best pairs at hand, perhaps fewer than k;
+    their residuals tell how good they are.
 
     Attributes:
         eigenvalues: shape (k,), float64 on the CPU.
@@ -49,16 +49,13 @@ class EigshResult:
         residuals: |A x - theta x|, shape (k,), float64 on the CPU, in units of A: the estimate, but not less than the
             asymmetry of the operator and rounding, below which no estimate means anything.
         outcome: why the run stopped.
-        verified: whether missed copies of the eigenvalues found are excluded, but for the risk `delta` and for copies
-            within 0.03 * scale of the k-th.
+        verified: whether missed copies are excluded, but for the risk `delta` and within 0.03 * scale of the k-th.
         num_matvecs: products spent.
         num_restarts: how often the basis was full and compressed.
         orthogonality: max |V V^T - I| of the rows returned; NaN if a rank failed.
-        asymmetry: largest difference between the two sides of the projected matrix, relative to `scale`. About 1e-7
-            for a deterministic operator in float32.
+        asymmetry: of the projected matrix, at most, relative to `scale`; about 1e-7 for a deterministic float32 one.
         scale: largest absolute Ritz value, to which all tolerances are relative.
-        next_eigenvalue: best Ritz value behind the wanted ones, with "BE" at the end where it is closer; NaN if none
-            was seen.
+        next_eigenvalue: best Ritz value behind the wanted ones ("BE": at the closer end); NaN if none was seen.
         next_residual: its residual, likewise; it need not have converged.
         gap: its distance from the last wanted eigenvalue, with "LM" in magnitude; infinity if k is the whole dimension,
             0 if nothing behind the wanted ones was seen.

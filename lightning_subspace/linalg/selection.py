@@ -1,8 +1,7 @@
 """Selection of the wanted Ritz pairs, from any end of the spectrum.
 
-All four choices become one rule. Values are listed *best first*: the first c of the list are the best choice of c
-values, for every c. Each has a *merit*, larger is better. For "BE" the places of the list alternate: highest, lowest,
-second highest, second lowest, ...
+Values are listed *best first*: the first c of the list are the best choice of c values, for every c. Each has a
+*merit*, larger is better. For "BE" the places alternate: highest, lowest, second highest, second lowest, ...
 """
 
 from __future__ import annotations
@@ -76,14 +75,7 @@ def closest_of(behind: Sequence[Neighbour], default_gap: float = math.nan) -> Ne
 
 
 def best_first(values: Tensor, which: Which) -> Tensor:
-    """Indices that list values best first.
-
-    Args:
-        values: eigenvalues or Ritz values in any order, shape (m,).
-        which: "LA" largest, "SA" smallest, "LM" largest magnitude, "BE" both ends, alternating.
-
-    Returns:
-        A permutation of `range(m)`.
+    """Indices, a permutation of `range(m)`, that list values, (m,), best first.
 
     Example:
         >>> values = torch.tensor([1.0, -5.0, 3.0, 2.0])
@@ -97,16 +89,14 @@ def best_first(values: Tensor, which: Which) -> Tensor:
     if which == "LM":
         return values.abs().argsort(descending=True, stable=True)
     ascending = values.argsort(stable=True)
-    if which == "SA":
-        return ascending
     descending = ascending.flip(0)
-    if which == "LA":
-        return descending
+    if which in ("SA", "LA"):
+        return ascending if which == "SA" else descending
     return torch.stack([descending, ascending], dim=1).flatten()[: values.numel()]
 
 
 def merit(values: Tensor, which: Which) -> Tensor:
-    """The merit, (m,), of values listed best first: it falls at each end."""
+    """Merits, (m,), of values listed best first: they fall at each end."""
     return values.abs() if which == "LM" else _signs(values.numel(), which) * values
 
 
@@ -125,22 +115,14 @@ def merit_in_place(values: Tensor, place: int, which: Which) -> Tensor:
     return values.abs() if which == "LM" else _sign(place, which) * values
 
 
-def decisive_values(
-    wanted: Tensor,  # (k,) found eigenvalues, best first
-    which: Which,
-    margin: float,  # by which a copy has to improve on the last wanted value
-) -> list[float]:
+def decisive_values(wanted: Tensor, which: Which, margin: float) -> list[float]:  # (k,) best first
     """The found eigenvalues whose missed copies would matter, one an end.
 
-    A copy matters if its merit exceeds that of the last wanted value by more than `margin`. Of all such values of an
-    end the innermost is returned: it is the hardest to exclude (see `Certificate`), so it stands for those beyond it.
+    A copy matters if its merit is better than the last wanted one by more than `margin`. Of these values of an end the
+    innermost is the hardest to exclude (see `Certificate`), so it stands for those beyond it.
     """
-    decisive = []
-    for sign, merits, last in _by_end(wanted, which):
-        beyond = merits[merits > last + margin]
-        if beyond.numel() > 0:
-            decisive.append(sign * float(beyond.min()))
-    return decisive
+    beyond = [(sign, merits[merits > last + margin]) for sign, merits, last in _by_end(wanted, which)]
+    return [sign * float(merits.min()) for sign, merits in beyond if merits.numel() > 0]
 
 
 def edge_values(wanted: Tensor, which: Which, margin: float) -> list[float]:
@@ -154,7 +136,7 @@ def report_order(k: int, which: Which) -> list[int]:
 
 
 def _sign(place: int, which: Which) -> float:
-    """+1 if larger is better in this place, -1 if smaller is."""
+    # +1 if larger is better in this place, -1 if smaller is.
     return -1.0 if which == "SA" or (which == "BE" and place % 2 == 1) else 1.0
 
 
@@ -165,6 +147,6 @@ def _signs(size: int, which: Which) -> Tensor:
 def _by_end(wanted: Tensor, which: Which) -> list[tuple[float, Tensor, float]]:
     """Sign, merits and last merit of each end that has wanted values."""
     signs = torch.sign(wanted) if which == "LM" else _signs(wanted.numel(), which)
-    merits = wanted.abs() if which == "LM" else signs * wanted
+    merits = merit(wanted, which)
     parts = [(sign, merits[signs == sign]) for sign in (1.0, -1.0)]
     return [(sign, part, float((merits if which == "LM" else part).min())) for sign, part in parts if part.numel() > 0]

@@ -47,13 +47,11 @@ class Rules:
         """Ritz vectors that a thick restart keeps."""
         return self.k + (self.ncv - self.k) // 3
 
-    def thresholds(
-        self,
-        wanted: Tensor,  # (k,) Ritz values
-        gap: float,  # behind them; NaN while it is unknown, infinity to leave `subspace_tol` out
-        scale: float,
-    ) -> Tensor:  # (k,)
-        """The largest residuals at which the wanted pairs pass."""
+    def thresholds(self, wanted: Tensor, gap: float, scale: float) -> Tensor:  # (k,) -> (k,)
+        """The largest residuals at which the wanted pairs pass.
+
+        The `gap` behind them is NaN while it is unknown, and infinity to leave `subspace_tol` out.
+        """
         allowed = self.tol * scale
         if self.subspace_tol is not None:
             for_space = 0.0 if math.isnan(gap) else self.subspace_tol * gap
@@ -90,8 +88,7 @@ class Progress:
     def test(self, rules: Rules, ritz: Ritz, gap: float, scale: float, *, invariant: bool, verifying: bool) -> bool:
         """Whether the wanted pairs have converged; records passes and progress.
 
-        The progress of a verification is that of its certificates, not of residuals. In an invariant basis no further
-        matvec can change the pairs. `gap` is NaN while it is unknown.
+        A verification makes progress by its certificates, not by residuals. `gap` is NaN while it is unknown.
         """
         if len(ritz.values) < rules.k:
             return False
@@ -106,6 +103,7 @@ class Progress:
             gap = math.inf
         passed = bool((reducible <= rules.thresholds(ritz.values[: rules.k], gap, scale)).all())
         self.num_passes = self.num_passes + 1 if passed else 0
+        # No further matvec can change the pairs of an invariant basis.
         return passed and (invariant or self.num_passes >= (1 if rules.tol <= _PLAIN_TOL else 2))
 
 

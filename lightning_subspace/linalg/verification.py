@@ -18,18 +18,12 @@ from lightning_subspace.linalg.stopping import Rules
 
 
 class Verification:
-    """The verification in progress, or what is known from the last one.
-
-    Attributes:
-        active: whether it is in progress. Then the first k rows of the basis are the pairs found, also after restarts.
-        excluded: whether the last one has excluded missed copies of these pairs.
-        behind: the neighbours of the pairs when it began, one for each end: the basis has forgotten them.
-    """
+    """The verification in progress, or the result of the last one."""
 
     def __init__(self, rules: Rules) -> None:
-        self.active = False
-        self.excluded = False
-        self.behind: Sequence[Neighbour] = ()
+        self.active = False  # in progress: the first k rows of the basis are the pairs found, also after restarts
+        self.excluded = False  # whether the last one has excluded missed copies of these pairs
+        self.behind: Sequence[Neighbour] = ()  # their neighbours, one an end, when it began; the basis forgets them
         self._rules = rules
         self._found = torch.zeros(0, device="cpu")  # merits of the pairs found
         self._certificates: list[Certificate] = []

@@ -26,6 +26,7 @@ from lightning_subspace.loss.precision import eager, twice_differentiable, widen
 from lightning_subspace.loss.shadow import Shadow
 from lightning_subspace.parallel.fsdp import reshard, without_fsdp
 from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.parallel.partition import SEED_STRIDE
 from lightning_subspace.state.copies import copied
 from lightning_subspace.state.rng import RandomState, preserved_random_state, seed_generators
 
@@ -176,7 +177,7 @@ class TrainingLoss:
         if self._random_state is not None:
             self._random_state.restore()
         else:  # one stream a micro-batch: the stride keeps the seeds of neighbouring monitors and batches apart
-            seed_generators((self.seed + 7_919 * batch.draw) * 1_000_003 + batch.index)
+            seed_generators((self.seed + 7_919 * batch.draw) * SEED_STRIDE + batch.index)
         # A copy, since training_step may write into its batch.
         data = copied(batch.data, lambda tensor: widened(tensor.detach(), self._narrowest, copy=True))
         data = (move_data_to_device if batch.transferred else partial(transfer, self.module))(data, self.device)

@@ -298,7 +298,8 @@ def _decode_overlaps(entries: Entries, k: int, n: int) -> OverlapHistory:
     reference = None if entries.any("reference_step") is None else entries.integer("reference_step")
     entries.require(reference is None or reference in sketches, "reference_step", "None or the step of a sketch")
     ordered = {step: sketches[step] for step in steps if step in sketches}
-    return OverlapHistory.of(steps, ordered, dict(zip(pairs, overlaps.tolist(), strict=True)), reference)
+    taken = dict(zip(pairs, overlaps.tolist(), strict=True))
+    return OverlapHistory(steps=list(steps), sketches=ordered, pairs=taken, reference_step=reference)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from lightning_subspace.curvature import CurvatureConfig, Operator, SelfCheck, exact_hessian
+from lightning_subspace.curvature import CurvatureConfig, Operator, SelfCheck
 from lightning_subspace.data.micro_batch import MicroBatch, Weight
 from lightning_subspace.data.sample import Sample, sample_of_batches
 from lightning_subspace.linalg.selection import Which
@@ -168,7 +168,7 @@ def take_probe(
         The probe, which `Measurement.after_step` gets later, and its record, whose subspace holds the eigenvectors.
     """
     partition = Partition.even(loss.space) if partition is None else partition
-    hessian = (exact_hessian if operator is None else operator)(loss, sample, partition)
+    hessian = (CurvatureConfig().operator if operator is None else operator)(loss, sample, partition)
     gradient = _gradient(hessian, sample)
     subspace = None
     if solver.k > 0:
@@ -237,9 +237,9 @@ def choice_after(
     """What to go on with after the self-check, and what the user should be told about it; a collective.
 
     Raises:
-        CheckError: see `CurvatureConfig.after`.
+        CheckError: see `CurvatureConfig.after_check`.
     """
-    after, notice = choice.after(check)
+    after, notice = choice.after_check(check)
     if after.curvature != choice.curvature:
         after.check(module, sample, partition)  # differences have conditions of their own
     return after, notice

@@ -1,4 +1,4 @@
-"""The top eigenspace of the Hessian, what is read off it, and what is kept of it."""
+"""The top eigenspace of the Hessian, its numbers, and its record."""
 
 from lightning_subspace.subspace.record import Record as Record
 from lightning_subspace.subspace.record import to_rows as to_rows

@@ -1,4 +1,4 @@
-"""What one probe leaves behind."""
+"""Record of one probe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Record:
     Attributes:
         step: the t of theta_t: the number of optimizer steps taken before the measurement.
         metrics: the measured numbers, keyed as in the README's table without the monitor's prefix
-            (`"gradient_fraction"`, `"solver/seconds"`, `"eigenvalues/01"` ...). What could not be trusted is absent.
+            (`"gradient_fraction"`, `"solver/seconds"`, `"eigenvalues/01"` ...). Untrusted values are absent.
         subspace: the eigenspace; without its eigenvectors in `SubspaceMonitor.history`; None for k = 0.
         sketch: the compressed eigenspace, from which overlaps with every other probe are computed.
     """
@@ -28,9 +28,9 @@ class Record:
 
 
 def to_rows(records: Iterable[Record]) -> list[dict[str, float]]:
-    """Flatten records into one dict a probe, all with the same keys in the same order; nan where a value is absent.
+    """Flatten records into one dict a probe, all with the same keys.
 
-    The rows go as they are into `csv.DictWriter`, `pandas.DataFrame` or a printed table.
+    Absent values are nan. The rows go as they are into `csv.DictWriter`, `pandas.DataFrame` or a printed table.
     """
     records = list(records)
     keys = list(dict.fromkeys(key for record in records for key in record.metrics))

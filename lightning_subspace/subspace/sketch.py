@@ -1,30 +1,23 @@
 """Past subspaces in constant memory: count-sketch, then QR.
 
 A basis of k * n floats a probe cannot be kept for a whole run. Each coordinate, identified by (parameter name, offset),
-is hashed to a cell and a sign in each of 4 tables, d cells in all; summing the signed coordinates of V into the cells
-gives a (k, d) image that nearly preserves inner products, and QR makes it orthonormal again. The hash depends on
-nothing but names and offsets, so sketches of different probes, runs and processes can be compared. Where n <= d the
-sketch is the basis itself.
+is hashed to a cell and a sign in each of 4 tables, d cells in all. Summing the signed coordinates of V into the cells
+gives a (k, d) image that nearly preserves inner products, and QR makes it orthonormal again. The hash depends on names
+and offsets alone, so sketches of different probes, runs and processes can be compared. Where n <= d the sketch is the
+basis itself.
 
-How far an estimate is from the true overlap o of two k-dimensional spaces with principal angles of cosine c_i: to
-leading order its variance, over hashes, is
+Over hashes the estimate of an overlap o of two k-dimensional spaces, with principal angles of cosine c_i, has to
+leading order the variance
 
     4 mean(c_i^2 (1 - c_i^2)^2) / (k d) + 2 (1 - o)^2 / d^2  <=  16/27 / (k d) + 2 / d^2,
 
-because the inner product of the images of u and v has variance (|u|^2 |v|^2 + <u, v>^2 - 2 sum_p u_p^2 v_p^2) / d, and
-the two Gram matrices, which QR undoes, vary with it. At d = 4096 the standard deviation is thus at most .012 for k = 1,
-.0085 for k = 2, .0038 for k = 10 and .0017 for k = 50, whatever n; .0004 for orthogonal spaces and 0 for equal ones.
-The bias is at most 1 / d; the largest error in 200 pairs is 2 to 3 standard deviations, and .002 for orthogonal spaces,
-whose errors are not normal.
+since the inner product of the images of u and v has variance (|u|^2 |v|^2 + <u, v>^2 - 2 sum_p u_p^2 v_p^2) / d, and QR
+undoes that of the two Gram matrices. At d = 4096 the standard deviation is at most .012 for k = 1, .0038 for k = 10 and
+.0017 for k = 50, whatever n; .0004 for orthogonal spaces and 0 for equal ones. The bias is at most 1 / d. In 200 pairs
+the largest error is 2 to 3 standard deviations, and .002 for orthogonal spaces, whose errors are not normal.
 
-One table would do for vectors that are spread out, but two large coordinates that share its only cell would look like
-one. With 4 tables such a pair has an inner product of 1/4, and a space that lives on 30 coordinates obeys the formula,
-with outliers of 5 standard deviations. At the extreme, between one-hot bases, two given coordinates share a cell with
-probability 16 / d, and that moves the estimate by about 1 / (16 k): a standard deviation of .002 to .005, but errors of
-up to .06 for k = 1 and .02 for k = 10.
-
-References: Charikar, Chen and Farach-Colton 2002 (count-sketch); Kane and Nelson 2014 (one cell in each of several
-tables, their block construction); Woodruff 2014, section 2 (subspace embeddings).
+Sources: Charikar, Chen and Farach-Colton 2002 (count-sketch); Kane and Nelson 2014 (one cell in each of several tables,
+their block construction); Woodruff 2014, section 2 (subspace embeddings).
 """
 
 from __future__ import annotations
@@ -40,31 +33,34 @@ from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.subspace.subspace import overlap
 
 CELLS = 4096
-# Cells that each coordinate is added to, one in each of as many tables.
+# In one table two large coordinates that share a cell would look like one. In 4 such a pair has an inner product of
+# 1/4, and a space that lives on 30 coordinates obeys the formula, with outliers of 5 standard deviations. One-hot bases
+# are the extreme: two coordinates share a cell with probability 16 / d, which moves the estimate by about 1 / (16 k), a
+# standard deviation of .002 to .005; errors are up to .06 for k = 1 and .02 for k = 10.
 TABLES = 4
-# Coordinates that are hashed at a time.
-BLOCK = 1 << 20
+HASHED_AT_ONCE = 1 << 20  # coordinates
 
 
 @dataclass(frozen=True, eq=False)
 class Sketch:
-    """The image of a subspace under the hash.
+    """The image of a subspace under the hash."""
 
-    Attributes:
-        basis: (k, d) orthonormal rows, float32 on the CPU.
-        exact: whether no hashing was needed, so that overlaps are exact.
-    """
-
-    basis: Tensor
-    exact: bool
+    basis: Tensor  # (k, d) orthonormal rows, float32 on the CPU
+    exact: bool  # whether no hashing was needed, so that overlaps are exact
 
 
-def sketch(
-    basis: Tensor,  # (k, n) orthonormal rows; under ranks this rank's columns
-    partition: Partition,
-    cells: int = CELLS,
-) -> Sketch:
-    """Sketch a subspace of the parameter space. Under ranks one sum of k min(n, cells) numbers.
+def sketch(basis: Tensor, partition: Partition, cells: int = CELLS) -> Sketch:
+    """Sketch a subspace of the parameter space.
+
+    Under ranks one sum of k min(n, cells) numbers.
+
+    Args:
+        basis: (k, n) orthonormal rows; under ranks this rank's columns.
+        partition: which columns these are.
+        cells: d, a multiple of 4 in [4, 131072].
+
+    Raises:
+        ValueError: for other `cells`, where n is larger.
 
     Example:
         >>> from lightning_subspace.parallel.parameters import ParameterSpace
@@ -82,12 +78,12 @@ def sketch_overlap(sketch: Sketch, other: Sketch) -> float:
     """Estimate of the overlap of the two sketched subspaces, in [0, 1].
 
     Raises:
-        ValueError: when the sketches are of parameter spaces, or of numbers of cells, that cannot be compared.
+        ValueError: when they are of different parameter spaces or numbers of cells.
     """
     if sketch.exact != other.exact or sketch.basis.shape[1] != other.basis.shape[1]:
         raise ValueError(
-            f"the sketches cannot be compared: {sketch.basis.shape[1]} cells (exact={sketch.exact}) and "
-            f"{other.basis.shape[1]} cells (exact={other.exact}); both need the same `cells` and parameters."
+            f"other: expected {sketch.basis.shape[1]} cells (exact={sketch.exact}), got {other.basis.shape[1]} "
+            f"(exact={other.exact}); sketches can be compared if `cells` and parameters are the same."
         )
     value = overlap(sketch.basis, other.basis)
     if sketch.exact:
@@ -101,7 +97,7 @@ def sketch_overlap(sketch: Sketch, other: Sketch) -> float:
 
 
 def sketch_error(sketch: Sketch) -> float:
-    """Largest standard deviation of an overlap with a sketch of the same shape, over all true overlaps; 0 where exact.
+    """Largest standard deviation of an overlap with such a sketch.
 
     Example:
         >>> round(sketch_error(Sketch(torch.eye(10, 4096), exact=False)), 4)
@@ -111,24 +107,20 @@ def sketch_error(sketch: Sketch) -> float:
     return 0.0 if sketch.exact else math.sqrt(16 / 27 / (k * d) + 2 / d**2)
 
 
-def count_sketch(
-    vectors: Tensor,  # (k, n); under ranks this rank's columns
-    partition: Partition,
-    cells: int = CELLS,
-) -> Tensor:  # (k, cells)
-    """Add up signed coordinates in cells, over all ranks. Linear in the vectors; inner products are right on average.
+def count_sketch(vectors: Tensor, partition: Partition, cells: int = CELLS) -> Tensor:  # (k, n) -> (k, cells)
+    """Add up signed coordinates in cells, over all ranks; arguments as `sketch`.
 
     Raises:
         ValueError: when `cells` is not a multiple of 4 in [4, 131072].
     """
     if cells % TABLES or not TABLES <= cells <= TABLES << 15:
-        raise ValueError(f"cells must be a multiple of {TABLES} in [{TABLES}, {TABLES << 15}], got {cells!r}.")
+        raise ValueError(f"cells: expected a multiple of {TABLES} in [{TABLES}, {TABLES << 15}], got {cells!r}.")
     image = torch.zeros(len(vectors), cells, dtype=vectors.dtype, device=vectors.device)
     tables = torch.split(image, cells // TABLES, dim=1)
     for name, offset, place in partition.locate():
         columns = vectors.detach()[:, place.start : place.stop]
-        for start in range(0, columns.shape[1], BLOCK):
-            block = columns[:, start : start + BLOCK]
+        for start in range(0, columns.shape[1], HASHED_AT_ONCE):
+            block = columns[:, start : start + HASHED_AT_ONCE]
             word = _words(name, offset + start, block)
             for t, table in enumerate(tables):
                 bits = word >> 16 * t  # 15 for the cell, then one for the sign
@@ -148,13 +140,14 @@ def _whole(vectors: Tensor, partition: Partition) -> Tensor:
 
 
 def _words(name: str, start: int, block: Tensor) -> Tensor:
-    """64 random bits for every column of a block that begins at offset `start` of a parameter."""
+    """64 random bits a column of a block at offset `start`."""
     digest = hashlib.blake2b(name.encode(), digest_size=7).digest()  # 56 bits: adding an offset cannot overflow
     return _mix(torch.arange(start, start + block.shape[1], device=block.device) + int.from_bytes(digest, "big"))
 
 
 def _mix(word: Tensor) -> Tensor:
-    """The finaliser of splitmix64 on int64, which wraps as uint64 does; shifts are made logical by masks."""
+    """The finaliser of splitmix64, on int64."""
+    # int64 wraps as uint64 does; the masks make its shifts logical.
     word = (word ^ ((word >> 30) & ((1 << 34) - 1))) * -0x40A7B892E31B1A47
     word = (word ^ ((word >> 27) & ((1 << 37) - 1))) * -0x6B2FB644ECCEEE15
     return word ^ ((word >> 31) & ((1 << 33) - 1))

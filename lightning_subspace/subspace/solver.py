@@ -1,4 +1,4 @@
-"""How the eigenpairs of a probe are computed: the settings, and one call of the eigensolver."""
+"""Settings of the eigensolver, and one call of it for a probe."""
 
 from __future__ import annotations
 
@@ -15,18 +15,16 @@ from lightning_subspace.linalg.selection import Which
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.subspace.subspace import Subspace, inner_products
 
-# Beyond that an eigenvector has hardly begun to show.
-MAX_TOL = 0.1
-# The number of the random vector that a warm start is mixed with, far from those that the solver draws.
-WARM_START = 1_000
-# Products to expect of a solve, for a forecast: so many, and for each pair the first number while the network is
-# untrained, the second later on; the certificate takes so many more. In the middle of what was measured at tol = 1e-3
-# for k = 1 to 20, which is wide: for k = 10, 22 to 54 products at the start, 14 to 30 later.
+MAX_TOL = 0.1  # with a larger one an eigenvector has hardly begun to show
+WARM_START = 1_000  # number of the random vector in a warm start, far from those that the solver draws
+# Expected products of a solve: a constant, a number a pair (of an untrained and of a trained network), and more for the
+# certificate. It is the middle of what was measured at tol = 1e-3 for k = 1 to 20, which is wide: for k = 10, 22 to 54
+# products at the start, 14 to 30 later.
 PRODUCTS, PRODUCTS_A_PAIR, PRODUCTS_OF_CERTIFICATE = 5.0, (4.5, 2.0), 12.0
 
 
 class Operator(Protocol):
-    """What the solver asks of a symmetric operator; see `curvature.Operator`."""
+    """The attributes of a symmetric operator that the solver uses; see `curvature.Operator`."""
 
     n: int
     dtype: torch.dtype
@@ -36,13 +34,13 @@ class Operator(Protocol):
     max_asymmetry: float
 
     def matvec(self, v: Tensor) -> Tensor:
-        """The image of a vector."""
+        """A v, (n,) -> (n,)."""
         ...
 
 
 @dataclass(frozen=True)
 class Solver:
-    """How the eigenpairs are computed; see `lightning_subspace.linalg.eigsh` for the arguments."""
+    """Settings of the eigensolver; see `lightning_subspace.linalg.eigsh`."""
 
     k: int = 10
     which: Which = "LA"
@@ -52,7 +50,7 @@ class Solver:
     seed: int = 0
 
     def expected_products(self, *, trained: bool, verify: bool = False) -> float:
-        """How many products a solve will probably take: right to a factor of two or so.
+        """Expected number of products, right to a factor of about two.
 
         Args:
             trained: whether the network is past its first steps.
@@ -70,15 +68,18 @@ class Solver:
         verify: bool = True,
         on_matvec: Callable[[int, float], None] | None = None,
     ) -> Subspace:
-        """The eigenspace of an operator.
+        """The eigenspace of an operator; a collective.
 
         Args:
-            operator: gives dtype, device, and how vectors are dealt to ranks.
+            operator: gives dtype, device, and the partition of vectors.
             matvec: a product in place of the operator's own.
             start: eigenvectors of a nearby operator; their sum plus a random vector is the start, which saves a few
                 products at best. Never the gradient: an unconverged space would then contain it.
             verify: exclude missed copies of equal eigenvalues.
             on_matvec: called with (number of products, worst relative residual).
+
+        Raises:
+            SubspaceIntegrityError: when the eigenvectors are not orthonormal to 1e-4.
         """
         partition = operator.partition
         v0 = None if start is None else self._warm_start(operator, start)
@@ -110,19 +111,16 @@ class Solver:
         towards = inner_products(vectors, noise[None], operator.partition.ranks)[:, 0]
         total = (torch.where(towards < 0.0, -1.0, 1.0).to(vectors) @ vectors).to(noise)
         parts = torch.stack([total, noise])
-        squares = operator.partition.ranks.all_reduce(
-            torch.linalg.vector_norm(parts, dim=1, dtype=torch.float64).square()
-        )
-        start: Tensor = (parts / squares.sqrt()[:, None].to(parts)).sum(dim=0)
-        return start
+        squares = torch.linalg.vector_norm(parts, dim=1, dtype=torch.float64).square()
+        norms: Tensor = operator.partition.ranks.all_reduce(squares).sqrt()
+        return (parts / norms[:, None].to(parts)).sum(dim=0)
 
 
 def agreed_product(operator: Operator, matvec: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
-    """A product that may fail on one rank and still gets all ranks to its end, for use inside of `Ranks.unchecked`.
+    """A product that ends on all ranks, also where it fails on one.
 
-    Args:
-        operator: says whether its own products see to that themselves.
-        matvec: a product in place of the operator's own.
+    It is for use inside of `Ranks.unchecked`. `matvec` takes the place of the operator's own product, which may need no
+    agreement (`raises_after_collectives`).
     """
     if matvec is None and operator.raises_after_collectives:
         return operator.matvec

@@ -1,4 +1,4 @@
-"""Spectrum of the Hessian at one step, and the numbers that are read off it."""
+"""Spectrum of the Hessian at one step, and its logged numbers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 
 from lightning_subspace.linalg import Quadrature
 
-# An eigenvalue counts as negative from here on, in units of the largest |eigenvalue|: above it is rounding of zero.
-NEGATIVE = 1e-3
-STANDARD_ERRORS = 2.0
+NEGATIVE = 1e-3  # in units of the largest |eigenvalue|: only eigenvalues below minus this count as negative
+MARGIN_ERRORS = 2.0  # standard errors around the share of negative eigenvalues
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,20 +19,20 @@ class SpectralDensity:
 
     Attributes:
         step: t of theta_t.
-        spectrum: the eigenvalues that are known, and nodes and weights for all others: `sum`, `density`, `below`.
+        spectrum: the known eigenvalues, and nodes and weights for all others.
     """
 
     step: int
     spectrum: Quadrature
 
     def metrics(self) -> dict[str, float]:
-        """The numbers that are logged."""
+        """The numbers that are logged, by their keys."""
         spectrum = self.spectrum
         low, high = spectrum.ends
         edge = -NEGATIVE * max(abs(low), abs(high))
         share = spectrum.sum(lambda x: (x < edge).double())
         share_low, share_high = spectrum.below(edge)
-        margin = STANDARD_ERRORS * share.error / spectrum.dimension
+        margin = MARGIN_ERRORS * share.error / spectrum.dimension
         negative = spectrum.sum(lambda x: torch.where(x < edge, -x, 0.0))
         total = spectrum.sum(torch.abs)
         mass = negative.value / total.value if total.value > 0.0 else 0.0

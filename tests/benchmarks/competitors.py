@@ -62,7 +62,7 @@ def ours_as_the_peers(case: Case, k: int, tol: float) -> Answer:
 def choice_of(case: Case, curvature: str) -> CurvatureConfig:
     """As a run would choose after its self-check, which is made once and not a part of the cost of a probe."""
     choice = CurvatureConfig(cross_entropy, curvature=curvature)
-    return choice.after(choice.check(case.module, case.sample))[0]
+    return choice.after_check(choice.check(case.module, case.sample))[0]
 
 
 @contextlib.contextmanager

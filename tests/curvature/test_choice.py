@@ -61,8 +61,8 @@ def test_a_word_that_is_none_of_them(name, choices):
 @pytest.mark.parametrize("outcome", [CheckOutcome.FAILED, CheckOutcome.UNAVAILABLE])
 def test_a_check_that_fails_after_one_that_has_passed(module, outcome):
     """As where more parameters are trained: what the first has allowed is over."""
-    choice, _ = CurvatureConfig(classify, on_check_fail="finite-difference").after(SelfCheck(CheckOutcome.PASSED))
-    choice, notice = choice.after(SelfCheck(outcome, float("inf")))
+    choice, _ = CurvatureConfig(classify, on_check_fail="finite-difference").after_check(SelfCheck(CheckOutcome.PASSED))
+    choice, notice = choice.after_check(SelfCheck(outcome, float("inf")))
     assert "finite differences of float64" in notice
     with choice.loss(module, ParameterSpace.of(module)) as loss:
         assert isinstance(choice.operator(loss, sample_of_batches(BATCHES)), FiniteDifferenceHessian)
@@ -83,7 +83,7 @@ class SecondMoment(BatchMean):
 def test_a_new_operator_is_one_method_and_one_row(module, monkeypatch):
     monkeypatch.setitem(OPERATORS, "second-moment", Row(SecondMoment, order=1))
     choice, sample = CurvatureConfig(classify, dtype="float64", curvature="second-moment"), sample_of_batches(BATCHES)
-    choice, notice = choice.after(choice.check(module, sample))
+    choice, notice = choice.after_check(choice.check(module, sample))
     assert notice is None
     with choice.loss(module, ParameterSpace.of(module)) as loss:
         _, record = take_probe(loss, sample, Solver(k=2, tol=1e-8), (), operator=choice.operator)

@@ -303,7 +303,7 @@ def test_the_check_finds_losses_that_are_no_means_over_examples(name):
     choice = CurvatureConfig(loss_fn, mode, curvature="empirical-fisher", dtype="float64")
     check = choice.check(module, sample_of_batches(data))
     assert check.outcome is (CheckOutcome.PASSED if reason is None else CheckOutcome.SKIPPED)
-    choice, notice = choice.after(check)
+    choice, notice = choice.after_check(check)
     if reason is None:
         assert notice is None
     else:

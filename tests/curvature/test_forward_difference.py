@@ -81,8 +81,8 @@ def test_float64_products_are_those_of_double_backward_up_to_truncation(name, se
         direction = torch.randn(exact.n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         for length in (1e-3, 1.0, 1e3):  # the step does not depend on the length of v
             v = length * direction
-            coarse = ForwardDifferenceHessian(loss, sample, step=1e-5).matvec(v) - exact.matvec(v)
-            fine = ForwardDifferenceHessian(loss, sample, step=1e-6).matvec(v) - exact.matvec(v)
+            coarse = ForwardDifferenceHessian(loss, sample).matvec(v, 1e-5) - exact.matvec(v)
+            fine = ForwardDifferenceHessian(loss, sample).matvec(v, 1e-6) - exact.matvec(v)
             assert fine.norm() < 1e-4 * exact.matvec(v).norm()
             assert float(coarse.norm() / fine.norm()) == pytest.approx(10.0, rel=0.05)  # first order
         assert torch.allclose(ForwardDifferenceHessian(loss, sample).gradient(), exact.gradient(), rtol=0, atol=1e-15)
@@ -101,11 +101,11 @@ def test_only_smooth_networks_pass(name, outcome, seed):
 def test_parts_and_batches_are_those_of_the_exact_operator():
     sample = sample_of_batches(batches(0) + batches(1) + batches(2)).hessian
     with opened(built(NETS["gelu"], 0), dtype=torch.float64) as loss:
-        exact, differences = Hessian(loss, sample), ForwardDifferenceHessian(loss, sample, step=1e-6)
+        exact, differences = Hessian(loss, sample), ForwardDifferenceHessian(loss, sample)
         for operator, other in ((exact, differences), (exact.part([2, 0]), differences.part([2, 0]))):
             assert torch.allclose(operator.gradient(), other.gradient(), rtol=0, atol=1e-15)
             v = operator.gradient()
-            assert torch.allclose(operator.matvec(v), other.matvec(v), rtol=0, atol=1e-4 * float(v.norm()))
+            assert torch.allclose(operator.matvec(v), other.matvec(v, 1e-6), rtol=0, atol=1e-4 * float(v.norm()))
             for (batch, gradient), (same, own) in zip(operator.batch_gradients(), other.batch_gradients(), strict=True):
                 assert batch is same
                 assert torch.allclose(gradient, own, rtol=0, atol=1e-15)
@@ -122,7 +122,7 @@ def chosen(name, **options):
     module = built((NETS | KINKED)[name], 0)
     choice = CurvatureConfig(classify, curvature="finite-difference", **options)
     space, sample = ParameterSpace.of(module), sample_of_batches(batches())
-    choice, notice = choice.after(choice.check(module, sample))
+    choice, notice = choice.after_check(choice.check(module, sample))
     assert notice is None
     with choice.loss(module, space) as loss:
         operator = choice.operator(loss, sample)

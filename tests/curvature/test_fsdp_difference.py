@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 
-from lightning_subspace.curvature.fsdp_difference import THRESHOLD, ShardedDifferenceHessian, check_differences
+from lightning_subspace.curvature.fsdp_difference import LARGEST_DIFFERENCE, ShardedDifferenceHessian, check_differences
 from lightning_subspace.curvature.self_check import CheckOutcome
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.fsdp_loss import ShardedLoss
@@ -231,7 +231,7 @@ def test_smooth_nets_pass_the_check(name):
     first, second = run(checked, 2, make, data)
     assert first == second
     assert first.outcome is CheckOutcome.PASSED
-    assert first.error < THRESHOLD / 5
+    assert first.error < LARGEST_DIFFERENCE / 5
 
 
 def relu():
@@ -254,7 +254,7 @@ def test_kinks_are_refused_by_name(make, kink):
     first, second = run(checked, 2, make, many)
     assert first == second
     assert first.outcome is CheckOutcome.FAILED
-    assert first.error > 2 * THRESHOLD
+    assert first.error > 2 * LARGEST_DIFFERENCE
     assert "disagree by" in first.reason
     assert f"kinks ({kink}" in first.reason
     assert "use curvature='hessian'" in first.reason

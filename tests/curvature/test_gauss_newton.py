@@ -208,4 +208,4 @@ def test_the_check():
     broken = net(act=lambda: Through(OnceDifferentiable))
     check = choice.check(broken, sample_of_batches(batches()))
     with pytest.raises(CheckError, match="curvature='hessian'"):
-        choice.after(check)
+        choice.after_check(check)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_subspace.curvature import CheckOutcome, Hessian, self_check
-from lightning_subspace.curvature.self_check import THRESHOLD
+from lightning_subspace.curvature.self_check import LARGEST_ERROR
 from lightning_subspace.data.sample import sample_of_batches
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
@@ -207,7 +207,7 @@ def test_a_failure_says_where_and_by_how_much():
     module = around(lambda: Apply(KeepsInput.apply))
     result = check(module)
     assert result.parameter in dict(module.named_parameters())
-    assert result.error > 100 * THRESHOLD
+    assert result.error > 100 * LARGEST_ERROR
     assert f"{result.error:.1%} in {result.parameter}" in result.reason
     with pytest.warns(UserWarning, match=f"{result.error:.1%} in {result.parameter}"):
         measure_subspace(module, [(INPUTS, LABELS)], k=1, loss_fn=classify)
@@ -280,7 +280,7 @@ def test_it_passes_with_a_wide_margin(name, mode):
     make, inputs = FAITHFUL[name]
     results = [check(built(make), (inputs, LABELS), seed=seed, mode=mode) for seed in range(8)]
     assert {result.outcome for result in results} == {CheckOutcome.PASSED}
-    assert max(result.error for result in results) < 1e-3 * THRESHOLD
+    assert max(result.error for result in results) < 1e-3 * LARGEST_ERROR
 
 
 def test_without_the_jitter_blank_patches_would_be_a_false_alarm(monkeypatch):

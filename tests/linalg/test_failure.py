@@ -61,7 +61,7 @@ class Faults:
     def on_matvec(self, count: int, residual: float) -> None:
         self._reach("on_matvec")
 
-    def all_reduce(self, local: Tensor) -> Tensor:
+    def all_sum(self, local: Tensor) -> Tensor:
         return torch.stack(self._gather(local)).sum(0)
 
 

@@ -33,7 +33,7 @@ def exact_sketches(count, n=20):
 
 
 def kept_steps(history):
-    return sorted(history._sketches)
+    return sorted(history.sketches)
 
 
 def test_nothing_yet():

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_subspace import SubspaceMonitor, SubspaceProjection, measure_subspace
 from lightning_subspace.curvature import CheckError, CheckOutcome
 from lightning_subspace.curvature import selection as choice
-from lightning_subspace.curvature.self_check import THRESHOLD
+from lightning_subspace.curvature.self_check import LARGEST_ERROR
 from lightning_subspace.data.sample import sample_of_batches
 from lightning_subspace.loss.loss_function import LossError
 from lightning_subspace.parallel.ranks import Ranks
@@ -267,7 +267,7 @@ def test_a_run_stops_on_request():
     probing = Probing(INPUTS, on_check_fail="raise")
     with pytest.raises(CheckError):
         trained(WRONG["once-differentiable"], INPUTS, probing)
-    assert probing.tracker.self_check.error > THRESHOLD
+    assert probing.tracker.self_check.error > LARGEST_ERROR
 
 
 @pytest.mark.parametrize("name", RUNS)

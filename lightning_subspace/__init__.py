@@ -1,4 +1,6 @@
-"""How much of the gradient lies in the few sharpest directions of the loss, live, as a Lightning callback.
+"""The gradient's share in the sharpest directions of the loss, live.
+
+A Lightning callback, `SubspaceMonitor`, logs it during training; `measure_subspace` measures it once.
 
 Public names are loaded when they are first used (PEP 562), so that importing the package costs nothing.
 """
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
     from lightning_subspace.measurements.overlap import Control as Control
     from lightning_subspace.measurements.stability import Stability as Stability
     from lightning_subspace.parallel.ranks import PeerError as PeerError
-    from lightning_subspace.probe.checkpoint import read_history as read_history
     from lightning_subspace.probe.entries import CheckpointError as CheckpointError
+    from lightning_subspace.probe.history import read_history as read_history
     from lightning_subspace.probe.measure import measure_subspace as measure_subspace
     from lightning_subspace.subspace.record import Record as Record
     from lightning_subspace.subspace.record import to_rows as to_rows
@@ -73,7 +75,7 @@ _HOMES = {
     "Trace": "measurements.density",
     "eigsh": "linalg",
     "measure_subspace": "probe.measure",
-    "read_history": "probe.checkpoint",
+    "read_history": "probe.history",
     "to_rows": "subspace.record",
 }
 

@@ -130,7 +130,7 @@ def undeclared(trainer: Trainer, name: str) -> Any:
 
 
 def is_a(value: Any, name: str) -> bool:
-    """Whether a value is of a class of this name, in either namespace.
+    """Whether a value is an instance of a class of this name.
 
     Example:
         >>> from lightning.pytorch.callbacks import EarlyStopping

@@ -1,4 +1,4 @@
-"""Notices to the user: what happened and what to do, once a run."""
+"""Notices to the user, each once a run."""
 
 from __future__ import annotations
 

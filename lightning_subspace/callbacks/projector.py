@@ -56,7 +56,7 @@ class Projector:
         self._partition = replace(self._partition, ranks=ranks)
 
     def theta(self, module: nn.Module) -> Tensor:  # (n,)
-        """A copy of this rank's part of the parameters, in float32 at least."""
+        """This rank's part of the parameters, copied, in float32 at least."""
         space = self._partition.space
         tensors = space.tensors(module)
         like = torch.empty(0, dtype=space.widest_dtype(module, torch.float32), device=tensors[0].device)

@@ -64,7 +64,7 @@ class Recorder:
             self.open.see_gradient(module)
 
     def close(self, trainer: Trainer, module: nn.Module | None = None) -> None:
-        """Complete the open record with the numbers of its step, and log it."""
+        """Add the numbers of its step to the open record; log it."""
         run = self._runner.run
         if self.open is None or run is None:
             return

@@ -80,7 +80,7 @@ class ProbeRunner:
             self.source.forget()
 
     def on_all_ranks(self, what: str, block: Callable[[], T], wrong: type[Exception] | None = None) -> T | None:
-        """Run a block on all ranks; warn and return None where one fails.
+        """Run a block on all ranks; a failure gives None.
 
         Args:
             what: comes of it when the block fails, in words.

@@ -10,7 +10,7 @@ from lightning_subspace.probe.arguments import is_number, wrong
 
 @dataclass(frozen=True)
 class StartWhenAligned:
-    """Begin when a moving average of chi = |P g| / |g| exceeds a threshold.
+    """Begin when the average of chi = |P g|/|g| exceeds a threshold.
 
     chi is the square root of the gradient fraction f_top, g the gradient over the gradient sample; chi = .95 is f_top =
     .9025. It is measured at every refresh, and the average is one over refreshes: a <- decay a + (1 - decay) chi,

@@ -73,7 +73,7 @@ class FiniteDifferenceHessian(DisplacedGradients):
         return self._slope(self._buffers.gather(wide), length, centre).mul_(length).to(self.dtype)
 
     def _slope(self, whole: Tensor, length: float, centre: float) -> Tensor:
-        """This rank's part of H u, with u = whole / length and |g| = centre."""
+        """This rank's part of H u; centre is |g|."""
         found = []
         for step in STEPS:
             plus, minus = (self._gradient_at(whole, sign * step / length) for sign in (1.0, -1.0))

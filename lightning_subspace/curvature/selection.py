@@ -156,6 +156,19 @@ class CurvatureConfig:
         self._evaluate_twice(module, few, partition)
         return result
 
+    def follow(
+        self, check: SelfCheck, module: nn.Module, sample: Sample, partition: Partition
+    ) -> tuple[CurvatureConfig, str | None]:
+        """The configuration after the self-check, itself checked if new. A collective.
+
+        Raises:
+            CheckError: see `after_check`.
+        """
+        after, notice = self.after_check(check)
+        if after.curvature != self.curvature:
+            after.check(module, sample, partition)  # differences have conditions of their own
+        return after, notice
+
     def after_check(self, check: SelfCheck) -> tuple[CurvatureConfig, str | None]:
         """The configuration after the self-check, and a notice to the user.
 

@@ -32,7 +32,7 @@ _BREAKDOWN = 20  # in units of eps * scale: what is left of a vector after cance
 
 
 class Expansion(NamedTuple):
-    """Result A q = V column + norm q' of a matvec, q in V."""
+    """Result of a matvec: A q = V column + norm q'."""
 
     column: Tensor  # (m,) float64, m counts q
     norm: float  # 0.0 if the basis became invariant
@@ -105,7 +105,7 @@ class Lanczos:
         return values, rotation
 
     def residuals(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """Residual norms |A x - theta x|, (c,), of Ritz vectors, (m, c).
+        """Residual norms |A x - theta x|, (c,), of Ritz vectors.
 
         Returns the part along the pending vector, which further expansions reduce, and all of it.
         """

@@ -61,7 +61,7 @@ class Rules:
         return (self.tol * wanted.abs().clamp(min=_SMALLEST * scale)).clamp(max=allowed)
 
     def copy_margin(self, scale: float) -> float:
-        """How far beyond the last wanted value a copy matters."""
+        """The distance beyond the last wanted value at which copies matter."""
         return max(self.tol, _COPY_MARGIN) * scale
 
 

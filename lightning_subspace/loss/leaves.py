@@ -30,7 +30,7 @@ class ParameterCopy:
         self._made = (version_of(self.copy), self.copy.data_ptr())
 
     def comparison(self, value_of: Callable[[nn.Parameter, Tensor | None], Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Two tensors, equal unless the copy was written to; None if it was."""
+        """Two tensors, equal unless the copy was written to, or None."""
         if self.copy.requires_grad != self.original.requires_grad:
             return None
         if not self.is_gathered:

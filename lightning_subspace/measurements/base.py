@@ -31,7 +31,7 @@ class Needs(Enum):
 
 @dataclass(frozen=True)
 class Prospect:
-    """What is known before a probe, for `Measurement.expected_products`.
+    """Facts known before a probe, for `Measurement.expected_products`.
 
     Attributes:
         number: how many probes the run has had before.

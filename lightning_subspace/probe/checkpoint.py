@@ -10,7 +10,6 @@ A state of an older format is brought up to date by `MIGRATIONS`. One that no ru
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,43 +65,6 @@ class RunState:
         last = max([self.position.last_step, *(record.step for record in self.records)])
         if last > step:
             raise CheckpointError(f"it is of step {last}, and training starts at step {step}")
-
-
-def read_history(path: str | os.PathLike[str], name: str | None = None) -> list[Record]:
-    """Read a monitor's history from a checkpoint, without the model.
-
-    Args:
-        path: of the checkpoint, a file that `Trainer.save_checkpoint` or `ModelCheckpoint` has written.
-        name: of the monitor; may be left out where there is only one.
-
-    Returns:
-        The records, oldest first, as in `SubspaceMonitor.history`. The last one may lack the numbers of the step that
-        followed it, if the checkpoint was written before that step.
-
-    Raises:
-        CheckpointError: when the file holds no state of such a monitor, or a damaged one.
-
-    Example:
-        >>> import tempfile
-        >>> torch.save({"callbacks": {}}, f"{tempfile.gettempdir()}/empty.ckpt")
-        >>> read_history(f"{tempfile.gettempdir()}/empty.ckpt")  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        lightning_subspace.probe.entries.CheckpointError: name: expected a monitor of the checkpoint, got None; ...
-    """
-    saved = Entries(torch.load(path, map_location="cpu", weights_only=True), "checkpoint")
-    states = saved.any("callbacks") if "callbacks" in saved else {}
-    prefix, suffix = "SubspaceMonitor{'name': ", "}"  # as Lightning makes the key of a state
-    found = {
-        key.removeprefix(prefix).removesuffix(suffix)[1:-1]: state
-        for key, state in states.items()
-        if key.startswith(prefix)
-    }
-    if name is None and len(found) == 1:
-        name = next(iter(found))
-    if name not in found:
-        names = ", ".join(map(repr, found)) or "none"
-        raise CheckpointError(f"name: expected a monitor of the checkpoint, got {name!r}; it has {names}")
-    return list(decode(found[name]).records)
 
 
 def encode(state: RunState) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from lightning_subspace.curvature import CurvatureConfig, Operator, SelfCheck
+from lightning_subspace.curvature import CurvatureConfig, Operator
 from lightning_subspace.data.micro_batch import MicroBatch, Weight
 from lightning_subspace.data.sample import Sample, sample_of_batches
 from lightning_subspace.linalg.selection import Which
@@ -124,7 +124,7 @@ def measure_subspace(
         sample = sample_of_batches(batches, weight, ranks)
         partition = Partition.of(space, module, ranks)
         check = choice.check(module, sample, partition)
-        choice, notice = choice_after(choice, check, module, sample, partition)
+        choice, notice = choice.follow(check, module, sample, partition)
         if notice is not None:
             warnings.warn(notice, stacklevel=2)
         with choice.loss(module, space, ranks) as loss:
@@ -229,20 +229,6 @@ def is_taken(measurement: Measurement, number: int, subspace: Subspace | None) -
 def finite(metrics: dict[str, float]) -> dict[str, float]:
     """Drop what is not a finite number: it means "not defined here"."""
     return {key: float(value) for key, value in metrics.items() if math.isfinite(value)}
-
-
-def choice_after(
-    choice: CurvatureConfig, check: SelfCheck, module: nn.Module, sample: Sample, partition: Partition
-) -> tuple[CurvatureConfig, str | None]:
-    """What to go on with after the self-check, and what the user should be told about it; a collective.
-
-    Raises:
-        CheckError: see `CurvatureConfig.after_check`.
-    """
-    after, notice = choice.after_check(check)
-    if after.curvature != choice.curvature:
-        after.check(module, sample, partition)  # differences have conditions of their own
-    return after, notice
 
 
 def checked_k(k: int, space: ParameterSpace) -> int:

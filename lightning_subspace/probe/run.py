@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,45 +21,14 @@ from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.probe.checkpoint import RunState
-from lightning_subspace.probe.measure import checked_k, choice_after, finite, is_taken, take_probe
+from lightning_subspace.probe.measure import checked_k, finite, is_taken, take_probe
 from lightning_subspace.probe.open_record import OpenRecord, ended
+from lightning_subspace.probe.resumed import Resumed
 from lightning_subspace.probe.schedule import Position
 from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.probe.verification import has_degenerate_values, is_scheduled
 from lightning_subspace.subspace.overlap_history import OverlapHistory
 from lightning_subspace.subspace.record import Record
-from lightning_subspace.subspace.sketch import Sketch, sketch_overlap
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """Substitutes, after a resume, for what a checkpoint does not hold.
-
-    Attributes:
-        previous: sketch of the last probe, until there is one with eigenvectors.
-        reference: sketch of the reference probe.
-        reopened: a record that was open when the checkpoint was written. Its probe is taken again at the same point for
-            the eigenvectors, which the numbers of the next step need; those it has already stay as they were.
-    """
-
-    previous: Sketch | None = None
-    reference: Sketch | None = None
-    reopened: Record | None = None
-
-    def complete(self, record: Record) -> Record:
-        """Add the overlaps that have no eigenvectors, estimated from sketches."""
-        metrics = dict(record.metrics)
-        if record.sketch is not None:
-            for key, other in (("overlap_previous", self.previous), ("overlap_reference", self.reference)):
-                if other is not None and key not in metrics:
-                    metrics[key] = sketch_overlap(other, record.sketch)
-        if self.reopened is not None and self.reopened.step == record.step:
-            metrics.update(self.reopened.metrics)
-        return replace(record, metrics=metrics)
-
-    def after(self, record: Record) -> Resumed:
-        """The substitutes still needed after this record."""
-        return Resumed(self.previous if record.sketch is None else None, self.reference)
 
 
 class ProbeRun:
@@ -123,7 +92,7 @@ class ProbeRun:
         self.self_check, self._refusal = result, None
         with self.ranks.agree():
             try:
-                choice, notice = choice_after(self._choice, result, module, sample, self.partition)
+                choice, notice = self._choice.follow(result, module, sample, self.partition)
             except CheckError as error:
                 self._refusal = str(error)
                 raise

@@ -117,7 +117,7 @@ class Solver:
 
 
 def agreed_product(operator: Operator, matvec: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
-    """A product that ends on all ranks, also where it fails on one.
+    """A product that ends on all ranks, even after a failure.
 
     It is for use inside of `Ranks.unchecked`. `matvec` takes the place of the operator's own product, which may need no
     agreement (`raises_after_collectives`).

@@ -32,7 +32,7 @@ ALONE = Ranks()
 
 
 class SubspaceIntegrityError(RuntimeError):
-    """A fraction or overlap outside of [0, 1], by a bug of this package."""
+    """A fraction or overlap outside of [0, 1]: a bug here."""
 
 
 @dataclass(frozen=True, eq=False)

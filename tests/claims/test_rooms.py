@@ -14,8 +14,9 @@ FOLDERS = {
     "probe", "callbacks",
 }  # fmt: skip
 # Longer ones are cut in two, or have a reason: the callbacks' arguments are explained in their class.
-MOST_LINES = 310
-LONGER = {"callbacks/monitor.py": 380, "callbacks/projection.py": 380, "probe/measure.py": 320}
+MOST_LINES = 300
+LONGER = {"callbacks/monitor.py": 380, "callbacks/projection.py": 390}
+MOST_WORDS = 12
 
 
 def test_nothing_else_is_in_the_root_of_the_package():
@@ -49,13 +50,20 @@ def test_a_room_says_in_one_sentence_what_it_is(name):
 
 
 @pytest.mark.parametrize("name", [name for name in modules() if name])
-def test_a_file_is_short_and_says_what_it_is(name):
+def test_a_file_is_short(name):
     path = modules()[name]
-    source = path.read_text()
-    assert source.count("\n") <= LONGER.get(str(path.relative_to(PACKAGE)), MOST_LINES)
-    first = (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
-    assert first
-    assert len(first.split()) <= 20
+    assert path.read_text().count("\n") <= LONGER.get(str(path.relative_to(PACKAGE)), MOST_LINES)
+
+
+@pytest.mark.parametrize("name", modules())
+def test_first_lines_are_short_and_those_of_files_begin_with_what_it_is(name):
+    tree = ast.parse(modules()[name].read_text())
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+    heads = [
+        text.splitlines()[0] for node in ast.walk(tree) if isinstance(node, kinds) and (text := ast.get_docstring(node))
+    ]
+    assert [head for head in heads if len(head.split()) > MOST_WORDS] == []
+    assert not re.match(r"(What|Where|Which|How|When|Who|Do|Does|Is|Are)\b", heads[0])
 
 
 def names_of_its_own():

@@ -48,6 +48,7 @@ from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.probe import forecast
 from lightning_subspace.probe import measure as probe
 from lightning_subspace.probe import run as tracker
+from lightning_subspace.probe.resumed import Resumed
 from lightning_subspace.report.progress import ProgressLine
 from lightning_subspace.subspace.overlap_history import OverlapHistory
 from lightning_subspace.subspace.solver import Solver
@@ -201,7 +202,7 @@ PLACES: list[tuple[Any, str, str | Callable[..., str]]] = [
     (tracker, "finite", _within("finite")),
     (probe, "finite", _within("finite")),
     (tracker.OpenRecord, "see_gradient", "see gradient"),
-    (tracker.Resumed, "complete", "complete"),
+    (Resumed, "complete", "complete"),
     (OverlapHistory, "compare", "compare sketches"),
     (probe, "sketch", "sketch"),
     (monitor, "encode", "state"),

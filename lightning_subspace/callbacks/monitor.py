@@ -7,7 +7,7 @@ does all of this; what a clock or an exception decides, ranks decide together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -327,7 +327,7 @@ class SubspaceMonitor(Callback):
         2 kB a probe.
         """
         if self._runner.run is None:
-            return dict(self._saved or {})
+            return dict(self._saved) if isinstance(self._saved, Mapping) else {}
         try:
             return encode(self._runner.run.state(self._schedule.position, self._recorder.open))
         except Exception as error:  # a checkpoint is worth more than what the monitor has to add

@@ -12,7 +12,7 @@ whatever their order, to have ended that step, so that a monitor which has just 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -326,7 +326,7 @@ class SubspaceProjection(Callback):
         """The state of the run, without eigenvectors, which are computed anew."""
         run = self._runner.run
         if run is None:
-            return dict(self._saved or {})
+            return dict(self._saved) if isinstance(self._saved, Mapping) else {}
         return {
             "format": FORMAT,
             "k": self._settings.k,

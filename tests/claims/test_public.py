@@ -1,7 +1,10 @@
 """The public names, what they cost to import, and that the callback and the function measure the same."""
 
+import builtins
 import importlib.util
+import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +45,23 @@ def test_type_checkers_see_the_names_that_are_loaded_lazily():
     source = (PACKAGE / "__init__.py").read_text()
     for name in lightning_subspace.__all__:
         assert f"import {name} as {name}\n" in source
+
+
+def documented_errors(item):
+    """The exceptions under `Raises` of an object, and of its public methods if it is a class."""
+    members = [getattr(item, name) for name in vars(item) if not name.startswith("_")] if isinstance(item, type) else []
+    for text in filter(None, map(inspect.getdoc, [item, *members])):
+        for section in re.findall(r"^Raises:\n((?:    .*\n?|\n)*)", text, flags=re.MULTILINE):
+            yield from re.findall(r"^    (\w+):", section, flags=re.MULTILINE)
+
+
+def test_all_errors_that_public_names_document_can_be_imported():
+    found = {
+        name for item in lightning_subspace.__all__ for name in documented_errors(getattr(lightning_subspace, item))
+    }
+    assert {"LossError", "SampleError", "CheckError", "PeerError", "CheckpointError", "ValueError"} <= found
+    of_lightning = {"MisconfigurationException"}
+    assert found - of_lightning - set(dir(builtins)) <= set(lightning_subspace.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error():

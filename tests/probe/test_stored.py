@@ -261,3 +261,12 @@ def test_a_damaged_state_of_a_projection_is_a_warning_that_names_the_entry(entry
         else:
             assert any(expected in text for text in warned), (path, warned)
         assert projection._runner.run.num_probes > 0, path
+
+
+@pytest.mark.parametrize("callback", stored.callbacks(), ids=lambda callback: type(callback).__name__)
+def test_a_state_that_no_run_has_taken_up_is_handed_on_whatever_it_is(callback):
+    callback.load_state_dict(STATES[MONITOR])
+    assert callback.state_dict() == STATES[MONITOR]
+    for damaged_one in ("damaged", None, [1], 3.0):
+        callback.load_state_dict(damaged_one)
+        assert callback.state_dict() == {}

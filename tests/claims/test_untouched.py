@@ -7,6 +7,7 @@ comparison that cannot fail proves nothing.
 import contextlib
 import functools
 import itertools
+import types
 import warnings
 from collections.abc import Callable
 
@@ -330,6 +331,20 @@ def without(factory: str, empty):
     return lambda patch: patch.setattr(containers, factory, lambda *args: empty)
 
 
+def without_kind(kind: type) -> Callable:
+    """Objects of one built-in kind hold nothing that is exchanged."""
+
+    def remove(patch):
+        found = containers._containers
+        empty = containers.MutableObject([], lambda items: None)
+        patch.setattr(containers, "_containers", lambda v, p: [empty] if isinstance(v, kind) else found(v, p))
+        if kind is dict:  # that of an object's attributes, too
+            patch.setattr(containers, "_fill_dict", nothing)
+            patch.setattr(containers, "_read_dict", lambda target: [])
+
+    return remove
+
+
 def not_copied(kind: Callable) -> Callable:
     """Parameters of one kind are used as they are."""
 
@@ -351,8 +366,6 @@ def both_batch_copies(patch):
         patch.setattr(place, "copied", lambda data, copy_tensor: data)
 
 
-CONSTANT = containers.MutableObject([], lambda items: None)
-
 # piece: how to take it away, the project that needs it, and how it is monitored
 PIECES = {
     "random state": (lambda p: p.setattr(training_loss, "preserved_random_state", nothing), "Randomness", {}),
@@ -361,14 +374,14 @@ PIECES = {
     "arrays": (lambda p: p.setattr(containment.np, "ndarray", ()), "Attributes", {}),
     "frozen parameters": (not_copied(lambda p: not p.requires_grad), "Teacher", {}),
     "trainable parameters": (not_copied(lambda p: p.requires_grad), "Clamped", {}),
-    "dicts and attributes": (without("_of_dict", CONSTANT), "Attributes", {}),
-    "lists": (without("_of_list", CONSTANT), "Metrics", {}),
-    "sets": (without("_of_set", CONSTANT), "Attributes", {}),
+    "dicts and attributes": (without_kind(dict), "Attributes", {}),
+    "lists": (without_kind(list), "Metrics", {}),
+    "sets": (without_kind(set), "Attributes", {}),
     "tuples": (lambda p: p.setattr(containment.Shadow, "_copy_immutable", unchanged), "Attributes", {}),
-    "partials": (without("_of_partial", CONSTANT), "Attributes", {}),
+    "partials": (without_kind(functools.partial), "Attributes", {}),
     "slots": (without("_of_slots", []), "Attributes", {}),
-    "functions": (without("_of_function", CONSTANT), "Hooks", {}),
-    "closures": (without("_of_cell", []), "Hooks", {}),
+    "functions": (without_kind(types.FunctionType), "Hooks", {}),
+    "closures": (without_kind(types.CellType), "Hooks", {}),
     "plain objects": (without("_is_own", False), "Attributes", {}),
     "caches": (lambda p: p.setattr(containment, "own_caches", lambda module: []), "Cached", {}),
     "extra_roots": (lambda p: p.setattr(training_loss, "extra_roots", lambda module: []), "Conductor", {}),

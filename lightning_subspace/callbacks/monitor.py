@@ -142,6 +142,7 @@ class SubspaceMonitor(Callback):
             require_word("log", log, get_args(LogLevel))
             require_flag("layout", layout)
             require_integer("max_matvecs", max_matvecs, max(k, 1))
+            require_integer("ncv", ncv, k + 3, optional=True)
             require_word("on_failure", on_failure, get_args(OnFailure))
             require_name("name", name)
         self.name = name
@@ -227,14 +228,14 @@ class SubspaceMonitor(Callback):
         with misconfiguration(SPEAKER):
             ranks = ranks_of(trainer)
         last = self.history[-1].step if self.history else -1
-        is_same_run = saved is None and 0 <= last <= step and step > 0 and ranks.count == self._runner.ranks.count
+        continues = 0 <= last <= step and step > 0 and ranks.count == self._runner.ranks.count
         self._recorder.drop()
         self._notices.begin()
         self._schedule.begin(step)
         self._seen_step = step
-        self._probed_step = step if is_same_run and last == step else -1
+        self._probed_step = step if continues and saved is None and last == step else -1
         self._awaits_first = True
-        self._runner.begin(trainer, pl_module, ranks, continues=is_same_run)
+        self._runner.begin(trainer, pl_module, ranks, continues=continues, anew=saved is not None)
         if self._layout and trainer.is_global_zero:
             add_layout(trainer.loggers, self.name, self._settings.k)
         if saved is not None and self._runner.run is not None:
@@ -344,7 +345,9 @@ class SubspaceMonitor(Callback):
         read = self._runner.on_all_ranks(NOT_RESUMED, lambda: self._read(saved, step))
         if read is None:
             return
-        last_step, has_sample = read.position.last_step, self._runner.source.sample is not None
+        # The last record counts too: a user's `should_measure` need not ask the schedule.
+        last_step = max([read.position.last_step, *(record.step for record in read.records)])
+        has_sample = self._runner.source.sample is not None
         reopen = last_step == step and has_sample and self._schedule.probes_first_step
         resumed = self._runner.on_all_ranks(NOT_RESUMED, lambda: run.resumed(read, reopen=reopen))
         if resumed is None:

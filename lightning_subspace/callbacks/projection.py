@@ -142,6 +142,7 @@ class SubspaceProjection(Callback):
             own = [GradientFraction()] if isinstance(start_when, StartWhenAligned) else []
             self._settings = ProbeSettings.of(locals(), measurements=own, defaults=False)
             require_integer("max_matvecs", max_matvecs, max(k, 1))
+            require_integer("ncv", ncv, k + 3, optional=True)
             require_word("on_failure", on_failure, get_args(OnFailure))
             require_name("name", name)
         self.name = name
@@ -192,7 +193,7 @@ class SubspaceProjection(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: nn.Module) -> None:
-        """Draw the sample, and hang on to the optimizers."""
+        """Draw the sample, and attach to the optimizers."""
         step = trainer.global_step
         saved, self._saved = self._saved, None
         with misconfiguration(SPEAKER):

@@ -34,6 +34,7 @@ class Recorder:
 
     def __init__(self, runner: ProbeRunner, publisher: Publisher, name: str) -> None:
         self.open: OpenRecord | None = None
+        self._has_closed = False  # a record of this fit; one without has no figures to draw
         self._runner = runner
         self._publisher = publisher
         self._name = name
@@ -73,11 +74,12 @@ class Recorder:
             try:
                 record = run.close(opened, module)
             except Exception as error:
-                what = f"what the step from {opened.record.step} tells is left out"
+                what = f"the numbers of the step from {opened.record.step} are left out"
                 self._runner.notices.failure(what, error, run.ranks)
                 record = run.close(opened)
             self._publisher.update_callback_metrics(trainer, record)
             self._publisher.log(trainer, record)
+        self._has_closed = True
         count = len(run.history)
         if count & (count - 1) == 0:  # 1, 2, 4, 8, ...: TensorBoard keeps ten images a tag
             self.draw(trainer)
@@ -85,13 +87,13 @@ class Recorder:
     def draw(self, trainer: Trainer) -> None:
         """Log the figures of the run so far."""
         run = self._runner.run
-        if run is not None:
+        if run is not None and self._has_closed:
             with self._runner.schedule.aside():
                 self._publisher.draw(trainer, run.history, *run.overlaps.matrix(), run.overlaps.error)
 
     def drop(self) -> None:
-        """Forget the open record."""
-        self.open = None
+        """Forget the open record: another fit begins."""
+        self.open, self._has_closed = None, False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds eigenvectors and the parameters of a module."""

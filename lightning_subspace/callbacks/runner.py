@@ -51,7 +51,7 @@ class ProbeRunner:
         self.notices = notices
         self._otherwise = f"; {otherwise}" if otherwise else ""
 
-    def begin(self, trainer: Trainer, module: nn.Module, ranks: Ranks, *, continues: bool) -> None:
+    def begin(self, trainer: Trainer, module: nn.Module, ranks: Ranks, *, continues: bool, anew: bool = False) -> None:
         """Build the run, and draw or prepare the sample. A collective.
 
         Args:
@@ -59,12 +59,13 @@ class ProbeRunner:
             module: as training begins.
             ranks: the processes of this fit.
             continues: whether the run and a gathered sample of the fit before go on.
+            anew: whether the run begins anew all the same, to be resumed from a checkpoint.
 
         Raises:
             MisconfigurationException: when what the user asked for cannot be had, on any rank.
         """
         self.ranks = ranks
-        run = self.run if continues else None
+        run = self.run if continues and not anew else None
         self.run = self.on_all_ranks(
             "nothing is measured", lambda: ProbeRun(self.settings, module, ranks) if run is None else run, ValueError
         )

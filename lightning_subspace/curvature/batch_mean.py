@@ -74,8 +74,8 @@ class BatchMean(ABC):
         self._loss = loss
         self._held = self.batches  # also in a part: fillers, which are evaluated at weight zero, come from here
         self._assignments = self._rounds(self.batches)
-        self._together = group_by_round(self.batches, self.partition.ranks)  # what all ranks evaluate in each turn
-        self._retained: list[Any] = [None] * len(self._assignments)  # what a subclass keeps of each turn
+        self._together = group_by_round(self.batches, self.partition.ranks)  # what all ranks evaluate in each round
+        self._retained: list[Any] = [None] * len(self._assignments)  # what a subclass keeps of each evaluation
         self._mean: Tensor | None = None  # the gradient, once it is known
         if self.raises_after_collectives:  # then no product may take memory between its collectives
             _ = self._buffers
@@ -120,7 +120,7 @@ class BatchMean(ABC):
     def part(self, positions: Iterable[int]) -> BatchMean:
         """The operator over some micro-batches, by their positions in `batches`.
 
-        It shares what is retained. Rounds without any of them are left out; in the others all ranks take their turn.
+        It shares what is retained. Rounds without any of them are left out; in the others all ranks evaluate one.
         """
         chosen = {self.batches[position].index for position in positions}
         part = copy.copy(self)
@@ -147,8 +147,8 @@ class BatchMean(ABC):
     def _gradient_of(self, batch: MicroBatch) -> Tensor:  # (whole n,)
         return backward_gradient(self._loss, batch)
 
-    def _gradient_over(self, turns: Sequence[Assignment]) -> Tensor:
-        return self._mean_of((self._gradient_of(batch) for batch, _ in turns), turns)
+    def _gradient_over(self, assignments: Sequence[Assignment]) -> Tensor:
+        return self._mean_of((self._gradient_of(batch) for batch, _ in assignments), assignments)
 
     def _centre(self) -> Tensor:
         """This rank's part of g(theta), in the dtype of the loss."""
@@ -159,17 +159,17 @@ class BatchMean(ABC):
     def _product(self, v: Tensor, images: Callable[[Tensor], Iterable[Tensor]]) -> Tensor:  # (n,) -> (n,)
         """A v: one all-gather and one reduce-scatter, whatever the number of micro-batches.
 
-        `images` makes the whole of v into the whole of A_b v for each turn. As a generator function it runs inside of
-        the sum, where it may fail and take memory.
+        `images` makes the whole of v into the whole of A_b v for each evaluation. As a generator function it runs
+        inside of the sum, where it may fail and take memory.
         """
         return self._mean_of(images(self._buffers.gather(v.to(self._loss.dtype)))).to(self.dtype)
 
-    def _mean_of(self, terms: Iterable[Tensor], turns: Sequence[Assignment] | None = None) -> Tensor:
-        """This rank's part of the mean of one vector a turn."""
+    def _mean_of(self, terms: Iterable[Tensor], assignments: Sequence[Assignment] | None = None) -> Tensor:
+        """This rank's part of the mean of one vector an evaluation."""
         total = self._buffers.total.zero_()
         failure: Exception | None = None
         try:
-            for (_, share), term in zip(self._assignments if turns is None else turns, terms, strict=True):
+            for (_, share), term in zip(self._assignments if assignments is None else assignments, terms, strict=True):
                 if share:
                     total.add_(term, alpha=share)
         except Exception as error:  # it is raised behind the sum, in which the other ranks are waiting

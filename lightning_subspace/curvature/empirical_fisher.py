@@ -69,7 +69,7 @@ class EmpiricalFisher(BatchMean):
         self._examples = examples
         ranks = self.partition.ranks
         counts = [len(self._cut(batch)) for batch, _ in self._assignments]
-        # A training step may contain collectives of its own, so all ranks evaluate equally often in every turn.
+        # A training step may contain collectives of its own, so all ranks evaluate equally often in every round.
         passes = [max(together) for together in zip(*ranks.all_gather_object(counts), strict=True)]
         budget = memory_budget(self.device, ranks.count) if memory is None else memory
         room = budget / (loss.space.n * loss.dtype.itemsize)

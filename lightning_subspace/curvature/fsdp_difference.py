@@ -101,15 +101,14 @@ class ShardedDifferenceHessian(DisplacedGradients):
         pieces = torch.split(v.to(torch.float64), list(self._loss.local_numels))
         return self.partition.ranks.all_reduce(torch.stack([piece.square().sum() for piece in pieces])).sqrt()
 
-    def _gradient_over(self, turns: Sequence[Assignment]) -> Tensor:
-        return self._evaluated(None, turns)[0]
+    def _gradient_over(self, assignments: Sequence[Assignment]) -> Tensor:
+        return self._evaluated(None, assignments)[0]
 
-    def _evaluated(self, offset: Tensor | None, turns: Sequence[Assignment]) -> tuple[Tensor, float]:
+    def _evaluated(self, offset: Tensor | None, assignments: Sequence[Assignment]) -> tuple[Tensor, float]:
         """Gradient and this rank's share of the loss at theta + offset."""
-        # The gradient at theta + offset, and this rank's share of the loss.
         self._loss.displace(offset)
         try:
-            return self._loss.gradient(turns)
+            return self._loss.gradient(assignments)
         finally:
             self._loss.displace(None)
 

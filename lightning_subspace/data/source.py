@@ -42,7 +42,9 @@ class SampleSource:
         return self.sample is not None or self._stream is None
 
     def begin(self, trainer: Trainer, ranks: Ranks, *, continues: bool) -> None:
-        """Draw the sample, or gather it: on, if the run `continues`.
+        """Draw the sample, or start gathering it.
+
+        A run that `continues` keeps what it has gathered.
 
         Raises:
             SampleError: when the training data cannot give this sample.

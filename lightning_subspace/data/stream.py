@@ -44,7 +44,8 @@ class StreamSample:
     ) -> None:
         if isinstance(sample, str) or isinstance(gradient_sample, str):
             raise SampleError(
-                "sample: 'all' needs a training set whose end is known; pass numbers of examples, or sample='current'."
+                "sample: expected numbers of examples, got 'all', which needs a training set whose end is known; pass "
+                "numbers as sample= and gradient_sample=, or sample='current'."
             )
         self._sizes = sample, max(sample, gradient_sample)
         self._weight = weight

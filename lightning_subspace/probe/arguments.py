@@ -6,7 +6,8 @@ name: expected ..., got ...; way out
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from numbers import Real
 from typing import Any
 
 
@@ -50,7 +51,7 @@ def require_patterns(name: str, value: Any) -> None:
     """A list of shell-style patterns, or None; not a lone string."""
     if value is None:
         return
-    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(p, str) for p in value):
+    if isinstance(value, str) or not isinstance(value, Collection) or not all(isinstance(p, str) for p in value):
         raise wrong(name, "a list of patterns such as ['head.*'], or None", value)
 
 
@@ -75,4 +76,4 @@ def require_steps(name: str, value: Any) -> None:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a real number, True and False apart."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -20,7 +20,7 @@ class CheckpointError(ValueError):
 
 
 class Entries:
-    """A mapping from names to values that somebody else has written.
+    """A mapping from names to values from a file.
 
     Args:
         values: the mapping; anything else is refused.

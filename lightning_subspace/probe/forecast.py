@@ -76,7 +76,7 @@ def expected_products(settings: ProbeSettings, prospect: Prospect) -> tuple[floa
     """The expected products of this probe, and the mean of later ones.
 
     Raises:
-        TypeError: when a measurement tells something else than a number.
+        TypeError: when a measurement returns no number.
     """
 
     def of(number: int) -> float:

@@ -99,6 +99,7 @@ def measure_subspace(
         SampleError: for an empty or an unweighable sample.
         ValueError: for a module without trainable parameters, k outside 0..n, a word that is not a choice, or a
             `previous` over other parameters or without its eigenvectors.
+        TypeError: for `measurements` that are none.
         CheckError: with `on_check_fail="raise"`; with curvature="ggn" where it cannot be had.
         PeerError: when something of this went wrong on another rank.
 
@@ -116,7 +117,7 @@ def measure_subspace(
     with ranks.agree():
         require_word("verify", verify, ("always", "never"))
         dtype = str(dtype).removeprefix("torch.")
-        settings = ProbeSettings.of(locals())
+        settings = ProbeSettings.of(locals(), measurements=tuple(measurements or ()))
         solver, choice, chosen = settings.solver, settings.choice, settings.taken
         space = ParameterSpace.of(module, params)
         checked_k(k, space)

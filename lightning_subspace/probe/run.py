@@ -89,14 +89,14 @@ class ProbeRun:
         """
         with self.ranks.agree():
             result = self._choice.check(module, sample, self.partition)
-        self.self_check, self._refusal = result, None
         with self.ranks.agree():
             try:
                 choice, notice = self._choice.follow(result, module, sample, self.partition)
             except CheckError as error:
-                self._refusal = str(error)
+                self.self_check, self._refusal = result, str(error)
                 raise
-        self._choice, self.notice = choice, notice
+        # Not before: after any other failure the check is still to be made.
+        self._choice, self.notice, self.self_check, self._refusal = choice, notice, result, None
         return result
 
     def refresh_parameters(self, module: nn.Module) -> bool:

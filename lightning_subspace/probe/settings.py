@@ -82,7 +82,7 @@ class ProbeSettings:
         if not is_number(self.tol) or not 0.0 < self.tol <= MAX_TOL:
             raise wrong("tol", f"a number in (0, {MAX_TOL}]", self.tol, "it is relative to the largest eigenvalue")
         require_integer("max_matvecs", self.max_matvecs, 1)
-        require_integer("ncv", self.ncv, self.k + 3, optional=True)
+        require_integer("ncv", self.ncv, 1, optional=True)
         require_patterns("params", self.params)
         require_function("loss_fn", self.loss_fn)
         for name in ("curvature", "on_check_fail"):

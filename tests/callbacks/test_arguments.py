@@ -41,7 +41,7 @@ WRONG = {
     "which": [("one of 'LA', 'SA', 'LM', 'BE'", ["SM", "la", None, 3])],
     "tol": [("a number in (0, 0.1]", [0, 0.2, -1e-3, NAN, "1e-3", None, True])],
     "max_matvecs": [("an integer of at least 10", [9, 1]), ("an integer of at least 1", [0, 50.0, None, True])],
-    "ncv": [("an integer of at least 13 or None", [12, 0, 20.0, True])],
+    "ncv": [("an integer of at least 13 or None", [12, 1]), ("an integer of at least 1 or None", [0, 20.0, True])],
     "params": [("a list of patterns such as ['head.*'], or None", ["head.*", 3, [3]])],
     "loss_fn": [("a function or None", [3, "cross_entropy"])],
     "mode": [("one of 'train', 'eval'", ["test", None, True])],

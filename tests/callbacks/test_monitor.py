@@ -458,7 +458,7 @@ class Broken(Measurement):
 
 def test_a_measurement_that_fails_after_the_step_costs_what_the_step_tells():
     monitor = probing(measurements=[Broken()])
-    with pytest.warns(UserWarning, match="what the step from 0 tells is left out.*ZeroDivisionError: mine") as caught:
+    with pytest.warns(UserWarning, match="the step from 0 are left out.*ZeroDivisionError: mine") as caught:
         fit(monitor)
     assert len(told(caught)) == 1
     assert steps(monitor) == [0, 4, 8, 12]

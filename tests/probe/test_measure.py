@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -459,3 +460,13 @@ def test_trained_on_digits_every_number_is_that_of_the_dense_hessian():
         classify(module, (inputs[chosen], labels[chosen]), 0).backward()
         optimizer.step()
     assert metrics["gap_index"] == 9  # one below the number of classes
+
+
+@pytest.mark.parametrize("k", [41, 43])
+def test_as_many_basis_vectors_as_parameters_are_enough_for_any_k(module, k):
+    assert measure(module, k=k, ncv=43).subspace.outcome.name == "EXACT"
+
+
+def test_numbers_of_numpy_and_any_collection_of_patterns_are_taken(module):
+    record = measure(module, k=2, tol=np.float32(1e-3), params={"0.weight"}, measurements=iter(()))
+    assert record.subspace.eigenvectors.shape == (2, 20)

@@ -265,7 +265,7 @@ def test_differences_on_shards():
 
 
 def test_what_the_step_tells():
-    told = "what the step from 1 tells is left out"
+    told = "the numbers of the step from 1 are left out"
     found = [
         *cases("see gradient tensors", step=None, kinds=["exception", "memory"]),
         *cases("UpdateFraction", "after_step before", "after_step behind", "close tensors"),
@@ -329,7 +329,7 @@ def test_ranks_that_go_different_ways():
         ]
     )
     found = cases("after_step behind", kinds=["different"])
-    check(found, steps=[1, 2], told="what the step from 1 tells is left out")
+    check(found, steps=[1, 2], told="the numbers of the step from 1 are left out")
 
 
 # -- what is raised ---------------------------------------------------------------------------------------------------
@@ -389,7 +389,7 @@ def test_three_ranks():
         *cases("build forward", kinds=["nan"], ranks=[2]),
     ]
     check(found, ranks=3)
-    check(cases("after_step before", ranks=[1]), [1, 2], "what the step from 1 tells is left out", ranks=3)
+    check(cases("after_step before", ranks=[1]), [1, 2], "the numbers of the step from 1 are left out", ranks=3)
     check(cases("copy", ranks=[2], step=None, monitor={"sample": "current"}), told="could not be copied", ranks=3)
 
 

@@ -132,6 +132,25 @@ def test_a_checkpoint_is_no_larger_than_stated():
     assert 64 * 4 * k * cells < buffer.tell() <= 256 * k * cells + 2_000 * probes + 20_000
 
 
+class EveryThird(SubspaceMonitor):
+    """A schedule of the user's own, which asks nothing of the monitor's."""
+
+    def should_measure(self, step):
+        return step % 3 == 0
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+def test_a_schedule_of_the_users_is_resumed_at_a_probe_without_a_second_record(tmp_path):
+    settings = {"k": 2, "sample": 48, "gradient_sample": 64, "batch_size": 16, "on_failure": "raise"}
+    one, other, last = (EveryThird(max_overhead=None, **settings) for _ in range(3))
+    run(one, saver(tmp_path / "one"), steps=10)
+    run(other, saver(tmp_path / "other"), steps=10, ckpt_path=tmp_path / "one" / "step=6.ckpt")
+    run(last, steps=10, ckpt_path=tmp_path / "other" / "step=9.ckpt")
+    for monitor_ in (one, other, last):
+        assert [record.step for record in monitor_.history] == monitor_.overlap_matrix()[0] == [0, 3, 6, 9, 10]
+        assert "update_fraction" in monitor_.history[2].metrics
+
+
 def test_resuming_without_the_monitor_goes_on(straight):
     _, trainer, folder, width = straight
     with pytest.warns(UserWarning, match="need to be provided.*SubspaceMonitor"):

@@ -64,7 +64,7 @@ def test_a_run_that_ends_before_its_sample_is_full_is_probed_at_the_end(tmp_path
 
 def test_an_iterable_dataset_has_no_all(tmp_path):
     for sizes in ({"sample": "all"}, {"gradient_sample": "all"}):
-        with pytest.raises(MisconfigurationException, match="'all' needs a training set whose end is known"):
+        with pytest.raises(MisconfigurationException, match="got 'all', which needs a training set whose end is known"):
             compare(tmp_path, Classifier, lambda: loader(Stream()), monitor=sizes)
 
 

@@ -92,7 +92,7 @@ class Row:
         return fmean(from_step(self.cosine, self.first))
 
     @property
-    def all_gather_object(self) -> str:
+    def listed(self) -> str:
         """The same in words, with its window."""
         late = from_step(self.cosine, self.first)
         window = f"{self.first:,} to {max(self.cosine):,}"

@@ -110,7 +110,7 @@ class ProbeSettings:
         """The settings of the operator."""
         return CurvatureConfig(self.loss_fn, self.mode, self.seed, self.dtype, self.curvature, self.on_check_fail)
 
-    @property
+    @cached_property
     def taken(self) -> tuple[Measurement, ...]:
         """All measurements: the default ones, and the user's own."""
         return (*(default_measurements(self.k) if self.defaults else ()), *(self.measurements or ()))

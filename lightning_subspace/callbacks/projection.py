@@ -40,7 +40,6 @@ from lightning_subspace.probe.schedule import Position, Schedule
 from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.report.loggers import Reporter, logged_name
 from lightning_subspace.subspace.record import Record
-from lightning_subspace.subspace.subspace import TRUSTED_ERROR, Subspace
 
 SPEAKER = "SubspaceProjection"
 INSTEAD = "the last good space stays in use, and where there is none the optimizer's step is left as it is"
@@ -275,7 +274,8 @@ class SubspaceProjection(Callback):
         if record is None or record.subspace is None:
             return
         if not record.subspace.trusted:
-            self._notices.warn_once(record.subspace.outcome.name, f"at step {step}, {_refusal(record.subspace)}")
+            refusal = record.subspace.refusal("the space is not used")
+            self._notices.warn_once(record.subspace.outcome.name, f"at step {step}, {refusal}")
             return
         if self._start.watches and "gradient_fraction" in record.metrics:
             average = self._start.see_chi(math.sqrt(record.metrics["gradient_fraction"]))
@@ -377,13 +377,3 @@ class SubspaceProjection(Callback):
 
 def _nothing() -> None:
     """Stand in for a hook outside of a run."""
-
-
-def _refusal(subspace: Subspace) -> str:
-    if not subspace.converged:
-        return f"the space is not used. {subspace.outcome.value}"
-    return (
-        f"the space is not used: eigenvalue {subspace.k} is so close to the next one that the space of the first "
-        f"{subspace.k} is not determined (residual / gap = {subspace.error:.2g}, at most {TRUSTED_ERROR}). Choose k at "
-        "a gap of the spectrum, or a smaller tol."
-    )

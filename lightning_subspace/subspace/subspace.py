@@ -107,15 +107,20 @@ class Subspace:
     @property
     def verdict(self) -> str:
         """Sentence on which numbers are left out, why, and the way out."""
+        if self.trusted:
+            return self.outcome.value
+        left_out = "fractions and overlaps are left out"
+        return self.refusal(left_out if self.converged else f"eigenvalues, {left_out}")
+
+    def refusal(self, consequence: str) -> str:
+        """The consequence, why the space is not trusted, and the way out."""
         if not self.converged:
-            return f"eigenvalues, fractions and overlaps are left out. {self.outcome.value}"
-        if not self.trusted:
-            return (
-                f"fractions and overlaps are left out: eigenvalue {self.k} is so close to the next one that the space "
-                f"of the first {self.k} is not determined (residual / gap = {self.error:.2g}, at most {TRUSTED_ERROR})."
-                " Choose k at a gap of the spectrum, or a smaller tol."
-            )
-        return self.outcome.value
+            return f"{consequence}. {self.outcome.value}"
+        return (
+            f"{consequence}: eigenvalue {self.k} is so close to the next one that the space of the first {self.k} is "
+            f"not determined (residual / gap = {self.error:.2g}, at most {TRUSTED_ERROR}). Choose k at a gap of the "
+            "spectrum, or a smaller tol."
+        )
 
     @property
     def basis(self) -> Tensor:  # (k, n)

@@ -70,6 +70,7 @@ __all__ = [
     "MisconfigurationException",
     "attached_trainer",
     "extra_roots",
+    "given_loaders",
     "is_a",
     "move_data_to_device",
     "muted",
@@ -90,6 +91,8 @@ class Trainer(Protocol):
     Its attributes are read-only and vague, so that Lightning's own Trainer satisfies it.
     """
 
+    @property
+    def accumulate_grad_batches(self) -> int: ...
     @property
     def callback_metrics(self) -> dict[str, Any]: ...
     @property
@@ -174,17 +177,26 @@ def training_loaders(trainer: Trainer) -> CombinedLoader:
     return CombinedLoader(trainer.train_dataloader, "max_size_cycle") if combined is None else combined
 
 
+def given_loaders(trainer: Trainer) -> CombinedLoader | None:
+    """The loaders that `fit` was called with, or None where hooks give them later."""
+    source = getattr(trainer.fit_loop, "_data_source", None)
+    if source is None or source.instance is None or source.is_module():
+        return None
+    instance = source.instance
+    return instance if is_a(instance, "CombinedLoader") else CombinedLoader(instance, "max_size_cycle")
+
+
 def undistributed(sampler: Any) -> tuple[Any, int]:
     """A sampler's single-process equivalent, and its number of ranks.
 
     Lightning puts a DistributedSampler in the place of torch's own samplers, and wraps any other in one, which keeps it
-    in a private attribute.
+    in a private attribute. One of a class of the user's own stays what it is.
     """
-    if not isinstance(sampler, DistributedSampler):
+    if is_a(sampler, "DistributedSamplerWrapper"):
+        return sampler.dataset._sampler, sampler.num_replicas
+    if type(sampler) is not DistributedSampler:
         return sampler, 1
     dataset: Any = sampler.dataset
-    if is_a(sampler, "DistributedSamplerWrapper"):
-        return dataset._sampler, sampler.num_replicas
     return (RandomSampler(dataset) if sampler.shuffle else SequentialSampler(dataset)), sampler.num_replicas
 
 

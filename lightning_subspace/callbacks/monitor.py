@@ -15,9 +15,15 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_subspace._lightning import Callback, Trainer, state_key, undeclared
+from lightning_subspace._lightning import Callback, Trainer, given_loaders, state_key, training_loaders, undeclared
 from lightning_subspace.callbacks.notices import Notices, OnFailure
-from lightning_subspace.callbacks.project import check_names, check_project, misconfiguration, warn_of_missing_keys
+from lightning_subspace.callbacks.project import (
+    check_names,
+    check_project,
+    check_steps,
+    misconfiguration,
+    warn_of_missing_keys,
+)
 from lightning_subspace.callbacks.recorder import Recorder
 from lightning_subspace.callbacks.runner import ProbeRunner
 from lightning_subspace.callbacks.strategy import ranks_of
@@ -218,6 +224,7 @@ class SubspaceMonitor(Callback):
             with misconfiguration(SPEAKER):
                 check_names([c.name for c in undeclared(trainer, "callbacks") if isinstance(c, SubspaceMonitor)])
                 check_project(trainer, pl_module, self._settings.loss_fn)
+                check_steps(self._settings.sample_spec, trainer, self._schedule.every_n_steps, given_loaders(trainer))
             warn_of_missing_keys(trainer, self.name)
 
     @override
@@ -227,6 +234,10 @@ class SubspaceMonitor(Callback):
         saved, self._saved = self._saved, None
         with misconfiguration(SPEAKER):
             ranks = ranks_of(trainer)
+            if saved is None:
+                check_steps(
+                    self._settings.sample_spec, trainer, self._schedule.every_n_steps, training_loaders(trainer)
+                )
         last = self.history[-1].step if self.history else -1
         continues = 0 <= last <= step and step > 0 and ranks.count == self._runner.ranks.count
         self._recorder.drop()
@@ -239,14 +250,14 @@ class SubspaceMonitor(Callback):
         if self._layout and trainer.is_global_zero:
             add_layout(trainer.loggers, self.name, self._settings.k)
         if saved is not None and self._runner.run is not None:
-            self._resume(self._runner.run, saved, step)
+            self._resume(trainer, self._runner.run, saved, step)
         self._take_first_probe(trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
-        """Copy the batch for a gathered sample, before training_step writes to it."""
-        if self._runner.observe_batch(batch, trainer.current_epoch):
-            self._take_first_probe(trainer, pl_module)
+        """Have the batch copied for a gathered sample."""
+        if self._runner.see_batch(trainer, lambda: self._take_first_probe(trainer, pl_module)):
+            self._take_first_probe(trainer, pl_module)  # what the epoch before has given has to do
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: nn.Module, optimizer: Optimizer) -> None:
@@ -263,7 +274,7 @@ class SubspaceMonitor(Callback):
             return
         self._seen_step = step
         self._recorder.close(trainer, pl_module)
-        if self._agree_to_measure(step):
+        if self._agree_to_measure(trainer, step):
             self._probe(trainer, pl_module, step)
 
     @override
@@ -273,11 +284,11 @@ class SubspaceMonitor(Callback):
         self._recorder.close(trainer)
         self._runner.source.end()
         is_new = not trainer.interrupted and step != self._probed_step
-        if is_new and self._runner.should_probe(self._schedule.probes_last_step):
+        if is_new and self._runner.should_probe(trainer, self._schedule.probes_last_step):
             self._probe(trainer, pl_module, step)
             self._recorder.close(trainer)
         self._recorder.draw(trainer)
-        self._runner.source.release()
+        self._runner.end(trainer)
         self._schedule.end()
         if (schedule := self._schedule).misses_what_was_asked:
             self._notices.budget_skipped(schedule.num_passed_over, schedule.passed_over, schedule.max_overhead)
@@ -286,7 +297,7 @@ class SubspaceMonitor(Callback):
     def on_exception(self, trainer: Trainer, pl_module: nn.Module, exception: BaseException) -> None:
         """Nothing measured is lost when training is interrupted."""
         self._recorder.close(trainer)
-        self._runner.source.release()
+        self._runner.end(trainer)
         self._schedule.end()
 
     # -- helpers ------------------------------------------------------------------------------------------------------
@@ -294,19 +305,19 @@ class SubspaceMonitor(Callback):
     def _take_first_probe(self, trainer: Trainer, pl_module: nn.Module) -> None:
         step = trainer.global_step
         is_owed = self._awaits_first and self._schedule.probes_first_step and step != self._probed_step
-        if is_owed and self._runner.should_probe():
+        if is_owed and self._runner.should_probe(trainer):
             self._probe(trainer, pl_module, step)
         if self._runner.source.has_begun:
             self._awaits_first = False
 
-    def _agree_to_measure(self, step: int) -> bool:
+    def _agree_to_measure(self, trainer: Trainer, step: int) -> bool:
         """Whether all ranks probe now; they communicate only where they may differ."""
         if getattr(self.should_measure, "__func__", None) is _SHOULD_MEASURE:
             wants, may_differ = self.should_measure(step), self._schedule.was_candidate
         else:
             what, may_differ = f"should_measure({step}) failed, and was taken for False", True
             wants = bool(self._runner.on_all_ranks(what, lambda: self.should_measure(step)))
-        return may_differ and self._runner.should_probe(wants)
+        return may_differ and self._runner.should_probe(trainer, wants)
 
     def _probe(self, trainer: Trainer, pl_module: nn.Module, step: int) -> None:
         self._probed_step, self._awaits_first = step, False
@@ -340,7 +351,7 @@ class SubspaceMonitor(Callback):
         """Keep the state until training starts and there is a module."""
         self._saved = state_dict
 
-    def _resume(self, run: ProbeRun, saved: Any, step: int) -> None:
+    def _resume(self, trainer: Trainer, run: ProbeRun, saved: Any, step: int) -> None:
         """Continue the run of the checkpoint, or warn why not."""
         read = self._runner.on_all_ranks(NOT_RESUMED, lambda: self._read(saved, step))
         if read is None:
@@ -354,7 +365,9 @@ class SubspaceMonitor(Callback):
             return
         self._runner.run, is_reopened = resumed
         self._schedule.resume(read.position, step)
-        is_due = last_step < step and self._agree_to_measure(step)  # the checkpoint was written before our hook
+        is_due = last_step < step and self._agree_to_measure(
+            trainer, step
+        )  # the checkpoint was written before our hook
         self._awaits_first = is_reopened or is_due
         self._probed_step = -1 if self._awaits_first or not self.history else self.history[-1].step
 

@@ -7,8 +7,17 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lightning_subspace._lightning import MisconfigurationException, Trainer, is_a, rank_zero_warn, undeclared
+from lightning_subspace._lightning import (
+    CombinedLoader,
+    MisconfigurationException,
+    Trainer,
+    is_a,
+    rank_zero_warn,
+    undeclared,
+)
 from lightning_subspace.callbacks.strategy import ranks_of
+from lightning_subspace.data.sample import SampleSpec
+from lightning_subspace.data.source import first_step
 from lightning_subspace.loss.loss_function import LossFunction, resolve_loss
 from lightning_subspace.probe.arguments import wrong
 
@@ -40,6 +49,26 @@ def check_project(trainer: Trainer, module: nn.Module, loss_fn: LossFunction | N
             "evaluated on its own; pass loss_fn=, a function (pl_module, batch, batch_idx) -> scalar."
         )
     resolve_loss(module, loss_fn)
+
+
+def check_steps(spec: SampleSpec, trainer: Trainer, steps: int | Sequence[int], loaders: CombinedLoader | None) -> None:
+    """Refuse a list with steps that come before the sample.
+
+    Raises:
+        ValueError: naming the first of them, and what to pass.
+    """  # noqa: DOC501  # `wrong` makes one
+    if isinstance(steps, int) or loaders is None:
+        return
+    first, start = first_step(spec, trainer, loaders), trainer.global_step
+    if early := [step for step in steps if start <= step < first]:
+        raise wrong(
+            "every_n_steps",
+            f"steps from {first} on",
+            early[0],
+            f"the {spec.sample} examples of sample= are gathered from the batches of training, and are there at that "
+            "step; pass sample='all', a loader or a list of batches, which are read before the first step, or a number "
+            "of examples that the first batch has",
+        )
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -226,9 +226,8 @@ class SubspaceProjection(Callback):
             if is_needed and self._has_changed(pl_module, step):
                 self._projector, is_due = None, True
             self._wants_space = is_needed and (self._wants_space or is_due or begins)
+        self._runner.see_batch(trainer, lambda: self._refresh_within_step(trainer, pl_module, step))
         self._refresh(trainer, pl_module, step)
-        if self._runner.observe_batch(batch, trainer.current_epoch):
-            self._refresh(trainer, pl_module, step)
 
     @override
     def on_train_batch_end(
@@ -243,7 +242,7 @@ class SubspaceProjection(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: nn.Module) -> None:
         """Leave the optimizers as they were."""
         self._hooks.release()
-        self._runner.source.release()
+        self._runner.end(trainer)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: nn.Module, exception: BaseException) -> None:
@@ -266,8 +265,13 @@ class SubspaceProjection(Callback):
             self._notices.warn_once("parameters", f"the set of trainable parameters has changed by step {step}.")
         return changed
 
+    def _refresh_within_step(self, trainer: Trainer, module: nn.Module, step: int) -> None:
+        """Refresh from the batch that is now in its step, which is then projected, too."""
+        self._refresh(trainer, module, step)
+        self._keep_theta(module)  # the optimizer may be waiting for this batch's gradient
+
     def _refresh(self, trainer: Trainer, module: nn.Module, step: int) -> None:
-        if not self._wants_space or not self._runner.should_probe():
+        if not self._wants_space or not self._runner.should_probe(trainer):
             return
         self._wants_space = False
         record = self._record_of(trainer, module, step)

@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_subspace._lightning import MisconfigurationException, Trainer
 from lightning_subspace.callbacks.notices import Notices
+from lightning_subspace.callbacks.tap import before_training_step, forget_batches
 from lightning_subspace.curvature.selection import CheckError
 from lightning_subspace.data.micro_batch import SampleError
 from lightning_subspace.data.sample import Sample
@@ -72,13 +73,7 @@ class ProbeRunner:
         if self.run is not None:
             self.run.rebind(ranks)
 
-        def draw() -> bool:
-            self.source.begin(trainer, ranks, continues=continues)
-            return True
-
-        # Another ValueError than a SampleError may be of the data's own.
-        if not self.on_all_ranks("the sample could not be drawn, so nothing is measured", draw, SampleError):
-            self.source.forget()
+        self._draw(lambda: self.source.begin(trainer, ranks, continues=continues))
 
     def on_all_ranks(self, what: str, block: Callable[[], T], wrong: type[Exception] | None = None) -> T | None:
         """Run a block on all ranks; a failure gives None.
@@ -100,21 +95,31 @@ class ProbeRunner:
             self.notices.failure(f"{what}{self._otherwise}", error, self.ranks)
             return None
 
-    def observe_batch(self, batch: Any, epoch: int) -> bool:
-        """Keep a batch for a sample that is gathered; whether it is."""
-        if not self.source.is_gathered:
-            return False
-        try:
-            with self.schedule.aside():
-                self.source.observe(batch, epoch)
-        except Exception as error:
-            self.notices.failure(f"{NOT_COPIED}{self._otherwise}", error, self.ranks)
-        return True
+    def see_batch(self, trainer: Trainer, after: Callable[[], None]) -> bool:
+        """Have a batch observed where needed; whether an epoch begins.
 
-    def should_probe(self, wants: bool = True) -> bool:
+        Args:
+            trainer: at the start of a batch.
+            after: called when the batch has been observed, as it reaches `training_step`.
+        """
+        is_new = self.source.epoch != trainer.current_epoch
+        if is_new:
+            self.on_all_ranks("the sample stays as it is", lambda: self.source.begin_epoch(trainer))
+        if self.source.wants_batches():
+            before_training_step(trainer, self, lambda batch: self._observe(batch, trainer.current_epoch, after))
+        return is_new
+
+    def end(self, trainer: Trainer) -> None:
+        """Free the examples; no batch is observed any more."""
+        forget_batches(trainer, self)
+        self.source.release()
+
+    def should_probe(self, trainer: Trainer, wants: bool = True) -> bool:
         """Whether the first rank wants to probe and all can. A collective."""
         if self.run is None or not self.ranks.broadcast_object(wants):
             return False
+        if self.source.is_outdated:
+            self._draw(lambda: self.source.refresh(trainer))
 
         def sample() -> Sample | None:
             if self.source.failure is not None:
@@ -148,6 +153,29 @@ class ProbeRunner:
             what = f"the probe at step {step} failed and is left out"
             self.notices.failure(f"{what}{self._otherwise}", error, self.ranks)
             return None
+
+    def _draw(self, block: Callable[[], None]) -> None:
+        """Draw the sample on all ranks; where one fails, there is none."""
+
+        def draw() -> bool:
+            block()
+            return True
+
+        # Another ValueError than a SampleError may be of the data's own.
+        if not self.on_all_ranks("the sample could not be drawn, so nothing is measured", draw, SampleError):
+            self.source.forget()
+
+    def _observe(self, batch: Any, epoch: int, after: Callable[[], None]) -> None:
+        """Keep a batch for the sample."""
+        try:
+            with self.schedule.aside():
+                self.source.observe(batch, epoch)
+        except Exception as error:
+            self.notices.failure(f"{NOT_COPIED}{self._otherwise}", error, self.ranks)
+        if self.source.bound is not None:
+            with self.ranks.agree():
+                self.notices.warn_once("memory", f"{self.source.bound}.")
+        after()
 
     def _prepare(self, run: ProbeRun, module: nn.Module, sample: Sample, step: int) -> None:
         """Refresh the parameters, and make the self-check if it is still due."""

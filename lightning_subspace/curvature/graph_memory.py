@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lightning_subspace._torch import base_of, storages_of
+from lightning_subspace.state.free_memory import free_memory
 
 FREE_SHARE = 0.5  # of the free memory, that retained graphs may take
-CGROUP = Path("/sys/fs/cgroup")  # the limit and the use of a container (cgroup v2)
 
 
 def memory_budget(device: torch.device, num_ranks: int) -> float:
     """Bytes that this rank may retain: half of what is free now.
 
-    On a CPU the limit of a container counts, and ranks share the memory as if all were on one host.
+    On a CPU ranks share the memory as if all were on one host.
     """
-    if device.type == "cuda":  # untested: no GPU was available
-        return FREE_SHARE * torch.cuda.mem_get_info(device)[0]
-    try:
-        free = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError, OSError):  # not Linux
-        free = float(4 << 30)
-    return FREE_SHARE * min(free, _left_in_container()) / num_ranks
+    return FREE_SHARE * free_memory(device) / (1 if device.type == "cuda" else num_ranks)
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
@@ -61,12 +52,3 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         for piece in storages_of(tensor):
             storage = piece.untyped_storage()
             self._storages[storage.data_ptr()] = storage.nbytes()
-
-
-def _left_in_container() -> float:
-    """Bytes that the limit of this process's container leaves; infinite without one."""
-    try:
-        limit, taken = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # no cgroup v2, or no limit: "max"
-        return math.inf
-    return float(max(limit - taken, 0))

@@ -114,3 +114,8 @@ def _common_length(data: Any) -> int | None:
     """The first dimension that all tensors share, not 0, or None."""
     lengths = {len(t) if t.ndim else 0 for t in tensors_of(data)}
     return (lengths.pop() or None) if len(lengths) == 1 else None
+
+
+def nbytes_of(data: Any) -> int:
+    """Bytes of the tensors in a batch."""
+    return sum(t.nbytes for t in tensors_of(data))

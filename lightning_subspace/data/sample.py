@@ -29,9 +29,9 @@ from lightning_subspace.data.micro_batch import (
     number_of_examples,
     tensors_of,
 )
-from lightning_subspace.data.training_set import TrainingSet, batch_size_of, gives_batches, load
+from lightning_subspace.data.reading import READ_TIMEOUT, Reading, read, unmoved
+from lightning_subspace.data.training_set import TrainingSet, batch_sampler_of, batch_size_of, chunks, gives_batches
 from lightning_subspace.parallel.ranks import Ranks
-from lightning_subspace.state.object_graph import restore
 from lightning_subspace.state.rng import preserved_random_state
 
 
@@ -45,11 +45,13 @@ class Sample:
         hessian: micro-batches for the Hessian, and the first part of the gradient's.
         extra: the rest of the gradient's; empty if both use the same examples.
         population: number of examples in the training set; infinite if not known.
+        filled: share of the number of examples asked for that is there, in (0, 1], where they are gathered in training.
     """
 
     hessian: tuple[MicroBatch, ...]
     extra: tuple[MicroBatch, ...] = ()
     population: float = math.inf
+    filled: float | None = None
 
     @classmethod
     def of(cls, batches: Sequence[MicroBatch], sample: int | None, population: float = math.inf) -> Sample:
@@ -83,30 +85,51 @@ class SampleSpec:
     batch_size: int | None
     weight: Weight | None
     seed: int
+    resample: bool = True
+    read_timeout: float = READ_TIMEOUT
+
+    @property
+    def is_number(self) -> bool:
+        """Whether both parts are a number of examples, which can be gathered in training."""
+        return isinstance(self.sample, int) and isinstance(self.gradient_sample, int)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the user gives the batches."""
+        return not isinstance(self.sample, int | str)
 
 
-def sample_of_batches(batches: Iterable[Any], weight: Weight | None = None, ranks: Ranks | None = None) -> Sample:
+def sample_of_batches(
+    batches: Iterable[Any],
+    weight: Weight | None = None,
+    ranks: Ranks | None = None,
+    reading: Reading | None = None,
+) -> Sample:
     """Take given batches as the sample.
 
     Args:
         batches: a list of batches or of (batch, weight) pairs with a plain number as weight, or a loader. A DataLoader
-            is read to its end by workers of our own, in the order of its sampler; its generators are put back.
+            is read to its end by one of our own, in the order of its sampler; its generators are put back.
         weight: weight of a batch in the mean; by default its number of examples.
         ranks: the process group; all ranks give the same batches.
+        reading: its progress and its limit.
 
     Raises:
         SampleError: when there are none, or the number of examples cannot be told.
+        TimeoutError: when reading takes too long.
 
     Example:
         >>> [b.weight for b in sample_of_batches([torch.zeros(32, 2), torch.zeros(8, 2)]).hessian]
         [32.0, 8.0]
     """
-    ranks = ranks or Ranks()
+    ranks, reading = ranks or Ranks(), reading or Reading()
     if isinstance(batches, tuple) and all(isinstance(item, Tensor) for item in batches):
         raise SampleError("batches: expected a list of batches, got one batch, a tuple of tensors; pass [batch].")
     with preserved_random_state():  # a shuffling loader draws from the global generator
-        items = _read(batches, ranks) if isinstance(batches, DataLoader) else batches
-        found = [_given(item, weight, index, ranks) for index, item in enumerate(items)]
+        found = list[MicroBatch]()
+        for item in _read(batches, ranks, reading) if isinstance(batches, DataLoader) else batches:
+            found.append(_given(item, weight, len(found), ranks))
+            reading.add(found[-1].size)
     if not found:
         raise SampleError("batches: expected at least one batch, got none.")
     require_same_batches(found, ranks)
@@ -131,43 +154,47 @@ def sample_of_dataset(
     seed: int = 0,
     limit: float = math.inf,
     ranks: Ranks | None = None,
+    reading: Reading | None = None,
 ) -> Sample:
     """Draw a fixed sample from the dataset behind a training loader.
 
-    If its items are batches (automatic batching is off), whole items are drawn. Every rank reads the whole sample and
-    keeps its own part, so that random augmentation is the same for any number of ranks.
+    It has whole batches of the size of training. If its items are batches (automatic batching is off), whole items are
+    drawn. Every rank reads the whole sample and keeps its own part, so that random augmentation is the same for any
+    number of ranks.
 
     Args:
         loader: gives dataset, collate function, batch size, workers, and the examples to draw from (`TrainingSet`).
         sample: number of examples for the Hessian; None takes all for both, an epoch's worth of weighted draws.
         gradient_sample: number of examples for the gradient, at least `sample`; None takes all.
-        batch_size: largest size of the micro-batches, which are nearly equal; by default the loader's.
+        batch_size: size of the micro-batches, by default the loader's. Where all examples are taken, they are nearly
+            equal and no larger, unless the loader drops an incomplete batch.
         weight: weight of a batch in the mean; by default its number of examples.
         seed: of the permutation and of the dataset's workers (augmentation).
         limit: batches that training takes in an epoch, on each rank.
         ranks: the process group.
+        reading: its progress and its limit.
 
     Raises:
         SampleError: for a loader without a sized dataset, or an empty one.
+        TimeoutError: when reading takes too long.
     """
-    ranks = ranks or Ranks()
+    ranks, reading = ranks or Ranks(), reading or Reading()
     training_set = TrainingSet.of(loader, limit)
     generator = torch.Generator().manual_seed(seed)
-    order = training_set.order(generator)
     goal = None if sample is None or gradient_sample is None else max(sample, gradient_sample)
-    population, batches = math.inf, list[MicroBatch]()
+    population, batches, seen = math.inf, list[MicroBatch](), 0
     if gives_batches(loader):
-        seen = 0
-        for item in load(loader, order, generator):
-            batches.append(micro_batch(item, len(batches), weight, ranks=ranks))
-            seen += batches[-1].size
-            if goal is not None and seen >= goal:
-                break
+        units: list[Any] = training_set.order(generator, goal)
     else:
-        population, size = training_set.population, batch_size or batch_size_of(loader)
-        chunks = [*_evenly(order[:sample], size), *_evenly(order[len(order[:sample]) : goal], size)]
-        for chunk, item in zip(chunks, load(loader, chunks, generator), strict=True):
-            batches.append(micro_batch(item, len(batches), weight, size=len(chunk), ranks=ranks))
+        population = training_set.population
+        units = _units(training_set, loader, sample, goal, batch_size, generator)
+    for unit, item in zip(units, read(loader, units, generator, reading), strict=True):
+        size = None if gives_batches(loader) else len(unit)
+        batches.append(micro_batch(item, len(batches), weight, size=size, ranks=ranks))
+        seen += batches[-1].size
+        reading.add(batches[-1].size)
+        if goal is not None and seen >= goal:
+            break
     require_same_batches(batches, ranks)
     return Sample.of(batches, sample, population)
 
@@ -180,6 +207,7 @@ def micro_batch(
     size: int | None = None,
     transferred: bool = False,
     ranks: Ranks | None = None,
+    counter: Any = None,
 ) -> MicroBatch:
     """Copy a batch to the CPU as a micro-batch.
 
@@ -214,10 +242,10 @@ def _given(item: Any, weight: Weight | None, index: int, ranks: Ranks) -> MicroB
     return micro_batch(item, index, weight, ranks=ranks)
 
 
-def _read(loader: DataLoader[Any], ranks: Ranks) -> Iterator[Any]:
+def _read(loader: DataLoader[Any], ranks: Ranks, reading: Reading) -> Iterator[Any]:
     """One epoch of a user's loader, in the first rank's order."""
     if isinstance(loader.dataset, IterableDataset):
-        return load(loader, None, torch.Generator().manual_seed(0))
+        return read(loader, None, torch.Generator().manual_seed(0), reading)
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     inner = getattr(sampler, "sampler", None)
     if ranks.count > 1 and isinstance(inner or sampler, DistributedSampler):
@@ -225,20 +253,33 @@ def _read(loader: DataLoader[Any], ranks: Ranks) -> Iterator[Any]:
             "sample: expected a loader of all examples, got one whose DistributedSampler gives each rank a part; pass "
             "a loader without it, the same one on all ranks."
         )
-    generators = {g for holder in (loader, sampler, inner) if (g := getattr(holder, "generator", None)) is not None}
-    states = [(generator.set_state, generator.get_state()) for generator in generators]
-    try:
+    held = [loader.dataset, getattr(inner or sampler, "data_source", None)]
+    with unmoved([loader, sampler, inner], held):
         units = ranks.broadcast_object(list(sampler))
-    finally:
-        restore([], states)
-    return load(loader, units, torch.Generator().manual_seed(0))
+    return read(loader, units, torch.Generator().manual_seed(0), reading)
 
 
-def _evenly(indices: list[int], size: int) -> Iterator[list[int]]:
-    """Cut into parts of nearly equal length, at most `size`."""
-    count = -(-len(indices) // size)  # nearly equal, since batch-norm needs more than a short remainder
-    for part in range(count):
-        yield indices[part * len(indices) // count : (part + 1) * len(indices) // count]
+def _units(
+    training_set: TrainingSet,
+    loader: DataLoader[Any],
+    sample: int | None,
+    goal: int | None,
+    batch_size: int | None,
+    generator: torch.Generator,
+) -> list[Sequence[int]]:
+    """The indices of each micro-batch, those of the Hessian first."""
+    size = batch_size or batch_size_of(loader)
+    if size is None:
+        raise SampleError("batch_size: expected a loader with a batch size, got one without; pass batch_size=.")
+    whole = batch_size is None and bool(getattr(batch_sampler_of(loader), "drop_last", False))
+    order = training_set.order(generator, None if goal is None else -(-goal // size) * size)
+    cut = len(order) if sample is None else -(-sample // size) * size
+    units = [unit for part in (order[:cut], order[cut:]) for unit in chunks(part, size, whole=whole)]
+    if not units:
+        raise SampleError(
+            f"sample: expected at least one batch of {size} examples, got {len(order)} examples and drop_last=True."
+        )
+    return units
 
 
 def require_same_batches(batches: Sequence[MicroBatch], ranks: Ranks) -> None:

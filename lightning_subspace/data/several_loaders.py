@@ -18,8 +18,9 @@ from lightning_utilities.core.apply_func import apply_to_collection
 
 from lightning_subspace._lightning import CombinedLoader
 from lightning_subspace.data.micro_batch import MicroBatch, SampleError
+from lightning_subspace.data.reading import Reading, read
 from lightning_subspace.data.sample import Sample, SampleSpec, micro_batch, require_same_batches, sample_of_dataset
-from lightning_subspace.data.training_set import TrainingSet, batch_size_of, load
+from lightning_subspace.data.training_set import TrainingSet, batch_size_of
 from lightning_subspace.parallel.ranks import Ranks
 
 
@@ -44,22 +45,28 @@ def sample_of_loaders(loaders: CombinedLoader, spec: SampleSpec, ranks: Ranks) -
 
     Raises:
         SampleError: for a loader without a sized dataset, an empty one, or a batch size for several loaders.
+        TimeoutError: when reading takes longer than the limit of `spec`.
     """
     sizes: list[Any] = [None if isinstance(size, str) else size for size in (spec.sample, spec.gradient_sample)]
     sample, gradient_sample = sizes
+    goal = None if sample is None or gradient_sample is None else max(sample, gradient_sample)
     parts = loaders.flattened
     limits = [math.inf] * len(parts) if loaders.limits is None else loaders.limits
+    reading = Reading(goal, spec.read_timeout)
     if len(parts) == 1 and loaders.iterables is parts[0]:
         options: dict[str, Any] = {"batch_size": spec.batch_size, "weight": spec.weight, "seed": spec.seed}
-        return sample_of_dataset(parts[0], sample, gradient_sample, limit=limits[0], ranks=ranks, **options)
+        return sample_of_dataset(
+            parts[0], sample, gradient_sample, limit=limits[0], ranks=ranks, reading=reading, **options
+        )
     if spec.batch_size is not None:
         raise SampleError("batch_size: several training loaders keep the batch size of each; leave it out.")
     generator = torch.Generator().manual_seed(spec.seed)
     of_part = []
     for number, (loader, limit) in enumerate(zip(parts, limits, strict=True)):
         order, size = TrainingSet.of(loader, limit).order(generator), batch_size_of(loader)
+        if size is None:
+            raise SampleError("sample: expected loaders with a batch size, got one without; pass sample=[batch, ...].")
         of_part.append([IndexBatch(number, order[i : i + size]) for i in range(0, len(order), size)])
-    goal = None if sample is None or gradient_sample is None else max(sample, gradient_sample)
     combined = list(_combinations(loaders, of_part))
     chosen, seen = [], 0
     for i in torch.randperm(len(combined), generator=generator).tolist():
@@ -69,14 +76,15 @@ def sample_of_loaders(loaders: CombinedLoader, spec: SampleSpec, ranks: Ranks) -
         size = sum(len(chunk.indices) for chunk in used)
         chosen.append((combined[i], used, size))
         seen += size
-    data = [
-        load(loader, [chunk.indices for _, used, _ in chosen for chunk in used if chunk.part == number], generator)
-        for number, loader in enumerate(parts)
-    ]
+    data = []
+    for number, loader in enumerate(parts):
+        units = [chunk.indices for _, used, _ in chosen for chunk in used if chunk.part == number]
+        data.append(read(loader, units, generator, reading))
     batches: list[MicroBatch] = []
     for item, _, size in chosen:
         loaded = apply_to_collection(item, IndexBatch, lambda chunk: next(data[chunk.part]))
         batches.append(micro_batch(loaded, len(batches), spec.weight, size=size, ranks=ranks))
+        reading.add(size)
     require_same_batches(batches, ranks)
     return Sample.of(batches, sample)
 

@@ -1,14 +1,26 @@
-"""Source of a run's sample: drawn, given, gathered, or the current batch."""
+"""Source of a run's sample: gathered in training, drawn, given, or the current batch.
+
+| `sample` | where it comes from | anew |
+| --- | --- | --- |
+| a number, tensors in memory | drawn before the first step | where the data of training are others |
+| a number, anything else | gathered from the batches that training uses | the same, at most once an epoch |
+| "all" | the dataset is read | where the data of training are others |
+| a loader, a list | read as it is | never |
+| "current" | the batch that training is about to use | at every batch |
+"""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
-from lightning_subspace._lightning import Trainer, training_loaders
+from lightning_subspace._lightning import CombinedLoader, Trainer, training_loaders
+from lightning_subspace.data.gathered import Gathered, GatheredSample
+from lightning_subspace.data.reading import Reading
 from lightning_subspace.data.sample import Sample, SampleSpec, sample_of_batches, sample_of_current
 from lightning_subspace.data.several_loaders import sample_of_loaders
-from lightning_subspace.data.stream import StreamSample
-from lightning_subspace.data.training_set import is_drawable
+from lightning_subspace.data.training_hooks import changes_batches
+from lightning_subspace.data.training_set import batch_size_of, has_epochs, is_in_memory
 from lightning_subspace.parallel.ranks import Ranks
 
 
@@ -17,6 +29,7 @@ class SampleSource:
 
     Attributes:
         spec: the user's choice.
+        epoch: the one that is known to have begun.
         sample: the present sample; None if there is none yet.
         failure: the exception for which this rank, perhaps alone, could not copy the current batch.
     """
@@ -25,21 +38,40 @@ class SampleSource:
         self.sample: Sample | None = None
         self.failure: Exception | None = None
         self.spec = spec
-        self._stream: StreamSample | None = None
+        self._gathered: GatheredSample | None = None  # what the present sample comes from
+        self._next: GatheredSample | None = None  # what takes its place once it is full enough
         self._ranks = Ranks()
         self._has_seen = False  # whether there has been a current batch, copied or not
+        self.epoch: int | None = None
+        self._data: list[tuple[Any, int]] = []  # what the sample is of, see `_data_of`
+        self._is_stale = False
 
     @property
     def is_gathered(self) -> bool:
         """Whether the sample comes from batches given to `observe`."""
-        return self.spec.sample == "current" or self._stream is not None
+        return self.spec.sample == "current" or self._gathered is not None
 
     @property
     def has_begun(self) -> bool:
         """Whether a sample is due by now; the same on all ranks."""
         if self.spec.sample == "current":
             return self._has_seen
-        return self.sample is not None or self._stream is None
+        return self.sample is not None or self._gathered is None
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether `refresh` has something to do; the same on all ranks."""
+        return self._is_stale and self._gathered is None
+
+    @property
+    def bound(self) -> str | None:
+        """Why the sample is smaller than asked for, in words."""
+        return None if self._gathered is None else self._gathered.bound
+
+    @property
+    def state(self) -> Gathered | None:
+        """What has been gathered, if it is whole on one process."""
+        return self._gathered.state if self._gathered is not None and self._ranks.count == 1 else None
 
     def begin(self, trainer: Trainer, ranks: Ranks, *, continues: bool) -> None:
         """Draw the sample, or start gathering it.
@@ -48,22 +80,70 @@ class SampleSource:
 
         Raises:
             SampleError: when the training data cannot give this sample.
+            TimeoutError: when reading them takes too long.
         """
-        spec, before = self.spec, self._stream
-        self.sample = self.failure = self._stream = None
-        self._has_seen, self._ranks = False, ranks
+        spec, before = self.spec, self._gathered
+        self.forget()
+        self._has_seen, self._is_stale, self._ranks, self.epoch = False, False, ranks, trainer.current_epoch
         if spec.sample == "current":
             return
         if not isinstance(spec.sample, int | str):
-            self.sample = sample_of_batches(spec.sample, spec.weight, ranks)
+            self.sample = sample_of_batches(spec.sample, spec.weight, ranks, Reading(None, spec.read_timeout))
             return
         loaders = training_loaders(trainer)
-        if all(is_drawable(loader) for loader in loaders.flattened):
+        self._data = _data_of(loaders)
+        if not is_to_be_gathered(spec, trainer, loaders):
             self.sample = sample_of_loaders(loaders, spec, ranks)
+        elif continues and before is not None and before.rebind(ranks):
+            self._gathered, self.sample = before, before.sample
+        else:
+            self._gathered = self._gathering(loaders)
+
+    def resume(self, state: Gathered | None) -> bool:
+        """Go on with what a checkpoint holds of a gathered sample; whether it does."""
+        if self._gathered is None or state is None or self._ranks.count > 1:
+            return False
+        self._gathered.resume(state)
+        self.sample = self._gathered.sample
+        return self.sample is not None
+
+    def begin_epoch(self, trainer: Trainer) -> None:
+        """Notice a new epoch, and whether the sample is stale in it. A collective."""
+        self.epoch = trainer.current_epoch
+        self.end()
+        if not self.spec.resample or self.spec.is_given or self.spec.sample == "current":
             return
-        if not (continues and before is not None and before.rebind(ranks)):
-            before = StreamSample(spec.sample, spec.gradient_sample, spec.weight, ranks)
-        self._stream, self.sample = before, before.sample
+        loaders = training_loaders(trainer)
+        data = _data_of(loaders)
+        is_other = len(data) != len(self._data) or any(
+            a is not b or m != n for (a, m), (b, n) in zip(data, self._data, strict=True)
+        )
+        self._data = data
+        self.renew(trainer, self._ranks.broadcast_object(is_other or any(map(has_epochs, loaders.flattened))))
+
+    def renew(self, trainer: Trainer, is_stale: bool = True) -> None:
+        """Take another sample where this one is stale, once an epoch at most."""
+        self._is_stale = self._is_stale or is_stale
+        if self._is_stale and self._gathered is not None and self._gathered.epoch not in (None, self.epoch):
+            self._is_stale = False
+            self._next = self._next or self._gathering(training_loaders(trainer))
+
+    def refresh(self, trainer: Trainer) -> None:
+        """Draw a stale sample anew, before a probe. A collective.
+
+        Raises:
+            SampleError: when the training data cannot give this sample.
+            TimeoutError: when reading them takes too long.
+        """
+        if self.is_outdated:
+            self._is_stale = False
+            self.sample = sample_of_loaders(training_loaders(trainer), self.spec, self._ranks)
+
+    def wants_batches(self) -> bool:
+        """Whether the next batch is to be observed."""
+        if self.spec.sample == "current":
+            return True
+        return self._next is not None or (self._gathered is not None and not self._gathered.is_complete)
 
     def observe(self, batch: Any, epoch: int) -> None:
         """Copy a batch that training is about to use."""
@@ -73,24 +153,73 @@ class SampleSource:
                 self.sample = sample_of_current(batch, self._ranks)  # a copy: the training step may write into it
             except Exception as error:  # kept, since the ranks do not communicate here: there is one batch a step
                 self.failure = error
-        elif self._stream is not None:
-            self._stream.add(batch, epoch)
-            self.sample = self._stream.sample
+        elif (gathering := self._next or self._gathered) is not None:
+            gathering.add(batch, epoch)
+            if gathering.sample is not None:
+                self._gathered, self._next, self.sample = gathering, None, gathering.sample
 
     def end(self) -> None:
-        """End training: a smaller sample than asked for has to do."""
-        if self._stream is not None:
-            self._stream.close()
-            self.sample = self._stream.sample
+        """End an epoch or training: a smaller sample than asked for has to do."""
+        if self._gathered is not None:
+            self._gathered.close()
+            self.sample = self._gathered.sample
 
     def forget(self) -> None:
         """Drop the sample and gather none: another rank has failed."""
-        self.sample = self.failure = self._stream = None
+        self.sample = self.failure = self._gathered = self._next = None
+        self._data = []
 
     def release(self) -> None:
-        """Free the examples, but for a stream's."""
-        self.sample = self.failure = None
+        """Free the examples, but for those that were gathered."""
+        self.sample = self.failure = self._next = None
+        self._data = []
+
+    def _gathering(self, loaders: CombinedLoader) -> GatheredSample:
+        spec = self.spec
+        assert isinstance(spec.sample, int)
+        assert isinstance(spec.gradient_sample, int)
+        sizes = [batch_size_of(loader) for loader in loaders.flattened]
+        batch_size = sizes[0] if len(sizes) == 1 else None
+        return GatheredSample(spec.sample, spec.gradient_sample, spec.weight, batch_size, self._ranks)
 
     def __getstate__(self) -> dict[str, Any]:
         """The choice alone, since the examples can be drawn again."""
-        return {**vars(self), "sample": None, "failure": None, "_stream": None, "_ranks": Ranks()}
+        left: dict[str, Any] = {
+            "sample": None,
+            "failure": None,
+            "_gathered": None,
+            "_next": None,
+            "_data": [],
+            "epoch": None,
+        }
+        return {**vars(self), **left, "_ranks": Ranks()}
+
+
+def is_to_be_gathered(spec: SampleSpec, trainer: Trainer, loaders: CombinedLoader) -> bool:
+    """Whether a sample of a number of examples comes from the batches of training."""
+    if not spec.is_number:
+        return False
+    return changes_batches(trainer) or not all(map(is_in_memory, loaders.flattened))
+
+
+def first_step(spec: SampleSpec, trainer: Trainer, loaders: CombinedLoader) -> int:
+    """The first optimizer step at which there is a sample, as far as the loaders tell."""
+    if not is_to_be_gathered(spec, trainer, loaders) or not isinstance(spec.sample, int):
+        return 0
+    sizes = [batch_size_of(loader) for loader in loaders.flattened]
+    if not sizes or None in sizes:
+        return 0
+    examples = trainer.world_size * sum(size for size in sizes if size is not None)
+    num_batches = -(-spec.sample // examples)
+    return int((num_batches - 1) // trainer.accumulate_grad_batches)
+
+
+def _data_of(loaders: CombinedLoader) -> list[tuple[Any, int]]:
+    """What training draws from: a dataset or other iterable, and its length if it has one."""
+    found = []
+    for loader in loaders.flattened:
+        data, length = getattr(loader, "dataset", loader), -1
+        with suppress(TypeError, NotImplementedError):  # it has no length, or says so
+            length = len(data)
+        found.append((data, length))
+    return found

@@ -1,26 +1,35 @@
-"""Examples that training draws from, and loading them without a trace.
-
-Worker processes of our own load them, with a generator of our own: iterating the trainer's loader would change what
-training sees next, and loading in this process would move the dataset's random numbers. If the loader has no workers
-and none can be forked, loading does happen in this process, and its state is put back.
-"""
+"""Examples that training draws from: which, how often, and whether they can be read without any effect."""
 
 from __future__ import annotations
 
 import math
-import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 from lightning_subspace._lightning import undistributed
 from lightning_subspace.data.micro_batch import SampleError
-from lightning_subspace.state.object_graph import packages_of, restore, walk
-from lightning_subspace.state.rng import preserved_random_state
+
+SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+# Up to here all indices are put in a random order, which takes some ms; beyond, only those that are drawn are made.
+LISTED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -54,17 +63,18 @@ class TrainingSet:
             raise SampleError(
                 f"sample: expected a DataLoader, got {type(loader).__name__}; pass one, or sample=[batch, ...]."
             )
-        if not is_drawable(loader):
+        if not is_sized(loader):
             raise SampleError(
-                "sample: got an iterable dataset, which has no fixed examples; pass sample='current' or [batch, ...]."
+                "sample: expected a dataset whose end is known for 'all', got an iterable one; pass a number of "
+                "examples, which are gathered in training, or sample=[batch, ...]."
             )
         count = len(loader.dataset)  # type: ignore[arg-type]  # it is sized
-        batch_sampler = _batch_sampler(loader)
+        batch_sampler = batch_sampler_of(loader)
         sampler, num_replicas = undistributed(getattr(batch_sampler, "sampler", loader.sampler))
         if isinstance(sampler, WeightedRandomSampler):
             found = cls(range(len(sampler.weights)), sampler.weights, sampler.num_samples, sampler.replacement)
         elif (indices := getattr(sampler, "indices", None)) is not None:
-            found = cls([int(i) for i in indices])
+            found = cls(indices)
         elif isinstance(sampler, SequentialSampler) and type(batch_sampler) in (BatchSampler, type(None)):
             size = 1 if batch_sampler is None else batch_sampler.batch_size
             found = cls(range(int(min(count, num_replicas * size * min(limit, len(loader))))))
@@ -79,87 +89,107 @@ class TrainingSet:
         """Number of examples; infinite if weighted: a sample is then no share."""
         return float(len(self.indices)) if self.weights is None else math.inf
 
-    def order(self, generator: torch.Generator) -> list[int]:
-        """Indices of an epoch in random order; each beginning is a sample."""
+    @property
+    def epoch_size(self) -> int:
+        """Number of draws in an epoch."""
+        return len(self.indices) if self.weights is None else self.num_draws
+
+    def order(self, generator: torch.Generator, count: int | None = None) -> list[int]:
+        """Indices of `count` draws in random order, by default of an epoch."""
+        count = self.epoch_size if count is None else min(count, self.epoch_size)
         if self.weights is None:
-            drawn = torch.arange(len(self.indices))
+            drawn = _permutation(len(self.indices), count, generator)
         else:
-            # Without replacement the heavy examples come first; the permutation below undoes that.
+            # Without replacement the heavy examples come first; the permutation undoes that.
             drawn = torch.multinomial(self.weights, self.num_draws, self.replacement, generator=generator)
-        order = drawn[torch.randperm(len(drawn), generator=generator)]
-        return [self.indices[i] for i in order.tolist()]
+            drawn = drawn[_permutation(len(drawn), count, generator)]
+        return [int(self.indices[i]) for i in drawn.tolist()]
 
 
-def is_drawable(loader: Any) -> bool:
-    """Whether the dataset's examples can be drawn by their index."""
+def is_in_memory(loader: Any) -> bool:
+    """Whether the dataset can be read without any effect, as training reads it.
+
+    These are tensors, under samplers, batches and a collate function of torch itself. Their examples are drawn; those
+    of all others are gathered as training uses them.
+
+    Example:
+        >>> data = TensorDataset(torch.zeros(8, 2))
+        >>> is_in_memory(DataLoader(data)), is_in_memory(DataLoader(data, collate_fn=lambda items: items))
+        (True, False)
+    """
+    if type(loader) is not DataLoader or type(loader.batch_sampler) is not BatchSampler:
+        return False
+    sampler, _ = undistributed(loader.batch_sampler.sampler)
+    return loader.collate_fn is default_collate and type(sampler) in SAMPLERS and _holds_tensors(loader.dataset)
+
+
+def is_sized(loader: Any) -> bool:
+    """Whether a loader has examples with an index, and their number is known."""
     has_items = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
     return has_items and hasattr(loader.dataset, "__len__")
 
 
+def has_epochs(loader: Any) -> bool:
+    """Whether a sampler or dataset of the user's own is told the epoch, and may give others in each."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    places = [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+    places = [undistributed(place)[0] for place in places if not _is_torch_distributed(place)]
+    return any(hasattr(place, "set_epoch") for place in (*places, getattr(loader, "dataset", None)))
+
+
 def gives_batches(loader: DataLoader[Any]) -> bool:
     """Whether each item of the dataset is a batch."""
-    return _batch_sampler(loader) is None
+    return batch_sampler_of(loader) is None
 
 
-def batch_size_of(loader: DataLoader[Any]) -> int:
-    """Number of examples in a full training batch.
-
-    Raises:
-        SampleError: when the loader does not know it.
-    """
-    size = loader.batch_size or getattr(_batch_sampler(loader), "batch_size", None)
-    if not isinstance(size, int):
-        raise SampleError("batch_size: expected a loader with a batch size, got one without; pass batch_size=.")
-    return size
+def batch_size_of(loader: Any) -> int | None:
+    """Number of examples in a full training batch, or None if the loader does not know it."""
+    sampler = batch_sampler_of(loader) if isinstance(loader, DataLoader) else None
+    size = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None)
+    return size if isinstance(size, int) and not isinstance(size, bool) else None
 
 
-def load(loader: DataLoader[Any], units: Sequence[Any] | None, generator: torch.Generator) -> Iterator[Any]:
-    """Load and collate as a loader does, in processes of our own.
+def chunks(order: Sequence[int], size: int, *, whole: bool) -> list[Sequence[int]]:
+    """Cut an order into batches.
 
     Args:
-        loader: gives dataset, collate function and workers; it is not iterated.
-        units: for each batch its indices, or one index if items are batches; None reads an iterable dataset to its end.
-        generator: draws the seeds of the workers.
+        order: indices.
+        size: of a training batch.
+        whole: whether all have this size, as with `drop_last`. Otherwise they are nearly equal and no larger, since a
+            batch-norm needs more than a short remainder.
     """
-    batching: dict[str, Any] = {"batch_size": None, "sampler": units}
-    if units is None:
-        batching = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
-    elif loader.batch_sampler is not None:
-        batching = {"batch_sampler": units}
-    num_workers, context = _workers(loader)
-    own: DataLoader[Any] = DataLoader(
-        loader.dataset,
-        collate_fn=loader.collate_fn,
-        num_workers=num_workers,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=context,
-        generator=generator,
-        **batching,
-    )
-    return iter(own) if num_workers else _in_this_process(own)
+    if whole:
+        return [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+    count = -(-len(order) // size)
+    return [order[part * len(order) // count : (part + 1) * len(order) // count] for part in range(count)]
 
 
-def _workers(loader: DataLoader[Any]) -> tuple[int, Any]:
-    """Number of worker processes, and how to start them."""
-    if loader.num_workers > 0:
-        return loader.num_workers, loader.multiprocessing_context
-    # Spawning runs the script again, which a script without workers need not allow; forking does not.
-    return (1, "fork") if "fork" in multiprocessing.get_all_start_methods() else (0, None)
-
-
-def _in_this_process(own: DataLoader[Any]) -> Iterator[Any]:
-    """Load here, and put back random numbers and the dataset's state."""
-    found = walk([vars(own.dataset)] if hasattr(own.dataset, "__dict__") else [], packages_of([own.dataset]))
-    try:
-        with preserved_random_state():
-            yield from own
-    finally:
-        restore(found.containers, found.generators)
-
-
-def _batch_sampler(loader: DataLoader[Any]) -> Any:
+def batch_sampler_of(loader: DataLoader[Any]) -> Any:
     """The sampler that gives lists of indices, or None."""
     if loader.batch_sampler is not None:
         return loader.batch_sampler
     sampler: object = loader.sampler
     return sampler if isinstance(sampler, BatchSampler) else None
+
+
+def _permutation(length: int, count: int, generator: torch.Generator) -> Tensor:
+    """The first `count` of a random permutation of 0..length-1."""
+    if length <= LISTED or count > length // 2:
+        return torch.randperm(length, generator=generator)[:count]
+    drawn: dict[int, None] = {}  # in order, each once
+    while len(drawn) < count:
+        drawn.update(dict.fromkeys(torch.randint(length, (count,), generator=generator).tolist()))
+    return torch.tensor(list(drawn)[:count])
+
+
+def _holds_tensors(dataset: object) -> bool:
+    if type(dataset) is Subset:
+        return _holds_tensors(dataset.dataset)
+    if type(dataset) is ConcatDataset:
+        return all(map(_holds_tensors, dataset.datasets))
+    return type(dataset) in (TensorDataset, Tensor)
+
+
+def _is_torch_distributed(sampler: object) -> bool:
+    """Whether `set_epoch` does nothing but shuffle anew."""
+    return type(sampler) is DistributedSampler

@@ -57,7 +57,7 @@ class Schedule:
         max_overhead: float | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._every = every_n_steps
+        self.every_n_steps = every_n_steps
         self.max_overhead = max_overhead
         self._clock = clock
         self.begin(0)
@@ -93,25 +93,25 @@ class Schedule:
     @property
     def misses_what_was_asked(self) -> bool:
         """Whether a listed step was passed over, or all of an interval's."""
-        return bool(self.passed_over) and (not isinstance(self._every, int) or self._num_probes <= 1)
+        return bool(self.passed_over) and (not isinstance(self.every_n_steps, int) or self._num_probes <= 1)
 
     @property
     def probes_first_step(self) -> bool:
         """Whether to probe where training starts: always, unless a list says otherwise."""
-        return isinstance(self._every, int) or self._last_step in self._every
+        return isinstance(self.every_n_steps, int) or self._last_step in self.every_n_steps
 
     @property
     def probes_last_step(self) -> bool:
         """Whether to probe the end: for an interval, within the budget."""
-        return isinstance(self._every, int) and self.is_affordable()
+        return isinstance(self.every_n_steps, int) and self.is_affordable()
 
     def is_due(self, step: int) -> bool:
         """Whether to probe at `step`; to be asked once after each."""
         last, self._last_step = self._last_step, step
-        if isinstance(self._every, int):
-            is_candidate = step // self._every > last // self._every
+        if isinstance(self.every_n_steps, int):
+            is_candidate = step // self.every_n_steps > last // self.every_n_steps
         else:
-            is_candidate = any(last < listed <= step for listed in self._every)
+            is_candidate = any(last < listed <= step for listed in self.every_n_steps)
         self.was_candidate = is_candidate
         if not is_candidate:
             return False

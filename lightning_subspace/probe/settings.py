@@ -14,6 +14,7 @@ from typing import Any, get_args
 from lightning_subspace.curvature import CurvatureConfig
 from lightning_subspace.curvature.selection import Curvature, OnCheckFail, Precision
 from lightning_subspace.data.micro_batch import Weight
+from lightning_subspace.data.reading import READ_TIMEOUT
 from lightning_subspace.data.sample import SampleSpec
 from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss.loss_function import LossFunction
@@ -21,6 +22,7 @@ from lightning_subspace.loss.training_loss import Mode
 from lightning_subspace.measurements import Measurement, default_measurements
 from lightning_subspace.probe.arguments import (
     is_number,
+    require_flag,
     require_function,
     require_integer,
     require_patterns,
@@ -55,6 +57,8 @@ class ProbeSettings:
     seed: int = 0
     sample: int | str | Iterable[Any] = 1024
     gradient_sample: int | str = 8192
+    resample: bool = True
+    read_timeout: float = READ_TIMEOUT
     batch_size: int | None = None
     weight: Weight | None = None
     params: Sequence[str] | None = None
@@ -76,6 +80,9 @@ class ProbeSettings:
     def __post_init__(self) -> None:
         require_integer("k", self.k, 0)
         self._check_sample()
+        require_flag("resample", self.resample)
+        if not is_number(self.read_timeout) or not self.read_timeout > 0.0:
+            raise wrong("read_timeout", "a positive number of seconds", self.read_timeout)
         require_integer("batch_size", self.batch_size, 1, optional=True)
         require_function("weight", self.weight)
         require_word("which", self.which, get_args(Which))
@@ -121,7 +128,15 @@ class ProbeSettings:
         gradient_sample = self.gradient_sample
         if isinstance(self.sample, int) and not self.taken:
             gradient_sample = self.sample
-        return SampleSpec(self.sample, gradient_sample, self.batch_size, self.weight, self.seed)
+        return SampleSpec(
+            self.sample,
+            gradient_sample,
+            self.batch_size,
+            self.weight,
+            self.seed,
+            resample=self.resample,
+            read_timeout=self.read_timeout,
+        )
 
     def same_subspace_as(self, other: ProbeSettings) -> bool:
         """Whether both compute the same subspace, whatever they measure in it.

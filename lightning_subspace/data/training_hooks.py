@@ -1,0 +1,25 @@
+"""Hooks of the user's own that may change a batch on its way to `training_step`."""
+
+from __future__ import annotations
+
+from lightning_subspace._lightning import Trainer, undeclared
+
+TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+START = "on_train_batch_start"
+PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_subspace", "torch")
+
+
+def changes_batches(trainer: Trainer) -> bool:
+    """Whether a hook of the module, the data module or a callback may change a batch."""
+    module, data = trainer.lightning_module, undeclared(trainer, "datamodule")
+    places = [(module, (*TRANSFER, START)), (data, TRANSFER)]
+    places += [(callback, (START,)) for callback in undeclared(trainer, "callbacks")]
+    return any(_is_own(place, name) for place, names in places for name in names)
+
+
+def _is_own(place: object, name: str) -> bool:
+    """Whether a method is defined outside of Lightning."""
+    if name in getattr(place, "__dict__", {}):
+        return True
+    owner = next((cls for cls in type(place).__mro__ if name in vars(cls)), None)
+    return owner is not None and owner.__module__.split(".")[0] not in PACKAGES

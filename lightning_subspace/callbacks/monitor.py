@@ -8,6 +8,7 @@ does all of this; what a clock or an exception decides, ranks decide together.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -341,7 +342,8 @@ class SubspaceMonitor(Callback):
         if self._runner.run is None:
             return dict(self._saved) if isinstance(self._saved, Mapping) else {}
         try:
-            return encode(self._runner.run.state(self._schedule.position, self._recorder.open))
+            state = self._runner.run.state(self._schedule.position, self._recorder.open)
+            return encode(replace(state, sample=self._runner.source.state))
         except Exception as error:  # a checkpoint is worth more than what the monitor has to add
             self._notices.failure("a checkpoint was written without what was measured", error, self._runner.ranks)
             return {}
@@ -356,6 +358,7 @@ class SubspaceMonitor(Callback):
         read = self._runner.on_all_ranks(NOT_RESUMED, lambda: self._read(saved, step))
         if read is None:
             return
+        self._runner.resume_sample(read.sample)
         # The last record counts too: a user's `should_measure` need not ask the schedule.
         last_step = max([read.position.last_step, *(record.step for record in read.records)])
         has_sample = self._runner.source.sample is not None

@@ -15,6 +15,7 @@ from lightning_subspace._lightning import MisconfigurationException, Trainer
 from lightning_subspace.callbacks.notices import Notices
 from lightning_subspace.callbacks.tap import before_training_step, forget_batches
 from lightning_subspace.curvature.selection import CheckError
+from lightning_subspace.data.gathered import Gathered
 from lightning_subspace.data.micro_batch import SampleError
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.data.source import SampleSource
@@ -95,6 +96,16 @@ class ProbeRunner:
             self.notices.failure(f"{what}{self._otherwise}", error, self.ranks)
             return None
 
+    def resume_sample(self, gathered: Gathered | None) -> None:
+        """Go on with the sample of a checkpoint, or say that another one is gathered."""
+        is_resumed = self.ranks.broadcast_object(self.source.resume(gathered))
+        if not is_resumed and self.source.is_gathered and self.settings.sample != "current":
+            with self.ranks.agree():
+                self.notices.info_once(
+                    "the sample is gathered anew, as the checkpoint does not hold it (it is too large or no plain data, "
+                    "or there are several processes); probes go on when it is full."
+                )
+
     def see_batch(self, trainer: Trainer, after: Callable[[], None]) -> bool:
         """Have a batch observed where needed; whether an epoch begins.
 
@@ -124,6 +135,11 @@ class ProbeRunner:
         def sample() -> Sample | None:
             if self.source.failure is not None:
                 raise self.source.failure
+            if self.source.sample is None and self.schedule.is_listed:
+                self.notices.info_once(
+                    f"no probe at step {trainer.global_step}: the sample is still being gathered from the batches of "
+                    "training; pass sample='all', a loader or a list of batches for one that is there before."
+                )
             return self.source.sample
 
         return self.on_all_ranks(NOT_COPIED, sample) is not None

@@ -17,18 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_subspace.data.gathered import Gathered
 from lightning_subspace.linalg import Outcome
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.entries import CheckpointError, Entries
+from lightning_subspace.probe.sample_state import decode_gathered, encode_gathered
 from lightning_subspace.probe.schedule import Position
 from lightning_subspace.subspace.overlap_history import OverlapHistory
 from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.sketch import CELLS, Sketch
 from lightning_subspace.subspace.subspace import ORTHONORMALITY, Subspace, orthonormality_defect
 
-FORMAT = 1
+FORMAT = 2
 # By the format that it reads, a function from a state of that format to one of the next.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: lambda state: {**state, "sample": None}}
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class RunState:
         is_open: whether the last record still waited for the step from its point.
         overlaps: between the subspaces of all probes.
         position: of the schedule.
+        sample: what was gathered from the batches of training, if the checkpoint may hold it.
     """
 
     k: int
@@ -54,6 +57,7 @@ class RunState:
     is_open: bool
     overlaps: OverlapHistory
     position: Position
+    sample: Gathered | None = None
 
     def require_continuable(self, k: int, which: str, step: int) -> None:
         """Refuse what a monitor with these settings cannot continue at this step.
@@ -71,7 +75,8 @@ def encode(state: RunState) -> dict[str, Any]:
     """A state as tensors and plain values.
 
     With p probes of m metrics over n parameters: at most 64 sketches of 4 k min(n, 4096) bytes, 24 bytes for each of
-    at most 64 p overlaps, 8 m + 16 k + 40 bytes a record, and the names and shapes of the parameters.
+    at most 64 p overlaps, 8 m + 16 k + 40 bytes a record, the names and shapes of the parameters, and a gathered sample
+    if it is small (see `sample_state`).
     """
     return {
         "format": FORMAT,
@@ -85,6 +90,7 @@ def encode(state: RunState) -> dict[str, Any]:
         "overlaps": _encode_overlaps(state.overlaps),
         "open": state.is_open,
         "schedule": encode_position(state.position),
+        "sample": encode_gathered(state.sample),
     }
 
 
@@ -110,6 +116,7 @@ def decode(saved: Any) -> RunState:
         is_open=is_open,
         overlaps=overlaps,
         position=decode_position(entries.below("schedule")),
+        sample=decode_gathered(entries.any("sample")),
     )
 
 

@@ -209,6 +209,8 @@ def take_probe(
         solve=solve,
     )
     metrics = {} if subspace is None else solver_metrics(subspace)
+    if sample.filled is not None:
+        metrics["solver/sample_filled"] = sample.filled
     for measurement in measurements:
         if is_taken(measurement, number, subspace):
             metrics.update(measurement.measure(probe))

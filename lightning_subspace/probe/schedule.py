@@ -96,6 +96,11 @@ class Schedule:
         return bool(self.passed_over) and (not isinstance(self.every_n_steps, int) or self._num_probes <= 1)
 
     @property
+    def is_listed(self) -> bool:
+        """Whether exactly the steps of a list are asked for."""
+        return not isinstance(self.every_n_steps, int)
+
+    @property
     def probes_first_step(self) -> bool:
         """Whether to probe where training starts: always, unless a list says otherwise."""
         return isinstance(self.every_n_steps, int) or self._last_step in self.every_n_steps

@@ -102,8 +102,8 @@ class ProbeRunner:
         if not is_resumed and self.source.is_gathered and self.settings.sample != "current":
             with self.ranks.agree():
                 self.notices.info_once(
-                    "the sample is gathered anew, as the checkpoint does not hold it (it is too large or no plain data, "
-                    "or there are several processes); probes go on when it is full."
+                    "the sample is gathered anew, as the checkpoint does not hold it (too large, no plain data, or "
+                    "dealt to several processes); probes go on when it is full."
                 )
 
     def see_batch(self, trainer: Trainer, after: Callable[[], None]) -> bool:

@@ -30,13 +30,16 @@ class Reading:
     """Progress of a reading, and its limit.
 
     Args:
-        count: number of examples to be read; None where it is not known.
         limit: seconds; infinite for none.
         clock: seconds, monotonic.
 
+    Attributes:
+        count: number of examples to be read; None where it is not known.
+
     Example:
         >>> now = [0.0]
-        >>> reading = Reading(8, 60.0, clock=lambda: now[0])
+        >>> reading = Reading(60.0, clock=lambda: now[0])
+        >>> reading.count = 8
         >>> reading.check()
         >>> now[0] = 61.0
         >>> reading.check()
@@ -44,11 +47,9 @@ class Reading:
         TimeoutError: read_timeout: expected the sample to be read within 60 s, got 0 of 8 examples by then; ...
     """
 
-    def __init__(
-        self, count: int | None = None, limit: float = math.inf, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, limit: float = math.inf, clock: Callable[[], float] = time.monotonic) -> None:
+        self.count: int | None = None
         self._limit = limit
-        self._count = count
         self._clock = clock
         self._began = self._told = clock()
         self._seen = 0
@@ -91,11 +92,11 @@ class Reading:
         """What a reading that takes too long ends with."""
         return (
             f"read_timeout: expected the sample to be read within {self._limit:g} s, got {self._seen:,} of "
-            f"{self._of()} by then; pass a larger one, or a number as sample=, whose examples are gathered from training."
+            f"{self._of()} by then; pass a larger one, or a number as sample=, whose examples come from training."
         )
 
     def _of(self) -> str:
-        return "the examples" if self._count is None else f"{self._count:,} examples"
+        return "the examples" if self.count is None else f"{self.count:,} examples"
 
     @staticmethod
     def _tell(text: str) -> None:

@@ -188,6 +188,7 @@ def sample_of_dataset(
     else:
         population = training_set.population
         units = _units(training_set, loader, sample, goal, batch_size, generator)
+        reading.count = sum(map(len, units))
     for unit, item in zip(units, read(loader, units, generator, reading), strict=True):
         size = None if gives_batches(loader) else len(unit)
         batches.append(micro_batch(item, len(batches), weight, size=size, ranks=ranks))
@@ -218,6 +219,7 @@ def micro_batch(
         size: number of examples; by default the length of the first tensor, or 1 without one but with a `weight`.
         transferred: whether it has been through the transfer hooks.
         ranks: the process group; the owner keeps the data, and all ranks those of the first batch.
+        counter: tells the number of examples.
 
     Raises:
         SampleError: when the number of examples cannot be told.
@@ -256,6 +258,8 @@ def _read(loader: DataLoader[Any], ranks: Ranks, reading: Reading) -> Iterator[A
     held = [loader.dataset, getattr(inner or sampler, "data_source", None)]
     with unmoved([loader, sampler, inner], held):
         units = ranks.broadcast_object(list(sampler))
+    if loader.batch_sampler is not None:
+        reading.count = sum(map(len, units))
     return read(loader, units, torch.Generator().manual_seed(0), reading)
 
 

@@ -52,7 +52,7 @@ def sample_of_loaders(loaders: CombinedLoader, spec: SampleSpec, ranks: Ranks) -
     goal = None if sample is None or gradient_sample is None else max(sample, gradient_sample)
     parts = loaders.flattened
     limits = [math.inf] * len(parts) if loaders.limits is None else loaders.limits
-    reading = Reading(goal, spec.read_timeout)
+    reading = Reading(spec.read_timeout)
     if len(parts) == 1 and loaders.iterables is parts[0]:
         options: dict[str, Any] = {"batch_size": spec.batch_size, "weight": spec.weight, "seed": spec.seed}
         return sample_of_dataset(
@@ -76,6 +76,7 @@ def sample_of_loaders(loaders: CombinedLoader, spec: SampleSpec, ranks: Ranks) -
         size = sum(len(chunk.indices) for chunk in used)
         chosen.append((combined[i], used, size))
         seen += size
+    reading.count = seen
     data = []
     for number, loader in enumerate(parts):
         units = [chunk.indices for _, used, _ in chosen for chunk in used if chunk.part == number]

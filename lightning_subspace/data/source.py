@@ -88,7 +88,7 @@ class SampleSource:
         if spec.sample == "current":
             return
         if not isinstance(spec.sample, int | str):
-            self.sample = sample_of_batches(spec.sample, spec.weight, ranks, Reading(None, spec.read_timeout))
+            self.sample = sample_of_batches(spec.sample, spec.weight, ranks, Reading(spec.read_timeout))
             return
         loaders = training_loaders(trainer)
         self._data = _data_of(loaders)

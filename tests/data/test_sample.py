@@ -17,7 +17,7 @@ from tests.data.datasets import COUNT, Numbered, RandomStream, Ready, Stream, al
 def test_examples_are_drawn_without_repetition_and_not_in_order():
     sample = sample_of_dataset(loader(), 20, 20)
     drawn = indices(sample.hessian)
-    assert len(set(drawn)) == len(drawn) == 20
+    assert len(set(drawn)) == len(drawn) == 24  # whole batches, of 8
     assert set(drawn) <= set(range(COUNT))
     assert drawn != sorted(drawn)
     assert sample.extra == ()
@@ -34,17 +34,18 @@ def test_all_examples(sample):
 def test_the_gradient_sample_continues_that_of_the_hessian():
     sample = sample_of_dataset(loader(), 12, 30)
     first, rest = indices(sample.hessian), indices(sample.extra)
-    assert (len(first), len(rest)) == (12, 18)
+    assert (len(first), len(rest)) == (16, 16)
     assert not set(first) & set(rest)
-    assert (sample.hessian_share, sample.gradient_share) == (12 / COUNT, 30 / COUNT)
+    assert (sample.hessian_share, sample.gradient_share) == (16 / COUNT, 32 / COUNT)
 
 
 @pytest.mark.parametrize("size", [1, 5, 12, 30])
 def test_a_smaller_sample_is_the_beginning_of_a_larger_one(size):
     whole = indices(sample_of_dataset(loader(), None).hessian)
     part = sample_of_dataset(loader(), size, 40)
-    assert indices(part.hessian) == whole[:size]
-    assert indices(part.extra) == whole[size:40]
+    cut = -(-size // 8) * 8
+    assert indices(part.hessian) == whole[:cut]
+    assert indices(part.extra) == whole[cut:40]
 
 
 def test_a_gradient_sample_of_everything_and_one_that_is_too_small():
@@ -53,26 +54,30 @@ def test_a_gradient_sample_of_everything_and_one_that_is_too_small():
     assert sample_of_dataset(loader(), 12, 5).extra == ()
 
 
-def test_uneven_batches_are_weighted_by_their_examples():
+def test_a_part_has_batches_of_the_size_of_training():
     sample = sample_of_dataset(loader(), 20, 31)
-    assert sizes(sample.hessian) == [6, 7, 7]
-    assert sizes(sample.extra) == [5, 6]
+    assert sizes(sample.hessian) == [8, 8, 8]
+    assert sizes(sample.extra) == [8]
+
+
+def test_uneven_batches_are_weighted_by_their_examples():
+    sample = sample_of_dataset(loader(), 20, None)
+    assert sizes(sample.extra) == [6, 7, 6, 7]  # nearly equal: a batch-norm refuses a batch of one
     batches = [*sample.hessian, *sample.extra]
-    assert [batch.weight for batch in batches] == [6.0, 7.0, 7.0, 5.0, 6.0]
-    assert [batch.index for batch in batches] == list(range(5))
+    assert [batch.weight for batch in batches] == [8.0, 8.0, 8.0, 6.0, 7.0, 6.0, 7.0]
+    assert [batch.index for batch in batches] == list(range(7))
     assert not any(batch.transferred for batch in batches)
 
 
-def test_drop_last_drops_nothing_here():
-    assert sizes(sample_of_dataset(loader(drop_last=True), 10).hessian) == [5, 5]
-
-
-def test_no_example_is_left_over_alone():
-    assert sizes(sample_of_dataset(loader(), 17).hessian) == [5, 6, 6]  # a batch-norm refuses a batch of one
+@pytest.mark.parametrize("sample", [10, 49, None])
+def test_with_drop_last_all_batches_are_complete(sample):
+    found = sizes(sample_of_dataset(loader(drop_last=True), sample, sample).hessian)
+    assert found == [8] * (2 if sample == 10 else COUNT // 8)
 
 
 def test_the_batch_size_can_be_chosen():
-    assert sizes(sample_of_dataset(loader(), 10, batch_size=7).hessian) == [5, 5]
+    assert sizes(sample_of_dataset(loader(), 10, 10, batch_size=7).hessian) == [7, 7]
+    assert sizes(sample_of_dataset(loader(drop_last=True), None, batch_size=9).hessian) == [8] * 6
 
 
 def test_items_that_are_batches_are_drawn_whole():
@@ -89,8 +94,8 @@ def test_items_that_are_batches_are_drawn_whole():
 
 
 def test_a_weight_function():
-    sample = sample_of_dataset(loader(), 10, weight=lambda batch: 1.0 + len(batch[0]))
-    assert [batch.weight for batch in sample.hessian] == [6.0, 6.0]
+    sample = sample_of_dataset(loader(), 10, 10, weight=lambda batch: 1.0 + len(batch[0]))
+    assert [batch.weight for batch in sample.hessian] == [9.0, 9.0]
 
 
 def test_the_sample_holds_its_own_copies():
@@ -195,11 +200,12 @@ class Unsized:
     ("make", "match"),
     [
         (lambda: sample_of_dataset(loader(Stream()), 5), "iterable"),
-        (lambda: sample_of_dataset(DataLoader(Unsized(), sampler=range(3)), 5), "no fixed examples"),
+        (lambda: sample_of_dataset(DataLoader(Unsized(), sampler=range(3)), 5), "whose end is known"),
         (lambda: sample_of_dataset(loader(Numbered(0)), 5), "empty"),
         (lambda: sample_of_dataset(loader(sampler=SubsetRandomSampler([])), 5), "empty"),
         (lambda: sample_of_dataset([torch.zeros(3)], 5), "list"),
         (lambda: sample_of_dataset(loader(batch_sampler=[[0], [1, 2]]), 5), "batch_size"),
+        (lambda: sample_of_dataset(loader(batch_size=60, drop_last=True, shuffle=True), 5), "drop_last"),
         (lambda: sample_of_dataset(loader(), 5, weight=lambda batch: 0.0), "positive"),
         (lambda: sample_of_batches([]), "at least one"),
         (lambda: sample_of_batches(["no tensor"]), "weight="),

@@ -33,7 +33,7 @@ def test_only_what_a_subset_sampler_may_draw():
 )
 def test_a_batch_sampler(inner):
     sample = sample_of_dataset(DataLoader(Numbered(), batch_sampler=BatchSampler(inner, 6, drop_last=True)), 15)
-    assert sizes(sample.hessian) == [5, 5, 5]
+    assert sizes(sample.hessian) == [6, 6, 6]
     if isinstance(inner, SubsetRandomSampler):
         assert COUNT - 1 not in indices(sample.hessian)
 
@@ -120,7 +120,7 @@ def doubled(examples):
 
 def test_the_collate_function_is_the_loaders():
     sample = sample_of_dataset(loader(collate_fn=doubled), 10)
-    assert [batch.data[1].tolist() for batch in sample.hessian] == [[2.0] * 5, [2.0] * 5]
+    assert [batch.data[1].tolist() for batch in sample.hessian] == [[2.0] * 8, [2.0] * 8]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -8,8 +8,7 @@ size, since a loss with batch-norm in train mode depends on it. They stay on the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -20,17 +19,20 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_subspace._lightning import rank_zero_warn
 from lightning_subspace.data.assignment import owner_rank
+from lightning_subspace.data.example_count import ExampleCounter, Reading, readings
 from lightning_subspace.data.micro_batch import (
     MicroBatch,
     SampleError,
     Weight,
     checksum,
     detached_copy,
-    number_of_examples,
-    tensors_of,
+    places,
+    with_equal_weights,
 )
 from lightning_subspace.data.training_set import TrainingSet, batch_size_of, gives_batches, load
 from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.state.copies import tensors_of
+from lightning_subspace.state.layouts import bytes_of
 from lightning_subspace.state.object_graph import restore
 from lightning_subspace.state.rng import preserved_random_state
 
@@ -71,7 +73,7 @@ class Sample:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors on this rank."""
-        return sum(t.nbytes for b in (*self.hessian, *self.extra) for t in tensors_of(b.data))
+        return sum(bytes_of(t) for b in (*self.hessian, *self.extra) for t in tensors_of(b.data))
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,12 @@ def sample_of_batches(batches: Iterable[Any], weight: Weight | None = None, rank
     Args:
         batches: a list of batches or of (batch, weight) pairs with a plain number as weight, or a loader. A DataLoader
             is read to its end by workers of our own, in the order of its sampler; its generators are put back.
-        weight: weight of a batch in the mean; by default its number of examples.
+        weight: weight of a batch in the mean; by default its number of examples, told from all batches together, or
+            the same for all where it cannot be told (see `ExampleCounter`).
         ranks: the process group; all ranks give the same batches.
 
     Raises:
-        SampleError: when there are none, or the number of examples cannot be told.
+        SampleError: when there are none, or one cannot be copied.
 
     Example:
         >>> [b.weight for b in sample_of_batches([torch.zeros(32, 2), torch.zeros(8, 2)]).hessian]
@@ -106,9 +109,19 @@ def sample_of_batches(batches: Iterable[Any], weight: Weight | None = None, rank
         raise SampleError("batches: expected a list of batches, got one batch, a tuple of tensors; pass [batch].")
     with preserved_random_state():  # a shuffling loader draws from the global generator
         items = _read(batches, ranks) if isinstance(batches, DataLoader) else batches
-        found = [_given(item, weight, index, ranks) for index, item in enumerate(items)]
+        found, uncounted = list[MicroBatch](), dict[int, Mapping[str, Reading]]()
+        for index, item in enumerate(items):
+            is_weighted = weight is not None or isinstance(item, MicroBatch) or _is_pair(item)
+            found.append(_given(item, (lambda data: 1.0) if not is_weighted else weight, index, ranks))
+            if not is_weighted:
+                uncounted[index] = readings(item)
     if not found:
         raise SampleError("batches: expected at least one batch, got none.")
+    counter = ExampleCounter(batches.batch_size if isinstance(batches, DataLoader) else None)
+    counter.learn(list(uncounted.values()))
+    counted = [_counted(found[index], counter.count_of(reading)) for index, reading in uncounted.items()]
+    for index, batch in zip(uncounted, with_equal_weights(counted), strict=True):
+        found[index] = batch
     require_same_batches(found, ranks)
     return Sample(tuple(found))
 
@@ -116,7 +129,7 @@ def sample_of_batches(batches: Iterable[Any], weight: Weight | None = None, rank
 def sample_of_current(batch: Any, ranks: Ranks | None = None) -> Sample:
     """Copy the present training batch, of all ranks with equal weights."""
     ranks = ranks or Ranks()
-    own = MicroBatch(detached_copy(batch), 1.0, ranks.index, transferred=True)
+    own = MicroBatch(detached_copy(batch), 1.0, ranks.index, transferred=True, off_cpu=places(batch))
     other = replace(own, data=None, is_local=False)
     return Sample(tuple(own if rank == ranks.index else replace(other, index=rank) for rank in range(ranks.count)))
 
@@ -155,14 +168,15 @@ def sample_of_dataset(
     generator = torch.Generator().manual_seed(seed)
     order = training_set.order(generator)
     goal = None if sample is None or gradient_sample is None else max(sample, gradient_sample)
-    population, batches = math.inf, list[MicroBatch]()
+    population, batches, counter = math.inf, list[MicroBatch](), ExampleCounter()
     if gives_batches(loader):
         seen = 0
         for item in load(loader, order, generator):
-            batches.append(micro_batch(item, len(batches), weight, ranks=ranks))
+            batches.append(micro_batch(item, len(batches), weight, ranks=ranks, counter=counter))
             seen += batches[-1].size
             if goal is not None and seen >= goal:
                 break
+        batches = with_equal_weights(batches)
     else:
         population, size = training_set.population, batch_size or batch_size_of(loader)
         chunks = [*_evenly(order[:sample], size), *_evenly(order[len(order[:sample]) : goal], size)]
@@ -180,6 +194,7 @@ def micro_batch(
     size: int | None = None,
     transferred: bool = False,
     ranks: Ranks | None = None,
+    counter: ExampleCounter | None = None,
 ) -> MicroBatch:
     """Copy a batch to the CPU as a micro-batch.
 
@@ -187,18 +202,23 @@ def micro_batch(
         data: the batch.
         index: its place in the sample.
         weight: weight of a batch in the mean; by default its number of examples.
-        size: number of examples; by default the length of the first tensor, or 1 without one but with a `weight`.
+        size: number of examples; by default told by the `counter`.
         transferred: whether it has been through the transfer hooks.
         ranks: the process group; the owner keeps the data, and all ranks those of the first batch.
+        counter: of examples, with what it has learned from other batches. Where it cannot tell, the weight is 1 (see
+            `with_equal_weights`) and the size what the loader puts into a batch, or 1.
 
     Raises:
-        SampleError: when the number of examples cannot be told.
+        SampleError: for a batch that cannot be copied.
     """
-    if size is None:
-        size = 1
-        with suppress(*([] if weight is None else [SampleError])):
-            size = number_of_examples(data)
-    batch = MicroBatch(data, float(size if weight is None else weight(data)), index, transferred, size)
+    counter = ExampleCounter() if counter is None else counter
+    count = counter.count(data) if size is None else size
+    examples = (counter.batch_size or 1) if count is None else count
+    value = weight(data) if weight is not None else 1.0 if count is None else count
+    is_counted = weight is not None or count is not None
+    batch = MicroBatch(data, float(value), index, transferred, examples, is_counted=is_counted)
+    if transferred:
+        batch = replace(batch, off_cpu=places(data))
     if ranks is not None and ranks.count > 1:
         batch = replace(batch, checksum=checksum(data))
         if index > 0 and owner_rank(batch, ranks) != ranks.index:
@@ -209,9 +229,20 @@ def micro_batch(
 def _given(item: Any, weight: Weight | None, index: int, ranks: Ranks) -> MicroBatch:
     if isinstance(item, MicroBatch):
         return item
-    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], (int, float)):
+    if _is_pair(item):
         return micro_batch(item[0], index, lambda data: item[1], ranks=ranks)
     return micro_batch(item, index, weight, ranks=ranks)
+
+
+def _is_pair(item: Any) -> bool:
+    """Whether an item is a batch with its weight."""
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], (int, float))
+
+
+def _counted(batch: MicroBatch, count: int | None) -> MicroBatch:
+    if count is None:
+        return replace(batch, is_counted=False)
+    return replace(batch, weight=float(count), size=count)
 
 
 def _read(loader: DataLoader[Any], ranks: Ranks) -> Iterator[Any]:

@@ -216,7 +216,7 @@ class CurvatureConfig:
         return row.check(wide, batch, seed=self.seed)
 
     def _can_evaluate(self, module: nn.Module, batch: MicroBatch, partition: Partition) -> bool:
-        """Whether there is a finite loss of a part of a batch; on this rank."""
+        """Whether a part of a batch has a finite loss."""
         with self.loss(module, partition.space, partition.ranks) as loss:
             try:
                 loss(batch)

@@ -1,4 +1,4 @@
-"""Parts of a batch: a few of its examples, in all that it holds.
+"""Parts of a batch: a few examples, in all that it holds.
 
 A batch is cut only if everything in it has one number of examples. A tensor with another first dimension, a sparse or
 nested one, an object of a class of its own: any of them may belong to the whole, so the batch stays whole.

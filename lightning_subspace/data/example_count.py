@@ -118,7 +118,10 @@ class ExampleCounter:
         return chosen is not None
 
     def _narrow(self, known: Mapping[str, Reading]) -> int:
-        """Read the known places; where they differ, stay with what most say, or with what has changed."""
+        """Read the known places, and keep those that agree.
+
+        Where they differ, what most say counts, and in a tie what has changed.
+        """
         clear = _unambiguous({place: (self.learned[place], reading.length) for place, reading in known.items()})
         known = {place: known[place] for place in clear}
         votes: Counter[int] = Counter()
@@ -240,7 +243,7 @@ def _trusted(value: Any, items: Mapping[Any, Any], name: str) -> int | None:
 
 
 def _unambiguous(columns: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Of a list's length and what its items say, the one that varies over batches."""
+    """Leave out what stays the same beside what varies, in one list."""
     dropped: set[str] = set()
     for place, column in columns.items():
         if not place.endswith(LENGTH):

@@ -80,7 +80,7 @@ def single_examples(batch: MicroBatch) -> list[MicroBatch] | None:
 
 
 def with_equal_weights(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-    """The batches; with equal weights and a word if the size of one is not known."""
+    """The batches, equally weighted if one is not counted, with a word."""
     if all(batch.is_counted for batch in batches):
         return list(batches)
     if len(batches) > 1:
@@ -104,7 +104,7 @@ def detached_copy(data: Any, device: str | None = None) -> Any:
 
 
 def places(data: Any) -> tuple[bool, ...]:
-    """For each tensor, in the order of copying, whether it is off the CPU."""
+    """Whether each tensor is off the CPU, in the order of copying."""
     return tuple(is_off_cpu(tensor) for tensor in tensors_of(data))
 
 

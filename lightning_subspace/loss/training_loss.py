@@ -188,7 +188,7 @@ class TrainingLoss:
         return Evaluation(as_scalar(output, type(self.module).__name__, finite=finite), leaves)
 
     def _copied(self, batch: MicroBatch) -> Any:
-        """The data as training_step gets them: a copy, since it may write into its batch."""
+        """A copy of the data for training_step, which may write into it."""
         off_cpu = iter(repeat(True) if batch.off_cpu is None else batch.off_cpu)
 
         def copy_tensor(tensor: Tensor) -> Tensor:

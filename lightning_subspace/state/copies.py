@@ -90,7 +90,7 @@ class _TensorCopies(TorchFunctionMode):
         self._new: dict[int, Tensor] = {}  # what the copying code has made itself
 
     def complete(self) -> None:
-        """Give the attributes also to a copy that a class has made of a copy, as a Parameter does."""
+        """Give attributes to the copies of copies, as of a Parameter."""
         for key, (_, new) in self._copies.items():
             if isinstance(last := self._memo.get(key), Tensor) and last is not new:
                 vars(last).update(vars(new))

@@ -20,7 +20,7 @@ WHOLE = (
 
 
 def fields(value: Any) -> dict[Any, Any]:
-    """What a value holds, by key, index or name; {} if it is whole.
+    """Contents of a value by key, index or name; {} if whole.
 
     Properties are not called: only what is stored counts. Sets have no order and count as whole.
 

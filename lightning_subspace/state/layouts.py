@@ -12,7 +12,7 @@ COMPRESSED_COLUMNS = (torch.sparse_csc, torch.sparse_bsc)
 
 
 def dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Strided tensors that hold a tensor's data: itself, or indices and values, or the nested ones.
+    """Strided tensors of the data: itself, indices and values, or nested ones.
 
     Example:
         >>> [tuple(part.shape) for part in dense_parts(torch.eye(3).to_sparse_csr())]

@@ -24,6 +24,7 @@ Key = TypeVar("Key")
 TRUSTED = ("num_graphs", "batch_size")  # of the batches of torch_geometric, DGL and tensordict
 LENGTH, EACH = "len()", "[*]"  # places: the length of a list, and what all its items agree in
 MOST_DEPTH = 6
+BUILT_IN = (type(None), str, bytes, int, float, bool, complex, dict, list, tuple, set)
 MOST_SINGLE = 8  # items of a list that are read one by one where they do not agree
 # A list of two or three like tensors is rather (x, y) or two views than two examples; of more, nobody can say.
 FEW_FIELDS = 3
@@ -232,7 +233,7 @@ def _kind(value: Any) -> Any:
 
 def _trusted(value: Any, items: Mapping[Any, Any], name: str) -> int | None:
     number = items.get(name)
-    if number is None and value is not None and not isinstance(value, str | bytes | int | float | dict | list | tuple):
+    if number is None and type(value) not in BUILT_IN:
         try:
             number = getattr(value, name, None)
         except Exception:  # a property of the user's

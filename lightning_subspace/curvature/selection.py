@@ -136,8 +136,8 @@ class CurvatureConfig:
     def check(self, module: nn.Module, sample: Sample, partition: Partition | None = None) -> SelfCheck:
         """The self-check on a few examples of the sample's first micro-batch.
 
-        Every rank checks the first rank's batch, and the first rank's result counts. A batch that cannot be cut is
-        taken whole. No `partition`: all parameters, this process alone.
+        Every rank checks the first rank's batch, and the first rank's result counts. A batch that cannot be cut, or
+        whose part has no loss, is taken whole. No `partition`: all parameters, this process alone.
 
         Raises:
             LossError: when the loss cannot be evaluated, or gives two values for one batch; when differences on the
@@ -147,13 +147,16 @@ class CurvatureConfig:
         if self._is_on_shards(module):
             return self._check_on_shards(module, sample, partition)
         first, whole = partition.ranks.broadcast_object, sample.hessian[0]
-        few = few_examples(whole, OPERATORS[self.curvature].check_examples)
-        few_is_part = few is not whole
-        few = first(few)
-        result = first(self._compare(module, few, partition))
-        if result.outcome is CheckOutcome.INCONCLUSIVE and first(few_is_part):
-            result = first(self._compare(module, first(whole), partition))
-        self._evaluate_twice(module, few, partition)
+        batch = few_examples(whole, OPERATORS[self.curvature].check_examples)
+        is_part = first(batch is not whole)
+        batch = first(batch)
+        if is_part and not first(self._can_evaluate(module, batch, partition)):
+            batch, is_part = first(whole), False
+        result = first(self._compare(module, batch, partition))
+        if result.outcome is CheckOutcome.INCONCLUSIVE and is_part:
+            batch = first(whole)
+            result = first(self._compare(module, batch, partition))
+        self._evaluate_twice(module, batch, partition)
         return result
 
     def follow(
@@ -211,6 +214,15 @@ class CurvatureConfig:
             return SelfCheck(CheckOutcome.SKIPPED, reason="differences of float64 gradients need none")
         wide = self._loss(module, space, partition.ranks, torch.float64, row.check_order)
         return row.check(wide, batch, seed=self.seed)
+
+    def _can_evaluate(self, module: nn.Module, batch: MicroBatch, partition: Partition) -> bool:
+        """Whether a part of a batch has a finite loss."""
+        with self.loss(module, partition.space, partition.ranks) as loss:
+            try:
+                loss(batch)
+            except Exception:  # the user's code may need the whole in any way
+                return False
+        return True
 
     def _evaluate_twice(self, module: nn.Module, batch: MicroBatch, partition: Partition) -> None:
         with self.loss(module, partition.space, partition.ranks) as loss:

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from lightning_subspace.data.example_count import ExampleCounter
-from lightning_subspace.data.micro_batch import MicroBatch, Weight, nbytes_of
+from lightning_subspace.data.micro_batch import MicroBatch, Weight, with_equal_weights
 from lightning_subspace.data.sample import Sample, micro_batch
 from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.state.copies import tensors_of
 from lightning_subspace.state.free_memory import free_memory
+from lightning_subspace.state.layouts import bytes_of
 
 FREE_SHARE = 0.25  # of the free memory, that the copies may take
 
@@ -79,6 +81,7 @@ class GatheredSample:
         self._counter = ExampleCounter(batch_size)
         self._batches: list[MicroBatch] = []
         self._sample: Sample | None = None
+        self._has_warned = False  # of weights that are not known
         self._room: float | None = None  # bytes that are left for copies on this rank
 
     @property
@@ -102,7 +105,9 @@ class GatheredSample:
         if not self._batches or (not self.is_closed and self.num_examples < self._sizes[0]):
             return None
         if self._sample is None:
-            self._sample = replace(Sample.of(self._batches, self._sizes[0]), filled=self.filled)
+            batches = with_equal_weights(self._batches, warn=not self._has_warned)
+            self._has_warned = self._has_warned or not all(batch.is_counted for batch in batches)
+            self._sample = replace(Sample.of(batches, self._sizes[0]), filled=self.filled)
         return self._sample
 
     def add(self, batch: Any, epoch: int) -> None:
@@ -121,7 +126,7 @@ class GatheredSample:
             if not self._batches:  # what a batch's number of examples is, is decided once, and for all ranks
                 self._counter.learned = self._ranks.broadcast_object(self._counter.learned)
                 own = micro_batch(batch, index, self._weight, counter=self._counter, transferred=True)
-            fits = self._take_room(nbytes_of(own.data))
+            fits = self._take_room(sum(bytes_of(tensor) for tensor in tensors_of(own.data)))
             listed = self._ranks.all_gather_object((replace(own, data=None, is_local=False), fits))
         if not all(fits for _, fits in listed) and self._batches:
             self.bound = (

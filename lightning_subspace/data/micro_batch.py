@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_subspace.state.copies import copied
+from lightning_subspace._lightning import rank_zero_warn
+from lightning_subspace.data.cut import common_length, cut
+from lightning_subspace.state.copies import CopyError, copied, tensors_of
+from lightning_subspace.state.layouts import dense_parts
 
 Weight = Callable[[Any], float]
 
@@ -30,10 +33,13 @@ class MicroBatch:
         weight: weight in means, positive and finite, not normalised: the number of examples or tokens.
         index: its place in the sample; fixes `batch_idx` and the random seed.
         transferred: whether it has been through the transfer hooks, as a batch seen in training has.
-        size: number of examples; 0 if not known.
+        size: number of examples; if that is not known, the loader's batch size.
         is_local: whether this rank holds the data.
         checksum: of the data, with several ranks; see `require_same_batches`.
         draw: second part of the random seed, different for the examples of one batch.
+        is_counted: whether the weight is known; otherwise it is 1, see `with_equal_weights`.
+        off_cpu: of a transferred batch: for each tensor, in the order of copying, whether training has it on another
+            device than the CPU, and evaluations too; None: all of them.
 
     Raises:
         SampleError: for a weight that is not positive and finite.
@@ -47,6 +53,8 @@ class MicroBatch:
     is_local: bool = True
     checksum: int = 0
     draw: int = 0
+    is_counted: bool = True
+    off_cpu: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 < self.weight < math.inf:
@@ -55,67 +63,96 @@ class MicroBatch:
 
 def few_examples(batch: MicroBatch, count: int) -> MicroBatch:
     """The first `count` examples, or the batch if it cannot be cut."""
-    length = _common_length(batch.data)
+    length = _cuttable_length(batch)
     if length is None or length <= count:
         return batch
-    data = apply_to_collection(batch.data, Tensor, lambda t: t[:count])
-    return MicroBatch(data, float(count), batch.index, batch.transferred)
+    few = replace(batch, data=cut(batch.data, length, slice(0, count)), weight=float(count), size=count)
+    return replace(few, off_cpu=_off_cpu_of_part(batch, few.data))
 
 
 def single_examples(batch: MicroBatch) -> list[MicroBatch] | None:
     """The examples as views, or None if the batch cannot be cut."""
-    length = _common_length(batch.data)
+    length = _cuttable_length(batch)
     if length is None:
         return None
-    pieces = [apply_to_collection(batch.data, Tensor, Tensor.__getitem__, slice(i, i + 1)) for i in range(length)]
-    return [MicroBatch(data, 1.0, batch.index, batch.transferred, size=1, draw=i) for i, data in enumerate(pieces)]
+    pieces = [cut(batch.data, length, slice(i, i + 1)) for i in range(length)]
+    one = replace(batch, weight=1.0, size=1)
+    return [replace(one, data=data, draw=i, off_cpu=_off_cpu_of_part(batch, data)) for i, data in enumerate(pieces)]
 
 
-def number_of_examples(batch: Any) -> int:
-    """Length of the first dimension of the first tensor in a batch.
+def parts_of(batch: MicroBatch, sizes: Sequence[int]) -> list[MicroBatch] | None:
+    """Consecutive parts of so many examples each, as views, or None if the batch cannot be cut.
 
-    Raises:
-        SampleError: when there is no tensor with a dimension.
+    They have the index of the batch; their weights are in the proportion of their sizes.
     """
-    for tensor in tensors_of(batch):
-        if tensor.ndim:
-            return len(tensor)
-    raise SampleError(
-        f"sample: expected batches with a tensor, whose length is the number of examples, got one of type "
-        f"{type(batch).__name__}; pass weight=, a function from a batch to a number."
-    )
+    length = _cuttable_length(batch)
+    if length is None or length != sum(sizes):
+        return None
+    parts = []
+    for start, size in zip(accumulate(sizes, initial=0), sizes, strict=False):
+        data = cut(batch.data, length, slice(start, start + size))
+        part = replace(batch, data=data, weight=batch.weight * size / length, size=size)
+        parts.append(replace(part, off_cpu=_off_cpu_of_part(batch, data)))
+    return parts
+
+
+def with_equal_weights(batches: Sequence[MicroBatch], *, warn: bool = True) -> list[MicroBatch]:
+    """The batches, equally weighted if one is not counted, with a word."""
+    if all(batch.is_counted for batch in batches):
+        return list(batches)
+    if warn and len(batches) > 1:
+        rank_zero_warn(
+            "SubspaceMonitor: weight: expected batches whose number of examples can be told, got some with several "
+            "possible numbers or none; all batches count the same. Pass weight=, a function from a batch to a number."
+        )
+    return [replace(batch, weight=1.0) for batch in batches]
 
 
 def detached_copy(data: Any, device: str | None = None) -> Any:
-    """A deep copy without graphs, on the given or the same device."""
-    return copied(data, lambda t: t.detach().to(device or t.device, copy=True))
+    """A deep copy without graphs, on the given or the same device.
+
+    Raises:
+        SampleError: for a batch that cannot be copied.
+    """
+    try:
+        return copied(data, lambda t: t.detach().to(device or t.device, copy=True))
+    except CopyError as error:
+        raise SampleError(str(error)) from error
+
+
+def places(data: Any) -> tuple[bool, ...]:
+    """Whether each tensor is off the CPU, in the order of copying."""
+    return tuple(is_off_cpu(tensor) for tensor in tensors_of(data))
+
+
+def is_off_cpu(tensor: Tensor) -> bool:
+    """Whether a tensor is on another device than the CPU."""
+    return tensor.device.type != "cpu"
 
 
 def checksum(data: Any) -> int:
-    """Checksum of the dense tensors in a batch.
+    """Checksum of the tensors in a batch.
 
     Example:
         >>> checksum([torch.zeros(2), "a"]) == checksum({"x": torch.zeros(2)}), checksum(torch.ones(2)) == 0
         (True, False)
     """
-    dense = (t.detach().cpu() for t in tensors_of(data) if t.layout is torch.strided and t.numel())
-    values = (t.resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for t in dense)
-    return zlib.crc32(repr([zlib.crc32(value) for value in values]).encode())
+    dense = (part.detach().cpu() for tensor in tensors_of(data) for part in dense_parts(tensor) if part.numel())
+    plain = (part.resolve_conj().resolve_neg().contiguous().as_subclass(Tensor).reshape(-1) for part in dense)
+    return zlib.crc32(repr([zlib.crc32(part.view(torch.uint8).numpy().tobytes()) for part in plain]).encode())
 
 
-def tensors_of(data: Any) -> list[Tensor]:
-    """The tensors in the collections of a batch."""
-    found: list[Tensor] = []
-    apply_to_collection(data, Tensor, found.append)
-    return found
+def _cuttable_length(batch: MicroBatch) -> int | None:
+    """Number of examples that a batch can be cut into, or None."""
+    length = common_length(batch.data, batch.size)
+    if length is not None and batch.off_cpu is not None and len(set(batch.off_cpu)) > 1:
+        # a list of examples has fewer tensors when it is cut, and nothing says which of them are on the CPU
+        part = cut(batch.data, length, slice(0, 1))
+        return length if len(tensors_of(part)) == len(batch.off_cpu) else None
+    return length
 
 
-def _common_length(data: Any) -> int | None:
-    """The first dimension that all tensors share, not 0, or None."""
-    lengths = {len(t) if t.ndim else 0 for t in tensors_of(data)}
-    return (lengths.pop() or None) if len(lengths) == 1 else None
-
-
-def nbytes_of(data: Any) -> int:
-    """Bytes of the tensors in a batch."""
-    return sum(t.nbytes for t in tensors_of(data))
+def _off_cpu_of_part(batch: MicroBatch, part: Any) -> tuple[bool, ...] | None:
+    if not batch.off_cpu or len(set(batch.off_cpu)) > 1:
+        return batch.off_cpu
+    return batch.off_cpu[:1] * len(tensors_of(part))

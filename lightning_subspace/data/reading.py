@@ -26,7 +26,7 @@ TELL_EVERY = 10.0  # seconds
 READ_TIMEOUT = 600.0  # seconds that a training may wait for its sample
 
 
-class Reading:
+class ReadProgress:
     """Progress of a reading, and its limit.
 
     Args:
@@ -38,11 +38,11 @@ class Reading:
 
     Example:
         >>> now = [0.0]
-        >>> reading = Reading(60.0, clock=lambda: now[0])
-        >>> reading.count = 8
-        >>> reading.check()
+        >>> progress = ReadProgress(60.0, clock=lambda: now[0])
+        >>> progress.count = 8
+        >>> progress.check()
         >>> now[0] = 61.0
-        >>> reading.check()
+        >>> progress.check()
         Traceback (most recent call last):
         TimeoutError: read_timeout: expected the sample to be read within 60 s, got 0 of 8 examples by then; ...
     """
@@ -107,7 +107,7 @@ def read(
     loader: DataLoader[Any],
     units: Sequence[Any] | None,
     generator: torch.Generator,
-    reading: Reading,
+    progress: ReadProgress,
 ) -> Iterator[Any]:
     """Load and collate as a loader does, by a loader of our own.
 
@@ -117,7 +117,7 @@ def read(
         loader: gives dataset, collate function and workers; it is not iterated.
         units: for each batch its indices, or one index if items are batches; None reads an iterable dataset to its end.
         generator: draws the seeds of the workers, and of what is random in this process.
-        reading: its progress.
+        progress: of the reading.
 
     Yields:
         One batch for each unit.
@@ -138,11 +138,11 @@ def read(
             "num_workers": num_workers,
             "worker_init_fn": loader.worker_init_fn,
             "multiprocessing_context": loader.multiprocessing_context,
-            "timeout": 0.0 if math.isinf(reading.left) else max(reading.left, 1.0),
+            "timeout": 0.0 if math.isinf(progress.left) else max(progress.left, 1.0),
         }
     if not is_quick:
-        reading.begin(num_workers)
-    dataset = loader.dataset if num_workers or units is None else _Watched(loader.dataset, reading)
+        progress.begin(num_workers)
+    dataset = loader.dataset if num_workers or units is None else _Watched(loader.dataset, progress)
     own: DataLoader[Any] = DataLoader(dataset, collate_fn=loader.collate_fn, generator=generator, **options, **batching)
     if not num_workers:
         yield from _in_this_process(own, loader, generator)
@@ -151,25 +151,25 @@ def read(
         yield from own
     except RuntimeError as error:
         if "timed out" in str(error):  # torch's own words: a worker hangs
-            raise TimeoutError(reading.refusal) from error
+            raise TimeoutError(progress.refusal) from error
         raise
 
 
 class _Watched(Dataset[Any]):
     """A dataset whose reading ends in time."""
 
-    def __init__(self, dataset: Any, reading: Reading) -> None:
+    def __init__(self, dataset: Any, progress: ReadProgress) -> None:
         self._dataset = dataset
-        self._reading = reading
+        self._progress = progress
         if hasattr(dataset, "__getitems__"):
             self.__getitems__ = self._items
 
     def __getitem__(self, index: Any) -> Any:
-        self._reading.check()
+        self._progress.check()
         return self._dataset[index]
 
     def _items(self, indices: list[Any]) -> Any:
-        self._reading.check()
+        self._progress.check()
         return self._dataset.__getitems__(indices)
 
 

@@ -8,8 +8,7 @@ size, since a loss with batch-norm in train mode depends on it. They stay on the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -20,18 +19,21 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_subspace._lightning import rank_zero_warn
 from lightning_subspace.data.assignment import owner_rank
+from lightning_subspace.data.example_count import ExampleCounter, Reading, readings
 from lightning_subspace.data.micro_batch import (
     MicroBatch,
     SampleError,
     Weight,
     checksum,
     detached_copy,
-    number_of_examples,
-    tensors_of,
+    places,
+    with_equal_weights,
 )
-from lightning_subspace.data.reading import READ_TIMEOUT, Reading, read, unmoved
+from lightning_subspace.data.reading import READ_TIMEOUT, ReadProgress, read, unmoved
 from lightning_subspace.data.training_set import TrainingSet, batch_sampler_of, batch_size_of, chunks, gives_batches
 from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.state.copies import tensors_of
+from lightning_subspace.state.layouts import bytes_of
 from lightning_subspace.state.rng import preserved_random_state
 
 
@@ -73,7 +75,7 @@ class Sample:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors on this rank."""
-        return sum(t.nbytes for b in (*self.hessian, *self.extra) for t in tensors_of(b.data))
+        return sum(bytes_of(t) for b in (*self.hessian, *self.extra) for t in tensors_of(b.data))
 
 
 @dataclass(frozen=True)
@@ -103,35 +105,45 @@ def sample_of_batches(
     batches: Iterable[Any],
     weight: Weight | None = None,
     ranks: Ranks | None = None,
-    reading: Reading | None = None,
+    progress: ReadProgress | None = None,
 ) -> Sample:
     """Take given batches as the sample.
 
     Args:
         batches: a list of batches or of (batch, weight) pairs with a plain number as weight, or a loader. A DataLoader
             is read to its end by one of our own, in the order of its sampler; its generators are put back.
-        weight: weight of a batch in the mean; by default its number of examples.
+        weight: weight of a batch in the mean; by default its number of examples, told from all batches together, or
+            the same for all where it cannot be told (see `ExampleCounter`).
         ranks: the process group; all ranks give the same batches.
-        reading: its progress and its limit.
+        progress: of the reading, with its limit.
 
     Raises:
-        SampleError: when there are none, or the number of examples cannot be told.
+        SampleError: when there are none, or one cannot be copied.
         TimeoutError: when reading takes too long.
 
     Example:
         >>> [b.weight for b in sample_of_batches([torch.zeros(32, 2), torch.zeros(8, 2)]).hessian]
         [32.0, 8.0]
     """
-    ranks, reading = ranks or Ranks(), reading or Reading()
+    ranks, progress = ranks or Ranks(), progress or ReadProgress()
     if isinstance(batches, tuple) and all(isinstance(item, Tensor) for item in batches):
         raise SampleError("batches: expected a list of batches, got one batch, a tuple of tensors; pass [batch].")
     with preserved_random_state():  # a shuffling loader draws from the global generator
-        found = list[MicroBatch]()
-        for item in _read(batches, ranks, reading) if isinstance(batches, DataLoader) else batches:
-            found.append(_given(item, weight, len(found), ranks))
-            reading.add(found[-1].size)
+        items = _read(batches, ranks, progress) if isinstance(batches, DataLoader) else batches
+        found, uncounted = list[MicroBatch](), dict[int, Mapping[str, Reading]]()
+        for index, item in enumerate(items):
+            is_weighted = weight is not None or isinstance(item, MicroBatch) or _is_pair(item)
+            found.append(_given(item, (lambda data: 1.0) if not is_weighted else weight, index, ranks))
+            if not is_weighted:
+                uncounted[index] = readings(item)
+            progress.add(found[-1].size)
     if not found:
         raise SampleError("batches: expected at least one batch, got none.")
+    counter = ExampleCounter(batches.batch_size if isinstance(batches, DataLoader) else None)
+    counter.learn(list(uncounted.values()))
+    counted = [_counted(found[index], counter.count_of(reading)) for index, reading in uncounted.items()]
+    for index, batch in zip(uncounted, with_equal_weights(counted), strict=True):
+        found[index] = batch
     require_same_batches(found, ranks)
     return Sample(tuple(found))
 
@@ -139,7 +151,7 @@ def sample_of_batches(
 def sample_of_current(batch: Any, ranks: Ranks | None = None) -> Sample:
     """Copy the present training batch, of all ranks with equal weights."""
     ranks = ranks or Ranks()
-    own = MicroBatch(detached_copy(batch), 1.0, ranks.index, transferred=True)
+    own = MicroBatch(detached_copy(batch), 1.0, ranks.index, transferred=True, off_cpu=places(batch))
     other = replace(own, data=None, is_local=False)
     return Sample(tuple(own if rank == ranks.index else replace(other, index=rank) for rank in range(ranks.count)))
 
@@ -154,7 +166,7 @@ def sample_of_dataset(
     seed: int = 0,
     limit: float = math.inf,
     ranks: Ranks | None = None,
-    reading: Reading | None = None,
+    progress: ReadProgress | None = None,
 ) -> Sample:
     """Draw a fixed sample from the dataset behind a training loader.
 
@@ -172,30 +184,31 @@ def sample_of_dataset(
         seed: of the permutation and of the dataset's workers (augmentation).
         limit: batches that training takes in an epoch, on each rank.
         ranks: the process group.
-        reading: its progress and its limit.
+        progress: of the reading, with its limit.
 
     Raises:
         SampleError: for a loader without a sized dataset, or an empty one.
         TimeoutError: when reading takes too long.
     """
-    ranks, reading = ranks or Ranks(), reading or Reading()
+    ranks, progress = ranks or Ranks(), progress or ReadProgress()
     training_set = TrainingSet.of(loader, limit)
     generator = torch.Generator().manual_seed(seed)
     goal = None if sample is None or gradient_sample is None else max(sample, gradient_sample)
-    population, batches, seen = math.inf, list[MicroBatch](), 0
+    population, batches, seen, counter = math.inf, list[MicroBatch](), 0, ExampleCounter()
     if gives_batches(loader):
         units: list[Any] = training_set.order(generator, goal)
     else:
         population = training_set.population
         units = _units(training_set, loader, sample, goal, batch_size, generator)
-        reading.count = sum(map(len, units))
-    for unit, item in zip(units, read(loader, units, generator, reading), strict=True):
+        progress.count = sum(map(len, units))
+    for unit, item in zip(units, read(loader, units, generator, progress), strict=True):
         size = None if gives_batches(loader) else len(unit)
-        batches.append(micro_batch(item, len(batches), weight, size=size, ranks=ranks))
+        batches.append(micro_batch(item, len(batches), weight, size=size, ranks=ranks, counter=counter))
         seen += batches[-1].size
-        reading.add(batches[-1].size)
+        progress.add(batches[-1].size)
         if goal is not None and seen >= goal:
             break
+    batches = with_equal_weights(batches)
     require_same_batches(batches, ranks)
     return Sample.of(batches, sample, population)
 
@@ -208,7 +221,7 @@ def micro_batch(
     size: int | None = None,
     transferred: bool = False,
     ranks: Ranks | None = None,
-    counter: Any = None,
+    counter: ExampleCounter | None = None,
 ) -> MicroBatch:
     """Copy a batch to the CPU as a micro-batch.
 
@@ -216,19 +229,23 @@ def micro_batch(
         data: the batch.
         index: its place in the sample.
         weight: weight of a batch in the mean; by default its number of examples.
-        size: number of examples; by default the length of the first tensor, or 1 without one but with a `weight`.
+        size: number of examples; by default told by the `counter`.
         transferred: whether it has been through the transfer hooks.
         ranks: the process group; the owner keeps the data, and all ranks those of the first batch.
-        counter: tells the number of examples.
+        counter: of examples, with what it has learned from other batches. Where it cannot tell, the weight is 1 (see
+            `with_equal_weights`) and the size what the loader puts into a batch, or 1.
 
     Raises:
-        SampleError: when the number of examples cannot be told.
+        SampleError: for a batch that cannot be copied.
     """
-    if size is None:
-        size = 1
-        with suppress(*([] if weight is None else [SampleError])):
-            size = number_of_examples(data)
-    batch = MicroBatch(data, float(size if weight is None else weight(data)), index, transferred, size)
+    counter = ExampleCounter() if counter is None else counter
+    count = counter.count(data) if size is None else size
+    examples = (counter.batch_size or 1) if count is None else count
+    value = weight(data) if weight is not None else 1.0 if count is None else count
+    is_counted = weight is not None or count is not None
+    batch = MicroBatch(data, float(value), index, transferred, examples, is_counted=is_counted)
+    if transferred:
+        batch = replace(batch, off_cpu=places(data))
     if ranks is not None and ranks.count > 1:
         batch = replace(batch, checksum=checksum(data))
         if index > 0 and owner_rank(batch, ranks) != ranks.index:
@@ -239,15 +256,26 @@ def micro_batch(
 def _given(item: Any, weight: Weight | None, index: int, ranks: Ranks) -> MicroBatch:
     if isinstance(item, MicroBatch):
         return item
-    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], (int, float)):
+    if _is_pair(item):
         return micro_batch(item[0], index, lambda data: item[1], ranks=ranks)
     return micro_batch(item, index, weight, ranks=ranks)
 
 
-def _read(loader: DataLoader[Any], ranks: Ranks, reading: Reading) -> Iterator[Any]:
+def _is_pair(item: Any) -> bool:
+    """Whether an item is a batch with its weight."""
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], (int, float))
+
+
+def _counted(batch: MicroBatch, count: int | None) -> MicroBatch:
+    if count is None:
+        return replace(batch, is_counted=False)
+    return replace(batch, weight=float(count), size=count)
+
+
+def _read(loader: DataLoader[Any], ranks: Ranks, progress: ReadProgress) -> Iterator[Any]:
     """One epoch of a user's loader, in the first rank's order."""
     if isinstance(loader.dataset, IterableDataset):
-        return read(loader, None, torch.Generator().manual_seed(0), reading)
+        return read(loader, None, torch.Generator().manual_seed(0), progress)
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     inner = getattr(sampler, "sampler", None)
     if ranks.count > 1 and isinstance(inner or sampler, DistributedSampler):
@@ -259,8 +287,8 @@ def _read(loader: DataLoader[Any], ranks: Ranks, reading: Reading) -> Iterator[A
     with unmoved([loader, sampler, inner], held):
         units = ranks.broadcast_object(list(sampler))
     if loader.batch_sampler is not None:
-        reading.count = sum(map(len, units))
-    return read(loader, units, torch.Generator().manual_seed(0), reading)
+        progress.count = sum(map(len, units))
+    return read(loader, units, torch.Generator().manual_seed(0), progress)
 
 
 def _units(

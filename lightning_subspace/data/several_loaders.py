@@ -18,7 +18,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 
 from lightning_subspace._lightning import CombinedLoader
 from lightning_subspace.data.micro_batch import MicroBatch, SampleError
-from lightning_subspace.data.reading import Reading, read
+from lightning_subspace.data.reading import ReadProgress, read
 from lightning_subspace.data.sample import Sample, SampleSpec, micro_batch, require_same_batches, sample_of_dataset
 from lightning_subspace.data.training_set import TrainingSet, batch_size_of
 from lightning_subspace.parallel.ranks import Ranks
@@ -52,11 +52,11 @@ def sample_of_loaders(loaders: CombinedLoader, spec: SampleSpec, ranks: Ranks) -
     goal = None if sample is None or gradient_sample is None else max(sample, gradient_sample)
     parts = loaders.flattened
     limits = [math.inf] * len(parts) if loaders.limits is None else loaders.limits
-    reading = Reading(spec.read_timeout)
+    progress = ReadProgress(spec.read_timeout)
     if len(parts) == 1 and loaders.iterables is parts[0]:
         options: dict[str, Any] = {"batch_size": spec.batch_size, "weight": spec.weight, "seed": spec.seed}
         return sample_of_dataset(
-            parts[0], sample, gradient_sample, limit=limits[0], ranks=ranks, reading=reading, **options
+            parts[0], sample, gradient_sample, limit=limits[0], ranks=ranks, progress=progress, **options
         )
     if spec.batch_size is not None:
         raise SampleError("batch_size: several training loaders keep the batch size of each; leave it out.")
@@ -76,16 +76,16 @@ def sample_of_loaders(loaders: CombinedLoader, spec: SampleSpec, ranks: Ranks) -
         size = sum(len(chunk.indices) for chunk in used)
         chosen.append((combined[i], used, size))
         seen += size
-    reading.count = seen
+    progress.count = seen
     data = []
     for number, loader in enumerate(parts):
         units = [chunk.indices for _, used, _ in chosen for chunk in used if chunk.part == number]
-        data.append(read(loader, units, generator, reading))
+        data.append(read(loader, units, generator, progress))
     batches: list[MicroBatch] = []
     for item, _, size in chosen:
         loaded = apply_to_collection(item, IndexBatch, lambda chunk: next(data[chunk.part]))
         batches.append(micro_batch(loaded, len(batches), spec.weight, size=size, ranks=ranks))
-        reading.add(size)
+        progress.add(size)
     require_same_batches(batches, ranks)
     return Sample.of(batches, sample)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from lightning_subspace._lightning import CombinedLoader, Trainer, training_loaders
 from lightning_subspace.data.gathered import Gathered, GatheredSample
-from lightning_subspace.data.reading import Reading
+from lightning_subspace.data.reading import ReadProgress
 from lightning_subspace.data.sample import Sample, SampleSpec, sample_of_batches, sample_of_current
 from lightning_subspace.data.several_loaders import sample_of_loaders
 from lightning_subspace.data.training_hooks import changes_batches
@@ -88,7 +88,7 @@ class SampleSource:
         if spec.sample == "current":
             return
         if not isinstance(spec.sample, int | str):
-            self.sample = sample_of_batches(spec.sample, spec.weight, ranks, Reading(spec.read_timeout))
+            self.sample = sample_of_batches(spec.sample, spec.weight, ranks, ReadProgress(spec.read_timeout))
             return
         loaders = training_loaders(trainer)
         self._data = _data_of(loaders)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,9 +37,19 @@ def twice_differentiable(module: nn.Module) -> Iterator[None]:
         yield
 
 
+def widened_array(array: np.ndarray[Any, Any], narrowest: torch.dtype | None) -> np.ndarray[Any, Any]:
+    """A copy of a NumPy array, widened like a tensor."""
+    if narrowest is None or array.dtype.kind not in "fc":
+        return array.copy()
+    return array.astype(np.promote_types(array.dtype, str(narrowest).removeprefix("torch.")))
+
+
 def widened(tensor: Tensor, narrowest: torch.dtype | None, *, copy: bool) -> Tensor:
-    """A tensor whose type, if floating-point, is at least `narrowest`."""
+    """A tensor whose type, if floating-point, is at least `narrowest`.
+
+    The types of 8 bits stay: nothing is computed in them, and torch does not promote them.
+    """
     dtype = tensor.dtype
-    if narrowest is not None and (dtype.is_floating_point or dtype.is_complex):
+    if narrowest is not None and (dtype.is_floating_point or dtype.is_complex) and dtype.itemsize > 1:
         dtype = torch.promote_types(dtype, narrowest)
     return tensor.to(dtype, copy=copy)

@@ -14,15 +14,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace._lightning import attached_trainer, extra_roots, move_data_to_device, muted, transfer
+from lightning_subspace._lightning import attached_trainer, extra_roots, muted, transfer
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.loss_function import LossFunction, as_scalar, resolve_loss
-from lightning_subspace.loss.precision import eager, twice_differentiable, widened
+from lightning_subspace.loss.precision import eager, twice_differentiable, widened, widened_array
 from lightning_subspace.loss.shadow import Shadow
 from lightning_subspace.parallel.fsdp import reshard, without_fsdp
 from lightning_subspace.parallel.parameters import ParameterSpace
@@ -178,15 +179,24 @@ class TrainingLoss:
             self._random_state.restore()
         else:  # one stream a micro-batch: the stride keeps the seeds of neighbouring monitors and batches apart
             seed_generators((self.seed + 7_919 * batch.draw) * SEED_STRIDE + batch.index)
-        # A copy, since training_step may write into its batch.
-        data = copied(batch.data, lambda tensor: widened(tensor.detach(), self._narrowest, copy=True))
-        data = (move_data_to_device if batch.transferred else partial(transfer, self.module))(data, self.device)
+        data = self._copied(batch)
         with self._around_step() as convert:
             output = self._step(self.module, convert(data), batch.index)
         for leaf in leaves:
             leaf.requires_grad_(True)  # if the step has frozen it, the graph does not lead to it: no gradient
         self._shadow.drop_written()
         return Evaluation(as_scalar(output, type(self.module).__name__, finite=finite), leaves)
+
+    def _copied(self, batch: MicroBatch) -> Any:
+        """A copy of the data for training_step, which may write into it."""
+        off_cpu = iter(repeat(True) if batch.off_cpu is None else batch.off_cpu)
+
+        def copy_tensor(tensor: Tensor) -> Tensor:
+            wide = widened(tensor.detach(), self._narrowest, copy=True)
+            return wide.to(self.device) if batch.transferred and next(off_cpu) else wide
+
+        data = copied(batch.data, copy_tensor, partial(widened_array, narrowest=self._narrowest))
+        return data if batch.transferred else transfer(self.module, data, self.device)
 
     @contextmanager
     def _around_step(self) -> Iterator[Callable[[Any], Any]]:

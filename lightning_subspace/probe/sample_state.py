@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_subspace.data.gathered import Gathered
-from lightning_subspace.data.micro_batch import MicroBatch, SampleError, nbytes_of
+from lightning_subspace.data.micro_batch import MicroBatch, SampleError
 from lightning_subspace.probe.entries import CheckpointError, Entries
+from lightning_subspace.state.copies import tensors_of
 
 LARGEST = 16 << 20  # bytes; 8,192 greyscale images of 22 x 22 in float32
 NAMES = tuple(field.name for field in fields(MicroBatch))
@@ -32,7 +33,7 @@ def encode_gathered(gathered: Gathered | None) -> dict[str, Any] | None:
     if gathered is None or not gathered.batches:
         return None
     data = [batch.data for batch in gathered.batches]
-    if not all(map(is_plain, data)) or sum(map(nbytes_of, data)) > LARGEST:
+    if not all(map(is_plain, data)) or sum(tensor.nbytes for one in data for tensor in tensors_of(one)) > LARGEST:
         return None
     batches = [{name: getattr(batch, name) for name in NAMES} for batch in gathered.batches]
     return {"batches": batches, "epoch": gathered.epoch, "is_closed": gathered.is_closed}

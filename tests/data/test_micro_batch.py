@@ -3,12 +3,7 @@
 import pytest
 import torch
 
-from lightning_subspace.data.micro_batch import MicroBatch, few_examples, number_of_examples, single_examples
-
-
-def test_number_of_examples():
-    assert number_of_examples({"scale": torch.tensor(1.0), "x": torch.zeros(6, 2), "y": torch.zeros(3)}) == 6
-    assert number_of_examples([{"x": torch.zeros(2, 9)}]) == 2
+from lightning_subspace.data.micro_batch import MicroBatch, few_examples, single_examples
 
 
 def test_few_examples_of_a_batch():

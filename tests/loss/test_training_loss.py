@@ -12,7 +12,8 @@ from torch.nn.utils import parametrizations, parametrize
 from lightning_subspace import _lightning, measure_subspace
 from lightning_subspace.curvature import Hessian
 from lightning_subspace.curvature.gradient import pruned_gradient
-from lightning_subspace.data.micro_batch import MicroBatch, number_of_examples
+from lightning_subspace.data.example_count import ExampleCounter
+from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.data.sample import sample_of_batches
 from lightning_subspace.loss import shadow as containment
 from lightning_subspace.loss import training_loss
@@ -64,7 +65,7 @@ class Evaluator(Callback):
         if trainer.global_step != 2:
             return
         before = {**look(pl_module), **fingerprint(batch, "batch", identity=True), "loggers": list(trainer.loggers)}
-        batches = [MicroBatch(batch, float(number_of_examples(batch)), index, transferred=True) for index in (0, 1)]
+        batches = [MicroBatch(batch, float(ExampleCounter().count(batch)), index, transferred=True) for index in (0, 1)]
         with TrainingLoss(pl_module, ParameterSpace.of(pl_module), mode=self.mode, dtype=self.dtype) as loss:
             for _ in range(3):
                 self.values.append([evaluate(loss, item) for item in batches])
@@ -113,7 +114,7 @@ def reset_once(self, reset=containment.Shadow.reset):
     ("piece", "owner", "replacement", "name"),
     [
         ("reset", containment.Shadow, reset_once, "Attributes"),
-        ("copied", training_loss, lambda data, copy: data, "InPlaceBatch"),
+        ("copied", training_loss, lambda data, *functions: data, "InPlaceBatch"),
         ("seed_generators", training_loss, lambda seed: None, "Randomness"),
         ("drop_written", containment.Shadow, lambda self: None, "Teacher"),
     ],

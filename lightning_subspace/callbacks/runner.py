@@ -17,6 +17,7 @@ from lightning_subspace.callbacks.tap import before_training_step, forget_batche
 from lightning_subspace.curvature.selection import CheckError
 from lightning_subspace.data.gathered import Gathered
 from lightning_subspace.data.micro_batch import SampleError
+from lightning_subspace.data.parts import cut_sample
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.data.source import SampleSource
 from lightning_subspace.parallel.ranks import Ranks
@@ -52,6 +53,9 @@ class ProbeRunner:
         self.schedule = schedule
         self.notices = notices
         self._otherwise = f"; {otherwise}" if otherwise else ""
+        self._whole: Sample | None = None  # the sample that was last cut, and what came of it
+        self._parts: Sample | None = None
+        self._can_cut: bool | None = None  # whether the loss can be evaluated on a part; None before it was tried
 
     def begin(self, trainer: Trainer, module: nn.Module, ranks: Ranks, *, continues: bool, anew: bool = False) -> None:
         """Build the run, and draw or prepare the sample. A collective.
@@ -66,7 +70,7 @@ class ProbeRunner:
         Raises:
             MisconfigurationException: when what the user asked for cannot be had, on any rank.
         """
-        self.ranks = ranks
+        self.ranks, self._can_cut = ranks, None
         run = self.run if continues and not anew else None
         self.run = self.on_all_ranks(
             "nothing is measured", lambda: ProbeRun(self.settings, module, ranks) if run is None else run, ValueError
@@ -122,6 +126,7 @@ class ProbeRunner:
 
     def end(self, trainer: Trainer) -> None:
         """Free the examples; no batch is observed any more."""
+        self._whole = self._parts = None
         forget_batches(trainer, self)
         self.source.release()
 
@@ -157,10 +162,10 @@ class ProbeRunner:
         Raises:
             CheckError: as `on_check_fail` asks.
         """
-        run, sample = self.run, self.source.sample
+        run = self.run
         assert run is not None, "asked for before"
-        assert sample is not None, "asked for before"
         try:
+            sample = self._sample(run, module)
             self._prepare(run, module, sample, step)
             return run.measure(module, sample, step) if measure is None else measure(run, sample)
         except Exception as error:
@@ -192,6 +197,21 @@ class ProbeRunner:
             with self.ranks.agree():
                 self.notices.warn_once("memory", f"{self.source.bound}.")
         after()
+
+    def _sample(self, run: ProbeRun, module: nn.Module) -> Sample:
+        """The sample, of parts of its batches where those are too large and a part has a loss. A collective."""
+        sample = self.source.sample
+        assert sample is not None, "asked for before"
+        spec = self.source.spec
+        if not spec.is_number or self._can_cut is False:
+            return sample
+        if self._whole is not sample:
+            with self.ranks.agree():
+                self._parts = cut_sample(sample, spec, self.ranks)
+            self._whole = sample
+        if self._parts is not sample and self._can_cut is None:
+            self._can_cut = run.can_evaluate(module, self._parts)
+        return self._parts if self._parts is not None and self._can_cut else sample
 
     def _prepare(self, run: ProbeRun, module: nn.Module, sample: Sample, step: int) -> None:
         """Refresh the parameters, and make the self-check if it is still due."""

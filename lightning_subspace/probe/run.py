@@ -7,6 +7,7 @@ the parameters, the gradient and the eigenvectors of its probe; the graphs of th
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_subspace.curvature import CheckError, SelfCheck
+from lightning_subspace.data.assignment import assign
 from lightning_subspace.data.sample import Sample
+from lightning_subspace.loss.loss_function import NoLossError
 from lightning_subspace.measurements import Probe
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
@@ -98,6 +101,16 @@ class ProbeRun:
         # Not before: after any other failure the check is still to be made.
         self._choice, self.notice, self.self_check, self._refusal = choice, notice, result, None
         return result
+
+    def can_evaluate(self, module: nn.Module, sample: Sample) -> bool:
+        """Whether each rank gets a finite loss, or none, of its first micro-batch. A collective."""
+        own = assign(sample.hessian, self.ranks)[0].batch
+        with self.ranks.agree(), self._choice.loss(module, self.space, self.ranks) as loss:
+            try:
+                found = math.isfinite(loss.value_at(None, [(own, 1.0)]))
+            except Exception as error:
+                found = isinstance(error, NoLossError)
+            return bool(self.ranks.all_reduce_min(int(found)))
 
     def refresh_parameters(self, module: nn.Module) -> bool:
         """Start overlaps anew if the trainable parameters changed; whether they did."""

@@ -151,9 +151,13 @@ class CurvatureConfig:
         few_is_part = few is not whole
         few = first(few)
         result = first(self._compare(module, few, partition))
-        if result.outcome is CheckOutcome.INCONCLUSIVE and first(few_is_part):
-            result = first(self._compare(module, first(whole), partition))
-        self._evaluate_twice(module, few, partition)
+        if first(few_is_part):
+            whole = first(whole)
+            if result.outcome is CheckOutcome.INCONCLUSIVE:
+                result = first(self._compare(module, whole, partition))
+        else:
+            whole = few
+        self._evaluate_twice(module, whole, partition)  # a part of it may have no loss
         return result
 
     def follow(

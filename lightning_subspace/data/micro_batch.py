@@ -33,7 +33,7 @@ class MicroBatch:
         size: number of examples; 0 if not known.
         is_local: whether this rank holds the data.
         checksum: of the data, with several ranks; see `require_same_batches`.
-        draw: second part of the random seed, different for the examples of one batch.
+        draw: second part of the random seed, different for the examples of one batch, and for repeated draws of one.
 
     Raises:
         SampleError: for a weight that is not positive and finite.
@@ -52,6 +52,11 @@ class MicroBatch:
         if not 0.0 < self.weight < math.inf:
             raise SampleError(f"weight: expected a positive finite number for every batch, got {self.weight}.")
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """What tells it from the others of a sample: two draws of one batch share its index."""
+        return self.index, self.draw
+
 
 def few_examples(batch: MicroBatch, count: int) -> MicroBatch:
     """The first `count` examples, or the batch if it cannot be cut."""
@@ -59,7 +64,7 @@ def few_examples(batch: MicroBatch, count: int) -> MicroBatch:
     if length is None or length <= count:
         return batch
     data = apply_to_collection(batch.data, Tensor, lambda t: t[:count])
-    return MicroBatch(data, float(count), batch.index, batch.transferred)
+    return MicroBatch(data, float(count), batch.index, batch.transferred, draw=batch.draw)
 
 
 def single_examples(batch: MicroBatch) -> list[MicroBatch] | None:
@@ -68,7 +73,10 @@ def single_examples(batch: MicroBatch) -> list[MicroBatch] | None:
     if length is None:
         return None
     pieces = [apply_to_collection(batch.data, Tensor, Tensor.__getitem__, slice(i, i + 1)) for i in range(length)]
-    return [MicroBatch(data, 1.0, batch.index, batch.transferred, size=1, draw=i) for i, data in enumerate(pieces)]
+    first = batch.draw * length  # no two examples of two draws of the batch share a seed
+    return [
+        MicroBatch(data, 1.0, batch.index, batch.transferred, size=1, draw=first + i) for i, data in enumerate(pieces)
+    ]
 
 
 def number_of_examples(batch: Any) -> int:

@@ -70,8 +70,9 @@ class Sample:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors on this rank."""
-        return sum(t.nbytes for b in (*self.hessian, *self.extra) for t in tensors_of(b.data))
+        """Bytes of the tensors on this rank; draws of one batch share them."""
+        held = {id(batch.data): batch.data for batch in (*self.hessian, *self.extra)}
+        return sum(tensor.nbytes for data in held.values() for tensor in tensors_of(data))
 
 
 @dataclass(frozen=True)

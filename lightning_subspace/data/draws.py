@@ -1,4 +1,4 @@
-"""Repeated draws of a sample, for a loss that is random beside its examples.
+"""Repeated draws of a sample, for a loss that is random.
 
 Dropout, noise and points drawn in the training step make the loss an expectation over more than its examples. One
 evaluation of an example is one draw of it, and the whole training set, evaluated once, is not the whole truth. So a

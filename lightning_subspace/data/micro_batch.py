@@ -54,7 +54,7 @@ class MicroBatch:
 
     @property
     def key(self) -> tuple[int, int]:
-        """What tells it from the others of a sample: two draws of one batch share its index."""
+        """Index and draw, which no other of a sample has both."""
         return self.index, self.draw
 
 

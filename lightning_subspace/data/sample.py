@@ -70,7 +70,7 @@ class Sample:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors on this rank; draws of one batch share them."""
+        """Bytes of the tensors on this rank, which repeated draws share."""
         held = {id(batch.data): batch.data for batch in (*self.hessian, *self.extra)}
         return sum(tensor.nbytes for data in held.values() for tensor in tensors_of(data))
 

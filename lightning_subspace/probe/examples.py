@@ -41,14 +41,14 @@ class Examples:
         self._screening = Screening()
 
     def are_random(self, choice: CurvatureConfig, module: nn.Module, sample: Sample, partition: Partition) -> bool:
-        """Whether the loss is random, and the draws are ours to choose. A collective."""
+        """Whether to take several draws of a random loss. A collective."""
         if not (isinstance(self._spec.sample, int) or self._spec.sample == "all"):
             return False
         with choice.loss(module, partition.space, partition.ranks) as loss:
             return is_random(loss, choice.operator, sample.hessian[0], partition)
 
     def drawn(self, sample: Sample) -> Sample:
-        """What a probe takes of a sample: of a random loss, several draws.
+        """Several draws of a random loss; otherwise the sample itself.
 
         A function of the sample and the settings alone, whatever the number of ranks.
         """
@@ -66,7 +66,7 @@ class Examples:
         module: nn.Module,
         partition: Partition,
     ) -> T:
-        """Run a block on all ranks or on none, on the micro-batches that have a loss.
+        """Run a block on the micro-batches that have a loss. A collective.
 
         Raises:
             LossError: when no micro-batch for the Hessian has a loss.

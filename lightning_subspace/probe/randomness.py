@@ -1,4 +1,4 @@
-"""Whether a loss is random beside its examples, and what follows for its sample.
+"""Randomness of a loss beside its examples, and draws against it.
 
 Found by the gradient of one micro-batch under two seeds, not by its value: dropout before a layer of zeros, as at the
 start of training, moves no value, and noise that is added to the loss moves no gradient.

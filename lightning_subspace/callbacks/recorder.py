@@ -104,7 +104,7 @@ class Recorder:
     ) -> OpenRecord:
         optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
         settings, notices = run.settings, self._runner.notices
-        prospect = Prospect(run.num_probes, settings.solver, sample, optimizer, run.ranks.count)
+        prospect = Prospect(run.num_probes, settings.solver, run.examples.drawn(sample), optimizer, run.ranks.count)
         forecast = Forecast(settings, prospect, run.partition, self._runner.schedule.max_overhead)
 
         def on_matvec(count: int, residual: float) -> None:

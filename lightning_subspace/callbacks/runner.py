@@ -167,7 +167,11 @@ class ProbeRunner:
         try:
             sample = self._sample(run, module)
             self._prepare(run, module, sample, step)
-            return run.measure(module, sample, step) if measure is None else measure(run, sample)
+            opened = run.measure(module, sample, step) if measure is None else measure(run, sample)
+            with self.ranks.agree():  # only the first rank tells
+                for cause, text in run.examples.remarks.items():
+                    self.notices.info_once(text, cause)
+            return opened
         except Exception as error:
             if isinstance(error, CheckError) and self.settings.on_check_fail == "raise":
                 raise
@@ -226,7 +230,8 @@ class ProbeRunner:
         with self.ranks.agree():
             if run.notice is not None:
                 self.notices.warn_once("self-check", run.notice)
-            if self.settings.k and self.settings.defaults and len(sample.hessian) == 1 and sample.hessian_share < 1.0:
+            drawn = run.examples.drawn(sample)
+            if self.settings.k and self.settings.defaults and len(drawn.hessian) == 1 and drawn.hessian_share < 1.0:
                 self.notices.info_once(
                     "the sample is one micro-batch, which cannot be halved, so the gradient fraction gets no error "
                     "bar; pass a larger sample or a smaller batch_size."

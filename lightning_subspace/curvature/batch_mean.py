@@ -122,16 +122,16 @@ class BatchMean(ABC):
 
         It shares what is retained. Rounds without any of them are left out; in the others all ranks evaluate one.
         """
-        chosen = {self.batches[position].index for position in positions}
+        chosen = {self.batches[position].key for position in positions}
         part = copy.copy(self)
-        part.batches = tuple(batch for batch in self.batches if batch.index in chosen)
+        part.batches = tuple(batch for batch in self.batches if batch.key in chosen)
         total = sum(batch.weight for batch in part.batches)
-        left = [[batch for batch in together if batch.index in chosen] for together in self._together]
+        left = [[batch for batch in together if batch.key in chosen] for together in self._together]
         kept = [number for number, together in enumerate(left) if together]
         part._together = [left[number] for number in kept]
         part._assignments = []
         for batch, share in (self._assignments[number] for number in kept):
-            weight = batch.weight / total if share and batch.index in chosen else 0.0
+            weight = batch.weight / total if share and batch.key in chosen else 0.0
             part._assignments.append(Assignment(batch, weight))
         part._retained = [self._retained[number] for number in kept]
         part._mean = None

@@ -36,7 +36,7 @@ class MicroBatch:
         size: number of examples; if that is not known, the loader's batch size.
         is_local: whether this rank holds the data.
         checksum: of the data, with several ranks; see `require_same_batches`.
-        draw: second part of the random seed, different for the examples of one batch.
+        draw: second part of the random seed, different for the examples of one batch, and for repeated draws of one.
         is_counted: whether the weight is known; otherwise it is 1, see `with_equal_weights`.
         off_cpu: of a transferred batch: for each tensor, in the order of copying, whether training has it on another
             device than the CPU, and evaluations too; None: all of them.
@@ -60,6 +60,11 @@ class MicroBatch:
         if not 0.0 < self.weight < math.inf:
             raise SampleError(f"weight: expected a positive finite number for every batch, got {self.weight}.")
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """Index and draw, which no other of a sample has both."""
+        return self.index, self.draw
+
 
 def few_examples(batch: MicroBatch, count: int) -> MicroBatch:
     """The first `count` examples, or the batch if it cannot be cut."""
@@ -77,7 +82,10 @@ def single_examples(batch: MicroBatch) -> list[MicroBatch] | None:
         return None
     pieces = [cut(batch.data, length, slice(i, i + 1)) for i in range(length)]
     one = replace(batch, weight=1.0, size=1)
-    return [replace(one, data=data, draw=i, off_cpu=_off_cpu_of_part(batch, data)) for i, data in enumerate(pieces)]
+    first = batch.draw * length  # no two examples of two draws of the batch share a seed
+    return [
+        replace(one, data=data, draw=first + i, off_cpu=_off_cpu_of_part(batch, data)) for i, data in enumerate(pieces)
+    ]
 
 
 def parts_of(batch: MicroBatch, sizes: Sequence[int]) -> list[MicroBatch] | None:

@@ -74,8 +74,9 @@ class Sample:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors on this rank."""
-        return sum(bytes_of(t) for b in (*self.hessian, *self.extra) for t in tensors_of(b.data))
+        """Bytes of the tensors on this rank, which repeated draws share."""
+        held = {id(batch.data): batch.data for batch in (*self.hessian, *self.extra)}
+        return sum(bytes_of(tensor) for data in held.values() for tensor in tensors_of(data))
 
 
 @dataclass(frozen=True)

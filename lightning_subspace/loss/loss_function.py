@@ -19,6 +19,10 @@ class LossError(RuntimeError):
     """The training loss is no finite scalar that depends on the parameters."""
 
 
+class NoLossError(LossError):
+    """The training step has returned None: Lightning skips such a batch."""
+
+
 def resolve_loss(module: nn.Module, loss_fn: LossFunction | None) -> LossFunction:
     """`loss_fn`, or `module.training_step` with the arguments that it declares.
 
@@ -49,12 +53,15 @@ def as_scalar(output: Any, name: str, *, finite: bool = True) -> Tensor:
     """The loss, 0-dimensional, in what a training step has returned.
 
     Raises:
+        NoLossError: for None, which Lightning allows; a mapping without a loss it does not.
         LossError: without a scalar loss that depends on the parameters, and is finite if `finite`.
     """
+    skipped = output is None
     if isinstance(output, Mapping):
         output = output.get("loss")
     if output is None:
-        raise LossError(f"the loss of {name}: expected a tensor or {{'loss': ...}}, got none for this batch.")
+        text = f"the loss of {name}: expected a tensor or {{'loss': ...}}, got none for this batch."
+        raise NoLossError(text) if skipped else LossError(text)
     if not isinstance(output, Tensor) or output.numel() != 1:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise LossError(f"the loss of {name}: expected a scalar tensor, got {shape}; average it over the batch.")

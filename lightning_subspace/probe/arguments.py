@@ -10,6 +10,12 @@ from collections.abc import Collection, Sequence
 from numbers import Real
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from lightning_subspace.parallel.fsdp import is_sharded
+from lightning_subspace.parallel.ranks import Ranks
+
 
 def wrong(name: str, expected: str, value: object, way_out: str = "") -> ValueError:
     """The error for a wrong argument.
@@ -77,3 +83,21 @@ def require_steps(name: str, value: Any) -> None:
 def is_number(value: Any) -> bool:
     """Whether a value is a real number, True and False apart."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def require_the_same(ranks: Ranks, module: nn.Module, arguments: object) -> None:
+    """Whether all ranks were given the same; a collective.
+
+    Raises:
+        ValueError: when the arguments differ, or the values of parameters that are not sharded.
+    """
+    if ranks.count == 1:
+        return
+    own = [float(_widest(p.detach()).abs().sum()) for p in module.parameters() if not is_sharded(p)]
+    for what, given in (("arguments", repr(arguments)), ("modules", own)):
+        if any(other != given for other in ranks.all_gather_object(given)):
+            raise ValueError(f"group: expected the same {what} on all ranks, got different ones.")
+
+
+def _widest(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)

@@ -29,11 +29,11 @@ from lightning_subspace.loss.training_loss import Mode, TrainingLoss
 from lightning_subspace.measurements import Measurement, Probe
 from lightning_subspace.measurements.base import Needs
 from lightning_subspace.measurements.spectrum import solver_metrics
-from lightning_subspace.parallel.fsdp import is_sharded
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
-from lightning_subspace.probe.arguments import require_word
+from lightning_subspace.probe.arguments import require_the_same, require_word
+from lightning_subspace.probe.screening import Screening
 from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.sketch import sketch
@@ -121,17 +121,20 @@ def measure_subspace(
         solver, choice, chosen = settings.solver, settings.choice, settings.taken
         space = ParameterSpace.of(module, params)
         checked_k(k, space)
-        _require_the_same(ranks, module, (solver, replace(choice, loss_fn=None), space, verify, len(chosen)))
+        require_the_same(ranks, module, (solver, replace(choice, loss_fn=None), space, verify, len(chosen)))
         sample = sample_of_batches(batches, weight, ranks)
         partition = Partition.of(space, module, ranks)
-        check = choice.check(module, sample, partition)
-        choice, notice = choice.follow(check, module, sample, partition)
-        if notice is not None:
-            warnings.warn(notice, stacklevel=2)
+
+    screening = Screening()
+
+    def checked(left: Sample) -> tuple[CurvatureConfig, str | None]:
+        return choice.follow(choice.check(module, left, partition), module, left, partition)
+
+    def taken(left: Sample) -> Record:
         with choice.loss(module, space, ranks) as loss:
             _, record = take_probe(
                 loss,
-                sample,
+                left,
                 solver,
                 chosen,
                 operator=choice.operator,
@@ -140,6 +143,16 @@ def measure_subspace(
                 optimizer=optimizer,
                 previous=_trusted_basis(previous, partition),
             )
+        return screening.counted(record)
+
+    choice, notice = screening.run(checked, sample, lambda: choice.loss(module, space, ranks), ranks)
+    with ranks.agree():
+        if notice is not None:
+            warnings.warn(notice, stacklevel=2)
+    record = screening.run(taken, sample, lambda: choice.loss(module, space, ranks), ranks)
+    with ranks.agree():
+        if screening.notice is not None:
+            warnings.warn(screening.notice, stacklevel=2)
     return record
 
 
@@ -243,24 +256,6 @@ def checked_k(k: int, space: ParameterSpace) -> int:
     if not 0 <= k <= space.n:
         raise ValueError(f"k: expected 0..{space.n}, the number of parameters, got {k}.")
     return k
-
-
-def _require_the_same(ranks: Ranks, module: nn.Module, arguments: object) -> None:
-    """Whether all ranks were given the same; a collective.
-
-    Raises:
-        ValueError: when the arguments differ, or the values of parameters that are not sharded.
-    """
-    if ranks.count == 1:
-        return
-    own = [float(_widest(p.detach()).abs().sum()) for p in module.parameters() if not is_sharded(p)]
-    for what, given in (("arguments", repr(arguments)), ("modules", own)):
-        if any(other != given for other in ranks.all_gather_object(given)):
-            raise ValueError(f"group: expected the same {what} on all ranks, got different ones.")
-
-
-def _widest(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _trusted_basis(previous: Record | None, partition: Partition) -> Tensor | None:  # (k, n)

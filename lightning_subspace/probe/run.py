@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_subspace.curvature import CheckError, SelfCheck
+from lightning_subspace.curvature import CheckError, CurvatureConfig, SelfCheck
 from lightning_subspace.data.assignment import assign
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.loss.loss_function import NoLossError
@@ -24,6 +24,7 @@ from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.probe.checkpoint import RunState
+from lightning_subspace.probe.examples import Examples
 from lightning_subspace.probe.measure import checked_k, finite, is_taken, take_probe
 from lightning_subspace.probe.open_record import OpenRecord, ended
 from lightning_subspace.probe.resumed import Resumed
@@ -50,6 +51,7 @@ class ProbeRun:
         self_check: what the last self-check of the second derivatives showed; None until there was one, and again when
             the set of trainable parameters has changed.
         notice: what a user should be told about it; None where all is well.
+        examples: what is measured of a sample, and what a user should know about that.
 
     Raises:
         ValueError: for a module without trainable parameters, a pattern without a match, k > n, or a word that is not
@@ -63,6 +65,7 @@ class ProbeRun:
         self.num_probes = 0
         self.self_check: SelfCheck | None = None
         self.notice: str | None = None
+        self.examples = Examples(settings)
         self._refusal: str | None = None  # why the check lets nothing be measured
         self._choice = settings.choice
         self._choice.require_no_obstacle(module)
@@ -90,16 +93,21 @@ class ProbeRun:
         Raises:
             CheckError: when they are wrong, with `on_check_fail="raise"`, or where nothing else would do.
         """
-        with self.ranks.agree():
-            result = self._choice.check(module, sample, self.partition)
-        with self.ranks.agree():
+
+        def checked(left: Sample) -> tuple[SelfCheck, CurvatureConfig, str | None, bool]:
+            result = self._choice.check(module, left, self.partition)
             try:
-                choice, notice = self._choice.follow(result, module, sample, self.partition)
+                choice, notice = self._choice.follow(result, module, left, self.partition)
             except CheckError as error:
                 self.self_check, self._refusal = result, str(error)
                 raise
+            return result, choice, notice, self.examples.are_random(choice, module, left, self.partition)
+
+        few = Sample(sample.hessian)
+        result, choice, notice, is_random = self.examples.screened(checked, few, self._choice, module, self.partition)
         # Not before: after any other failure the check is still to be made.
         self._choice, self.notice, self.self_check, self._refusal = choice, notice, result, None
+        self.examples.is_random = is_random
         return result
 
     def can_evaluate(self, module: nn.Module, sample: Sample) -> bool:
@@ -141,11 +149,15 @@ class ProbeRun:
         """
         if self._refusal is not None:
             raise CheckError(self._refusal)
-        with self.ranks.agree():
+
+        def take(left: Sample) -> tuple[Tensor, Probe, Record, tuple[Tensor, dict[int, float]] | None]:
             theta = self._theta(module)
-            probe, record = self._take(module, sample, step, optimizer, on_matvec)
-            record = self._resumed.complete(record)
-            kept = self._prepared(record)
+            probe, record = self._take(module, left, step, optimizer, on_matvec)
+            record = self._resumed.complete(self.examples.counted(record))
+            return theta, probe, record, self._prepared(record)
+
+        drawn = self.examples.drawn(sample)
+        theta, probe, record, kept = self.examples.screened(take, drawn, self._choice, module, self.partition)
         # What changes from here on cannot fail on one rank and not on another.
         self.num_probes += 1
         self._resumed = self._resumed.after(record)
@@ -164,7 +176,7 @@ class ProbeRun:
         if module is not None:
             with self.ranks.agree():
                 metrics.update(self._after_step(opened, module))
-        record = _without_eigenvectors(replace(opened.record, metrics=metrics))
+        record = replace(opened.record, metrics=metrics).without_eigenvectors()
         self.history.append(record)
         return record
 
@@ -174,7 +186,7 @@ class ProbeRun:
 
     def state(self, position: Position, opened: OpenRecord | None = None) -> RunState:
         """The state that `resumed` continues from, without eigenvectors."""
-        records = [*self.history, *([] if opened is None else [_without_eigenvectors(opened.record)])]
+        records = [*self.history, *([] if opened is None else [opened.record.without_eigenvectors()])]
         return RunState(
             k=self.settings.k,
             which=self.settings.which,
@@ -296,8 +308,3 @@ class ProbeRun:
         self.overlaps = OverlapHistory()
         self._previous = self._reference = None
         self._resumed = Resumed()
-
-
-def _without_eigenvectors(record: Record) -> Record:
-    subspace = record.subspace
-    return record if subspace is None else replace(record, subspace=subspace.without_eigenvectors())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lightning_subspace.subspace.sketch import Sketch
 from lightning_subspace.subspace.subspace import Subspace
@@ -25,6 +25,10 @@ class Record:
     metrics: Mapping[str, float]
     subspace: Subspace | None = None
     sketch: Sketch | None = field(default=None, repr=False)
+
+    def without_eigenvectors(self) -> Record:
+        """The record as a history keeps it."""
+        return self if self.subspace is None else replace(self, subspace=self.subspace.without_eigenvectors())
 
 
 def to_rows(records: Iterable[Record]) -> list[dict[str, float]]:

@@ -1,0 +1,82 @@
+"""Examples of a run: what is measured of a sample.
+
+Of a loss that is random beside its examples several draws are taken, where the sample is ours to draw; the draws of
+given batches, and of the current one, were chosen by their user. Of the draws those count that have a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import nn
+
+from lightning_subspace.curvature import CurvatureConfig
+from lightning_subspace.data.sample import Sample
+from lightning_subspace.parallel.partition import Partition
+from lightning_subspace.probe.randomness import is_random, remark, with_draws
+from lightning_subspace.probe.screening import Screening
+from lightning_subspace.probe.settings import ProbeSettings
+from lightning_subspace.subspace.record import Record
+
+T = TypeVar("T")
+
+
+class Examples:
+    """Finds what is measured of a sample.
+
+    Args:
+        settings: of the run; they say whether the sample is ours to draw, and how many evaluations it may have.
+
+    Attributes:
+        is_random: whether the loss was found random beside its examples.
+        remarks: what a user should know about it, by cause.
+    """
+
+    def __init__(self, settings: ProbeSettings) -> None:
+        self.is_random = False
+        self.remarks: dict[str, str] = {}
+        self._spec = settings.sample_spec
+        self._measures = bool(settings.taken)
+        self._screening = Screening()
+
+    def are_random(self, choice: CurvatureConfig, module: nn.Module, sample: Sample, partition: Partition) -> bool:
+        """Whether to take several draws of a random loss. A collective."""
+        if not (isinstance(self._spec.sample, int) or self._spec.sample == "all"):
+            return False
+        with choice.loss(module, partition.space, partition.ranks) as loss:
+            return is_random(loss, choice.operator, sample.hessian[0], partition)
+
+    def drawn(self, sample: Sample) -> Sample:
+        """Several draws of a random loss; otherwise the sample itself.
+
+        A function of the sample and the settings alone, whatever the number of ranks.
+        """
+        if not self.is_random:
+            return sample
+        several = with_draws(sample, self._spec, measures=self._measures)
+        self.remarks["random loss"] = remark(several)
+        return several
+
+    def screened(
+        self,
+        block: Callable[[Sample], T],
+        sample: Sample,
+        choice: CurvatureConfig,
+        module: nn.Module,
+        partition: Partition,
+    ) -> T:
+        """Run a block on the micro-batches that have a loss. A collective.
+
+        Raises:
+            LossError: when no micro-batch for the Hessian has a loss.
+        """
+        ranks = partition.ranks
+        result = self._screening.run(block, sample, lambda: choice.loss(module, partition.space, ranks), ranks)
+        if self._screening.notice is not None:
+            self.remarks["no loss"] = self._screening.notice
+        return result
+
+    def counted(self, record: Record) -> Record:
+        """The record with the number of micro-batches without a loss, if any."""
+        return self._screening.counted(record)

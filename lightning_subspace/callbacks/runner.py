@@ -213,9 +213,12 @@ class ProbeRunner:
             with self.ranks.agree():
                 self._parts = cut_sample(sample, spec, self.ranks)
             self._whole = sample
-        if self._parts is not sample and self._can_cut is None:
-            self._can_cut = run.can_evaluate(module, self._parts)
-        return self._parts if self._parts is not None and self._can_cut else sample
+        parts = self._parts
+        if parts is None or parts is sample:
+            return sample
+        if self._can_cut is None:
+            self._can_cut = run.can_evaluate(module, parts)
+        return parts if self._can_cut else sample
 
     def _prepare(self, run: ProbeRun, module: nn.Module, sample: Sample, step: int) -> None:
         """Refresh the parameters, and make the self-check if it is still due."""

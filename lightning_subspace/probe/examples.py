@@ -6,13 +6,16 @@ given batches, and of the current one, were chosen by their user. Of the draws t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
 from torch import nn
 
 from lightning_subspace.curvature import CurvatureConfig
+from lightning_subspace.data.assignment import assign
 from lightning_subspace.data.sample import Sample
+from lightning_subspace.loss.loss_function import NoLossError
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.probe.randomness import is_random, remark, with_draws
 from lightning_subspace.probe.screening import Screening
@@ -46,6 +49,19 @@ class Examples:
             return False
         with choice.loss(module, partition.space, partition.ranks) as loss:
             return is_random(loss, choice.operator, sample.hessian[0], partition)
+
+    def can_be_evaluated(
+        self, choice: CurvatureConfig, module: nn.Module, sample: Sample, partition: Partition
+    ) -> bool:
+        """Whether each rank gets a finite loss, or none, of its first micro-batch. A collective."""
+        ranks = partition.ranks
+        own = assign(sample.hessian, ranks)[0].batch
+        with ranks.agree(), choice.loss(module, partition.space, ranks) as loss:
+            try:
+                found = math.isfinite(loss.value_at(None, [(own, 1.0)]))
+            except Exception as error:  # the user's code may need the whole batch in any way
+                found = isinstance(error, NoLossError)
+            return bool(ranks.all_reduce_min(int(found)))
 
     def drawn(self, sample: Sample) -> Sample:
         """Several draws of a random loss; otherwise the sample itself.

@@ -7,7 +7,6 @@ the parameters, the gradient and the eigenvectors of its probe; the graphs of th
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -16,9 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_subspace.curvature import CheckError, CurvatureConfig, SelfCheck
-from lightning_subspace.data.assignment import assign
 from lightning_subspace.data.sample import Sample
-from lightning_subspace.loss.loss_function import NoLossError
 from lightning_subspace.measurements import Probe
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
@@ -111,14 +108,8 @@ class ProbeRun:
         return result
 
     def can_evaluate(self, module: nn.Module, sample: Sample) -> bool:
-        """Whether each rank gets a finite loss, or none, of its first micro-batch. A collective."""
-        own = assign(sample.hessian, self.ranks)[0].batch
-        with self.ranks.agree(), self._choice.loss(module, self.space, self.ranks) as loss:
-            try:
-                found = math.isfinite(loss.value_at(None, [(own, 1.0)]))
-            except Exception as error:
-                found = isinstance(error, NoLossError)
-            return bool(self.ranks.all_reduce_min(int(found)))
+        """Whether the loss can be evaluated on these micro-batches. A collective."""
+        return self.examples.can_be_evaluated(self._choice, module, sample, self.partition)
 
     def refresh_parameters(self, module: nn.Module) -> bool:
         """Start overlaps anew if the trainable parameters changed; whether they did."""

@@ -112,7 +112,7 @@ def grouped(names: tuple[str, ...]) -> dict[tuple[str, ...], list[int]]:
         groups.setdefault(prefix if len(path) == depth + 1 else f"{prefix}.*", []).append(i)
     kept = dict(itertools.islice(groups.items(), MAX_GROUPS - (len(groups) > MAX_GROUPS)))
     rest = {pattern: places for pattern, places in groups.items() if pattern not in kept}
-    result = {(pattern,): places for pattern, places in kept.items()}
+    result: dict[tuple[str, ...], list[int]] = {(pattern,): places for pattern, places in kept.items()}
     if rest:
         result[tuple(rest)] = [i for places in rest.values() for i in places]
     return result
@@ -126,9 +126,7 @@ class _Tables:
     exact: list[list[bool]]  # whether double backward is J in the rows of A, along v_B
 
     @classmethod
-    def of(
-        cls, loss: TrainingLoss, batch: MicroBatch, groups: dict[tuple[str, ...], list[int]], seed: int
-    ) -> _Tables:
+    def of(cls, loss: TrainingLoss, batch: MicroBatch, groups: dict[tuple[str, ...], list[int]], seed: int) -> _Tables:
         """Take the products, at a jittered theta."""
         count = len(groups)
         place = torch.zeros(len(loss.space.names), dtype=torch.long)

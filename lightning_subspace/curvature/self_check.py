@@ -31,6 +31,7 @@ from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.training_loss import TrainingLoss
 
 LARGEST_ERROR = 1e-4  # relative; less is rounding
+LARGEST_ASYMMETRY = 1e-4  # what an operator may have at most, see `BatchMean.max_asymmetry`
 JITTER = 1e-3  # of theta: networks with zero biases start on the kinks of their ReLUs, where no derivative exists
 CHECKED_STEPS = (1e-5, 1e-6, 1e-7)  # the best of these counts
 SMALLEST_PART = 1e-3  # of |H v|: smaller parts, of single parameter tensors, are compared on this scale
@@ -64,6 +65,17 @@ class SelfCheck:
     reason: str = ""  # one sentence with the numbers, or why there are none
     diagnosis: Diagnosis | None = None  # of a failure
 
+    @property
+    def text(self) -> str:
+        """What it says to the user, with its numbers."""
+        what = self.outcome.value if self.diagnosis is None else self.diagnosis.text
+        return f"{what} Measured: {self.reason.rstrip('.')}."
+
+    @property
+    def is_no_gradient(self) -> bool:
+        """Whether what trains is known not to be the gradient of a function."""
+        return self.diagnosis is not None and self.diagnosis.asymmetry > LARGEST_ASYMMETRY
+
 
 @dataclass(frozen=True)
 class Diagnosis:
@@ -76,14 +88,6 @@ class Diagnosis:
 
     asymmetry: float
     text: str
-
-    @property
-    def is_gradient(self) -> bool:
-        """Whether what trains is the gradient of a function, by differences."""
-        return self.asymmetry <= LARGEST_ASYMMETRY
-
-
-LARGEST_ASYMMETRY = 1e-4  # what an operator may have at most, see `BatchMean.max_asymmetry`
 
 
 def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfCheck:

@@ -42,7 +42,8 @@ def consequence(policy: str, check: SelfCheck, curvature: str, *, has_difference
         return {"omits_products": True}, f"{text} Numbers that rest on second derivatives are left out."
     if not has_differences:
         raise CheckError(f"{text} Nothing is measured.{_another_matrix(check, curvature)}")
-    advice = "" if check.is_no_gradient else f" {BY_DIFFERENCES} measures without second derivatives."
+    # Differences of this very loss were taken then, and are symmetric.
+    advice = f" {BY_DIFFERENCES} measures without second derivatives." if check.is_gradient else ""
     if has_failed and policy == "raise":
         raise CheckError(f"{text} Nothing is measured.{advice}")
     if has_failed and policy == "warn" and check.error < math.inf:
@@ -58,5 +59,5 @@ def _another_matrix(check: SelfCheck, curvature: str) -> str:
     """What to pass where differences would be another matrix."""
     if check.is_no_gradient:
         return ""
-    way_out = "curvature='hessian'" if check.diagnosis is None else f"curvature='hessian', {BY_DIFFERENCES}"
+    way_out = f"curvature='hessian', {BY_DIFFERENCES}" if check.is_gradient else "curvature='hessian'"
     return f" Finite differences would measure another matrix than curvature={curvature!r}; pass {way_out}."

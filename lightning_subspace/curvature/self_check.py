@@ -72,6 +72,11 @@ class SelfCheck:
         return f"{what} Measured: {self.reason.rstrip('.')}."
 
     @property
+    def is_gradient(self) -> bool:
+        """Whether what trains is known to be the gradient of a function, by differences."""
+        return self.diagnosis is not None and self.diagnosis.asymmetry <= LARGEST_ASYMMETRY
+
+    @property
     def is_no_gradient(self) -> bool:
         """Whether what trains is known not to be the gradient of a function."""
         return self.diagnosis is not None and self.diagnosis.asymmetry > LARGEST_ASYMMETRY

@@ -92,9 +92,9 @@ class SubspaceMonitor(Callback):
             of float64 gradients; or "empirical-fisher", the second moment of the gradients of single examples, or of
             micro-batches where the loss is no mean over examples. Where a model has no second derivatives,
             "finite-difference" takes the place of "hessian" by itself.
-        on_check_fail: where second derivatives turn out wrong at the first probe: "warn", "raise", or go on by
-            "finite-difference". With "ggn", which differences cannot give, the last is the first, and nothing is
-            measured; nor is it where a model has no second derivatives.
+        on_check_fail: where second derivatives turn out wrong at the first probe: "warn" and mark what rests on them,
+            "omit" it, "raise", or go on by "finite-difference", with which nothing is measured for "ggn" and where what
+            trains is no gradient. Where they cannot be checked, "raise" raises, and the others warn.
         measurements: more measurements, beside the default ones.
         log: "default" for what a person looks at, "all" for everything.
         layout: add a page of combined charts to TensorBoard's custom scalars.

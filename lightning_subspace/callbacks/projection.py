@@ -89,7 +89,8 @@ class SubspaceProjection(Callback):
         mode: "train" (the objective that is being descended) or "eval".
         dtype: narrowest type computed in, "float32" or "float64"; or "native", the loss as it is trained.
         curvature: see `SubspaceMonitor`.
-        on_check_fail: where second derivatives turn out wrong: "warn", "raise" or "finite-difference".
+        on_check_fail: where second derivatives turn out wrong: "warn", "raise", "finite-difference", or "omit", with
+            which steps stay as they are.
         on_failure: "warn" or "raise" when the space cannot be computed.
         name: prefix of all keys, to be chosen where there are several projections.
         seed: of the sample, the dropout masks and the start vectors.

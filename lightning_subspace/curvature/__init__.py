@@ -7,6 +7,7 @@ from lightning_subspace.curvature.forward_difference import ForwardDifferenceHes
 from lightning_subspace.curvature.forward_difference import smoothness_check as smoothness_check
 from lightning_subspace.curvature.gauss_newton import GaussNewton as GaussNewton
 from lightning_subspace.curvature.gauss_newton import gauss_newton_check as gauss_newton_check
+from lightning_subspace.curvature.gradient_mean import NoProductsError as NoProductsError
 from lightning_subspace.curvature.hessian import Hessian as Hessian
 from lightning_subspace.curvature.selection import CheckError as CheckError
 from lightning_subspace.curvature.selection import CurvatureConfig as CurvatureConfig

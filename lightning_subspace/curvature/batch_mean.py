@@ -18,7 +18,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,6 +52,8 @@ class BatchMean(ABC):
     # Whether a product that fails on one rank takes part in all its collectives, with nan, before it raises. Then it
     # needs no further agreement between ranks.
     raises_after_collectives = True
+    # Whether there are products, or gradients and values of the loss alone.
+    has_products: ClassVar[bool] = True
     # The largest |v.Au - u.Av| of unit vectors that is rounding, relative to the largest |eigenvalue|. 2e-6 at most was
     # measured, and far more where something is wrong.
     max_asymmetry = 1e-4

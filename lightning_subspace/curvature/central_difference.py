@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_subspace.curvature.differences import DisplacedGradients
+from lightning_subspace.curvature.widening import Widening
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.partition import Partition
@@ -71,6 +72,10 @@ class FiniteDifferenceHessian(DisplacedGradients):
         if not 0.0 < length < float("inf"):
             return torch.zeros_like(v, dtype=self.dtype) * length  # nan stays nan
         return self._slope(self._buffers.gather(wide), length, centre).mul_(length).to(self.dtype)
+
+    def _gradient_of(self, batch: MicroBatch) -> Tensor:
+        with Widening():  # type: ignore[no-untyped-call]  # one operation in float32 would make differences noise
+            return super()._gradient_of(batch)
 
     def _slope(self, whole: Tensor, length: float, centre: float) -> Tensor:
         """This rank's part of H u; centre is |g|."""

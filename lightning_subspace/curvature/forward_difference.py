@@ -12,14 +12,14 @@ none, by an extrapolation in float64 that is exact to second order for smooth lo
 
 from __future__ import annotations
 
-import warnings
+import itertools
 
 import torch
 from torch import Tensor
 
 from lightning_subspace.curvature.central_difference import FiniteDifferenceHessian
 from lightning_subspace.curvature.differences import DisplacedGradients
-from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck
+from lightning_subspace.curvature.self_check import LARGEST_ASYMMETRY, CheckOutcome, SelfCheck, checking
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.training_loss import TrainingLoss
 
@@ -68,8 +68,8 @@ class ForwardDifferenceHessian(DisplacedGradients):
 def smoothness_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfCheck:
     """Whether forward differences may be used; arguments as `self_check`.
 
-    PASSED, or SKIPPED with the reason why not. Costs about 17 gradients of the batch in float64; it should have 64
-    examples, since fewer may meet no kink.
+    PASSED, SKIPPED with the reason why not, or FAILED where differences are not symmetric: they are no Hessian then.
+    Costs about 17 gradients of the batch in float64; it should have 64 examples, since fewer may meet no kink.
 
     Raises:
         ValueError: when `loss` is not a float64 one.
@@ -77,23 +77,29 @@ def smoothness_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) ->
     generator = torch.Generator().manual_seed(seed)
     draw = torch.randn(loss.space.n, generator=generator, dtype=torch.float64).to(loss.device)
     try:
-        with warnings.catch_warnings(), loss:
-            warnings.simplefilter("ignore")  # what the model has to say, it says in training
+        with checking(loss):
             exact = FiniteDifferenceHessian(loss, [batch], dtype=torch.float64)
             near, far = ForwardDifferenceHessian(loss, [batch]), ForwardDifferenceHessian(loss, [batch])
-            errors, lengths, product = [], [], draw
+            errors, units, images, product = [], [], [], draw
             for given in (draw, exact.gradient(), None):
                 direction = product if given is None else given
                 unit = direction / direction.norm()
                 product = exact.matvec(unit)
                 extrapolated = 1.5 * near.matvec(unit, CHECKED_STEP) - 0.5 * far.matvec(unit, 3 * CHECKED_STEP)
                 errors.append(float((extrapolated - product).norm()))
-                lengths.append(float(product.norm()))
+                units.append(unit)
+                images.append(product)
     except ValueError:
         raise
     except Exception as failure:  # float64 can fail in any way inside the user's code; that decides nothing
         return SelfCheck(CheckOutcome.SKIPPED, reason=f"{type(failure).__name__} in float64: {failure}")
-    error = float(torch.tensor(errors).max() / torch.tensor(lengths).max())  # nan where one of them is
+    largest = torch.stack(images).norm(dim=1).max()
+    pairs = itertools.combinations(range(len(units)), 2)
+    asymmetry = max(float((units[i] @ images[j] - units[j] @ images[i]).abs() / largest) for i, j in pairs)
+    if asymmetry > LARGEST_ASYMMETRY:
+        reason = f"u.Hv and v.Hu, both by differences of gradients, differ by {asymmetry:.1e} of the largest |Hv|"
+        return SelfCheck(CheckOutcome.FAILED, asymmetry, reason=reason)
+    error = float(torch.tensor(errors).max() / largest)  # nan where one of them is
     if error <= SMOOTH_ERROR:
         reason = f"forward differences extrapolate to H v within {error:.1e}"
         return SelfCheck(CheckOutcome.PASSED, error, reason=reason)

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_subspace._torch import DispatchMode
 from lightning_subspace.curvature.batch_mean import BatchMean
 from lightning_subspace.curvature.differences import DisplacedGradients
+from lightning_subspace.curvature.kinks import KinkObserver
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck
 from lightning_subspace.data.assignment import Assignment
 from lightning_subspace.data.micro_batch import MicroBatch
@@ -33,15 +32,6 @@ LARGEST_DIFFERENCE = 0.05
 # Along the gradient, for the loss itself: its differences have the rounding of a float32 loss.
 LOSS_STEP = 1e-2
 LOSS_ROUNDING = 1e-5
-# Operations whose derivative jumps, by their names in torch.ops.aten without the underscore of an in-place one.
-# fmt: off
-KINKED = frozenset((
-    "relu", "leaky_relu", "rrelu_with_noise", "_prelu_kernel", "hardtanh", "hardswish", "hardsigmoid", "hardshrink",
-    "softshrink", "threshold", "abs", "clamp", "clamp_min", "clamp_max", "maximum", "minimum", "amax", "amin", "max",
-    "min", "median", "sort", "topk", "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices",
-    "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d",
-))
-# fmt: on
 
 
 class ShardedDifferenceHessian(DisplacedGradients):
@@ -122,7 +112,7 @@ def check_differences(operator: ShardedDifferenceHessian, direction: Tensor) -> 
         operator: over the sample to be checked with.
         direction: this rank's part of a random vector, (n,).
     """
-    observer = _KinkObserver()
+    observer = KinkObserver()
     with observer:
         gradient = operator.gradient()
     seen = f"; the loss has kinks ({', '.join(sorted(observer.kinks))})" if observer.kinks else ""
@@ -172,21 +162,3 @@ def _ratio(error: float, scale: float) -> float:
     if scale > 0.0:
         return error / scale
     return 0.0 if error == 0.0 else float("inf")
-
-
-class _KinkObserver(DispatchMode):
-    """Remember the operations whose derivative jumps."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.kinks: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__.removesuffix("_")
-        if (
-            func.namespace == "aten"
-            and name in KINKED
-            and any(isinstance(arg, Tensor) and arg.is_floating_point() for arg in args)
-        ):
-            self.kinks.add(name)
-        return func(*args, **(kwargs or {}))

@@ -15,7 +15,6 @@ weights, masks and means. Steps without a single output are refused; README.md s
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,15 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_subspace.curvature.hessian import GradientGraph, RetainedGraphs
-from lightning_subspace.curvature.self_check import JITTER, LARGEST_ERROR, REFUSALS, CheckOutcome, SelfCheck, worst_part
+from lightning_subspace.curvature.self_check import (
+    LARGEST_ERROR,
+    REFUSALS,
+    CheckOutcome,
+    SelfCheck,
+    checking,
+    drawn,
+    worst_part,
+)
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.loss_function import LossError
 from lightning_subspace.loss.training_loss import TrainingLoss
@@ -114,12 +121,10 @@ def gauss_newton_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) 
     Raises:
         LossError: where the training step has no single output.
     """
-    generator = torch.Generator().manual_seed(seed)
-    draw = torch.randn(2, loss.space.n, generator=generator, dtype=torch.float64).to(loss.device)
-    jitter, direction = JITTER * draw[0], draw[1] / draw[1].norm()
+    jitter, directions = drawn(loss, 1, seed)
+    direction = directions[0] / directions[0].norm()
     try:
-        with warnings.catch_warnings(), loss:
-            warnings.simplefilter("ignore")  # what the model has to say, it says in training
+        with checking(loss):
             loss.displace(jitter)
             graph = OutputGraph.build(loss, batch)
             product = loss.space.flatten(graph.product(loss.space.unflatten(direction)), like=direction)

@@ -1,8 +1,8 @@
 """Choice of the operator by `curvature=`, its precision, and the self-check.
 
 `OPERATORS` has one row a word; README.md says what each of them is. A run begins as its user asked. Where an operation
-has no second derivative, "hessian" goes on with differences by itself; where the second derivatives are wrong,
-`on_check_fail` decides.
+has no second derivative, "hessian" goes on with differences by itself; where the second derivatives are wrong, or could
+not be checked, `on_check_fail` decides.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from torch import nn
 
 from lightning_subspace.curvature.batch_mean import BatchMean
 from lightning_subspace.curvature.central_difference import FiniteDifferenceHessian
+from lightning_subspace.curvature.consequence import CheckError as CheckError
+from lightning_subspace.curvature.consequence import consequence
+from lightning_subspace.curvature.diagnosis import check_in_stages
 from lightning_subspace.curvature.empirical_fisher import EmpiricalFisher, examples_check
 from lightning_subspace.curvature.forward_difference import ForwardDifferenceHessian, smoothness_check
 from lightning_subspace.curvature.fsdp_difference import ShardedDifferenceHessian, check_differences
 from lightning_subspace.curvature.gauss_newton import GaussNewton, gauss_newton_check
+from lightning_subspace.curvature.gradient_mean import GradientMean
 from lightning_subspace.curvature.hessian import Hessian
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck, self_check
 from lightning_subspace.data.micro_batch import MicroBatch, few_examples
@@ -35,15 +39,11 @@ from lightning_subspace.parallel.ranks import Ranks
 
 Precision = Literal["float32", "float64", "native"]
 Curvature = Literal["hessian", "ggn", "finite-difference", "empirical-fisher"]
-OnCheckFail = Literal["warn", "raise", "finite-difference"]
+OnCheckFail = Literal["warn", "raise", "finite-difference", "omit"]
 Order = Literal[1, 2]
 
 # How far two evaluations of a batch may be apart: on a CPU not at all, but an accelerator may sum in another order.
 SUM_ROUNDING = 1e-5
-
-
-class CheckError(RuntimeError):
-    """The self-check has failed, so nothing is measured; see `on_check_fail`."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ OPERATORS: dict[str, Row] = {
     ),
 }
 
+WITHOUT_PRODUCTS = Row(GradientMean, order=1)
+
 
 @dataclass(frozen=True)
 class CurvatureConfig:
@@ -97,8 +99,10 @@ class CurvatureConfig:
     seed: int = 0
     dtype: str | torch.dtype = "float32"  # a `Precision`, or float32 or float64 itself; see README.md
     curvature: str = "hessian"  # a key of `OPERATORS`
-    on_check_fail: str = "warn"  # "warn" and go on, "raise" `CheckError`, or go on with "finite-difference"
+    on_check_fail: str = "warn"  # an `OnCheckFail`; see README.md
     has_passed: bool = False  # whether the self-check has passed
+    omits_products: bool = False  # whether numbers that rest on second derivatives are left out
+    marks: tuple[tuple[str, float], ...] = ()  # metrics of every record, by key, that say what the self-check found
 
     def __post_init__(self) -> None:
         for name in ("curvature", "on_check_fail"):
@@ -169,33 +173,26 @@ class CurvatureConfig:
         """
         after, notice = self.after_check(check)
         if after.curvature != self.curvature:
-            after.check(module, sample, partition)  # differences have conditions of their own
+            again = after.check(module, sample, partition)  # differences have conditions of their own
+            if again.outcome is CheckOutcome.FAILED:
+                return after.after_check(again)
         return after, notice
 
     def after_check(self, check: SelfCheck) -> tuple[CurvatureConfig, str | None]:
         """The configuration after the self-check, and a notice to the user.
 
         Raises:
-            CheckError: when the check has failed, with `on_check_fail="raise"`, or where differences would measure
-                another matrix; then nothing can be measured.
+            CheckError: when the check has not passed, with `on_check_fail="raise"`, or where nothing can be measured in
+                place of what has failed.
         """
         row = OPERATORS[self.curvature]
-        if check.outcome not in (CheckOutcome.FAILED, CheckOutcome.UNAVAILABLE):
-            has_passed = check.outcome is CheckOutcome.PASSED
-            notice = f"{row.not_passed}: {check.reason}." if row.not_passed and not has_passed else None
-            return replace(self, has_passed=has_passed), notice
-        text = f"{check.outcome.value} Measured: {check.reason.rstrip('.')}."
-        if not row.has_differences:
-            what = f"Finite differences would measure another matrix than curvature={self.curvature!r}"
-            raise CheckError(f"{text} {what}, so nothing is measured. Pass curvature='hessian'.")
-        if check.outcome is CheckOutcome.FAILED and self.on_check_fail == "raise":
-            raise CheckError(f"{text} (on_check_fail='finite-difference' measures without second derivatives.)")
-        if check.outcome is CheckOutcome.FAILED and self.on_check_fail == "warn" and check.error < float("inf"):
-            notice = f"{text} on_check_fail='finite-difference' measures without second derivatives."
-            return replace(self, has_passed=False), notice
-        dtype = "float32" if self.dtype == "native" else self.dtype
-        differences = replace(self, curvature="finite-difference", dtype=dtype, has_passed=False)
-        return differences, f"{text} This run is measured with finite differences of float64 gradients instead."
+        fresh = replace(self, has_passed=check.outcome is CheckOutcome.PASSED, omits_products=False, marks=())
+        if check.outcome in (CheckOutcome.PASSED, CheckOutcome.SKIPPED):
+            return fresh, f"{row.not_passed}: {check.reason}." if row.not_passed and not fresh.has_passed else None
+        changes, notice = consequence(self.on_check_fail, check, self.curvature, has_differences=row.has_differences)
+        if changes.get("curvature") == "finite-difference" and self.dtype == "native":
+            changes["dtype"] = "float32"
+        return replace(fresh, **changes), notice
 
     def require_no_obstacle(self, module: nn.Module) -> None:
         """Refuse what cannot be measured on the shards of FSDP2.
@@ -207,13 +204,26 @@ class CurvatureConfig:
             raise ValueError(refusal)
 
     def _compare(self, module: nn.Module, batch: MicroBatch, partition: Partition) -> SelfCheck:
-        row, space = OPERATORS[self.curvature], partition.space
+        row, space, ranks = OPERATORS[self.curvature], partition.space, partition.ranks
         if row.check is None:
             return SelfCheck(CheckOutcome.SKIPPED, reason="it has no check")
-        if row.is_wide and self._widest(module, space) != torch.float32:
-            return SelfCheck(CheckOutcome.SKIPPED, reason="differences of float64 gradients need none")
-        wide = self._loss(module, space, partition.ranks, torch.float64, row.check_order)
-        return row.check(wide, batch, seed=self.seed)
+
+        def made(check: Callable[..., SelfCheck], order: Order) -> SelfCheck:
+            def loss_of(dtype: torch.dtype) -> TrainingLoss:
+                return self._loss(module, space, ranks, dtype, order)
+
+            return check_in_stages(check, loss_of, batch, seed=self.seed, first=ranks.broadcast_object)
+
+        result = made(row.check, row.check_order)
+        if row.is_wide:
+            if result.outcome is CheckOutcome.FAILED and not result.is_no_gradient:  # at a kink, which is at this theta
+                return SelfCheck(CheckOutcome.SKIPPED, reason=result.reason)
+            if result.outcome is CheckOutcome.PASSED and self._widest(module, space) != torch.float32:
+                return SelfCheck(CheckOutcome.SKIPPED, reason="differences of float64 gradients need none")
+        elif result.outcome in (CheckOutcome.FAILED, CheckOutcome.UNAVAILABLE) and not row.has_differences:
+            # What a message advises has been tried: the Hessian has the same faults, or others.
+            return replace(result, diagnosis=made(self_check, 2).diagnosis)
+        return result
 
     def _can_evaluate(self, module: nn.Module, batch: MicroBatch, partition: Partition) -> bool:
         """Whether a part of a batch has a finite loss."""
@@ -245,6 +255,8 @@ class CurvatureConfig:
 
     @property
     def _row(self) -> Row:
+        if self.omits_products:
+            return WITHOUT_PRODUCTS
         row = OPERATORS[self.curvature]
         return row.passed if self.has_passed and row.passed is not None else row
 
@@ -260,7 +272,7 @@ class CurvatureConfig:
 
     def _is_on_shards(self, module: nn.Module) -> bool:
         """Whether gradients are taken by FSDP2, on its shards."""
-        return self.curvature == "finite-difference" and bool(fsdp_modules(module))
+        return self.curvature == "finite-difference" and not self.omits_products and bool(fsdp_modules(module))
 
     def _loss(
         self, module: nn.Module, space: ParameterSpace, ranks: Ranks, dtype: torch.dtype | None, order: Order

@@ -78,8 +78,8 @@ class GradientCurvature(Measurement):
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """One Hessian product."""
         norm = probe.norm(probe.gradient)
-        if norm == 0.0:
-            return {"gradient_norm": 0.0}
+        if norm == 0.0 or not probe.operator.has_products:
+            return {"gradient_norm": norm}
         unit = probe.gradient / norm
         image = probe.operator.matvec(unit)
         curvature, image_norm = probe.dot(unit, image), probe.norm(image)

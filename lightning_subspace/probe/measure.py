@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from lightning_subspace.curvature import CurvatureConfig, Operator
+from lightning_subspace.curvature import CurvatureConfig, NoProductsError, Operator
 from lightning_subspace.data.micro_batch import MicroBatch, Weight
 from lightning_subspace.data.sample import Sample, sample_of_batches
 from lightning_subspace.linalg.selection import Which
@@ -86,7 +87,8 @@ def measure_subspace(
         dtype: narrowest type computed in, "float32" or "float64"; parameters of a wider one keep it. "native" takes the
             loss as it is trained, with its types and autocast.
         curvature: see `SubspaceMonitor`.
-        on_check_fail: where the second derivatives turn out wrong: "warn", "raise" or go on by "finite-difference".
+        on_check_fail: where the second derivatives turn out wrong: "warn", "raise", "omit" what rests on them, or go on
+            by "finite-difference".
         seed: of dropout masks and of the start vector.
         group: the processes of torch.distributed that measure together, all of which call this with the same module and
             batches: they share the work and the memory. None: this process alone.
@@ -100,7 +102,7 @@ def measure_subspace(
         ValueError: for a module without trainable parameters, k outside 0..n, a word that is not a choice, or a
             `previous` over other parameters or without its eigenvectors.
         TypeError: for `measurements` that are none.
-        CheckError: with `on_check_fail="raise"`; with curvature="ggn" where it cannot be had.
+        CheckError: with `on_check_fail="raise"`; where nothing can be measured, as "ggn" without its derivatives.
         PeerError: when something of this went wrong on another rank.
 
     Example:
@@ -142,6 +144,7 @@ def measure_subspace(
                 verify=verify == "always",
                 optimizer=optimizer,
                 previous=_trusted_basis(previous, partition),
+                marks=dict(choice.marks),
             )
         return screening.counted(record)
 
@@ -172,11 +175,12 @@ def take_probe(
     history: Sequence[Record] = (),
     optimizer: Optimizer | None = None,
     on_matvec: Callable[[int, float], None] | None = None,
+    marks: Mapping[str, float] | None = None,
 ) -> tuple[Probe, Record]:
     """Take every measurement at the parameters of an open loss.
 
     A collective of the ranks that `partition` deals to; None: of this process alone. `operator` makes the operator, by
-    default the exact Hessian.
+    default the exact Hessian. `marks` are metrics that say what the self-check has found.
 
     Returns:
         The probe, which `Measurement.after_step` gets later, and its record, whose subspace holds the eigenvectors.
@@ -185,7 +189,7 @@ def take_probe(
     hessian = (CurvatureConfig().operator if operator is None else operator)(loss, sample, partition)
     gradient = _gradient(hessian, sample)
     subspace = None
-    if solver.k > 0:
+    if solver.k > 0 and hessian.has_products:
         subspace = solver.solve(hessian, start=previous, verify=verify, on_matvec=on_matvec)
 
     def solve(matvec: Operator | Callable[[Tensor], Tensor], k: int | None = None) -> Subspace:
@@ -221,12 +225,13 @@ def take_probe(
         which=solver.which,
         solve=solve,
     )
-    metrics = {} if subspace is None else solver_metrics(subspace)
+    metrics = {**(marks or {}), **({} if subspace is None else solver_metrics(subspace))}
     if sample.filled is not None:
         metrics["solver/sample_filled"] = sample.filled
     for measurement in measurements:
         if is_taken(measurement, number, subspace):
-            metrics.update(measurement.measure(probe))
+            with suppress(NoProductsError):
+                metrics.update(measurement.measure(probe))
     trusted = subspace is not None and subspace.trusted
     image = sketch(subspace.basis, partition) if subspace is not None and trusted else None
     return probe, Record(step, partition.ranks.broadcast_object(finite(metrics)), subspace, image)

@@ -86,9 +86,10 @@ class ProbeRun:
         """Make the self-check on a few examples, and follow it. A collective.
 
         Without second derivatives, or where they are wrong and the settings say so, finite differences take over.
+        Records are marked where numbers in them are wrong or unchecked.
 
         Raises:
-            CheckError: when they are wrong, with `on_check_fail="raise"`, or where nothing else would do.
+            CheckError: when it has not passed, with `on_check_fail="raise"`, or where nothing else would do.
         """
 
         def checked(left: Sample) -> tuple[SelfCheck, CurvatureConfig, str | None, bool]:
@@ -255,6 +256,7 @@ class ProbeRun:
                 history=self.history,
                 optimizer=optimizer,
                 on_matvec=on_matvec,
+                marks=dict(self._choice.marks),
             )
 
     def _after_step(self, opened: OpenRecord, module: nn.Module) -> dict[str, float]:

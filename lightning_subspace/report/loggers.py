@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LogLevel: TypeAlias = Literal["default", "all"]
 
 # Whether a number can be believed, and what it cost: always logged.
-SOLVER_KEYS = frozenset({"solver/subspace_error", "solver/overhead"})
+SOLVER_KEYS = frozenset({"solver/subspace_error", "solver/overhead", "solver/check_error", "solver/unchecked"})
 # All that a probe whose solver did not converge can log.
 FAILURE_KEYS = frozenset({"solver/converged", "solver/residual"})
 

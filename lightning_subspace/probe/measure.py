@@ -28,6 +28,7 @@ from lightning_subspace.loss.loss_function import LossFunction
 from lightning_subspace.loss.training_loss import Mode, TrainingLoss
 from lightning_subspace.measurements import Measurement, Probe
 from lightning_subspace.measurements.base import Needs
+from lightning_subspace.measurements.sample_loss import known_losses
 from lightning_subspace.measurements.spectrum import solver_metrics
 from lightning_subspace.parallel.fsdp import is_sharded
 from lightning_subspace.parallel.parameters import ParameterSpace
@@ -171,6 +172,7 @@ def take_probe(
     partition = Partition.even(loss.space) if partition is None else partition
     hessian = (CurvatureConfig().operator if operator is None else operator)(loss, sample, partition)
     gradient = _gradient(hessian, sample)
+    losses = known_losses(loss, sample, partition.ranks)  # now, before single examples or parts are evaluated
     subspace = None
     if solver.k > 0:
         subspace = solver.solve(hessian, start=previous, verify=verify, on_matvec=on_matvec)
@@ -207,6 +209,7 @@ def take_probe(
         optimizer=optimizer,
         which=solver.which,
         solve=solve,
+        losses=losses,
     )
     metrics = {} if subspace is None else solver_metrics(subspace)
     for measurement in measurements:

@@ -1,4 +1,7 @@
-"""Losses of a training loop beside those of the sample, and the one warning where they differ."""
+"""Losses of a training loop beside that of the sample.
+
+One warning where they differ by more than their spreads explain.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from lightning_subspace.loss.training_loss import Mode
 from lightning_subspace.measurements import Probe
 from lightning_subspace.measurements.sample_loss import SampleMean
 from lightning_subspace.probe.loss_window import LossWindow
-from lightning_subspace.probe.second_opinion import BLOCK, Comparison, SecondOpinion
+from lightning_subspace.probe.second_opinion import BLOCK, KEPT, Comparison, SecondOpinion
 
 NOT_COMPARED = "the loss of the sample is not compared with training's"
 
@@ -31,7 +34,7 @@ class LossComparison:
 
     def __init__(self, runner: ProbeRunner) -> None:
         self.opinion = SecondOpinion()
-        self._window = LossWindow(2 * BLOCK)
+        self._window = LossWindow(KEPT)
         self._size: int | None = None  # examples in this rank's first batch; 1 where it cannot be told
         self._runner = runner
 
@@ -42,7 +45,7 @@ class LossComparison:
         self._size = None
 
     def see(self, trainer: Trainer, outputs: Any, batch: Any) -> None:
-        """Keep the loss of a batch; compare where enough have followed a probe."""
+        """Keep the loss of a batch; compare a probe that enough have followed."""
         if self._size is None:
             self._size = _examples(batch)
         self._window.add(outputs, trainer.accumulate_grad_batches)

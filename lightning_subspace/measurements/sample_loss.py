@@ -69,7 +69,7 @@ class SampleMean:
 
 
 def known_losses(loss: TrainingLoss, sample: Sample, ranks: Ranks) -> tuple[float, ...]:
-    """The losses of the gradient sample that any rank has evaluated; a collective."""
+    """The losses of the gradient sample, from all ranks; a collective."""
     values = torch.stack(list(loss.values.values())).tolist() if loss.values else []
     known: dict[tuple[int, int], float] = {}
     for own in ranks.all_gather_object(dict(zip(loss.values, values, strict=True))):

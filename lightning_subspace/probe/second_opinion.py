@@ -11,16 +11,19 @@ comparisons in a row, of other losses, find it on the same side.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_subspace.measurements.sample_loss import SampleMean
 
 BLOCK = 16  # losses on either side of a probe; for fewer before it nothing is compared
+KEPT = 5 * BLOCK  # losses to keep; rare outliers show in more of them
 Z = 4.0  # standard errors; one in 16,000 of a normal distribution is beyond them
 # What is not worth a word, relative to the smaller of both losses: precision contexts and weights explain that much
 # above. Below, examples that were just trained on do: their losses are behind those that training saw, by an epoch.
 HIGHER, LOWER = 0.1, 0.4
+FEW = 4  # micro-batches whose spread says little
 TINY = 1e-3  # relative to the loss at the start: where training has interpolated, single examples decide
 
 
@@ -66,14 +69,17 @@ def compare(
     before, after = _finite(before), _finite(after)
     if len(before) < BLOCK or not math.isfinite(sample.mean):
         return None
-    levels, spread = _levels(before, after)
+    levels, spread = _levels(before[-2 * BLOCK :], after)
+    # Few micro-batches have next to no spread of their own, and an example of a rare kind may be in one of them: then
+    # the widest spread of training's losses counts, of all that are kept.
+    widest = spread if sample.count >= FEW else max(spread, _widest([*before, *after]))
     floor = min(abs(sample.mean), min(abs(level) for level in levels))
     # The spread of one is that of the other, if both are of one distribution. A mean over fewer examples spreads
     # further; one over more need not spread less, as where the loss alternates. The losses of examples are taken to
     # spread as widely as they are high, or more.
     fewer = math.sqrt(max(size, 1.0) / sample.size)
     of_batch = max(spread, sample.spread * max(1.0, 1.0 / fewer), floor / math.sqrt(max(size, 1.0)))
-    of_micro = max(sample.spread, spread * max(1.0, fewer), floor / math.sqrt(sample.size))
+    of_micro = max(sample.spread, widest * max(1.0, fewer), floor / math.sqrt(sample.size))
     error = Z * math.sqrt(of_batch**2 / BLOCK + of_micro**2 / sample.count)
     low, high = min(levels), max(levels)
     least, most = min(sample.mean, sample.plain), max(sample.mean, sample.plain)
@@ -176,6 +182,15 @@ def _levels(before: Sequence[float], after: Sequence[float]) -> tuple[list[float
         levels = [late, 2.0 * late - early, _mean([*last[len(after) :], *after]), *after[:1]]
     squares = sum((value - _mean(block)) ** 2 for block in blocks for value in block)
     return levels, math.sqrt(squares / max(sum(map(len, blocks)) - len(blocks), 1))
+
+
+def _widest(losses: Sequence[float]) -> float:
+    """The largest standard deviation of a block, brought down to the level of the last."""
+    blocks = [losses[end - BLOCK : end] for end in range(len(losses), BLOCK - 1, -BLOCK)]  # the last one first
+    means = [_mean(block) for block in blocks]
+    # While losses fall, their spread falls with them.
+    shares = [means[0] / mean if 0.0 < means[0] < mean else 1.0 for mean in means]
+    return max(statistics.stdev(block) * share for block, share in zip(blocks, shares, strict=True))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -71,7 +71,7 @@ def compare(
         return None
     levels, spread = _levels(before[-2 * BLOCK :], after)
     # Few micro-batches have next to no spread of their own, and an example of a rare kind may be in one of them: then
-    # the widest spread of training's losses counts, of all that are kept.
+    # the widest spread of training's losses counts, of all that are kept, and counts double.
     widest = spread if sample.count >= FEW else max(spread, _widest([*before, *after]))
     floor = min(abs(sample.mean), min(abs(level) for level in levels))
     # The spread of one is that of the other, if both are of one distribution. A mean over fewer examples spreads
@@ -80,7 +80,7 @@ def compare(
     fewer = math.sqrt(max(size, 1.0) / sample.size)
     of_batch = max(spread, sample.spread * max(1.0, 1.0 / fewer), floor / math.sqrt(max(size, 1.0)))
     of_micro = max(sample.spread, widest * max(1.0, fewer), floor / math.sqrt(sample.size))
-    error = Z * math.sqrt(of_batch**2 / BLOCK + of_micro**2 / sample.count)
+    error = (Z if sample.count >= FEW else 2.0 * Z) * math.sqrt(of_batch**2 / BLOCK + of_micro**2 / sample.count)
     low, high = min(levels), max(levels)
     least, most = min(sample.mean, sample.plain), max(sample.mean, sample.plain)
     side, gap, share = (1, least - high, HIGHER) if least > high else (-1, low - most, LOWER)
@@ -187,9 +187,9 @@ def _levels(before: Sequence[float], after: Sequence[float]) -> tuple[list[float
 def _widest(losses: Sequence[float]) -> float:
     """The largest standard deviation of a block, brought down to the level of the last."""
     blocks = [losses[end - BLOCK : end] for end in range(len(losses), BLOCK - 1, -BLOCK)]  # the last one first
-    means = [_mean(block) for block in blocks]
-    # While losses fall, their spread falls with them.
-    shares = [means[0] / mean if 0.0 < means[0] < mean else 1.0 for mean in means]
+    # While losses fall, their spread falls with them. By the median, which a rare outlier leaves where it is.
+    middles = [statistics.median(block) for block in blocks]
+    shares = [middles[0] / middle if 0.0 < middles[0] < middle else 1.0 for middle in middles]
     return max(statistics.stdev(block) * share for block, share in zip(blocks, shares, strict=True))
 
 

@@ -270,6 +270,7 @@ class SubspaceMonitor(Callback):
         self, trainer: Trainer, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Close the open record after an optimizer step, and probe if due."""
+        self._recorder.losses.see(trainer, outputs, batch)
         step = trainer.global_step
         if step == self._seen_step:  # gradients are still being accumulated
             return
@@ -282,7 +283,7 @@ class SubspaceMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: nn.Module) -> None:
         """A last probe, and the last figures."""
         step = trainer.global_step
-        self._recorder.close(trainer)
+        self._recorder.close(trainer, alone=trainer.interrupted)
         self._runner.source.end()
         is_new = not trainer.interrupted and step != self._probed_step
         if is_new and self._runner.should_probe(trainer, self._schedule.probes_last_step):
@@ -297,7 +298,7 @@ class SubspaceMonitor(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: nn.Module, exception: BaseException) -> None:
         """Nothing measured is lost when training is interrupted."""
-        self._recorder.close(trainer)
+        self._recorder.close(trainer, alone=True)
         self._runner.end(trainer)
         self._schedule.end()
 

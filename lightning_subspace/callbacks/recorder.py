@@ -1,6 +1,7 @@
 """Records of a monitor, from the probe to the loggers.
 
-A record stays open until the optimizer step from its point has ended, since some numbers belong to that step.
+A record stays open until the optimizer step from its point has ended, since some numbers belong to that step. The loss
+of its sample is compared with those that training returns before and after it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from lightning_subspace._lightning import Trainer
+from lightning_subspace.callbacks.loss_comparison import LossComparison
 from lightning_subspace.callbacks.runner import ProbeRunner
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.measurements.base import Prospect
@@ -30,10 +32,12 @@ class Recorder:
 
     Attributes:
         open: the record whose step has not ended yet.
+        losses: of training, beside those of the sample.
     """
 
     def __init__(self, runner: ProbeRunner, publisher: Publisher, name: str) -> None:
         self.open: OpenRecord | None = None
+        self.losses = LossComparison(runner)
         self._has_closed = False  # a record of this fit; one without has no figures to draw
         self._runner = runner
         self._publisher = publisher
@@ -54,6 +58,7 @@ class Recorder:
             costs["solver/megabytes_moved"] = (ranks.bytes_moved - moved) / 1e6
         opened.record = replace(opened.record, metrics={**opened.record.metrics, **costs})
         self.open = opened
+        self.losses.ask(opened.probe)
         self._publisher.update_callback_metrics(trainer, opened.record)
         subspace = opened.record.subspace
         if subspace is not None and not subspace.trusted:
@@ -64,12 +69,23 @@ class Recorder:
         if self.open is not None:
             self.open.see_gradient(module)
 
-    def close(self, trainer: Trainer, module: nn.Module | None = None) -> None:
-        """Add the numbers of its step to the open record; log it."""
+    def close(self, trainer: Trainer, module: nn.Module | None = None, *, alone: bool = False) -> None:
+        """Add the numbers of its step to the open record; log it.
+
+        Args:
+            trainer: has the loggers.
+            module: after the step; None where none was taken, as training has ended.
+            alone: whether other ranks or a device may not answer, as after an exception.
+        """
         run = self._runner.run
+        if module is None and not alone:
+            self.losses.answer()  # no more will follow
         if self.open is None or run is None:
             return
         opened, self.open = self.open, None
+        if not alone:
+            metrics = {**opened.record.metrics, **self.losses.running_mean()}
+            opened.record = replace(opened.record, metrics=metrics)
         with self._runner.schedule.aside():
             try:
                 record = run.close(opened, module)
@@ -94,6 +110,7 @@ class Recorder:
     def drop(self) -> None:
         """Forget the open record: another fit begins."""
         self.open, self._has_closed = None, False
+        self.losses.begin()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds eigenvectors and the parameters of a module."""

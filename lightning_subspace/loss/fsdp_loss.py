@@ -87,7 +87,7 @@ class ShardedLoss(TrainingLoss):
 
     def displace(self, offset: Tensor | None) -> None:
         """Evaluate at theta + offset, (n,), from now on; None: at theta."""
-        self._offset_local = offset
+        self._offset_local, self._is_displaced = offset, offset is not None
 
     def gradient(self, assignments: Iterable[tuple[MicroBatch, float]]) -> tuple[Tensor, float]:  # (n,)
         """Local shards of sum_b s_b grad L_b, and local sum_b s_b L_b.

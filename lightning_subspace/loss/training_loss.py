@@ -65,6 +65,7 @@ class TrainingLoss:
 
     Attributes:
         dtype: of flat vectors; float32 or wider.
+        values: the last value at theta of each micro-batch, by its index and draw: 0-dimensional, on its device.
         originals: the module's own parameters of the space, in an open context; not to be written to.
 
     Raises:
@@ -103,6 +104,8 @@ class TrainingLoss:
         self.device = space.tensors(module)[0].device
         self._step = resolve_loss(module, loss_fn)
         self.originals: tuple[Tensor, ...] = ()
+        self.values: dict[tuple[int, int], Tensor] = {}
+        self._is_displaced = False
         self._displacement: dict[int, Tensor] = {}
         self._stack = ExitStack()
         self._shadow: Shadow | None = None
@@ -128,7 +131,7 @@ class TrainingLoss:
             self._stack.close()
         finally:
             self._shadow = None
-            self._displacement = {}
+            self._displacement, self._is_displaced = {}, False
             self.originals = ()
 
     def _make_shadow(self, stack: ExitStack) -> Shadow:
@@ -138,6 +141,7 @@ class TrainingLoss:
 
     def displace(self, offset: Tensor | None) -> None:
         """Evaluate at theta + offset, (n,), from now on; None: at theta."""
+        self._is_displaced = offset is not None
         pieces = [] if offset is None else self.space.unflatten(offset)
         self._displacement = dict(zip(map(id, self.originals), pieces, strict=False))
 
@@ -185,7 +189,10 @@ class TrainingLoss:
         for leaf in leaves:
             leaf.requires_grad_(True)  # if the step has frozen it, the graph does not lead to it: no gradient
         self._shadow.drop_written()
-        return Evaluation(as_scalar(output, type(self.module).__name__, finite=finite), leaves)
+        value = as_scalar(output, type(self.module).__name__, finite=finite)
+        if not self._is_displaced:
+            self.values[batch.index, batch.draw] = value.detach()  # read by whoever wants it: reading waits for a GPU
+        return Evaluation(value, leaves)
 
     def _copied(self, batch: MicroBatch) -> Any:
         """A copy of the data for training_step, which may write into it."""

@@ -15,6 +15,7 @@ from lightning_subspace.measurements.noise import GradientNoise as GradientNoise
 from lightning_subspace.measurements.overlap import Control as Control
 from lightning_subspace.measurements.overlap import SubspaceOverlap as SubspaceOverlap
 from lightning_subspace.measurements.reliability import Reliability as Reliability
+from lightning_subspace.measurements.sample_loss import SampleLoss as SampleLoss
 from lightning_subspace.measurements.spectrum import GapIndex as GapIndex
 from lightning_subspace.measurements.stability import SharpnessOverThreshold as SharpnessOverThreshold
 from lightning_subspace.measurements.stability import Stability as Stability
@@ -24,7 +25,7 @@ from lightning_subspace.subspace.spectral_density import SpectralDensity as Spec
 def default_measurements(k: int) -> list[Measurement]:
     """Measurements of every monitor; for k = 0 those without eigenvectors."""
     if k == 0:
-        return [GradientCurvature()]
+        return [GradientCurvature(), SampleLoss()]
     return [
         GradientFraction(),
         GradientCurvature(),
@@ -33,4 +34,5 @@ def default_measurements(k: int) -> list[Measurement]:
         UpdateFraction(),
         SharpnessOverThreshold(),
         Reliability(),
+        SampleLoss(),
     ]

@@ -87,6 +87,7 @@ class Probe:
         which: the end of the spectrum that `subspace` belongs to, "LA" for the algebraically largest.
         solve: `solve(matvec, k=None)` gives the top eigenspace, without certificate, of a function v -> A v or of an
             operator of the same parameters (a `part`, with fewer messages between ranks); by default of the probe's k.
+        losses: of the micro-batches of the gradient sample, in order, of all ranks; nan where one is not known.
     """
 
     step: int
@@ -104,6 +105,7 @@ class Probe:
     optimizer: Optimizer | None
     which: str
     solve: Callable[..., Subspace]
+    losses: Sequence[float] = ()
 
     @property
     def space(self) -> ParameterSpace:

@@ -29,6 +29,7 @@ from lightning_subspace.loss.loss_function import LossFunction
 from lightning_subspace.loss.training_loss import Mode, TrainingLoss
 from lightning_subspace.measurements import Measurement, Probe
 from lightning_subspace.measurements.base import Needs
+from lightning_subspace.measurements.sample_loss import known_losses
 from lightning_subspace.measurements.spectrum import solver_metrics
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
@@ -188,6 +189,7 @@ def take_probe(
     partition = Partition.even(loss.space) if partition is None else partition
     hessian = (CurvatureConfig().operator if operator is None else operator)(loss, sample, partition)
     gradient = _gradient(hessian, sample)
+    losses = known_losses(loss, sample, partition.ranks)  # now, before single examples or parts are evaluated
     subspace = None
     if solver.k > 0 and hessian.has_products:
         subspace = solver.solve(hessian, start=previous, verify=verify, on_matvec=on_matvec)
@@ -224,6 +226,7 @@ def take_probe(
         optimizer=optimizer,
         which=solver.which,
         solve=solve,
+        losses=losses,
     )
     metrics = {**(marks or {}), **({} if subspace is None else solver_metrics(subspace))}
     if sample.filled is not None:

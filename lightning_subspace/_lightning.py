@@ -75,6 +75,7 @@ __all__ = [
     "muted",
     "rank_zero_info",
     "rank_zero_warn",
+    "skips_backward",
     "state_key",
     "training_bar",
     "training_loaders",
@@ -153,6 +154,14 @@ def extra_roots(module: nn.Module) -> list[Any]:
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     datamodule = undeclared(trainer, "datamodule")
     return [trainer, *trainer.optimizers, *schedulers, *([] if datamodule is None else [datamodule])]
+
+
+def skips_backward(trainer: Trainer) -> bool:
+    """Whether this is the epoch that StochasticWeightAveraging adds for batch-norm.
+
+    The averaged weights are in the module, and nothing is trained. Nothing public tells.
+    """
+    return bool(getattr(trainer.fit_loop, "_skip_backward", False))
 
 
 def state_key(callback: Callback, **settings: str) -> str:

@@ -69,6 +69,7 @@ __all__ = [
     "CombinedLoader",
     "MisconfigurationException",
     "attached_trainer",
+    "bare_loader",
     "extra_roots",
     "is_a",
     "move_data_to_device",
@@ -144,6 +145,11 @@ def is_a(value: Any, name: str) -> bool:
 def attached_trainer(module: nn.Module) -> Trainer | None:
     """The trainer of a LightningModule, or None, where `module.trainer` would raise."""
     return getattr(module, "_trainer", None)
+
+
+def bare_loader(loader: Any) -> Any:
+    """The DataLoader in what `fabric.setup_dataloaders` has returned, or the loader itself."""
+    return loader._dataloader if is_a(loader, "_FabricDataLoader") else loader
 
 
 def extra_roots(module: nn.Module) -> list[Any]:

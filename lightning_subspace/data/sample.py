@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from lightning_subspace._lightning import rank_zero_warn
+from lightning_subspace._lightning import bare_loader, rank_zero_warn
 from lightning_subspace.data.assignment import owner_rank
 from lightning_subspace.data.micro_batch import (
     MicroBatch,
@@ -102,6 +102,7 @@ def sample_of_batches(batches: Iterable[Any], weight: Weight | None = None, rank
         [32.0, 8.0]
     """
     ranks = ranks or Ranks()
+    batches = bare_loader(batches)  # reading Fabric's own would count as one of its epochs
     if isinstance(batches, tuple) and all(isinstance(item, Tensor) for item in batches):
         raise SampleError("batches: expected a list of batches, got one batch, a tuple of tensors; pass [batch].")
     with preserved_random_state():  # a shuffling loader draws from the global generator

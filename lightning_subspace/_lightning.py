@@ -69,6 +69,7 @@ __all__ = [
     "CombinedLoader",
     "MisconfigurationException",
     "attached_trainer",
+    "bare_loader",
     "extra_roots",
     "given_loaders",
     "is_a",
@@ -76,6 +77,7 @@ __all__ = [
     "muted",
     "rank_zero_info",
     "rank_zero_warn",
+    "skips_backward",
     "state_key",
     "training_bar",
     "training_loaders",
@@ -148,6 +150,11 @@ def attached_trainer(module: nn.Module) -> Trainer | None:
     return getattr(module, "_trainer", None)
 
 
+def bare_loader(loader: Any) -> Any:
+    """The DataLoader in what `fabric.setup_dataloaders` has returned, or the loader itself."""
+    return loader._dataloader if is_a(loader, "_FabricDataLoader") else loader
+
+
 def extra_roots(module: nn.Module) -> list[Any]:
     """Objects a training step can write to: trainer, data module, optimizers, schedulers."""
     trainer = attached_trainer(module)
@@ -156,6 +163,14 @@ def extra_roots(module: nn.Module) -> list[Any]:
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     datamodule = undeclared(trainer, "datamodule")
     return [trainer, *trainer.optimizers, *schedulers, *([] if datamodule is None else [datamodule])]
+
+
+def skips_backward(trainer: Trainer) -> bool:
+    """Whether this is the epoch that StochasticWeightAveraging adds for batch-norm.
+
+    The averaged weights are in the module, and nothing is trained. Nothing public tells.
+    """
+    return bool(getattr(trainer.fit_loop, "_skip_backward", False))
 
 
 def state_key(callback: Callback, **settings: str) -> str:

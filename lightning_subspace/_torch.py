@@ -23,6 +23,7 @@ __all__ = [
     "mixed_precision_policy",
     "module_hooks",
     "storages_of",
+    "uncompiled",
     "unwrap_fsdp_method",
     "version_of",
     "without_gradient_hooks",
@@ -51,6 +52,14 @@ def storages_of(tensor: Tensor) -> tuple[Tensor, ...]:
 def version_of(tensor: Tensor) -> int:
     """The number of in-place writes, which autograd itself relies on."""
     return tensor._version
+
+
+def uncompiled(module: nn.Module) -> nn.Module | None:
+    """The module in what `torch.compile` has returned, or None: it has no public reader.
+
+    The class is told by its name, since importing it takes seconds.
+    """
+    return module._orig_mod if type(module).__name__ == "OptimizedModule" else None  # type: ignore[return-value]
 
 
 def module_hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_subspace._lightning import Callback, Trainer, given_loaders, state_key, training_loaders, undeclared
+from lightning_subspace._lightning import Trainer, given_loaders, skips_backward, training_loaders, undeclared
 from lightning_subspace.callbacks.notices import Notices, OnFailure
 from lightning_subspace.callbacks.project import (
     check_names,
@@ -26,8 +26,10 @@ from lightning_subspace.callbacks.project import (
     warn_of_missing_keys,
 )
 from lightning_subspace.callbacks.recorder import Recorder
+from lightning_subspace.callbacks.resumable import Resumable
 from lightning_subspace.callbacks.runner import ProbeRunner
 from lightning_subspace.callbacks.strategy import ranks_of
+from lightning_subspace.callbacks.trained_weights import AVERAGED, TrainedWeights, may_be_last
 from lightning_subspace.curvature.selection import Curvature, OnCheckFail, Precision
 from lightning_subspace.data.micro_batch import Weight
 from lightning_subspace.linalg.selection import Which
@@ -55,10 +57,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SPEAKER = "SubspaceMonitor"
+ANOTHER_RUN = (
+    "this fit does not start where the last one ended, so it is a run of its own: `history` is now its history; the {} "
+    "records of the run before are given up here, and stay in the loggers."
+)
+NOT_TRAINED = (
+    "StochasticWeightAveraging has put the average into the module and runs an epoch for batch-norm alone; nothing is "
+    "measured in it."
+)
 NOT_RESUMED = "the state in the checkpoint is not used, history and overlaps start anew"
 
 
-class SubspaceMonitor(Callback):
+class SubspaceMonitor(Resumable):
     """Log the gradient's share in the top eigenspace of the Hessian.
 
     Training is bit for bit what it is without the monitor. What a probe cannot stand behind is left out of its record,
@@ -159,7 +169,7 @@ class SubspaceMonitor(Callback):
         self._runner = ProbeRunner(self._settings, self._schedule, self._notices)
         extra = {key for measurement in self._settings.taken for key in measurement.extra}
         self._recorder = Recorder(self._runner, Publisher(name, log, extra), name)
-        self._saved: Any = None  # from a checkpoint, until training goes on from it
+        self._trained = TrainedWeights()
         # A step is over only when this differs from `global_step`: while gradients accumulate, batches end without one.
         self._seen_step = -1
         # The step of the last probe, so that none is taken twice at one point: at the start, on resuming, at the end.
@@ -240,9 +250,11 @@ class SubspaceMonitor(Callback):
                     self._settings.sample_spec, trainer, self._schedule.every_n_steps, training_loaders(trainer)
                 )
         last = self.history[-1].step if self.history else -1
-        continues = 0 <= last <= step and step > 0 and ranks.count == self._runner.ranks.count
+        continues = 0 <= last <= step and step > 0 and self._runner.goes_on(pl_module, ranks)
         self._recorder.drop()
         self._notices.begin()
+        if self.history and not continues:
+            self._notices.info_once(ANOTHER_RUN.format(len(self.history)))
         self._schedule.begin(step)
         self._seen_step = step
         self._probed_step = step if continues and saved is None and last == step else -1
@@ -257,6 +269,11 @@ class SubspaceMonitor(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         """Have the batch copied for a gathered sample."""
+        if skips_backward(trainer):
+            self._recorder.close(trainer)
+            self._notices.info_once(NOT_TRAINED)
+            return
+        self._trained.drop()
         if self._runner.see_batch(trainer, lambda: self._take_first_probe(trainer, pl_module)):
             self._take_first_probe(trainer, pl_module)  # what the epoch before has given has to do
 
@@ -272,23 +289,35 @@ class SubspaceMonitor(Callback):
         """Close the open record after an optimizer step, and probe if due."""
         self._recorder.losses.see(trainer, outputs, batch)
         step = trainer.global_step
-        if step == self._seen_step:  # gradients are still being accumulated
+        if step == self._seen_step or skips_backward(trainer):  # gradients are still being accumulated, or never used
             return
         self._seen_step = step
         self._recorder.close(trainer, pl_module)
         if self._agree_to_measure(trainer, step):
             self._probe(trainer, pl_module, step)
+        if may_be_last(trainer):
+            self._keep_weights(pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: nn.Module) -> None:
+        """Keep the weights of a step that was not known to be the last."""
+        self._keep_weights(pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: nn.Module) -> None:
-        """A last probe, and the last figures."""
-        step = trainer.global_step
+        """A last probe of the weights that were trained, and the last figures."""
+        step = self._seen_step  # the epoch that `skips_backward` counts one more
         self._recorder.close(trainer, alone=trainer.interrupted)
         self._runner.source.end()
         is_new = not trainer.interrupted and step != self._probed_step
-        if is_new and self._runner.should_probe(trainer, self._schedule.probes_last_step):
-            self._probe(trainer, pl_module, step)
-            self._recorder.close(trainer)
+        with self._trained.lent(self._runner, pl_module) as is_there:
+            if is_new and is_there and self._runner.should_probe(trainer, self._schedule.probes_last_step):
+                if self._trained.is_lent:
+                    self._notices.info_once(AVERAGED)
+                self._probe(trainer, pl_module, step)
+                self._recorder.close(trainer)
+            self._runner.remember_end(pl_module)
+        self._trained.drop()
         self._recorder.draw(trainer)
         self._runner.end(trainer)
         self._schedule.end()
@@ -299,6 +328,9 @@ class SubspaceMonitor(Callback):
     def on_exception(self, trainer: Trainer, pl_module: nn.Module, exception: BaseException) -> None:
         """Nothing measured is lost when training is interrupted."""
         self._recorder.close(trainer, alone=True)
+        self._saved = None  # where training has not begun: of no use to another fit
+        self._trained.drop()
+        self._runner.remember_end(pl_module)
         self._runner.end(trainer)
         self._schedule.end()
 
@@ -321,17 +353,17 @@ class SubspaceMonitor(Callback):
             wants = bool(self._runner.on_all_ranks(what, lambda: self.should_measure(step)))
         return may_differ and self._runner.should_probe(trainer, wants)
 
+    def _keep_weights(self, module: nn.Module) -> None:
+        step = self._seen_step
+        if step not in (self._trained.step, self._probed_step) and self._schedule.may_probe_last_step:
+            with self._schedule.aside():
+                self._trained.keep(module, step)
+
     def _probe(self, trainer: Trainer, pl_module: nn.Module, step: int) -> None:
         self._probed_step, self._awaits_first = step, False
         self._recorder.take(trainer, pl_module, step)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
-
-    @property
-    @override
-    def state_key(self) -> str:
-        """Tells the monitors of a Trainer apart in its checkpoints."""
-        return state_key(self, name=self.name)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -348,11 +380,6 @@ class SubspaceMonitor(Callback):
         except Exception as error:  # a checkpoint is worth more than what the monitor has to add
             self._notices.failure("a checkpoint was written without what was measured", error, self._runner.ranks)
             return {}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until training starts and there is a module."""
-        self._saved = state_dict
 
     def _resume(self, trainer: Trainer, run: ProbeRun, saved: Any, step: int) -> None:
         """Continue the run of the checkpoint, or warn why not."""

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_subspace._lightning import Callback, Trainer, is_a, state_key, undeclared
+from lightning_subspace._lightning import Trainer, is_a, undeclared
 from lightning_subspace.callbacks.monitor import SubspaceMonitor
 from lightning_subspace.callbacks.notices import Notices, OnFailure
 from lightning_subspace.callbacks.project import check_names, check_project, misconfiguration
 from lightning_subspace.callbacks.projector import Keep, Projector
+from lightning_subspace.callbacks.resumable import Resumable
 from lightning_subspace.callbacks.runner import ProbeRunner
 from lightning_subspace.callbacks.start import StartCondition, StartWhenAligned
 from lightning_subspace.callbacks.step_hooks import StepHooks
@@ -46,7 +47,7 @@ INSTEAD = "the last good space stays in use, and where there is none the optimiz
 AVERAGE = "a number in [0, 1], or None"
 
 
-class SubspaceProjection(Callback):
+class SubspaceProjection(Resumable):
     """Project every optimizer step into the top eigenspace, or out of it.
 
     After a step of any optimizer, with P the projector on the top k eigenvectors of the Hessian of the training loss,
@@ -153,7 +154,6 @@ class SubspaceProjection(Callback):
         self._notices = Notices(SPEAKER, on_failure)
         self._runner = ProbeRunner(self._settings, self._schedule, self._notices, INSTEAD)
         self._reporter = Reporter()
-        self._saved: Any = None  # from a checkpoint, until training goes on from it
         # A step is over only when this differs from `global_step`: gradients may be accumulated over several batches.
         self._seen_step = -1
         # The space is out of date, or there is none: it is computed as soon as there is a sample.
@@ -199,7 +199,7 @@ class SubspaceProjection(Callback):
         with misconfiguration(SPEAKER):
             ranks = ranks_of(trainer)
         is_same_run = saved is None and self._runner.run is not None and step > 0 and self._seen_step <= step
-        continues = is_same_run and ranks.count == self._runner.ranks.count
+        continues = is_same_run and self._runner.goes_on(pl_module, ranks)
         self._notices.begin()
         if not continues:
             self._start = StartCondition(self._start_when)
@@ -243,11 +243,13 @@ class SubspaceProjection(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: nn.Module) -> None:
         """Leave the optimizers as they were."""
         self._hooks.release()
+        self._runner.remember_end(pl_module)
         self._runner.end(trainer)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: nn.Module, exception: BaseException) -> None:
         """Leave the optimizers as they were."""
+        self._saved = None  # where training has not begun: of no use to another fit
         self.on_train_end(trainer, pl_module)
 
     # -- helpers ------------------------------------------------------------------------------------------------------
@@ -321,12 +323,6 @@ class SubspaceProjection(Callback):
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    @property
-    @override
-    def state_key(self) -> str:
-        """Tells the projections of a Trainer apart in its checkpoints."""
-        return state_key(self, name=self.name)
-
     @override
     def state_dict(self) -> dict[str, Any]:
         """The state of the run, without eigenvectors, which are computed anew."""
@@ -342,11 +338,6 @@ class SubspaceProjection(Callback):
             "start": {"begun": self._start.begun, "average": self._start.average},
             "num_probes": run.num_probes,
         }
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until training starts."""
-        self._saved = state_dict
 
     def _resume(self, saved: Any, step: int) -> None:
         """Continue the run of the checkpoint, or warn why not."""

@@ -6,12 +6,14 @@ probe when it is asked to. What goes wrong in any of this becomes one warning.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import nn
 
 from lightning_subspace._lightning import MisconfigurationException, Trainer
+from lightning_subspace.callbacks.end_point import EndPoint
 from lightning_subspace.callbacks.notices import Notices
 from lightning_subspace.callbacks.tap import before_training_step, forget_batches
 from lightning_subspace.curvature.selection import CheckError
@@ -56,6 +58,8 @@ class ProbeRunner:
         self._whole: Sample | None = None  # the sample that was last cut, and what came of it
         self._parts: Sample | None = None
         self._can_cut: bool | None = None  # whether the loss can be evaluated on a part; None before it was tried
+        self._owners: tuple[weakref.ref[Any], ...] = ()  # trainer and module of the run
+        self._end: EndPoint | None = None  # of the last fit; None during one
 
     def begin(self, trainer: Trainer, module: nn.Module, ranks: Ranks, *, continues: bool, anew: bool = False) -> None:
         """Build the run, and draw or prepare the sample. A collective.
@@ -71,6 +75,7 @@ class ProbeRunner:
             MisconfigurationException: when what the user asked for cannot be had, on any rank.
         """
         self.ranks, self._can_cut = ranks, None
+        self._owners, self._end = (weakref.ref(trainer), weakref.ref(module)), None
         run = self.run if continues and not anew else None
         self.run = self.on_all_ranks(
             "nothing is measured", lambda: ProbeRun(self.settings, module, ranks) if run is None else run, ValueError
@@ -79,6 +84,20 @@ class ProbeRunner:
             self.run.rebind(ranks)
 
         self._draw(lambda: self.source.begin(trainer, ranks, continues=continues))
+
+    def remember_end(self, module: nn.Module) -> None:
+        """The fit, if one goes on, has ended with the module as it is now."""
+        if self._end is None:
+            self._end = EndPoint.of(module)
+
+    def goes_on(self, module: nn.Module, ranks: Ranks) -> bool:
+        """Whether a fit starts where the last one has ended, on as many ranks. A collective."""
+        is_there = ranks.count == self.ranks.count and self._end is not None and self._end.is_at(module)
+        return all(ranks.all_gather_object(is_there))
+
+    def is_of(self, trainer: Trainer, module: Any) -> bool:
+        """Whether the run is one of this module in this trainer."""
+        return [owner() for owner in self._owners] == [trainer, module]
 
     def on_all_ranks(self, what: str, block: Callable[[], T], wrong: type[Exception] | None = None) -> T | None:
         """Run a block on all ranks; a failure gives None.

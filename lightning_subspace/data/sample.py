@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from lightning_subspace._lightning import rank_zero_warn
+from lightning_subspace._lightning import bare_loader, rank_zero_warn
 from lightning_subspace.data.assignment import owner_rank
 from lightning_subspace.data.example_count import ExampleCounter, Reading, readings
 from lightning_subspace.data.micro_batch import (
@@ -127,6 +127,7 @@ def sample_of_batches(
         [32.0, 8.0]
     """
     ranks, progress = ranks or Ranks(), progress or ReadProgress()
+    batches = bare_loader(batches)  # reading Fabric's own would count as one of its epochs
     if isinstance(batches, tuple) and all(isinstance(item, Tensor) for item in batches):
         raise SampleError("batches: expected a list of batches, got one batch, a tuple of tensors; pass [batch].")
     with preserved_random_state():  # a shuffling loader draws from the global generator

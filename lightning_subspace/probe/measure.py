@@ -25,6 +25,7 @@ from lightning_subspace.curvature import CurvatureConfig, NoProductsError, Opera
 from lightning_subspace.data.micro_batch import MicroBatch, Weight
 from lightning_subspace.data.sample import Sample, sample_of_batches
 from lightning_subspace.linalg.selection import Which
+from lightning_subspace.loss.bare import bare_module, bare_optimizer
 from lightning_subspace.loss.loss_function import LossFunction
 from lightning_subspace.loss.training_loss import Mode, TrainingLoss
 from lightning_subspace.measurements import Measurement, Probe
@@ -69,7 +70,8 @@ def measure_subspace(
     """Measure the top eigenspace of the Hessian and the gradient in it.
 
     Args:
-        module: a LightningModule, or any module together with `loss_fn`.
+        module: a LightningModule, or any module together with `loss_fn`. Of one from `fabric.setup`, `torch.compile` or
+            DDP the module inside is measured, and `loss_fn` gets that one.
         batches: the whole sample: a list of batches, of (batch, weight) pairs, or a loader.
         k: number of eigenpairs; 0 takes one Hessian product instead and gives only the numbers along the gradient.
         tol: residual of every wanted pair over the largest |eigenvalue|.
@@ -100,8 +102,8 @@ def measure_subspace(
     Raises:
         LossError: when the loss is not a finite scalar that depends on the parameters.
         SampleError: for an empty or an unweighable sample.
-        ValueError: for a module without trainable parameters, k outside 0..n, a word that is not a choice, or a
-            `previous` over other parameters or without its eigenvectors.
+        ValueError: for a module without trainable parameters, k outside 0..n, a word that is not a choice, a `previous`
+            over other parameters or without its eigenvectors, FSDP1, or Fabric's own module with dtype="native".
         TypeError: for `measurements` that are none.
         CheckError: with `on_check_fail="raise"`; where nothing can be measured, as "ggn" without its derivatives.
         PeerError: when something of this went wrong on another rank.
@@ -120,6 +122,7 @@ def measure_subspace(
     with ranks.agree():
         require_word("verify", verify, ("always", "never"))
         dtype = str(dtype).removeprefix("torch.")
+        module = bare_module(module, dtype)
         settings = ProbeSettings.of(locals(), measurements=tuple(measurements or ()))
         solver, choice, chosen = settings.solver, settings.choice, settings.taken
         space = ParameterSpace.of(module, params)
@@ -143,7 +146,7 @@ def measure_subspace(
                 operator=choice.operator,
                 partition=partition,
                 verify=verify == "always",
-                optimizer=optimizer,
+                optimizer=bare_optimizer(optimizer),
                 previous=_trusted_basis(previous, partition),
                 marks=dict(choice.marks),
             )

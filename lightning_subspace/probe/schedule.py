@@ -106,9 +106,14 @@ class Schedule:
         return isinstance(self.every_n_steps, int) or self._last_step in self.every_n_steps
 
     @property
+    def may_probe_last_step(self) -> bool:
+        """Whether to probe the end where the budget allows it."""
+        return isinstance(self.every_n_steps, int)
+
+    @property
     def probes_last_step(self) -> bool:
         """Whether to probe the end: for an interval, within the budget."""
-        return isinstance(self.every_n_steps, int) and self.is_affordable()
+        return self.may_probe_last_step and self.is_affordable()
 
     def is_due(self, step: int) -> bool:
         """Whether to probe at `step`; to be asked once after each."""

@@ -17,9 +17,10 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from lightning_subspace._lightning import CombinedLoader
+from lightning_subspace.data.drawn import sample_of_dataset
 from lightning_subspace.data.micro_batch import MicroBatch, SampleError
 from lightning_subspace.data.reading import ReadProgress, read
-from lightning_subspace.data.sample import Sample, SampleSpec, micro_batch, require_same_batches, sample_of_dataset
+from lightning_subspace.data.sample import Sample, SampleSpec, micro_batch, require_same_batches
 from lightning_subspace.data.training_set import TrainingSet, batch_size_of
 from lightning_subspace.parallel.ranks import Ranks
 

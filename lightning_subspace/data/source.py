@@ -16,8 +16,9 @@ from typing import Any
 
 from lightning_subspace._lightning import CombinedLoader, Trainer, training_loaders
 from lightning_subspace.data.gathered import Gathered, GatheredSample
+from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.data.reading import ReadProgress
-from lightning_subspace.data.sample import Sample, SampleSpec, sample_of_batches, sample_of_current
+from lightning_subspace.data.sample import Sample, SampleSpec, sample_of_current
 from lightning_subspace.data.several_loaders import sample_of_loaders
 from lightning_subspace.data.training_hooks import changes_batches
 from lightning_subspace.data.training_set import batch_size_of, has_epochs, is_in_memory

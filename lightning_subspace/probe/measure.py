@@ -22,8 +22,9 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from lightning_subspace.curvature import CurvatureConfig, NoProductsError, Operator
+from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.data.micro_batch import MicroBatch, Weight
-from lightning_subspace.data.sample import Sample, sample_of_batches
+from lightning_subspace.data.sample import Sample
 from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss.bare import bare_module, bare_optimizer
 from lightning_subspace.loss.loss_function import LossFunction

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_subspace.curvature import CurvatureConfig
-from lightning_subspace.data.sample import sample_of_batches
+from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.subspace.solver import Solver
 from tests.benchmarks.growth import peak_mb

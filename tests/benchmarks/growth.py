@@ -34,8 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from lightning_subspace.curvature import Hessian
+from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.data.micro_batch import MicroBatch
-from lightning_subspace.data.sample import sample_of_batches
 from lightning_subspace.linalg import eigsh
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace

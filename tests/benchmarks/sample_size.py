@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_subspace.data.sample import Sample, sample_of_dataset
+from lightning_subspace.data.drawn import sample_of_dataset
+from lightning_subspace.data.sample import Sample
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.measurements import GradientFraction, Reliability
 from lightning_subspace.parallel.parameters import ParameterSpace

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_subspace.data.sample import Sample, sample_of_batches
+from lightning_subspace.data.given import sample_of_batches
+from lightning_subspace.data.sample import Sample
 from lightning_subspace.parallel.parameters import ParameterSpace
 
 Batch = tuple[Tensor, Tensor]

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_subspace.curvature import FiniteDifferenceHessian, Hessian, batch_mean
-from lightning_subspace.data.sample import sample_of_batches
+from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.measure import measure_subspace

@@ -17,7 +17,7 @@ from lightning_subspace.curvature import (
     SelfCheck,
 )
 from lightning_subspace.curvature.selection import OPERATORS, Curvature, OnCheckFail, Precision, Row
-from lightning_subspace.data.sample import sample_of_batches
+from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.measure import take_probe

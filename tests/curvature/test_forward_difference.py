@@ -14,7 +14,7 @@ from lightning_subspace.curvature import (
     Hessian,
     smoothness_check,
 )
-from lightning_subspace.data.sample import sample_of_batches
+from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 

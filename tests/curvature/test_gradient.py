@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from lightning_subspace.curvature import ForwardDifferenceHessian, Hessian
 from lightning_subspace.curvature.gradient import backward_gradient, pruned_gradient
-from lightning_subspace.data.sample import sample_of_batches
+from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from tests.oracles import EPS, dense_gradient

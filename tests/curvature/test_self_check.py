@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_subspace.curvature import CheckOutcome, Hessian, self_check
 from lightning_subspace.curvature.self_check import LARGEST_ERROR, NARROW_ERROR
-from lightning_subspace.data.sample import sample_of_batches
+from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.measure import measure_subspace

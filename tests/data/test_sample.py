@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, SubsetRandomSampler, TensorDataset
 
+from lightning_subspace.data.drawn import sample_of_dataset
+from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.data.micro_batch import MicroBatch, SampleError
-from lightning_subspace.data.sample import Sample, sample_of_batches, sample_of_current, sample_of_dataset
+from lightning_subspace.data.sample import Sample, sample_of_current
 from lightning_subspace.parallel.ranks import Ranks
 from tests.data.datasets import COUNT, Numbered, RandomStream, Ready, Stream, all_states, indices, loader, sizes
 

@@ -16,7 +16,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_subspace.data.sample import sample_of_dataset
+from lightning_subspace.data.drawn import sample_of_dataset
 from tests.data.datasets import COUNT, Numbered, all_states, indices, loader, sizes
 
 

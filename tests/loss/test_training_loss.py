@@ -13,8 +13,8 @@ from lightning_subspace import _lightning, measure_subspace
 from lightning_subspace.curvature import Hessian
 from lightning_subspace.curvature.gradient import pruned_gradient
 from lightning_subspace.data.example_count import ExampleCounter
+from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.data.micro_batch import MicroBatch
-from lightning_subspace.data.sample import sample_of_batches
 from lightning_subspace.loss import shadow as containment
 from lightning_subspace.loss import training_loss
 from lightning_subspace.loss.loss_function import LossError, resolve_loss

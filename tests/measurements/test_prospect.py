@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lightning_subspace.curvature import Hessian
-from lightning_subspace.data.sample import Sample, sample_of_batches
+from lightning_subspace.data.given import sample_of_batches
+from lightning_subspace.data.sample import Sample
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.measurements import (
     BatchSharpness,

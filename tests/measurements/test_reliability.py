@@ -10,7 +10,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_subspace.data.sample import Sample, sample_of_dataset
+from lightning_subspace.data.drawn import sample_of_dataset
+from lightning_subspace.data.sample import Sample
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.measurements import GradientFraction, Reliability
 from lightning_subspace.parallel.parameters import ParameterSpace

@@ -12,8 +12,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.data.micro_batch import SampleError
-from lightning_subspace.data.sample import Sample, sample_of_batches
+from lightning_subspace.data.sample import Sample
 from lightning_subspace.linalg import Outcome, eigsh
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.measurements import Measurement, Probe

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_subspace.curvature import Hessian
 from lightning_subspace.data.assignment import group_by_round
-from lightning_subspace.data.sample import Sample, sample_of_batches
+from lightning_subspace.data.given import sample_of_batches
+from lightning_subspace.data.sample import Sample
 from lightning_subspace.linalg.lanczos import Lanczos
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.measurements import Reliability, default_measurements

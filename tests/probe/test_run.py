@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_subspace.data.sample import sample_of_batches
+from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss.loss_function import LossError
 from lightning_subspace.measurements import Measurement, UpdateFraction
 from lightning_subspace.measurements.base import Needs

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from lightning_subspace import LossError, measure_subspace
+from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.data.micro_batch import MicroBatch
-from lightning_subspace.data.sample import Sample, sample_of_batches
+from lightning_subspace.data.sample import Sample
 from lightning_subspace.loss.loss_function import NoLossError, as_scalar
 from lightning_subspace.measurements import Reliability
 from lightning_subspace.probe.run import ProbeRun

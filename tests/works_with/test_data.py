@@ -18,7 +18,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_subspace.data.sample import sample_of_dataset
+from lightning_subspace.data.drawn import sample_of_dataset
 from tests.modules import BATCH, EXAMPLES, RandomDataset
 from tests.works_with.numbered import ByList, Holding, Numbered, everything, indices, loader
 from tests.works_with.same_run import Classifier, compare

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor
 from lightning_subspace.curvature import CheckOutcome, CurvatureConfig, Hessian
-from lightning_subspace.data.sample import sample_of_batches
+from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.parallel.parameters import ParameterSpace
 
 STEP = 1e-6

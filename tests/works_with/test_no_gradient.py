@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import Measurement, Needs, SubspaceMonitor, SubspaceProjection, measure_subspace
 from lightning_subspace.curvature import CheckError, CheckOutcome, CurvatureConfig
-from lightning_subspace.data.sample import sample_of_batches
+from lightning_subspace.data.given import sample_of_batches
 from tests.custom_functions import KeepsInput
 
 K = 2

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import measure_subspace
 from lightning_subspace.curvature import CurvatureConfig, Hessian
-from lightning_subspace.data.sample import sample_of_batches, sample_of_current
+from lightning_subspace.data.given import sample_of_batches
+from lightning_subspace.data.sample import sample_of_current
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.settings import ProbeSettings

@@ -16,7 +16,7 @@ from lightning_subspace import SubspaceMonitor, SubspaceProjection, measure_subs
 from lightning_subspace.curvature import CheckError, CheckOutcome
 from lightning_subspace.curvature import selection as choice
 from lightning_subspace.curvature.self_check import LARGEST_ERROR
-from lightning_subspace.data.sample import sample_of_batches
+from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss.loss_function import LossError
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.probe.run import ProbeRun

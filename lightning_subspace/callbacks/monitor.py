@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
-import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_subspace._lightning import Trainer, given_loaders, skips_backward, training_loaders, undeclared
+from lightning_subspace.callbacks.measured import Measured
 from lightning_subspace.callbacks.notices import Notices, OnFailure
 from lightning_subspace.callbacks.project import (
     check_names,
@@ -26,12 +26,18 @@ from lightning_subspace.callbacks.project import (
     warn_of_missing_keys,
 )
 from lightning_subspace.callbacks.recorder import Recorder
-from lightning_subspace.callbacks.resumable import Resumable
 from lightning_subspace.callbacks.runner import ProbeRunner
 from lightning_subspace.callbacks.strategy import ranks_of
-from lightning_subspace.callbacks.trained_weights import AVERAGED, TrainedWeights, may_be_last
+from lightning_subspace.callbacks.trained_weights import (
+    AVERAGED,
+    NOT_TRAINED,
+    TrainedWeights,
+    may_be_last,
+    may_be_replaced,
+)
 from lightning_subspace.curvature.selection import Curvature, OnCheckFail, Precision
 from lightning_subspace.data.micro_batch import Weight
+from lightning_subspace.data.reading import READ_TIMEOUT
 from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss.training_loss import Mode
 from lightning_subspace.measurements import Measurement
@@ -51,24 +57,16 @@ from lightning_subspace.probe.schedule import Schedule
 from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.report import Publisher, add_layout
 from lightning_subspace.report.loggers import LogLevel
-from lightning_subspace.subspace.record import Record, to_rows
+from lightning_subspace.subspace.record import Record
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 SPEAKER = "SubspaceMonitor"
-ANOTHER_RUN = (
-    "this fit does not start where the last one ended, so it is a run of its own: `history` is now its history; the {} "
-    "records of the run before are given up here, and stay in the loggers."
-)
-NOT_TRAINED = (
-    "StochasticWeightAveraging has put the average into the module and runs an epoch for batch-norm alone; nothing is "
-    "measured in it."
-)
 NOT_RESUMED = "the state in the checkpoint is not used, history and overlaps start anew"
 
 
-class SubspaceMonitor(Resumable):
+class SubspaceMonitor(Measured):
     """Log the gradient's share in the top eigenspace of the Hessian.
 
     Training is bit for bit what it is without the monitor. What a probe cannot stand behind is left out of its record,
@@ -81,11 +79,14 @@ class SubspaceMonitor(Resumable):
             them; otherwise the start is, and the end if the budget allows it).
         max_overhead: largest share of the wall time that probes after the first may take; candidate steps are passed
             over to keep it. None gives the exact schedule.
-        sample: examples for the Hessian: a number, "all", "current" (the batch just trained on), or a loader or a list
-            of batches or of (batch, weight) pairs. An iterable dataset gives the first ones seen in training.
+        sample: examples for the Hessian: a number, which are gathered from the batches that training uses (or drawn
+            before, where the data are tensors in memory); "all", which reads the dataset; "current", the batch just
+            trained on; or a loader or a list of batches or of (batch, weight) pairs.
         gradient_sample: examples for the gradient, which contain the former: a number or "all". Used where `sample` is
             a number.
-        batch_size: of the micro-batches; by default that of training.
+        resample: whether the sample is taken anew where the data of training change (at most once an epoch).
+        read_timeout: seconds that reading a dataset, a loader or a list may take; beyond them nothing is measured.
+        batch_size: of the micro-batches; by default batches are whole, as in training.
         weight: `weight(batch)` is the share of a batch in averages, by default its number of examples; a loss that is a
             mean over tokens passes the number of tokens.
         reference_step: also log the overlap with the space of the first probe at or after this step.
@@ -130,6 +131,8 @@ class SubspaceMonitor(Resumable):
         max_overhead: float | None = 0.2,
         sample: int | str | Iterable[Any] = 1024,
         gradient_sample: int | str = 8192,
+        resample: bool = True,
+        read_timeout: float = READ_TIMEOUT,
         batch_size: int | None = None,
         weight: Weight | None = None,
         reference_step: int | None = None,
@@ -177,39 +180,6 @@ class SubspaceMonitor(Resumable):
         # The probe at the start is still owed: a gathered sample is there only after some batches.
         self._awaits_first = False
 
-    # -- what has been measured, the same on every rank ---------------------------------------------------------------
-
-    @property
-    def history(self) -> Sequence[Record]:
-        """All records of the run, oldest first, without eigenvectors."""
-        return [] if self._runner.run is None else self._runner.run.history
-
-    def to_rows(self) -> list[dict[str, float]]:
-        """The history as flat dicts, with nan where a value is absent."""
-        return to_rows(self.history)
-
-    def overlap_matrix(self) -> tuple[list[int], np.ndarray]:
-        """The steps of all probes, and the matrix of their spaces' overlaps."""
-        run = self._runner.run
-        return ([], np.zeros((0, 0))) if run is None else run.overlaps.matrix()
-
-    def plot(self) -> Figure:
-        """A matplotlib Figure of eigenvalues, fractions, overlaps and their matrix."""
-        from lightning_subspace.report import summary_figure  # matplotlib takes a while to import
-
-        error = None if self._runner.run is None else self._runner.run.overlaps.error
-        return summary_figure(self.history, *self.overlap_matrix(), error=error)
-
-    @property
-    def overhead(self) -> float:
-        """The share of training's wall time spent on probes, in [0, 1]."""
-        return self._schedule.overhead
-
-    @property
-    def later_overhead(self) -> float:
-        """The same without the first probe: what `max_overhead` bounds."""
-        return self._schedule.later_overhead
-
     def record_at(self, step: int, settings: ProbeSettings) -> Record | None:
         """The open record of this step, if these settings give its space.
 
@@ -253,8 +223,8 @@ class SubspaceMonitor(Resumable):
         continues = 0 <= last <= step and step > 0 and self._runner.goes_on(pl_module, ranks)
         self._recorder.drop()
         self._notices.begin()
-        if self.history and not continues:
-            self._notices.info_once(ANOTHER_RUN.format(len(self.history)))
+        if not continues:
+            self._give_up_history()
         self._schedule.begin(step)
         self._seen_step = step
         self._probed_step = step if continues and saved is None and last == step else -1
@@ -296,12 +266,12 @@ class SubspaceMonitor(Resumable):
         if self._agree_to_measure(trainer, step):
             self._probe(trainer, pl_module, step)
         if may_be_last(trainer):
-            self._keep_weights(pl_module)
+            self._keep_weights(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: nn.Module) -> None:
         """Keep the weights of a step that was not known to be the last."""
-        self._keep_weights(pl_module)
+        self._keep_weights(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: nn.Module) -> None:
@@ -353,9 +323,9 @@ class SubspaceMonitor(Resumable):
             wants = bool(self._runner.on_all_ranks(what, lambda: self.should_measure(step)))
         return may_differ and self._runner.should_probe(trainer, wants)
 
-    def _keep_weights(self, module: nn.Module) -> None:
-        step = self._seen_step
-        if step not in (self._trained.step, self._probed_step) and self._schedule.may_probe_last_step:
+    def _keep_weights(self, trainer: Trainer, module: nn.Module) -> None:
+        step, may_probe = self._seen_step, self._schedule.may_probe_last_step and may_be_replaced(trainer)
+        if may_probe and step not in (self._trained.step, self._probed_step):
             with self._schedule.aside():
                 self._trained.keep(module, step)
 
@@ -396,9 +366,8 @@ class SubspaceMonitor(Resumable):
             return
         self._runner.run, is_reopened = resumed
         self._schedule.resume(read.position, step)
-        is_due = last_step < step and self._agree_to_measure(
-            trainer, step
-        )  # the checkpoint was written before our hook
+        # Where the checkpoint was written before our hook, the step is still due.
+        is_due = last_step < step and self._agree_to_measure(trainer, step)
         self._awaits_first = is_reopened or is_due
         self._probed_step = -1 if self._awaits_first or not self.history else self.history[-1].step
 

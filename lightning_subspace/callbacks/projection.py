@@ -31,6 +31,7 @@ from lightning_subspace.callbacks.step_hooks import StepHooks
 from lightning_subspace.callbacks.strategy import ranks_of
 from lightning_subspace.curvature.selection import Curvature, OnCheckFail, Precision
 from lightning_subspace.data.micro_batch import Weight
+from lightning_subspace.data.reading import READ_TIMEOUT
 from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss.training_loss import Mode
 from lightning_subspace.measurements import GradientFraction
@@ -75,11 +76,14 @@ class SubspaceProjection(Resumable):
         k: number of top eigenvectors; the number of classes is the natural choice.
         refresh_every_n_steps: optimizer steps between two computations of the space; 1 is what the paper does.
         start_when: number of optimizer steps that are taken before the first one is projected, or a `StartWhenAligned`.
-        sample: examples for the Hessian: a number, "all", "current" (the batch just trained on), or a loader or a list
-            of batches or of (batch, weight) pairs. An iterable dataset gives the first ones seen in training.
+        sample: examples for the Hessian: a number, which are gathered from the batches that training uses (or drawn
+            before, where the data are tensors in memory); "all", which reads the dataset; "current", the batch just
+            trained on; or a loader or a list of batches or of (batch, weight) pairs.
         gradient_sample: examples for the gradient of chi, which contain the former: a number or "all". Used with
             `StartWhenAligned`, where `sample` is a number.
-        batch_size: of the micro-batches; by default that of training.
+        resample: whether the sample is taken anew where the data of training change (at most once an epoch).
+        read_timeout: seconds that reading a dataset, a loader or a list may take; beyond them nothing is measured.
+        batch_size: of the micro-batches; by default batches are whole, as in training.
         weight: `weight(batch)` is the share of a batch in averages, by default its number of examples.
         which: end of the spectrum: "LA" (largest algebraic, the paper's "top"), "SA", "LM", "BE".
         tol: residual of the eigenpairs relative to the largest |eigenvalue|.
@@ -115,6 +119,8 @@ class SubspaceProjection(Resumable):
         start_when: int | StartWhenAligned = 0,
         sample: int | str | Iterable[Any] = 1024,
         gradient_sample: int | str = 8192,
+        resample: bool = True,
+        read_timeout: float = READ_TIMEOUT,
         batch_size: int | None = None,
         weight: Weight | None = None,
         which: Which = "LA",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace._lightning import Trainer, undeclared
+from lightning_subspace._lightning import Trainer, is_a, undeclared
 from lightning_subspace.callbacks.runner import ProbeRunner
 from lightning_subspace.parallel.fsdp import local_part
 
@@ -24,6 +24,22 @@ AVERAGED = (
     "the module holds other weights at the end of training than the last step gave, such as an average; the last probe "
     "is of those that the step gave."
 )
+NOT_TRAINED = (
+    "StochasticWeightAveraging has put the average into the module and runs an epoch for batch-norm alone; nothing is "
+    "measured in it."
+)
+# Lightning's own callbacks that put other weights into a module, or run functions of the user's.
+REPLACING = ("WeightAveraging", "StochasticWeightAveraging", "ModelPruning", "LambdaCallback")
+LIGHTNING = ("lightning", "pytorch_lightning", "lightning_subspace")
+
+
+def may_be_replaced(trainer: Trainer) -> bool:
+    """Whether a callback may put other weights into the module before training ends."""
+    callbacks = undeclared(trainer, "callbacks")
+    return any(
+        any(is_a(callback, name) for name in REPLACING) or type(callback).__module__.split(".")[0] not in LIGHTNING
+        for callback in callbacks
+    )
 
 
 def may_be_last(trainer: Trainer) -> bool:

@@ -116,7 +116,7 @@ def diagnose(
 
 
 def _within(loss: TrainingLoss, part: Part) -> tuple[TrainingLoss, list[str]]:
-    """The loss over a part of the parameters, and the patterns that give it."""
+    """The loss over a part of the parameters, and its patterns."""
     inside, patterns = copy.copy(loss), list(part.patterns)
     inside.space = ParameterSpace.of(loss.module, patterns)
     if not set(inside.space.names) <= set(loss.space.names):  # `params=` has left some of these out already

@@ -58,6 +58,6 @@ def consequence(policy: str, check: SelfCheck, curvature: str, *, has_difference
 def _another_matrix(check: SelfCheck, curvature: str) -> str:
     """What to pass where differences would be another matrix."""
     if check.is_no_gradient:
-        return ""
+        return " (A part was tried with curvature='hessian'.)"
     way_out = f"curvature='hessian', {BY_DIFFERENCES}" if check.is_gradient else "curvature='hessian'"
     return f" Finite differences would measure another matrix than curvature={curvature!r}; pass {way_out}."

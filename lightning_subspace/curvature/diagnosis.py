@@ -29,7 +29,7 @@ ATTEMPTS = 3  # none of 700 networks with ReLU, max-pooling or batch-norm needed
 
 NO_GRADIENT = (
     "What trains this model is not the gradient of a function of its parameters, so it has no second derivatives: its "
-    "derivative J is not symmetric (|J - J'| / 2|J| = {:.1%}; 0 for a gradient). This comes of a `.detach()` or "
+    "derivative J is not symmetric (|J - J'| / 2|J| is about {:.1%}; 0 for a gradient). This comes of a `.detach()` or "
     "no_grad() on the way to some of the parameters (as in a GAN, in self-distillation, with an actor and a critic, "
     "with detached proposals), of a reversed gradient, of a straight-through estimator or fake quantisation, of "
     "spectral norm in train mode, or of weights that the training step itself changes."
@@ -116,7 +116,7 @@ def diagnose(
 
 
 def _within(loss: TrainingLoss, part: Part) -> tuple[TrainingLoss, list[str]]:
-    """The loss over a part of the parameters, and the patterns that give it."""
+    """The loss over a part of the parameters, and its patterns."""
     inside, patterns = copy.copy(loss), list(part.patterns)
     inside.space = ParameterSpace.of(loss.module, patterns)
     if not set(inside.space.names) <= set(loss.space.names):  # `params=` has left some of these out already

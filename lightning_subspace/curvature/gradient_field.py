@@ -1,4 +1,4 @@
-"""Derivative of the gradient that trains, by differences, and the parts of it that are symmetric.
+"""Derivative of what trains, by differences, and its symmetric parts.
 
 A training step gives a vector g(theta). It is the gradient of a function just where its derivative J is symmetric:
 not with a stop-gradient on the way to some parameters, a reversed gradient or a straight-through estimator. With
@@ -41,7 +41,7 @@ ENTRY_ROUNDING = 1e-8
 
 @dataclass(frozen=True)
 class Part:
-    """Some of the parameters, by patterns as `params=` takes them, and their number."""
+    """Some of the parameters, by patterns of `params=`, and their number."""
 
     patterns: tuple[str, ...]
     size: int
@@ -64,9 +64,9 @@ class GradientField:
 
     @classmethod
     def of(cls, loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> GradientField:
-        """The field of a loss that is not open, best of float64, on a few examples.
+        """The field of a loss on a few examples.
 
-        Costs at most 64 gradients and 16 products; what fails inside of the loss leaves nothing known.
+        The loss is not open, and best of float64. Costs at most 64 gradients and 16 products; what fails inside of the loss leaves nothing known.
         """
         groups = grouped(loss.space.names)
         try:
@@ -94,7 +94,7 @@ class GradientField:
 
 
 def grouped(names: tuple[str, ...]) -> dict[tuple[str, ...], list[int]]:
-    """Places of parameters by the child of the module that they belong to.
+    """Places of parameters by the child of the module.
 
     Children are those of the first module with several of them. The smallest ones are taken together.
 
@@ -172,7 +172,7 @@ class _Tables:
         return math.nan if found > LARGEST_ASYMMETRY and found < 10.0 * noise else found
 
     def symmetric_pairs(self) -> list[list[bool]]:
-        """Whether J is symmetric in each pair of groups, and in each of them."""
+        """Whether J is symmetric in and between groups."""
         count = self.entries.shape[1]
         rounding = ENTRY_ROUNDING * float(self.entries.abs().max())
         result = [[False] * count for _ in range(count)]

@@ -18,7 +18,9 @@ class NoProductsError(RuntimeError):
 
 
 class GradientMean(BatchMean):
-    """An operator without products; arguments as `BatchMean`, the loss best of order 1.
+    """An operator without products; arguments as `BatchMean`.
+
+    The loss is best of order 1.
 
     Raises:
         LossError: when a loss cannot be evaluated (see `TrainingLoss`).

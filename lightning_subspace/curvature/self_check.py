@@ -73,18 +73,18 @@ class SelfCheck:
 
     @property
     def is_gradient(self) -> bool:
-        """Whether what trains is known to be the gradient of a function, by differences."""
+        """Whether differences show that a gradient trains the model."""
         return self.diagnosis is not None and self.diagnosis.asymmetry <= LARGEST_ASYMMETRY
 
     @property
     def is_no_gradient(self) -> bool:
-        """Whether what trains is known not to be the gradient of a function."""
+        """Whether differences show that no gradient trains the model."""
         return self.diagnosis is not None and self.diagnosis.asymmetry > LARGEST_ASYMMETRY
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a failed check has found out about the derivative J of the gradient.
+    """What a failed check tells of the derivative J of the gradient.
 
     Attributes:
         asymmetry: |J - J'| / (2 |J|) in Frobenius norms, in [0, 1]: 0 for the gradient of a function; nan: not known.
@@ -192,7 +192,7 @@ def drawn(loss: TrainingLoss, count: int, seed: int) -> tuple[Tensor, Tensor]:  
 
 
 def difference(loss: TrainingLoss, batch: MicroBatch, jitter: Tensor, direction: Tensor, eps: float) -> Tensor:
-    """J v: the derivative of the gradient along `direction`, at theta + jitter."""
+    """J v along `direction`, at theta + jitter, by differences."""
     gradients = []
     for sign in (1, -1):
         loss.displace(jitter + sign * eps * direction)

@@ -47,7 +47,7 @@ WRONG = {
     "mode": [("one of 'train', 'eval'", ["test"])],
     "dtype": [("one of 'float32', 'float64', 'native'", ["bfloat16"])],
     "curvature": [("one of 'hessian', 'ggn', 'finite-difference'", ["gauss-newton"])],
-    "on_check_fail": [("one of 'warn', 'raise', 'finite-difference'", ["ignore"])],
+    "on_check_fail": [("one of 'warn', 'raise', 'finite-difference', 'omit'", ["ignore"])],
     "on_failure": [("one of 'warn', 'raise'", ["ignore"])],
     "name": [("an ASCII word", ["", "a b", None])],
     "seed": [("an integer of at least 0", [-1, None])],

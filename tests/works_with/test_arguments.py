@@ -85,7 +85,7 @@ VALID = {
     "mode": st.sampled_from(["train", "eval"]),
     "dtype": st.sampled_from(["float32", "float64", "native"]),
     "curvature": st.sampled_from(["hessian", "hessian", "finite-difference"]),
-    "on_check_fail": st.sampled_from(["warn", "finite-difference"]),
+    "on_check_fail": st.sampled_from(["warn", "finite-difference", "omit"]),
     "measurements": st.sampled_from([None, [Reliability(2)], [GradientCurvature()]]),
     "log": st.sampled_from(["default", "all"]),
     "layout": st.booleans(),

@@ -32,7 +32,8 @@ class Reliability(Measurement):
     Both are scaled down by the share of the training set that was not sampled (finite population correction).
     `tests/measurements/test_reliability.py` measures how often the band covers the truth. Costs two eigensolves on half
     of the sample and a pass over the gradient sample. Left out when a sample is the whole training set, or a single
-    micro-batch.
+    micro-batch. Of a loss that is random beside its examples no sample is the whole; its repeated draws count as
+    micro-batches, and have no random numbers in common.
 
     Args:
         every: taken at each probe whose number is a multiple of this.

@@ -76,10 +76,10 @@ def quarters():
     return whole(list(zip(*(tensor.split(30) for tensor in labelled()), strict=True)))
 
 
-def begun(module, sample, loss_fn=cross_entropy, ranks=None, **options):
+def begun(module, given, loss_fn=cross_entropy, ranks=None, **options):
     """A run after its checks."""
     tracker = ProbeRun(ProbeSettings(**{"k": K, "loss_fn": loss_fn, **options}), module, ranks)
-    tracker.check(module, sample)
+    tracker.check(module, given)
     return tracker
 
 
@@ -236,12 +236,12 @@ def test_all_of_a_random_loss_has_an_error_bar_and_one_remark():
     assert metrics["gradient_fraction_low"] < metrics["gradient_fraction"] < metrics["gradient_fraction_high"]
     assert (len(seen.sample.hessian), len(seen.sample.hessian) + len(seen.sample.extra)) == (32, 256)
     (text,) = tracker.examples.remarks.values()
-    assert "Measured: 256 draws of 4 micro-batches for the gradient, 32 of 4 for the Hessian" in text
+    assert "Measured: 256 draws of 4 micro-batches for the gradient, 32 of 4 micro-batches for the Hessian" in text
 
 
 def test_the_mean_is_over_the_draws():
     net, sample = dropout_network(), quarters()
-    tracker = begun(net, sample, sample=240, gradient_sample=480, k=0)  # two and four passes
+    tracker = begun(net, sample, sample=256, gradient_sample=512, k=0)  # two and four passes
     metrics = tracker.measure(net, sample, 0).record.metrics
     drawn, total = tracker.examples.drawn(sample), 0.0
     with tracker._choice.loss(net, tracker.space) as loss:

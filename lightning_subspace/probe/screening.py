@@ -37,7 +37,7 @@ class Screening:
         self.every = self.left = 0
 
     def run(self, block: Callable[[Sample], T], sample: Sample, loss: Callable[[], TrainingLoss], ranks: Ranks) -> T:
-        """Run a block on the sample, or its part with losses. A collective.
+        """Run a block on what has a loss. A collective.
 
         Args:
             block: what to do, inside of `ranks.agree()`: it fails on all ranks or on none.

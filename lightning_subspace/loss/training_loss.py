@@ -65,7 +65,8 @@ class TrainingLoss:
 
     Attributes:
         dtype: of flat vectors; float32 or wider.
-        values: the last value at theta of each micro-batch, by its index and draw: 0-dimensional, on its device.
+        values: the first value at theta of each micro-batch since the context was opened, by `place_of` it:
+            0-dimensional, on its device.
         originals: the module's own parameters of the space, in an open context; not to be written to.
 
     Raises:
@@ -104,7 +105,7 @@ class TrainingLoss:
         self.device = space.tensors(module)[0].device
         self._step = resolve_loss(module, loss_fn)
         self.originals: tuple[Tensor, ...] = ()
-        self.values: dict[tuple[int, int], Tensor] = {}
+        self.values: dict[tuple[int, int, int], Tensor] = {}
         self._is_displaced = False
         self._displacement: dict[int, Tensor] = {}
         self._stack = ExitStack()
@@ -124,6 +125,7 @@ class TrainingLoss:
             stack.callback(self._shadow.close)
             self._stack = stack.pop_all()
         self.originals = tuple(originals)
+        self.values = {}
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -191,7 +193,8 @@ class TrainingLoss:
         self._shadow.drop_written()
         value = as_scalar(output, type(self.module).__name__, finite=finite)
         if not self._is_displaced:
-            self.values[batch.index, batch.draw] = value.detach()  # read by whoever wants it: reading waits for a GPU
+            # The first, as a filler may be evaluated again, beside other batches. Not read, since that waits for a GPU.
+            self.values.setdefault(place_of(batch), value.detach())
         return Evaluation(value, leaves)
 
     def _copied(self, batch: MicroBatch) -> Any:
@@ -214,6 +217,11 @@ class TrainingLoss:
             return
         with trainer.precision_plugin.train_step_context():
             yield trainer.precision_plugin.convert_input
+
+
+def place_of(batch: MicroBatch) -> tuple[int, int, int]:
+    """What tells the evaluations of a probe apart, also those of single examples."""
+    return batch.index, batch.draw, batch.size
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from typing import ClassVar
 
 import torch
 
+from lightning_subspace.data.assignment import owner_rank
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.data.sample import Sample
-from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.loss.training_loss import TrainingLoss, place_of
 from lightning_subspace.measurements.base import Measurement, Needs, Probe
 from lightning_subspace.parallel.ranks import Ranks
 
@@ -70,8 +71,11 @@ class SampleMean:
 
 def known_losses(loss: TrainingLoss, sample: Sample, ranks: Ranks) -> tuple[float, ...]:
     """The losses of the gradient sample, from all ranks; a collective."""
-    values = torch.stack(list(loss.values.values())).tolist() if loss.values else []
-    known: dict[tuple[int, int], float] = {}
-    for own in ranks.all_gather_object(dict(zip(loss.values, values, strict=True))):
-        known.update(own)
-    return tuple(known.get((batch.index, batch.draw), math.nan) for batch in (*sample.hessian, *sample.extra))
+    batches = (*sample.hessian, *sample.extra)
+    # A loss may contain collectives, and then be another one where a rank evaluates a batch that is not its own.
+    own = [batch for batch in batches if owner_rank(batch, ranks) == ranks.index and place_of(batch) in loss.values]
+    values = torch.stack([loss.values[place_of(batch)] for batch in own]).tolist() if own else []
+    known: dict[tuple[int, int, int], float] = {}
+    for found in ranks.all_gather_object(dict(zip(map(place_of, own), values, strict=True))):
+        known.update(found)
+    return tuple(known.get(place_of(batch), math.nan) for batch in batches)

@@ -4,8 +4,8 @@ If what is measured is what is trained, the mean loss of the sample at theta_t i
 t, up to their spreads. The level is not known, since losses fall, jump and spike. It is taken to lie between the mean
 of the 16 losses before the probe, that of the 16 behind it, and the loss at theta_t itself; where training ends before
 the 16 are in, between what the last two blocks extrapolate to. Beyond that the spreads decide, and the sizes of
-batches: a two-sample z-test with the larger of both variances (README.md in this folder). A mismatch counts when two
-comparisons in a row, of other losses, find it on the same side.
+batches: a two-sample z-test with the larger of both variances. A mismatch counts when two comparisons in a row, of
+other losses, find it on the same side.
 """
 
 from __future__ import annotations

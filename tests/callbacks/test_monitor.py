@@ -124,6 +124,7 @@ def is_usable(monitor):
 def expected_scalars(monitor, name="subspace", log="default"):
     """(tag, step) -> value of all that should have been logged."""
     extra = {"batch_gradient_fraction", "gap_index", "gradient_norm", "gradient_curvature"}
+    extra |= {"sample_loss", "training_loss"}
     return {
         (logged_name(name, key), record.step): value
         for record in monitor.history

@@ -19,10 +19,10 @@ from lightning_subspace._lightning import Trainer, skips_backward, undeclared
 from lightning_subspace.callbacks.notices import Notices, OnFailure
 from lightning_subspace.callbacks.project import check_names, check_project, misconfiguration, warn_of_missing_keys
 from lightning_subspace.callbacks.recorder import Recorder
-from lightning_subspace.callbacks.resumable import Resumable
+from lightning_subspace.callbacks.resumable import ANOTHER_RUN, Resumable
 from lightning_subspace.callbacks.runner import ProbeRunner
 from lightning_subspace.callbacks.strategy import ranks_of
-from lightning_subspace.callbacks.trained_weights import AVERAGED, TrainedWeights, may_be_last
+from lightning_subspace.callbacks.trained_weights import AVERAGED, NOT_TRAINED, TrainedWeights, may_be_last
 from lightning_subspace.curvature.selection import Curvature, OnCheckFail, Precision
 from lightning_subspace.data.micro_batch import Weight
 from lightning_subspace.linalg.selection import Which
@@ -50,14 +50,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SPEAKER = "SubspaceMonitor"
-ANOTHER_RUN = (
-    "this fit does not start where the last one ended, so it is a run of its own: `history` is now its history; the {} "
-    "records of the run before are given up here, and stay in the loggers."
-)
-NOT_TRAINED = (
-    "StochasticWeightAveraging has put the average into the module and runs an epoch for batch-norm alone; nothing is "
-    "measured in it."
-)
 NOT_RESUMED = "the state in the checkpoint is not used, history and overlaps start anew"
 
 
@@ -287,12 +279,12 @@ class SubspaceMonitor(Resumable):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: nn.Module) -> None:
-        """Keep the weights of a step that was not known to be the last."""
+        """Keep the weights of a step unknown to be the last."""
         self._keep_weights(pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: nn.Module) -> None:
-        """A last probe of the weights that were trained, and the last figures."""
+        """A last probe, of the weights that were trained, and figures."""
         step = self._seen_step  # the epoch that `skips_backward` counts one more
         self._recorder.close(trainer)
         self._runner.source.end()

@@ -55,9 +55,9 @@ def version_of(tensor: Tensor) -> int:
 
 
 def uncompiled(module: nn.Module) -> nn.Module | None:
-    """The module in what `torch.compile` has returned, or None: it has no public reader.
+    """The module in what `torch.compile` has returned, or None.
 
-    The class is told by its name, since importing it takes seconds.
+    It has no public reader. The class is told by its name, since importing it takes seconds.
     """
     return module._orig_mod if type(module).__name__ == "OptimizedModule" else None  # type: ignore[return-value]
 

@@ -19,7 +19,7 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class EndPoint:
-    """The trainable parameters of a module, as one sum of their bits each.
+    """Trainable parameters of a module, as one sum of bits each.
 
     Attributes:
         sums: shape and sum of this rank's part, by the parameter's name.

@@ -7,17 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_subspace.callbacks.resumable import Resumable
+from lightning_subspace.callbacks.resumable import ANOTHER_RUN, Resumable
 from lightning_subspace.probe.schedule import Schedule
 from lightning_subspace.subspace.record import Record, to_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-ANOTHER_RUN = (
-    "this fit does not start where the last one ended, so it is a run of its own: `history` is now its history; the {} "
-    "records of the run before are given up here, and stay in the loggers."
-)
 
 
 class Measured(Resumable):

@@ -270,12 +270,12 @@ class SubspaceMonitor(Measured):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: nn.Module) -> None:
-        """Keep the weights of a step that was not known to be the last."""
+        """Keep the weights of a step unknown to be the last."""
         self._keep_weights(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: nn.Module) -> None:
-        """A last probe of the weights that were trained, and the last figures."""
+        """A last probe, of the weights that were trained, and figures."""
         step = self._seen_step  # the epoch that `skips_backward` counts one more
         self._recorder.close(trainer, alone=trainer.interrupted)
         self._runner.source.end()

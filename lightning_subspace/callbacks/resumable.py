@@ -14,6 +14,10 @@ from lightning_subspace._lightning import Callback, Trainer, state_key
 from lightning_subspace.callbacks.notices import Notices
 from lightning_subspace.callbacks.runner import ProbeRunner
 
+ANOTHER_RUN = (
+    "this fit does not start where the last one ended, so it is a run of its own: `history` is now its history; the {} "
+    "records of the run before are given up here, and stay in the loggers."
+)
 NOT_SAVED = "the checkpoint is written without what was measured, which belongs to another module or trainer."
 
 
@@ -52,6 +56,6 @@ class Resumable(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: nn.Module, stage: str) -> None:
-        """Drop a state that was loaded to validate, while there is a run."""
+        """Drop a state loaded to validate, while there is a run."""
         if stage != "fit" and self._runner.run is not None:
             self._saved = None

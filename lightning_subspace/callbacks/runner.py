@@ -86,12 +86,12 @@ class ProbeRunner:
         self._draw(lambda: self.source.begin(trainer, ranks, continues=continues))
 
     def remember_end(self, module: nn.Module) -> None:
-        """The fit, if one goes on, has ended with the module as it is now."""
+        """End the fit, if there is one, where the module is now."""
         if self._end is None:
             self._end = EndPoint.of(module)
 
     def goes_on(self, module: nn.Module, ranks: Ranks) -> bool:
-        """Whether a fit starts where the last one has ended, on as many ranks. A collective."""
+        """Whether a fit starts where the last one has ended. A collective."""
         is_there = ranks.count == self.ranks.count and self._end is not None and self._end.is_at(module)
         return all(ranks.all_gather_object(is_there))
 

@@ -1,4 +1,4 @@
-"""Weights of the last optimizer step, for the probe at the end of training.
+"""Weights of the last optimizer step, for the last probe.
 
 Weight averaging puts the average into the module before training has ended: in `on_train_end`, at the end of an epoch
 or around a validation, and callbacks that stand in front of a monitor do so first. So a copy is kept from a step that
@@ -43,7 +43,7 @@ def may_be_replaced(trainer: Trainer) -> bool:
 
 
 def may_be_last(trainer: Trainer) -> bool:
-    """Whether training may end with the present batch, as far as is known in it."""
+    """Whether training may end with the present batch."""
     max_steps: int = undeclared(trainer, "max_steps")
     is_last: bool = undeclared(trainer, "is_last_batch") or undeclared(trainer, "should_stop")
     return is_last or 0 <= max_steps <= trainer.global_step
@@ -83,7 +83,7 @@ class TrainedWeights:
 
     @contextmanager
     def lent(self, runner: ProbeRunner, module: nn.Module) -> Iterator[bool]:
-        """Put the copy into the module for the time of a block. A collective.
+        """Put the copy into the module for a block. A collective.
 
         Yields:
             Whether it is there on all ranks; where one has failed, there has been a warning.

@@ -1,4 +1,4 @@
-"""What is inside of the wrappers of Fabric, DDP and torch.compile.
+"""Modules inside of the wrappers of Fabric, DDP and torch.compile.
 
 A wrapper is in the way of a measurement: it casts the inputs, runs under autocast, refuses a backward pass that is not
 its own, and puts a prefix before every name. Its parameters are those of the module inside.

@@ -39,7 +39,7 @@ class Net(LightningModule):
         self.training_step(batch, batch_idx)
 
     def on_train_batch_end(self, *args):
-        self.trained[self.trainer.global_step] = copy.deepcopy(self.net)
+        self.trained.setdefault(self.trainer.global_step, copy.deepcopy(self.net))  # the first batch after a step
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.2, momentum=0.9)

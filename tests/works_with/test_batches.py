@@ -56,10 +56,11 @@ class Tagged(Tensor):
     """A tensor that carries labels."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Labelled:
     x: Tensor
     y: Tensor
+    split: str = "train"
 
 
 def tagged(x: Tensor, y: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ KINDS = {
         lambda x, y: [Own(*pair) for pair in zip(x.split(1), y.split(1), strict=True)],
         lambda b: (torch.cat([o.x for o in b]), torch.cat([o.y for o in b])),
     ),
-    "frozen dataclass": (Labelled, lambda b: (b.x, b.y)),
+    "dataclass with text": (Labelled, lambda b: (b.x, b.y)),
     "user dict": (lambda x, y: UserDict(x=x, y=y), lambda b: (b["x"], b["y"])),
     "tensor with attributes": (tagged, lambda b: (b.as_subclass(Tensor), b.y)),
     "arrays": (lambda x, y: {"x": x.numpy(), "y": y}, lambda b: (torch.from_numpy(b["x"]), b["y"])),
@@ -207,8 +208,8 @@ def test_a_wrong_second_derivative_is_found_whatever_the_batch_is(kind):
 @pytest.mark.parametrize(
     "refuse",
     [
-        lambda x: pytest.fail("cut") if len(x) < 32 else None,
-        lambda x: x.new_zeros(()) / 0 if len(x) < 32 else 1.0,
+        lambda x: 1.0 / (len(x) // 32),
+        lambda x: float("nan") if len(x) < 32 else 1.0,
         lambda x: None if len(x) < 32 else 1.0,
     ],
     ids=["an exception", "not finite", "no loss"],
@@ -223,9 +224,7 @@ def test_a_batch_whose_part_has_no_loss_is_checked_whole(curvature, refuse):
 
     def strict(module, batch, batch_idx):
         factor = refuse(batch[0])
-        if factor is None and len(batch[0]) < 32:
-            return None
-        return plain(module, batch, batch_idx) * (1.0 if factor is None else factor)
+        return None if factor is None else plain(module, batch, batch_idx) * factor
 
     options = {"k": 2, "curvature": curvature, "on_check_fail": "raise"}
     if curvature == "empirical-fisher":

@@ -703,14 +703,16 @@ def fingerprint(root: Any, name: str, *, identity: bool = False) -> dict[str, An
         if identity:
             found[f"{path} id"] = id(value)
         if isinstance(value, Tensor):
-            if identity:
+            is_dense = value.layout is torch.strided and not value.is_nested
+            if identity and is_dense:
                 version = None if value.is_inference() else value._version
                 found[f"{path} address"] = (value.data_ptr(), version)
-            data = value.detach().contiguous().numpy().tobytes()
-            found[path] = (data, value.dtype, value.shape, value.requires_grad, value.is_leaf)
+            dense = value.detach().unbind() if value.is_nested else [value.detach().to_dense()]
+            data = [(part.contiguous().numpy().tobytes(), part.shape) for part in dense]
+            found[path] = (data, value.dtype, value.layout, value.requires_grad, value.is_leaf)
             if value.is_leaf and value.grad is not None:
                 visit(value.grad, f"{path}.grad")
-            if vars(value):
+            if vars(value) and not value.is_nested:  # a nested one keeps its parts there
                 visit(vars(value), f"{path}.")
         elif isinstance(value, np.ndarray):
             found[path] = (value.tobytes(), value.dtype, value.shape)

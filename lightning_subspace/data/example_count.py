@@ -217,7 +217,7 @@ def _of_list(items: list[Any], place: str, depth: int) -> dict[str, Reading]:
 
 def _is_image(value: Any) -> bool:
     """Whether a value has the shape of one image, channels first."""
-    return isinstance(value, Tensor) and value.ndim == 3 and value.shape[0] in (1, 3, 4)
+    return isinstance(value, Tensor) and not value.is_nested and value.ndim == 3 and value.shape[0] in (1, 3, 4)
 
 
 def _kind(value: Any) -> Any:

@@ -9,9 +9,10 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, SubsetRandomSampler, TensorDataset
 
 from lightning_subspace.data.drawn import sample_of_dataset
+from lightning_subspace.data.example_count import ExampleCounter
 from lightning_subspace.data.given import sample_of_batches
-from lightning_subspace.data.micro_batch import MicroBatch, SampleError
-from lightning_subspace.data.sample import Sample, sample_of_current
+from lightning_subspace.data.micro_batch import MicroBatch, SampleError, checksum, with_equal_weights
+from lightning_subspace.data.sample import Sample, micro_batch, sample_of_current
 from lightning_subspace.parallel.ranks import Ranks
 from tests.data.datasets import COUNT, Numbered, RandomStream, Ready, Stream, all_states, indices, loader, sizes
 
@@ -221,6 +222,60 @@ class Unsized:
 def test_what_cannot_be_sampled_is_an_error_that_says_what_to_do(make, match):
     with pytest.raises(SampleError, match=match):
         make()
+
+
+def test_lists_of_examples_are_weighted_by_their_number():
+    images = [torch.zeros(3, 2, 2) for _ in range(9)]
+    batches = [images[:4], images[4:8], images[8:]]
+    assert [(b.weight, b.size) for b in sample_of_batches(batches).hessian] == [(4.0, 4), (4.0, 4), (1.0, 1)]
+    by_hand = sample_of_batches(batches, weight=lambda batch: 2.0 * len(batch)).hessian
+    assert [b.weight for b in by_hand] == [8.0, 8.0, 2.0]
+
+
+def test_where_the_number_is_not_known_weights_are_equal_and_a_word_is_said():
+    batches = [(torch.zeros(t), torch.zeros(b, 2)) for t, b in ((70, 5), (52, 7), (93, 6))]
+    with pytest.warns(UserWarning, match="all batches count the same. Pass weight=") as said:
+        sample = sample_of_batches(batches)
+    assert len(said) == 1
+    assert [b.weight for b in sample.hessian] == [1.0] * 3
+    assert [b.weight for b in sample_of_batches(batches, weight=lambda batch: len(batch[1])).hessian] == [5.0, 7.0, 6.0]
+    assert [b.weight for b in sample_of_batches(zip(batches, (3, 2, 1), strict=True)).hessian] == [3.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("batch", ["no tensor", torch.tensor(1.0), None])
+def test_a_single_batch_needs_no_number(batch):
+    assert [b.weight for b in sample_of_batches([batch]).hessian] == [1.0]
+
+
+def test_a_counter_knows_what_other_batches_have_taught():
+    counter = ExampleCounter(4)
+    images = [torch.zeros(3, 2, 2) for _ in range(5)]
+    found = [micro_batch(part, i, counter=counter) for i, part in enumerate((images[:4], images[4:]))]
+    assert [(b.weight, b.size, b.is_counted) for b in found] == [(4.0, 4, True), (1.0, 1, True)]
+    unknown = micro_batch(None, 2, counter=counter)
+    assert (unknown.weight, unknown.size, unknown.is_counted) == (1.0, 4, False)
+    with pytest.warns(UserWarning, match="weight="):
+        assert [b.weight for b in with_equal_weights([*found, unknown])] == [1.0] * 3
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning", "ignore:The PyTorch API of nested:UserWarning")
+def test_bytes_and_checksums_of_every_layout():
+    def batches(scale):
+        eye = scale * torch.eye(4)
+        nested = [torch.full((2, 3), scale), torch.full((4, 3), scale)]
+        yield eye.to_sparse(), 4 * 4 + 8 * 8
+        yield {"x": eye.to_sparse_csr()}, 4 * 4 + 9 * 8
+        yield [torch.nested.nested_tensor(nested, layout=torch.jagged)], 18 * 4
+        yield [torch.nested.nested_tensor(nested)], 18 * 4
+        yield {"held": Unsized(), "x": eye.bfloat16()}, 32
+
+    for (batch, nbytes), (other, _), (same, _) in zip(batches(1.0), batches(2.0), batches(1.0), strict=True):
+        assert sample_of_batches([batch]).nbytes == nbytes
+        assert checksum(batch) == checksum(same) != checksum(other)
+    held = Unsized()
+    held.x = torch.ones(5)
+    assert sample_of_batches([held]).nbytes == 20
+    assert checksum(held) == checksum(torch.ones(5))
 
 
 def test_a_sample_is_a_value():

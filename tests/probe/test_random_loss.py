@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_subspace.data.sample import sample_of_batches
+from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.measurements import GradientFraction, Measurement, Reliability
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.probe.run import ProbeRun

@@ -50,7 +50,7 @@ class LossComparison:
             self._size = _examples(batch)
         self._window.add(outputs, trainer.accumulate_grad_batches)
         if self.opinion.is_due(self._window.seen):
-            self.answer()
+            self.answer(trainer)
 
     def ask(self, probe: Probe) -> None:
         """A probe has been taken."""
@@ -70,8 +70,11 @@ class LossComparison:
             self.opinion.start = mean
         return {"training_loss": mean}
 
-    def answer(self) -> None:
-        """Compare the probe that waits, and warn at the second that differs. A collective."""
+    def answer(self, trainer: Trainer) -> None:
+        """Compare the probe that waits, and warn at the second that differs. A collective.
+
+        A sample of an earlier epoch may only be stale: another one is taken first, and compared in its place.
+        """
         if not self.opinion.is_pending:
             return
         ranks, opinion = self._runner.ranks, self.opinion
@@ -81,7 +84,10 @@ class LossComparison:
             opinion.answer(losses, self._window.seen, float(sum(ranks.all_gather_object(self._size or 1))))
             return opinion.is_confirmed
 
-        if self._runner.on_all_ranks(NOT_COMPARED, compared) and opinion.last is not None:
+        is_confirmed = self._runner.on_all_ranks(NOT_COMPARED, compared)
+        if opinion.differs and self._runner.source.renew(trainer):
+            opinion.forget()
+        elif is_confirmed and opinion.last is not None:
             with ranks.agree():  # only the first rank warns, and a warning may be an error there
                 self._runner.notices.warn_once("second opinion", _warning(opinion.last, self._runner.settings.mode))
 

@@ -79,7 +79,7 @@ class Recorder:
         """
         run = self._runner.run
         if module is None and not alone:
-            self.losses.answer()  # no more will follow
+            self.losses.answer(trainer)  # no more will follow
         if self.open is None or run is None:
             return
         opened, self.open = self.open, None

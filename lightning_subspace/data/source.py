@@ -46,6 +46,7 @@ class SampleSource:
         self.epoch: int | None = None
         self._data: list[tuple[Any, int]] = []  # what the sample is of, see `_data_of`
         self._is_stale = False
+        self._taken_in: int | None = None  # the epoch in which the sample was taken
 
     @property
     def is_gathered(self) -> bool:
@@ -93,6 +94,7 @@ class SampleSource:
             return
         loaders = training_loaders(trainer)
         self._data = _data_of(loaders)
+        self._taken_in = self.epoch
         if not is_to_be_gathered(spec, trainer, loaders):
             self.sample = sample_of_loaders(loaders, spec, ranks)
         elif continues and before is not None and before.rebind(ranks):
@@ -120,14 +122,22 @@ class SampleSource:
             a is not b or m != n for (a, m), (b, n) in zip(data, self._data, strict=True)
         )
         self._data = data
-        self.renew(trainer, self._ranks.broadcast_object(is_other or any(map(has_epochs, loaders.flattened))))
+        if self._ranks.broadcast_object(is_other or (self.spec.is_number and any(map(has_epochs, loaders.flattened)))):
+            self._is_stale = self._gathered is None
+            self.renew(trainer)
 
-    def renew(self, trainer: Trainer, is_stale: bool = True) -> None:
-        """Take another sample where this one is stale, once an epoch at most."""
-        self._is_stale = self._is_stale or is_stale
-        if self._is_stale and self._gathered is not None and self._gathered.epoch not in (None, self.epoch):
-            self._is_stale = False
-            self._next = self._next or self._gathering(training_loaders(trainer))
+    def renew(self, trainer: Trainer) -> bool:
+        """Take another sample than this one, which seems stale; whether there will be one.
+
+        Once an epoch at most, and never one that the user has given, or of a whole dataset that is not in memory.
+        """
+        if not self.spec.resample or not self.spec.is_number or self._taken_in == self.epoch:
+            return False
+        if self._gathered is None:
+            self._is_stale = True
+        elif self._next is None:
+            self._next = self._gathering(training_loaders(trainer))
+        return True
 
     def refresh(self, trainer: Trainer) -> None:
         """Draw a stale sample anew, before a probe. A collective.
@@ -137,7 +147,7 @@ class SampleSource:
             TimeoutError: when reading them takes too long.
         """
         if self.is_outdated:
-            self._is_stale = False
+            self._is_stale, self._taken_in = False, self.epoch
             self.sample = sample_of_loaders(training_loaders(trainer), self.spec, self._ranks)
 
     def wants_batches(self) -> bool:
@@ -158,6 +168,7 @@ class SampleSource:
             gathering.add(batch, epoch)
             if gathering.sample is not None:
                 self._gathered, self._next, self.sample = gathering, None, gathering.sample
+                self._taken_in = gathering.epoch
 
     def end(self) -> None:
         """End an epoch or training: a smaller sample than asked for has to do."""

@@ -1,0 +1,547 @@
+"""Samples gathered in training: training is unchanged, and what is measured is what `training_step` was given."""
+
+import multiprocessing
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset, TensorDataset
+
+from lightning_subspace import SubspaceMonitor, SubspaceProjection
+from lightning_subspace.data.training_set import TrainingSet, is_in_memory
+from tests.modules import BATCH, EXAMPLES, examples
+from tests.works_with.numbered import Numbered, everything, indices, loader
+from tests.works_with.same_run import Classifier, KeepSample, compare
+
+pytestmark = pytest.mark.filterwarnings("ignore:SubspaceMonitor. at step")  # two eigenvalues may lie close together
+
+
+class Recording(Classifier):
+    """Keeps what `training_step` was given, outside of probes."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.given: list[list[torch.Tensor]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.trainer.strategy.__dict__.get("training_step") is None and not _in_probe(self):
+            self.given.append([part.clone() for part in self.read(batch)])
+        return super().training_step(batch, batch_idx)
+
+
+def _in_probe(module: Classifier) -> bool:
+    return "log" in vars(module)  # a probe covers the methods that log
+
+
+def equal(sample: Any, given: list[list[torch.Tensor]]) -> bool:
+    """Whether the micro-batches are the first batches that training was given."""
+    batches = everything(sample)
+    return len(batches) <= len(given) and all(
+        torch.equal(a, b)
+        for batch, seen in zip(batches, given, strict=False)
+        for a, b in zip(batch.data, seen, strict=True)
+    )
+
+
+def run(tmp_path: Any, data: Any, module: Any = Recording, **options: Any) -> Any:
+    """A compared run, and the module that was watched."""
+    made = []
+
+    def make() -> Any:
+        made.append(module())
+        return made[-1]
+
+    return compare(tmp_path, make, data, **options), made[-1]
+
+
+# -- what training really draws ---------------------------------------------------------------------------------------
+
+
+class Identities(Sampler):
+    """P x K batches: every batch has four examples of each of two classes, drawn anew."""
+
+    def __iter__(self):
+        labels = examples().tensors[1]
+        for _ in range(5):
+            classes = torch.randperm(3)[:2].tolist()
+            own = [(labels == one).nonzero().flatten() for one in classes]
+            yield [int(i) for found in own for i in found[torch.randint(len(found), (4,))]]
+
+    def __len__(self):
+        return 5
+
+
+class OwnLoader(DataLoader):
+    """A loader whose batches are scaled on the way out."""
+
+    def __iter__(self):
+        for x, y in super().__iter__():
+            yield 3.0 * x, y
+
+
+LOADERS = {
+    "a batch sampler of the user's own": lambda: loader(batch_sampler=Identities()),
+    "a list as sampler": lambda: loader(sampler=[3, 1, 2, 0] * 8),
+    "a loader with an __iter__ of its own": lambda: OwnLoader(Numbered(), batch_size=BATCH, shuffle=True),
+    "examples by index": lambda: loader(shuffle=True),
+    "tensors with a collate function": lambda: loader(examples(), collate_fn=lambda items: _doubled(items)),
+    "a short last batch": lambda: loader(Numbered(0, 28), batch_size=10),
+    "no last batch": lambda: loader(Numbered(0, 28), batch_size=10, drop_last=True),
+}
+
+
+def _doubled(items: Any) -> Any:
+    x, y = zip(*items, strict=True)
+    return 2.0 * torch.stack(x), torch.stack(y)
+
+
+@pytest.mark.parametrize("case", LOADERS)
+def test_the_sample_is_what_training_draws(case, tmp_path):
+    watched, module = run(tmp_path, LOADERS[case])
+    assert watched.differing == []
+    assert equal(watched.sample, module.given)
+    assert sum(batch.size for batch in watched.sample.hessian) >= 16
+    first = -(-16 // LOADERS[case]().batch_size if LOADERS[case]().batch_size else 8) - 1
+    assert watched.steps[0] == max(first, 1)
+
+
+class FixedSize(Recording):
+    def training_step(self, batch, batch_idx):
+        if len(batch[0]) != 10:
+            raise ValueError("this model has batches of ten")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_model_of_one_batch_size_is_measured(tmp_path):
+    for data in (
+        lambda: loader(Numbered(0, 28), batch_size=10, drop_last=True, shuffle=True),
+        lambda: loader(TensorDataset(*(c[:28] for c in examples().tensors)), batch_size=10, drop_last=True),
+    ):
+        watched, _ = run(tmp_path, data, FixedSize, monitor={"sample": 5, "gradient_sample": 20})
+        assert watched.differing == []
+        assert [batch.size for batch in everything(watched.sample)] == [10, 10]
+
+
+# -- hooks that change the batch --------------------------------------------------------------------------------------
+
+
+class ByStart(Recording):
+    def on_train_batch_start(self, batch, batch_idx):
+        batch[0].mul_(2.0)
+
+
+class ByTransfer(Recording):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return [batch[0] + torch.rand(1), batch[1]]  # augmented "on the device"
+
+
+class Mixing(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        batch[0].copy_(batch[0].flip(0))
+
+
+class Data(LightningDataModule):
+    def train_dataloader(self):
+        return loader(examples())
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return [-batch[0], batch[1]]
+
+
+HOOKS = {
+    "the module's on_train_batch_start": (ByStart, lambda: loader(examples()), list),
+    "the module's on_after_batch_transfer": (ByTransfer, lambda: loader(examples()), list),
+    "a callback behind the monitor": (Recording, lambda: loader(examples()), lambda: [Mixing()]),
+    "the data module's hook": (Recording, Data, list),
+}
+
+
+@pytest.mark.parametrize("case", HOOKS)
+def test_the_sample_is_taken_behind_all_hooks(case, tmp_path):
+    module, data, callbacks = HOOKS[case]
+    watched, seen = run(tmp_path, data, module, callbacks=callbacks)
+    assert watched.differing == []
+    assert watched.steps[0] == 1  # tensors in memory, but not those that training sees
+    assert equal(watched.sample, seen.given)
+
+
+def test_a_batch_that_is_skipped_is_not_in_the_sample(tmp_path):
+    class Skipping(Recording):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 1 else None
+
+    watched, module = run(tmp_path, lambda: loader(), Skipping, max_epochs=4)
+    assert watched.differing == []
+    assert equal(watched.sample, module.given)
+    assert len(everything(watched.sample)) == 1  # an epoch has one
+
+
+# -- nothing is read beside training ----------------------------------------------------------------------------------
+
+
+class Pooled(Numbered):
+    """Its examples come from a thread, which a forked process does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool, self.lock, self.count = ThreadPoolExecutor(1), threading.Lock(), 0
+
+    def __getitem__(self, index):
+        with self.lock:
+            self.count += 1
+            return self.pool.submit(super().__getitem__, index).result(timeout=20)
+
+
+class Unpicklable:
+    """A batch with a function, which no other process can send."""
+
+    def __init__(self, x, y):
+        self.x, self.y, self.scale = x, y, lambda value: value
+
+
+def _unpicklable(items: Any) -> Any:
+    x, y = zip(*items, strict=True)
+    return Unpicklable(torch.stack(x), torch.stack(y))
+
+
+@pytest.mark.parametrize("sample", [16, "all"])
+def test_a_dataset_with_a_thread_is_read_in_no_other_process(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("a process was forked"))
+    datasets = []
+
+    def data():
+        datasets.append(Pooled())
+        return loader(datasets[-1])
+
+    watched, _ = run(tmp_path, data, monitor={"sample": sample})
+    assert watched.differing == []
+    assert len(watched.steps) >= 4
+    assert not multiprocessing.active_children()
+    assert datasets[1].count == datasets[0].count == 2 * EXAMPLES  # what was read beside is put back
+
+
+@pytest.mark.parametrize("sample", [16, "all"])
+def test_a_batch_that_cannot_be_pickled_is_measured(sample, tmp_path):
+    def read(batch):
+        return batch.scale(batch.x), batch.y
+
+    watched = compare(
+        tmp_path, lambda: Classifier(read), lambda: loader(collate_fn=_unpicklable), monitor={"sample": sample}
+    )
+    assert watched.differing == []
+    assert len(watched.steps) >= 4
+
+
+class Listing(Sampler):
+    def __init__(self, count):
+        self.count = count
+
+    def __iter__(self):
+        return iter(range(self.count))
+
+    def __len__(self):
+        return self.count
+
+
+class Endless(Dataset):
+    def __len__(self):
+        return 30_000_000
+
+    def __getitem__(self, index):
+        return Numbered()[index % EXAMPLES]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_indices_of_a_huge_dataset_are_not_listed(shuffle):
+    import tracemalloc
+
+    wide = TensorDataset(torch.zeros(1, 1).expand(30_000_000, 1))
+    assert is_in_memory(DataLoader(wide, batch_size=8, shuffle=shuffle))
+    tracemalloc.start()
+    found = TrainingSet.of(DataLoader(wide, batch_size=8, shuffle=shuffle))
+    order = found.order(torch.Generator().manual_seed(0), 64)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(set(order)) == 64
+    assert max(order) > 1_000_000
+    assert found.population == 30_000_000
+    assert peak < 1_000_000
+
+
+IN_MEMORY = {
+    "tensors": (lambda: examples(), True),
+    "a subset": (lambda: Subset(examples(), range(20)), True),
+    "several": (lambda: ConcatDataset([examples(), Subset(examples(1), [1, 2])]), True),
+    "a tensor": (lambda: torch.zeros(8, 2), True),
+    "a subset of something else": (lambda: Subset(Numbered(), range(20)), False),
+    "a class derived from TensorDataset": (lambda: type("Own", (TensorDataset,), {})(torch.zeros(8, 2)), False),
+}
+
+
+@pytest.mark.parametrize("case", IN_MEMORY)
+def test_only_tensors_in_memory_are_drawn(case):
+    make, expected = IN_MEMORY[case]
+    assert is_in_memory(loader(make(), shuffle=True)) is expected
+    assert not is_in_memory(loader(make(), batch_size=None))
+
+
+# -- stale samples ----------------------------------------------------------------------------------------------------
+
+
+class Reloaded(Recording):
+    """Data that are others in every epoch."""
+
+    def __init__(self, data: Any) -> None:
+        super().__init__()
+        self.data_of = data
+
+    def train_dataloader(self):
+        return loader(self.data_of(self.trainer.current_epoch))
+
+
+def _of_epoch(kind: Any) -> Any:
+    return lambda epoch: kind(8 * epoch, 8)
+
+
+class Tensors(TensorDataset):
+    def __new__(cls, first, count):
+        data = Numbered(first, count)
+        return TensorDataset(data.x[first : first + count], data.y[first : first + count])
+
+
+@pytest.mark.parametrize("kind", [Numbered, Tensors])
+@pytest.mark.parametrize("resample", [True, False])
+def test_data_that_are_reloaded(kind, resample, tmp_path):
+    watched, _ = run(
+        tmp_path,
+        lambda: None,
+        lambda: Reloaded(_of_epoch(kind)),
+        monitor={"sample": 8, "gradient_sample": 8, "every_n_steps": 1, "resample": resample},
+        max_epochs=4,
+        reload_dataloaders_every_n_epochs=1,
+    )
+    assert watched.differing == []
+    # Drawn ones are drawn anew before the probe; gathered ones from the batch on, whose step is the next one.
+    of_step = {step: min(indices(sample.hessian)) for step, sample in watched.samples.items()}
+    expected = {0: 0, 1: 0, 2: 8, 3: 16, 4: 24}
+    assert of_step == (expected if resample else dict.fromkeys(expected, 0))
+    overlaps = [row["overlap_previous"] for row in watched.monitor.to_rows()[1:]]
+    assert len(overlaps) == 4  # they go on over the change
+
+
+class Harder(Sampler):
+    """A curriculum: in epoch e the examples from 8 e on."""
+
+    def __init__(self):
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        return iter(range(8 * self.epoch, 8 * self.epoch + 8))
+
+    def __len__(self):
+        return 8
+
+
+def test_a_sampler_with_an_epoch(tmp_path):
+    watched, _ = run(
+        tmp_path,
+        lambda: loader(sampler=Harder()),
+        monitor={"sample": 8, "gradient_sample": 8, "every_n_steps": 1},
+        max_epochs=4,
+    )
+    assert watched.differing == []
+    assert [min(indices(sample.hessian)) for sample in watched.samples.values()] == [0, 0, 8, 16, 24]
+
+
+class Growing(Recording):
+    """Inputs that the module itself scales up in every epoch: nothing of the loader tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.dataset = Numbered()
+
+    def train_dataloader(self):
+        return loader(self.dataset)
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 10:
+            self.dataset.x *= 30.0
+
+
+def test_data_that_change_unseen_are_found_by_their_loss(tmp_path):
+    watched, _ = run(
+        tmp_path,
+        lambda: None,
+        Growing,
+        monitor={"sample": 16, "gradient_sample": 16, "every_n_steps": 20},
+        max_epochs=40,
+    )
+    assert watched.differing == []
+    scale = {step: float(sample.hessian[0].data[0].abs().max()) for step, sample in watched.samples.items()}
+    early, late = scale[20], scale[160]
+    assert late == 30.0 * early
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_gradient_sample_goes_on_filling(tmp_path):
+    watched, _ = run(
+        tmp_path, lambda: loader(), monitor={"sample": 8, "gradient_sample": 64, "every_n_steps": 1}, max_epochs=1
+    )
+    filled = [record.metrics["solver/sample_filled"] for record in watched.monitor.history]
+    assert filled == [0.125, 0.125, 0.25, 0.375, 0.5]  # at steps 0 and 1 there is the first batch
+    assert [len(sample.hessian) for sample in watched.samples.values()] == [1] * 5
+
+
+def test_a_sample_is_bounded_by_memory(tmp_path, monkeypatch):
+    own = BATCH * 5 * 4 + BATCH * 8  # bytes of a batch
+    monkeypatch.setattr("lightning_subspace.data.gathered.free_memory", lambda device: 4.0 * 2.5 * own)
+    with pytest.warns(UserWarning, match="bounded by the memory, to 16 of 24 examples; pass a smaller sample"):
+        watched, _ = run(tmp_path, lambda: loader(), monitor={"sample": 24, "gradient_sample": 24})
+    assert watched.differing == []
+    assert len(watched.sample.hessian) == 2
+    assert len(watched.steps) >= 3
+
+
+def test_a_batch_larger_than_the_sample_is_cut(tmp_path):
+    watched, module = run(tmp_path, lambda: loader(batch_size=16), monitor={"sample": 6, "gradient_sample": 16})
+    assert watched.differing == []
+    assert watched.steps[0] == 0  # the first batch has enough
+    assert [[batch.size for batch in part] for part in (watched.sample.hessian, watched.sample.extra)] == [[6], [10]]
+    assert torch.equal(torch.cat([batch.data[0] for batch in everything(watched.sample)]), module.given[0][0])
+    whole, _ = run(tmp_path, lambda: loader(batch_size=16), WholeBatches, monitor={"sample": 6, "gradient_sample": 16})
+    assert whole.differing == []
+    assert [[batch.size for batch in part] for part in (whole.sample.hessian, whole.sample.extra)] == [[16], []]
+
+
+class WholeBatches(Recording):
+    def training_step(self, batch, batch_idx):
+        if len(batch[0]) != 16:
+            raise ValueError("this loss has no parts")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_batch_size_cuts_batches(tmp_path):
+    watched, _ = run(
+        tmp_path, lambda: loader(batch_size=16), monitor={"sample": 16, "gradient_sample": 32, "batch_size": 6}
+    )
+    assert watched.differing == []
+    assert [batch.size for batch in everything(watched.sample)] == [5, 5, 6, 5, 5, 6]
+    assert len({batch.index for batch in everything(watched.sample)}) == 6
+
+
+# -- steps before there is a sample -----------------------------------------------------------------------------------
+
+
+def fit(monitor: Any, data: Any, module: Any = None, **options: Any) -> Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    callbacks = monitor if isinstance(monitor, list) else [monitor]
+    trainer = Trainer(accelerator="cpu", logger=False, callbacks=callbacks, **{"max_epochs": 1, **quiet, **options})
+    trainer.fit(Classifier() if module is None else module, data)
+    return trainer
+
+
+def listed(steps: list[int], **options: Any) -> SubspaceMonitor:
+    arguments = {"k": 2, "max_overhead": None, "sample": 20, "gradient_sample": 20, **options}
+    return SubspaceMonitor(every_n_steps=steps, **arguments)
+
+
+def test_listed_steps_before_the_sample_are_refused_in_setup():
+    class NotReached(Classifier):
+        def on_fit_start(self):
+            raise AssertionError("refused before")
+
+    with pytest.raises(
+        MisconfigurationException, match=r"every_n_steps: expected steps from 2 on, got 0; .*sample='all'"
+    ):
+        fit(listed([0, 3]), loader(), NotReached())
+
+
+def test_listed_steps_before_the_sample_of_a_modules_own_loader_are_refused():
+    class Own(Classifier):
+        def train_dataloader(self):
+            return loader()
+
+    with pytest.raises(MisconfigurationException, match="every_n_steps: expected steps from 2 on, got 1"):
+        fit(listed([1, 3]), None, Own())
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "data", "expected"),
+    [
+        ([2, 3], {}, lambda: loader(), [2, 3]),
+        ([0, 3], {"sample": 8}, lambda: loader(), [0, 3]),
+        ([0, 3], {"sample": "all"}, lambda: loader(), [0, 3]),
+        ([0, 3], {}, lambda: loader(examples()), [0, 3]),
+        ([0, 1], {}, lambda: loader(batch_size=4), None),
+    ],
+)
+def test_listed_steps_at_which_there_is_a_sample(steps, options, data, expected):
+    monitor = listed(steps, on_failure="raise", **options)
+    if expected is None:
+        with pytest.raises(MisconfigurationException, match="expected steps from 4 on"):
+            fit(monitor, data())
+        fit(listed(steps, on_failure="raise"), data(), accumulate_grad_batches=4)  # the fifth batch is of step 1
+        return
+    fit(monitor, data())
+    assert [record.step for record in monitor.history] == expected
+
+
+# -- the way to the batch ---------------------------------------------------------------------------------------------
+
+
+def test_several_callbacks_see_the_batch_and_leave_the_strategy_alone():
+    keeps = [KeepSample(), KeepSample()]
+    monitors = [
+        SubspaceMonitor(
+            k=2,
+            every_n_steps=1,
+            max_overhead=None,
+            sample=size,
+            gradient_sample=size,
+            name=f"m{size}",
+            on_failure="raise",
+            measurements=[keep],
+        )
+        for size, keep in zip((8, 16), keeps, strict=True)
+    ]
+    projection = SubspaceProjection("bulk", k=2, sample=8, gradient_sample=8, on_failure="raise")
+    module = Recording()
+    trainer = fit([*monitors, projection], loader(), module)
+    assert "training_step" not in vars(trainer.strategy)
+    assert [[record.step for record in monitor.history] for monitor in monitors] == [[0, 1, 2, 3, 4], [1, 2, 3, 4]]
+    assert all(equal(sample, module.given) for keep in keeps for sample in keep.samples.values())
+    assert projection.is_active
+
+
+def test_the_step_from_the_batch_that_fills_the_sample_is_projected():
+    torch.manual_seed(0)
+    module = Classifier()
+    before = [parameter.clone() for parameter in module.parameters()]
+    projection = SubspaceProjection("top", k=1, sample=8, gradient_sample=8, on_failure="raise")
+    fit(projection, loader(), module, max_steps=1)
+    moved = torch.cat([(a - b).flatten() for a, b in zip(module.parameters(), before, strict=True)]).detach()
+    basis = projection._projector._basis[0].float()
+    assert float(moved.norm()) > 0.0
+    assert abs(float(moved @ basis) / float(moved.norm())) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_step_that_fails_leaves_the_strategy_alone():
+    class Failing(Classifier):
+        def on_train_batch_start(self, batch, batch_idx):
+            raise RuntimeError("on purpose")
+
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = Trainer(accelerator="cpu", logger=False, callbacks=[SubspaceMonitor(k=2)], max_epochs=1, **quiet)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer.fit(Failing(), loader())
+    assert "training_step" not in vars(trainer.strategy)

@@ -581,7 +581,8 @@ def test_a_checkpoint_can_be_resumed_on_another_number_of_ranks(tmp_path, width,
         np.testing.assert_allclose(overlaps, matrix, rtol=0, atol=error)
         for one, expected in zip(rows_then, history, strict=True):
             assert one.keys() == expected.keys()
-            for key in (key for key in expected if not key.startswith("solver/")):
+            # The running mean of training's losses begins anew.
+            for key in (key for key in expected if not key.startswith(("solver/", "training_loss"))):
                 # Beyond 4,096 parameters there are no eigenvectors to begin with, and it ends as near as the tolerance.
                 near = error if "overlap" in key or width == 6 else 1e-3
                 assert one[key] == pytest.approx(expected[key], rel=near, abs=near, nan_ok=True), (

@@ -323,6 +323,26 @@ def test_a_run_goes_on_in_another_fit(tmp_path):
     assert alone[2] == f"step={int(best)}.ckpt"
 
 
+def told_of_other_labels(ranks):
+    inputs, labels = dataset().tensors
+    one = monitor(k=0, every_n_steps=20, sample=[(inputs, (labels + 1) % CLASSES)], batch_size=None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Net(lr=0.3), in_turn(ranks), one, ranks=ranks, steps=80)
+    said = sum("at two probes in a row" in str(w.message) for w in caught)
+    return said, one._recorder.losses.opinion.last, [row["training_loss"] for row in rows(one)]
+
+
+def test_a_sample_of_something_else_is_told_of_by_the_first_rank():
+    found = on(2, told_of_other_labels)
+    assert [said for said, _, _ in found] == [1, 0]
+    assert found[0][1:] == found[1][1:]
+    assert found[0][1].side == 1
+    (alone,) = on(1, told_of_other_labels)
+    assert alone[0] == 1
+    assert found[0][2] == pytest.approx(alone[2], rel=1e-9)
+
+
 # -- the sample -------------------------------------------------------------------------------------------------------
 
 

@@ -325,7 +325,8 @@ def test_a_run_goes_on_in_another_fit(tmp_path):
 
 def told_of_other_labels(ranks):
     inputs, labels = dataset().tensors
-    one = monitor(k=0, every_n_steps=20, sample=[(inputs, (labels + 1) % CLASSES)], batch_size=None)
+    parts = zip(inputs.split(GLOBAL_BATCH), ((labels + 1) % CLASSES).split(GLOBAL_BATCH), strict=True)
+    one = monitor(k=0, every_n_steps=20, sample=list(parts), batch_size=None)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(Net(lr=0.3), in_turn(ranks), one, ranks=ranks, steps=80)

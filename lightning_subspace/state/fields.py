@@ -85,4 +85,5 @@ def with_fields(value: Any, new: Mapping[Any, Any]) -> Any:
 def _in_slots(value: Any) -> dict[str, Any]:
     classes = reversed(type(value).__mro__)
     slots = [d for cls in classes for d in vars(cls).values() if isinstance(d, types.MemberDescriptorType)]
-    return {slot.__name__: getattr(value, slot.__name__) for slot in slots if hasattr(value, slot.__name__)}
+    names = [slot.__name__ for slot in slots if slot.__name__ != "__dict__"]
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}

@@ -15,8 +15,8 @@ def dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
     """Strided tensors of the data: itself, indices and values, or nested ones.
 
     Example:
-        >>> [tuple(part.shape) for part in dense_parts(torch.eye(3).to_sparse_csr())]
-        [(4,), (3,), (3,)]
+        >>> [tuple(part.shape) for part in dense_parts(torch.eye(3).to_sparse())]
+        [(2, 3), (3,)]
     """
     if tensor.is_nested:
         return tuple(tensor.unbind())

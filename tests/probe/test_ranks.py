@@ -521,4 +521,6 @@ def test_a_loss_may_have_collectives_of_its_own(loss_fn, count):
     for result in found:
         assert result["metrics"] == found[0]["metrics"]
         for key, value in alone["metrics"][0].items():
+            if key == "sample_loss" and loss_fn is of_gathered_losses:
+                continue  # the value of a batch is the mean with whatever other ranks evaluate; its gradient is not
             assert result["metrics"][0][key] == pytest.approx(value, rel=1e-9, abs=1e-10), key

@@ -323,6 +323,27 @@ def test_a_run_goes_on_in_another_fit(tmp_path):
     assert alone[2] == f"step={int(best)}.ckpt"
 
 
+def told_of_other_labels(ranks):
+    inputs, labels = dataset().tensors
+    parts = zip(inputs.split(GLOBAL_BATCH), ((labels + 1) % CLASSES).split(GLOBAL_BATCH), strict=True)
+    one = monitor(k=0, every_n_steps=20, sample=list(parts), batch_size=None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Net(lr=0.3), in_turn(ranks), one, ranks=ranks, steps=80)
+    said = sum("at two probes in a row" in str(w.message) for w in caught)
+    return said, one._recorder.losses.opinion.last, [row["training_loss"] for row in rows(one)]
+
+
+def test_a_sample_of_something_else_is_told_of_by_the_first_rank():
+    found = on(2, told_of_other_labels)
+    assert [said for said, _, _ in found] == [1, 0]
+    assert found[0][1:] == found[1][1:]
+    assert found[0][1].side == 1
+    (alone,) = on(1, told_of_other_labels)
+    assert alone[0] == 1
+    assert found[0][2] == pytest.approx(alone[2], rel=1e-9)
+
+
 # -- the sample -------------------------------------------------------------------------------------------------------
 
 
@@ -581,7 +602,8 @@ def test_a_checkpoint_can_be_resumed_on_another_number_of_ranks(tmp_path, width,
         np.testing.assert_allclose(overlaps, matrix, rtol=0, atol=error)
         for one, expected in zip(rows_then, history, strict=True):
             assert one.keys() == expected.keys()
-            for key in (key for key in expected if not key.startswith("solver/")):
+            # The running mean of training's losses begins anew.
+            for key in (key for key in expected if not key.startswith(("solver/", "training_loss"))):
                 # Beyond 4,096 parameters there are no eigenvectors to begin with, and it ends as near as the tolerance.
                 near = error if "overlap" in key or width == 6 else 1e-3
                 assert one[key] == pytest.approx(expected[key], rel=near, abs=near, nan_ok=True), (

@@ -222,6 +222,22 @@ def fitted(make, inputs, *callbacks, wrap=lambda module: module):
     return [parameter.detach().clone() for parameter in module.parameters()], number_of_graphs()
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_loss_of_the_sample_is_that_of_training(name):
+    """No word of a difference: any would be an error here."""
+    make, inputs = MODELS[name]
+    monitor = SubspaceMonitor(k=0, every_n_steps=24, max_overhead=None, on_failure="raise", sample=len(inputs))
+    module = built(make)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        trainer = Trainer(max_steps=96, enable_model_summary=False, callbacks=[monitor], **quiet)
+        trainer.fit(module, DataLoader(TensorDataset(inputs, LABELS[: len(inputs)]), batch_size=4, shuffle=True))
+    metrics = monitor.history[-1].metrics
+    assert metrics["sample_loss"] < 2.0 * metrics["training_loss"]
+    assert monitor._recorder.losses.opinion.last is not None
+
+
 def number_of_graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 

@@ -66,7 +66,8 @@ class GradientField:
     def of(cls, loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> GradientField:
         """The field of a loss on a few examples.
 
-        The loss is not open, and best of float64. Costs at most 64 gradients and 16 products; what fails inside of the loss leaves nothing known.
+        The loss is not open, and best of float64. Costs at most 64 gradients and 16 products; what fails inside of the
+        loss leaves nothing known.
         """
         groups = grouped(loss.space.names)
         try:

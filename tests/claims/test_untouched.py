@@ -163,6 +163,22 @@ def failing_at(function: Callable, count: int, error: type[BaseException] = Deli
     return wrapper
 
 
+def failing_after_the_check(owner, name, count):
+    """A patch by which a function fails at one of its calls behind the self-check, which takes what it needs."""
+
+    def install(patch):
+        check = CurvatureConfig.check
+
+        def checked(*args, **options):
+            result = check(*args, **options)
+            patch.setattr(owner, name, failing_at(getattr(owner, name), count))
+            return result
+
+        patch.setattr(CurvatureConfig, "check", checked)
+
+    return install
+
+
 def failing_evaluation(call):
     return lambda patch: patch.setattr(training_loss, "as_scalar", failing_at(training_loss.as_scalar, call))
 
@@ -185,16 +201,11 @@ class FailingMeasurement(Measurement):
 
 FAILURES = {
     "self-check": lambda patch: patch.setattr(CurvatureConfig, "check", failing_at(CurvatureConfig.check, 1)),
-    # the self-check evaluates nine times before, and takes one product
-    "first evaluation": lambda patch: patch.setattr(
-        training_loss, "as_scalar", failing_at(training_loss.as_scalar, 10)
-    ),
-    "fifth evaluation": lambda patch: patch.setattr(
-        training_loss, "as_scalar", failing_at(training_loss.as_scalar, 14)
-    ),
-    "transfer": lambda patch: patch.setattr(training_loss, "transfer", failing_at(training_loss.transfer, 11)),
-    "first product": lambda patch: patch.setattr(Hessian, "matvec", failing_at(Hessian.matvec, 2)),
-    "tenth product": lambda patch: patch.setattr(Hessian, "matvec", failing_at(Hessian.matvec, 11)),
+    "first evaluation": failing_after_the_check(training_loss, "as_scalar", 1),
+    "fifth evaluation": failing_after_the_check(training_loss, "as_scalar", 5),
+    "transfer": failing_after_the_check(training_loss, "transfer", 2),
+    "first product": failing_after_the_check(Hessian, "matvec", 1),
+    "tenth product": failing_after_the_check(Hessian, "matvec", 10),
     "restart": lambda patch: patch.setattr(Lanczos, "contract", failing_at(Lanczos.contract, 1)),
     "measurement": lambda patch: {"measurements": [FailingMeasurement("measure")]},
     "after_step": lambda patch: {"measurements": [FailingMeasurement("after_step")]},

@@ -79,7 +79,7 @@ def watched(name, folder, callback, accumulate=1):
         warnings.filterwarnings("ignore", "SubspaceMonitor: at step")  # two eigenvalues may lie close together
         if name in NOT_A_GRADIENT:
             warnings.filterwarnings(
-                "ignore", "SubspaceMonitor: What trains this model is not the gradient of a function"
+                "ignore", "SubspaceMonitor: (What trains this model is not|The second derivatives of this model are)"
             )
             warnings.filterwarnings("ignore", "SubspaceMonitor: the set of measured parameters has changed")
         return train(PROJECTS[name], folder, callback, accumulate=accumulate)
@@ -284,7 +284,7 @@ def test_a_failing_logger_is_told_and_changes_nothing(alone, tmp_path, monkeypat
     assert differences(alone("Metrics"), run) == []
 
 
-@pytest.mark.filterwarnings("ignore:What trains this model is not the gradient of a function")
+@pytest.mark.filterwarnings("ignore:(What trains this model is not|The second derivatives of this model are)")
 @pytest.mark.parametrize("name", ["Everything", "Teacher", "Hooks"])
 @pytest.mark.parametrize(
     ("owner", "function"), [(Hessian, "matvec"), (training_loss, "as_scalar"), (containment.Shadow, "reset")]
@@ -303,7 +303,9 @@ def test_an_interrupted_probe_leaves_every_object_in_place(name, owner, function
     assert differences(before, after) == []
 
 
-@pytest.mark.filterwarnings("ignore:SubspaceMonitor. What trains this model is not the gradient of a function")
+@pytest.mark.filterwarnings(
+    "ignore:SubspaceMonitor. (What trains this model is not|The second derivatives of this model are)"
+)
 @pytest.mark.filterwarnings("ignore:.*Detected KeyboardInterrupt")
 def test_an_interrupt_during_a_probe_of_a_trainer(alone, tmp_path, monkeypatch):
     made = []

@@ -37,8 +37,8 @@ NO_GRADIENT = (
 WRONG_BACKWARD = (
     "The second derivatives of this model are wrong. What trains it is the gradient of a function (by differences its "
     "derivative is symmetric to {:.0e}), but a backward pass is wrong about its own derivative: a custom "
-    "autograd.Function that is differentiable once, or a reentrant activation checkpoint (use_reentrant=False is "
-    "right)."
+    "autograd.Function that is differentiable once, a reentrant activation checkpoint (use_reentrant=False is right), "
+    "or weights that the training step itself changes."
 )
 UNKNOWN = (
     "The second derivatives of this model are not those of its gradient. Either a backward pass is wrong about its own "

@@ -12,9 +12,9 @@ from lightning_subspace.measurements.base import Measurement, Probe, Prospect, p
 
 STANDARD_ERRORS = 2.0  # of the gradient's noise, on each side of the band
 SPREADS = 3.0  # multiples of the change by halving the sample; more than those, since only two halves estimate it
-# The same for repeated draws. Their halves have all examples in common and differ by an error e of first order; f is off
-# by another one of the same size, which is below 6 |e| in 89 % of all cases (2/pi arctan 6), below 3 |e| in 80 %. For a
-# network of 19 parameters and 8 draws of 20 points each, the band with 3 |e| covered 88 to 93 %.
+# The same for repeated draws. Their halves have all examples in common and differ by an error e of first order; f is
+# off by another one of the same size, which is below 6 |e| in 89 % of all cases (2/pi arctan 6), below 3 |e| in 80 %.
+# For a network of 19 parameters and 8 draws of 20 points each, the band with 3 |e| covered 88 to 93 %.
 SPREADS_OF_DRAWS = 6.0
 GRADIENT = 0.7  # cost in products with the Hessian, which take as long as 1.2 to 2 gradients
 

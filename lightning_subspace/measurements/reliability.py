@@ -12,9 +12,9 @@ from lightning_subspace.measurements.base import Measurement, Probe, Prospect, p
 
 STANDARD_ERRORS = 2.0  # of the gradient's noise, on each side of the band
 SPREADS = 3.0  # multiples of the change by halving the sample; more than those, since only two halves estimate it
-# The same for repeated draws. Their halves have all examples in common and differ as the draws do, by an error e of
-# first order; f is off by another of the same size, below 6 |e| in 89 % of all cases (2/pi arctan 6), and below 3 |e| in
-# 80 %. For 19 parameters and 8 draws of 20 points each, the band of 3 |e| covered 88 to 93 % of 40 runs.
+# The same for repeated draws. Their halves have all examples in common and differ by an error e of first order; f is
+# off by another one of the same size, which is below 6 |e| in 89 % of all cases (2/pi arctan 6), below 3 |e| in 80 %.
+# For a network of 19 parameters and 8 draws of 20 points each, the band with 3 |e| covered 88 to 93 %.
 SPREADS_OF_DRAWS = 6.0
 GRADIENT = 0.7  # cost in products with the Hessian, which take as long as 1.2 to 2 gradients
 
@@ -31,7 +31,8 @@ class Reliability(Measurement):
       by the delta method, from d_b = 2 (Pg.g_b - |Pg|^2 - f (g.g_b - |g|^2)) / |g|^2, and the bias: the noise adds
       sum w_b^2 |P(g_b - g)|^2 to |Pg|^2, and likewise to |g|^2. The band reaches over f and the f without that bias.
     - Noise in the space. The fractions of the same g in the spaces of the two halves show how much f changes when the
-      sample is cut in two; errors go with one over the number of examples, so f is about as far from its limit.
+      sample is cut in two; errors go with one over the number of examples, so f is about as far from its limit. For
+      repeated draws of the same examples the margin is twice as wide (see `SPREADS_OF_DRAWS`).
 
     Both are scaled down by the share of the training set that was not sampled (finite population correction).
     `tests/measurements/test_reliability.py` measures how often the band covers the truth. Costs two eigensolves on half

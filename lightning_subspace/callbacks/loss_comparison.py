@@ -45,7 +45,7 @@ class LossComparison:
         self._size = None
 
     def see(self, trainer: Trainer, outputs: Any, batch: Any) -> None:
-        """Keep the loss of a batch; compare a probe that enough have followed."""
+        """Keep the loss of a batch; compare a probe when due."""
         if self._size is None:
             self._size = _examples(batch)
         self._window.add(outputs, trainer.accumulate_grad_batches)

@@ -71,7 +71,7 @@ class LossComparison:
         return {"training_loss": mean}
 
     def answer(self) -> None:
-        """Compare the probe that waits, and warn at the second that differs. A collective."""
+        """Compare the probe that waits; warn at the second that differs."""
         if not self.opinion.is_pending:
             return
         ranks, opinion = self._runner.ranks, self.opinion

@@ -45,7 +45,7 @@ class LossComparison:
         self._size = None
 
     def see(self, trainer: Trainer, outputs: Any, batch: Any) -> None:
-        """Keep the loss of a batch; compare a probe that enough have followed."""
+        """Keep the loss of a batch; compare a probe when due."""
         if self._size is None:
             self._size = _examples(batch)
         self._window.add(outputs, trainer.accumulate_grad_batches)
@@ -70,11 +70,16 @@ class LossComparison:
             self.opinion.start = mean
         return {"training_loss": mean}
 
+<<<<<<< HEAD
     def answer(self, trainer: Trainer) -> None:
         """Compare the probe that waits, and warn at the second that differs. A collective.
 
         A sample of an earlier epoch may only be stale: another one is taken first, and compared in its place.
         """
+=======
+    def answer(self) -> None:
+        """Compare the probe that waits; warn at the second that differs."""
+>>>>>>> opinion
         if not self.opinion.is_pending:
             return
         ranks, opinion = self._runner.ranks, self.opinion

@@ -220,7 +220,7 @@ class TrainingLoss:
 
 
 def place_of(batch: MicroBatch) -> tuple[int, int, int]:
-    """What tells the evaluations of a probe apart, also those of single examples."""
+    """Key of an evaluation, another one for a batch and its examples."""
     return batch.index, batch.draw, batch.size
 
 

@@ -185,7 +185,7 @@ def _levels(before: Sequence[float], after: Sequence[float]) -> tuple[list[float
 
 
 def _widest(losses: Sequence[float]) -> float:
-    """The largest standard deviation of a block, brought down to the level of the last."""
+    """The largest standard deviation of a block, at the present level."""
     blocks = [losses[end - BLOCK : end] for end in range(len(losses), BLOCK - 1, -BLOCK)]  # the last one first
     # While losses fall, their spread falls with them. By the median, which a rare outlier leaves where it is.
     middles = [statistics.median(block) for block in blocks]

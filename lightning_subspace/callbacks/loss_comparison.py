@@ -70,16 +70,11 @@ class LossComparison:
             self.opinion.start = mean
         return {"training_loss": mean}
 
-<<<<<<< HEAD
     def answer(self, trainer: Trainer) -> None:
-        """Compare the probe that waits, and warn at the second that differs. A collective.
+        """Compare the probe that waits; warn at the second that differs. A collective.
 
         A sample of an earlier epoch may only be stale: another one is taken first, and compared in its place.
         """
-=======
-    def answer(self) -> None:
-        """Compare the probe that waits; warn at the second that differs."""
->>>>>>> opinion
         if not self.opinion.is_pending:
             return
         ranks, opinion = self._runner.ranks, self.opinion

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lightning_subspace.callbacks.resumable import ANOTHER_RUN, Resumable
+from lightning_subspace.probe.checkpoint import RunState, decode
+from lightning_subspace.probe.entries import CheckpointError
 from lightning_subspace.probe.schedule import Schedule
+from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.subspace.record import Record, to_rows
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ class Measured(Resumable):
     """Callback whose records a user reads, those of its present run."""
 
     _schedule: Schedule
+    _settings: ProbeSettings
 
     @property
     def history(self) -> Sequence[Record]:
@@ -55,3 +59,15 @@ class Measured(Resumable):
         """Tell that another run begins, if there was one."""
         if self.history:
             self._notices.info_once(ANOTHER_RUN.format(len(self.history)))
+
+    def _read(self, saved: Any, step: int) -> RunState | None:
+        """The checkpoint's run; a warning and None if it cannot continue."""
+        try:
+            state = decode(saved)
+            state.require_continuable(self._settings.k, self._settings.which, step)
+        except CheckpointError as error:
+            self._notices.warn(
+                f"the state {self.name!r} of the checkpoint is not used: {error}. History and overlaps start anew."
+            )
+            return None
+        return state

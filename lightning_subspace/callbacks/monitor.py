@@ -50,8 +50,7 @@ from lightning_subspace.probe.arguments import (
     require_word,
     wrong,
 )
-from lightning_subspace.probe.checkpoint import RunState, decode, encode
-from lightning_subspace.probe.entries import CheckpointError
+from lightning_subspace.probe.checkpoint import encode
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.schedule import Schedule
 from lightning_subspace.probe.settings import ProbeSettings
@@ -370,18 +369,6 @@ class SubspaceMonitor(Measured):
         is_due = last_step < step and self._agree_to_measure(trainer, step)
         self._awaits_first = is_reopened or is_due
         self._probed_step = -1 if self._awaits_first or not self.history else self.history[-1].step
-
-    def _read(self, saved: Any, step: int) -> RunState | None:
-        """The checkpoint's run; a warning and None if it cannot continue."""
-        try:
-            state = decode(saved)
-            state.require_continuable(self._settings.k, self._settings.which, step)
-        except CheckpointError as error:
-            self._notices.warn(
-                f"the state {self.name!r} of the checkpoint is not used: {error}. History and overlaps start anew."
-            )
-            return None
-        return state
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out Lightning's logging methods, which hold the module."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_subspace.parallel.fsdp import is_sharded
+from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.ranks import Ranks
 
 
@@ -97,6 +98,17 @@ def require_the_same(ranks: Ranks, module: nn.Module, arguments: object) -> None
     for what, given in (("arguments", repr(arguments)), ("modules", own)):
         if any(other != given for other in ranks.all_gather_object(given)):
             raise ValueError(f"group: expected the same {what} on all ranks, got different ones.")
+
+
+def checked_k(k: int, space: ParameterSpace) -> int:
+    """k, or an error that names it.
+
+    Raises:
+        ValueError: for k outside 0..n.
+    """
+    if not 0 <= k <= space.n:
+        raise ValueError(f"k: expected 0..{space.n}, the number of parameters, got {k}.")
+    return k
 
 
 def _widest(tensor: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from lightning_subspace.measurements.spectrum import solver_metrics
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
-from lightning_subspace.probe.arguments import require_the_same, require_word
+from lightning_subspace.probe.arguments import checked_k, require_the_same, require_word
 from lightning_subspace.probe.screening import Screening
 from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.subspace.record import Record
@@ -257,17 +257,6 @@ def is_taken(measurement: Measurement, number: int, subspace: Subspace | None) -
 def finite(metrics: dict[str, float]) -> dict[str, float]:
     """Drop what is not a finite number: it means "not defined here"."""
     return {key: float(value) for key, value in metrics.items() if math.isfinite(value)}
-
-
-def checked_k(k: int, space: ParameterSpace) -> int:
-    """k, or an error that names it.
-
-    Raises:
-        ValueError: for k outside 0..n.
-    """
-    if not 0 <= k <= space.n:
-        raise ValueError(f"k: expected 0..{space.n}, the number of parameters, got {k}.")
-    return k
 
 
 def _trusted_basis(previous: Record | None, partition: Partition) -> Tensor | None:  # (k, n)

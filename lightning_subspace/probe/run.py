@@ -20,9 +20,10 @@ from lightning_subspace.measurements import Probe
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.probe.arguments import checked_k
 from lightning_subspace.probe.checkpoint import RunState
 from lightning_subspace.probe.examples import Examples
-from lightning_subspace.probe.measure import checked_k, finite, is_taken, take_probe
+from lightning_subspace.probe.measure import finite, is_taken, take_probe
 from lightning_subspace.probe.open_record import OpenRecord, ended
 from lightning_subspace.probe.resumed import Resumed
 from lightning_subspace.probe.schedule import Position
@@ -45,14 +46,12 @@ class ProbeRun:
         overlaps: between the subspaces of all probes.
         partition: the present parameter space, and how it is dealt to ranks.
         num_probes: how many probes were taken, without those that failed.
-        self_check: what the last self-check of the second derivatives showed; None until there was one, and again when
-            the set of trainable parameters has changed.
+        self_check: what the last one showed; None until there was one, and where the parameters have changed.
         notice: what a user should be told about it; None where all is well.
         examples: what is measured of a sample, and what a user should know about that.
 
     Raises:
-        ValueError: for a module without trainable parameters, a pattern without a match, k > n, or a word that is not
-            a choice.
+        ValueError: for a module without trainable parameters, a pattern without a match, or k > n.
     """
 
     def __init__(self, settings: ProbeSettings, module: nn.Module, ranks: Ranks | None = None) -> None:
@@ -86,7 +85,6 @@ class ProbeRun:
         """Make the self-check on a few examples, and follow it. A collective.
 
         Without second derivatives, or where they are wrong and the settings say so, finite differences take over.
-        Records are marked where numbers in them are wrong or unchecked.
 
         Raises:
             CheckError: when it has not passed, with `on_check_fail="raise"`, or where nothing else would do.
@@ -178,13 +176,13 @@ class ProbeRun:
 
     def state(self, position: Position, opened: OpenRecord | None = None) -> RunState:
         """The state that `resumed` continues from, without eigenvectors."""
-        records = [*self.history, *([] if opened is None else [opened.record.without_eigenvectors()])]
+        last = [] if opened is None else [opened.record.without_eigenvectors()]
         return RunState(
             k=self.settings.k,
             which=self.settings.which,
             space=self.space,
             num_probes=self.num_probes,
-            records=tuple(records),
+            records=(*self.history, *last),
             is_open=opened is not None,
             overlaps=copy.copy(self.overlaps),
             position=position,
@@ -195,8 +193,7 @@ class ProbeRun:
 
         Args:
             state: of a run with the same k and end of the spectrum.
-            reopen: whether a record that was open is to be taken again; otherwise it is kept without the numbers of the
-                step that followed.
+            reopen: whether an open record is taken again; otherwise it is kept without the numbers of its step.
 
         Returns:
             The other one, and whether it awaits that a record is taken again.

@@ -72,9 +72,15 @@ def _micro_batch(entries: Entries, number: int) -> MicroBatch:
     values = {name: entries.any(name) for name in NAMES}
     entries.require(is_plain(values["data"]), "data", "plain data")
     entries.require(values["index"] == number, "index", f"{number}")
-    entries.integer("size")
-    entries.require(entries.flag("transferred") and entries.flag("is_local"), "transferred", "True, as in training")
+    for name in ("size", "checksum", "draw"):
+        entries.integer(name)
+    entries.flag("is_counted")
+    for name in ("transferred", "is_local"):
+        entries.require(entries.flag(name), name, "True, as in training")
     entries.require(isinstance(values["weight"], float), "weight", "a number")
+    places = values["off_cpu"]
+    is_right = places is None or (isinstance(places, tuple) and all(isinstance(one, bool) for one in places))
+    entries.require(is_right, "off_cpu", "a tuple of truth values, or None")
     try:
         return MicroBatch(**values)
     except SampleError as error:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -545,3 +546,70 @@ def test_a_step_that_fails_leaves_the_strategy_alone():
     with pytest.raises(RuntimeError, match="on purpose"):
         trainer.fit(Failing(), loader())
     assert "training_step" not in vars(trainer.strategy)
+
+
+# -- resuming ---------------------------------------------------------------------------------------------------------
+
+
+def stopped_and_resumed(tmp_path, data):
+    """The samples of a run that is stopped in its second epoch, and those of the run that resumes it."""
+    found = []
+    for options in ({"max_steps": 6}, {"max_epochs": 4}):
+        keep = KeepSample()
+        monitor = SubspaceMonitor(
+            k=2,
+            every_n_steps=1,
+            max_overhead=None,
+            sample=16,
+            gradient_sample=24,
+            on_failure="raise",
+            measurements=[keep],
+        )
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        trainer = Trainer(accelerator="cpu", logger=False, callbacks=[monitor], **quiet, **options)
+        path = tmp_path / "stopped.ckpt"
+        trainer.fit(Classifier(lambda batch: (batch["x"], batch["y"])), data(), ckpt_path=path if found else None)
+        trainer.save_checkpoint(path)
+        found.append((keep.samples, monitor))
+    return found
+
+
+def _of_dict(items: Any) -> Any:
+    x, y = zip(*items, strict=True)
+    return {"x": torch.stack(x), "y": torch.stack(y)}
+
+
+def test_a_resumed_run_goes_on_with_its_gathered_sample(tmp_path):
+    (before, _), (after, monitor) = stopped_and_resumed(tmp_path, lambda: loader(shuffle=True, collate_fn=_of_dict))
+    last = everything(list(before.values())[-1])
+    assert min(after) == 7  # at once: step 6 was probed before the stop
+    for sample in after.values():
+        for ours, theirs in zip(everything(sample), last, strict=True):
+            assert (ours.index, ours.weight) == (theirs.index, theirs.weight)
+            assert torch.equal(ours.data["x"], theirs.data["x"])
+    assert [record.step for record in monitor.history] == list(range(1, 17))
+
+
+def test_a_sample_that_the_checkpoint_does_not_hold_is_gathered_anew(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("lightning_subspace.probe.sample_state.LARGEST", 100)
+    with caplog.at_level("INFO"):
+        (before, _), (after, monitor) = stopped_and_resumed(tmp_path, lambda: loader(shuffle=True, collate_fn=_of_dict))
+    assert "the sample is gathered anew, as the checkpoint does not hold it" in caplog.text
+    assert min(after) == 8  # after the second batch
+    assert not torch.equal(after[8].hessian[0].data["x"], before[6].hessian[0].data["x"])
+    assert [record.step for record in monitor.history] == [*range(1, 7), *range(8, 17)]
+
+
+def test_a_reading_that_takes_too_long_measures_nothing_and_training_goes_on():
+    class Slow(Numbered):
+        def __getitem__(self, index):
+            time.sleep(0.02)
+            return super().__getitem__(index)
+
+    monitor = SubspaceMonitor(k=2, sample="all", read_timeout=0.1)
+    with pytest.warns(
+        UserWarning, match=r"nothing is measured, training goes on. TimeoutError: read_timeout: expected"
+    ):
+        trainer = fit(monitor, loader(Slow()))
+    assert trainer.global_step == 4
+    assert monitor.history == []

@@ -9,6 +9,7 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
+    TensorDataset,
 )
 
 from tests.modules import BATCH, EXAMPLES, examples
@@ -23,6 +24,11 @@ class Numbered(Dataset):
         self.x[:, 0] = torch.arange(EXAMPLES) / 10
         self.first, self.count = first, count
 
+    @property
+    def tensors(self) -> TensorDataset:
+        part = slice(self.first, self.first + self.count)
+        return TensorDataset(self.x[part], self.y[part])
+
     def __len__(self) -> int:
         return self.count
 
@@ -31,8 +37,14 @@ class Numbered(Dataset):
 
 
 def loader(dataset: Any = None, **options: Any) -> DataLoader:
+    """A loader of the numbered examples, by default as tensors in memory."""
     size = {} if "batch_sampler" in options else {"batch_size": BATCH}
-    return DataLoader(Numbered() if dataset is None else dataset, **{**size, **options})
+    return DataLoader(Numbered().tensors if dataset is None else dataset, **{**size, **options})
+
+
+def by_index(**options: Any) -> DataLoader:
+    """A loader of the numbered examples from a dataset of another class."""
+    return loader(Numbered(), **options)
 
 
 def indices(batches: Any, read: Any = tuple) -> list[int]:
@@ -76,8 +88,8 @@ class Holding(Classifier):
 def two(first: int = 20, second: int = EXAMPLES - 20, **options: Any) -> dict[str, DataLoader]:
     """Two loaders over different examples: 5 batches of 4, and 2 of 6."""
     return {
-        "a": loader(Numbered(0, first), batch_size=4, shuffle=True, **options),
-        "b": loader(Numbered(first, second), batch_size=6, shuffle=True, **options),
+        "a": loader(Numbered(0, first).tensors, batch_size=4, shuffle=True, **options),
+        "b": loader(Numbered(first, second).tensors, batch_size=6, shuffle=True, **options),
     }
 
 

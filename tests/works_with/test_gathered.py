@@ -16,7 +16,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 from lightning_subspace import SubspaceMonitor, SubspaceProjection
 from lightning_subspace.data.training_set import TrainingSet, is_in_memory
 from tests.modules import BATCH, EXAMPLES, examples
-from tests.works_with.numbered import Numbered, everything, indices, loader
+from tests.works_with.numbered import Numbered, by_index, everything, indices, loader
 from tests.works_with.same_run import Classifier, KeepSample, compare
 
 pytestmark = pytest.mark.filterwarnings("ignore:SubspaceMonitor. at step")  # two eigenvalues may lie close together
@@ -86,10 +86,10 @@ class OwnLoader(DataLoader):
 
 
 LOADERS = {
-    "a batch sampler of the user's own": lambda: loader(batch_sampler=Identities()),
-    "a list as sampler": lambda: loader(sampler=[3, 1, 2, 0] * 8),
+    "a batch sampler of the user's own": lambda: by_index(batch_sampler=Identities()),
+    "a list as sampler": lambda: by_index(sampler=[3, 1, 2, 0] * 8),
     "a loader with an __iter__ of its own": lambda: OwnLoader(Numbered(), batch_size=BATCH, shuffle=True),
-    "examples by index": lambda: loader(shuffle=True),
+    "examples by index": lambda: by_index(shuffle=True),
     "tensors with a collate function": lambda: loader(examples(), collate_fn=lambda items: _doubled(items)),
     "a short last batch": lambda: loader(Numbered(0, 28), batch_size=10),
     "no last batch": lambda: loader(Numbered(0, 28), batch_size=10, drop_last=True),
@@ -176,7 +176,7 @@ def test_a_batch_that_is_skipped_is_not_in_the_sample(tmp_path):
         def on_train_batch_start(self, batch, batch_idx):
             return -1 if batch_idx == 1 else None
 
-    watched, module = run(tmp_path, lambda: loader(), Skipping, max_epochs=4)
+    watched, module = run(tmp_path, by_index, Skipping, max_epochs=4)
     assert watched.differing == []
     assert equal(watched.sample, module.given)
     assert len(everything(watched.sample)) == 1  # an epoch has one
@@ -232,7 +232,7 @@ def test_a_batch_that_cannot_be_pickled_is_measured(sample, tmp_path):
         return batch.scale(batch.x), batch.y
 
     watched = compare(
-        tmp_path, lambda: Classifier(read), lambda: loader(collate_fn=_unpicklable), monitor={"sample": sample}
+        tmp_path, lambda: Classifier(read), lambda: by_index(collate_fn=_unpicklable), monitor={"sample": sample}
     )
     assert watched.differing == []
     assert len(watched.steps) >= 4
@@ -309,13 +309,7 @@ def _of_epoch(kind: Any) -> Any:
     return lambda epoch: kind(8 * epoch, 8)
 
 
-class Tensors(TensorDataset):
-    def __new__(cls, first, count):
-        data = Numbered(first, count)
-        return TensorDataset(data.x[first : first + count], data.y[first : first + count])
-
-
-@pytest.mark.parametrize("kind", [Numbered, Tensors])
+@pytest.mark.parametrize("kind", [Numbered, lambda first, count: Numbered(first, count).tensors])
 @pytest.mark.parametrize("resample", [True, False])
 def test_data_that_are_reloaded(kind, resample, tmp_path):
     watched, _ = run(
@@ -354,7 +348,7 @@ class Harder(Sampler):
 def test_a_sampler_with_an_epoch(tmp_path):
     watched, _ = run(
         tmp_path,
-        lambda: loader(sampler=Harder()),
+        lambda: by_index(sampler=Harder()),
         monitor={"sample": 8, "gradient_sample": 8, "every_n_steps": 1},
         max_epochs=4,
     )
@@ -395,9 +389,7 @@ def test_data_that_change_unseen_are_found_by_their_loss(tmp_path):
 
 
 def test_the_gradient_sample_goes_on_filling(tmp_path):
-    watched, _ = run(
-        tmp_path, lambda: loader(), monitor={"sample": 8, "gradient_sample": 64, "every_n_steps": 1}, max_epochs=1
-    )
+    watched, _ = run(tmp_path, by_index, monitor={"sample": 8, "gradient_sample": 64, "every_n_steps": 1}, max_epochs=1)
     filled = [record.metrics["solver/sample_filled"] for record in watched.monitor.history]
     assert filled == [0.125, 0.125, 0.25, 0.375, 0.5]  # at steps 0 and 1 there is the first batch
     assert [len(sample.hessian) for sample in watched.samples.values()] == [1] * 5
@@ -407,19 +399,21 @@ def test_a_sample_is_bounded_by_memory(tmp_path, monkeypatch):
     own = BATCH * 5 * 4 + BATCH * 8  # bytes of a batch
     monkeypatch.setattr("lightning_subspace.data.gathered.free_memory", lambda device: 4.0 * 2.5 * own)
     with pytest.warns(UserWarning, match="bounded by the memory, to 16 of 24 examples; pass a smaller sample"):
-        watched, _ = run(tmp_path, lambda: loader(), monitor={"sample": 24, "gradient_sample": 24})
+        watched, _ = run(tmp_path, by_index, monitor={"sample": 24, "gradient_sample": 24})
     assert watched.differing == []
     assert len(watched.sample.hessian) == 2
     assert len(watched.steps) >= 3
 
 
 def test_a_batch_larger_than_the_sample_is_cut(tmp_path):
-    watched, module = run(tmp_path, lambda: loader(batch_size=16), monitor={"sample": 6, "gradient_sample": 16})
+    watched, module = run(tmp_path, lambda: by_index(batch_size=16), monitor={"sample": 6, "gradient_sample": 16})
     assert watched.differing == []
     assert watched.steps[0] == 0  # the first batch has enough
     assert [[batch.size for batch in part] for part in (watched.sample.hessian, watched.sample.extra)] == [[6], [10]]
     assert torch.equal(torch.cat([batch.data[0] for batch in everything(watched.sample)]), module.given[0][0])
-    whole, _ = run(tmp_path, lambda: loader(batch_size=16), WholeBatches, monitor={"sample": 6, "gradient_sample": 16})
+    whole, _ = run(
+        tmp_path, lambda: by_index(batch_size=16), WholeBatches, monitor={"sample": 6, "gradient_sample": 16}
+    )
     assert whole.differing == []
     assert [[batch.size for batch in part] for part in (whole.sample.hessian, whole.sample.extra)] == [[16], []]
 
@@ -433,7 +427,7 @@ class WholeBatches(Recording):
 
 def test_a_batch_size_cuts_batches(tmp_path):
     watched, _ = run(
-        tmp_path, lambda: loader(batch_size=16), monitor={"sample": 16, "gradient_sample": 32, "batch_size": 6}
+        tmp_path, lambda: by_index(batch_size=16), monitor={"sample": 16, "gradient_sample": 32, "batch_size": 6}
     )
     assert watched.differing == []
     assert [batch.size for batch in everything(watched.sample)] == [5, 5, 6, 5, 5, 6]
@@ -464,13 +458,13 @@ def test_listed_steps_before_the_sample_are_refused_in_setup():
     with pytest.raises(
         MisconfigurationException, match=r"every_n_steps: expected steps from 2 on, got 0; .*sample='all'"
     ):
-        fit(listed([0, 3]), loader(), NotReached())
+        fit(listed([0, 3]), by_index(), NotReached())
 
 
 def test_listed_steps_before_the_sample_of_a_modules_own_loader_are_refused():
     class Own(Classifier):
         def train_dataloader(self):
-            return loader()
+            return by_index()
 
     with pytest.raises(MisconfigurationException, match="every_n_steps: expected steps from 2 on, got 1"):
         fit(listed([1, 3]), None, Own())
@@ -479,11 +473,11 @@ def test_listed_steps_before_the_sample_of_a_modules_own_loader_are_refused():
 @pytest.mark.parametrize(
     ("steps", "options", "data", "expected"),
     [
-        ([2, 3], {}, lambda: loader(), [2, 3]),
-        ([0, 3], {"sample": 8}, lambda: loader(), [0, 3]),
-        ([0, 3], {"sample": "all"}, lambda: loader(), [0, 3]),
+        ([2, 3], {}, by_index, [2, 3]),
+        ([0, 3], {"sample": 8}, by_index, [0, 3]),
+        ([0, 3], {"sample": "all"}, by_index, [0, 3]),
         ([0, 3], {}, lambda: loader(examples()), [0, 3]),
-        ([1], {}, lambda: loader(batch_size=4), None),
+        ([1], {}, lambda: by_index(batch_size=4), None),
     ],
 )
 def test_listed_steps_at_which_there_is_a_sample(steps, options, data, expected):
@@ -517,7 +511,7 @@ def test_several_callbacks_see_the_batch_and_leave_the_strategy_alone():
     ]
     projection = SubspaceProjection("bulk", k=2, sample=8, gradient_sample=8, on_failure="raise")
     module = Recording()
-    trainer = fit([*monitors, projection], loader(), module)
+    trainer = fit([*monitors, projection], by_index(), module)
     assert "training_step" not in vars(trainer.strategy)
     assert [[record.step for record in monitor.history] for monitor in monitors] == [[0, 1, 2, 3, 4], [1, 2, 3, 4]]
     assert all(equal(sample, module.given) for keep in keeps for sample in keep.samples.values())
@@ -529,7 +523,7 @@ def test_the_step_from_the_batch_that_fills_the_sample_is_projected():
     module = Classifier()
     before = [parameter.clone() for parameter in module.parameters()]
     projection = SubspaceProjection("top", k=1, sample=8, gradient_sample=8, on_failure="raise")
-    fit(projection, loader(), module, max_steps=1)
+    fit(projection, by_index(), module, max_steps=1)
     moved = torch.cat([(a - b).flatten() for a, b in zip(module.parameters(), before, strict=True)]).detach()
     basis = projection._projector._basis[0].float()
     assert float(moved.norm()) > 0.0
@@ -544,7 +538,7 @@ def test_a_step_that_fails_leaves_the_strategy_alone():
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     trainer = Trainer(accelerator="cpu", logger=False, callbacks=[SubspaceMonitor(k=2)], max_epochs=1, **quiet)
     with pytest.raises(RuntimeError, match="on purpose"):
-        trainer.fit(Failing(), loader())
+        trainer.fit(Failing(), by_index())
     assert "training_step" not in vars(trainer.strategy)
 
 
@@ -580,7 +574,7 @@ def _of_dict(items: Any) -> Any:
 
 
 def test_a_resumed_run_goes_on_with_its_gathered_sample(tmp_path):
-    (before, _), (after, monitor) = stopped_and_resumed(tmp_path, lambda: loader(shuffle=True, collate_fn=_of_dict))
+    (before, _), (after, monitor) = stopped_and_resumed(tmp_path, lambda: by_index(shuffle=True, collate_fn=_of_dict))
     last = everything(list(before.values())[-1])
     assert min(after) == 7  # at once: step 6 was probed before the stop
     for sample in after.values():
@@ -593,7 +587,9 @@ def test_a_resumed_run_goes_on_with_its_gathered_sample(tmp_path):
 def test_a_sample_that_the_checkpoint_does_not_hold_is_gathered_anew(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("lightning_subspace.probe.sample_state.LARGEST", 100)
     with caplog.at_level("INFO"):
-        (before, _), (after, monitor) = stopped_and_resumed(tmp_path, lambda: loader(shuffle=True, collate_fn=_of_dict))
+        (before, _), (after, monitor) = stopped_and_resumed(
+            tmp_path, lambda: by_index(shuffle=True, collate_fn=_of_dict)
+        )
     assert "the sample is gathered anew, as the checkpoint does not hold it" in caplog.text
     assert min(after) == 8  # after the second batch
     assert not torch.equal(after[8].hessian[0].data["x"], before[6].hessian[0].data["x"])

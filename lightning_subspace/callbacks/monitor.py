@@ -355,10 +355,10 @@ class SubspaceMonitor(Measured):
         read = self._runner.on_all_ranks(NOT_RESUMED, lambda: self._read(saved, step))
         if read is None:
             return
-        self._runner.resume_sample(read.sample)
+        self._runner.resume_sample(trainer, read.sample)
         # The last record counts too: a user's `should_measure` need not ask the schedule.
         last_step = max([read.position.last_step, *(record.step for record in read.records)])
-        has_sample = self._runner.source.sample is not None
+        has_sample = self._runner.source.sample is not None or self._runner.source.is_doubtful
         reopen = last_step == step and has_sample and self._schedule.probes_first_step
         resumed = self._runner.on_all_ranks(NOT_RESUMED, lambda: run.resumed(read, reopen=reopen))
         if resumed is None:

@@ -15,10 +15,10 @@ from torch import nn
 from lightning_subspace._lightning import MisconfigurationException, Trainer
 from lightning_subspace.callbacks.end_point import EndPoint
 from lightning_subspace.callbacks.notices import Notices
-from lightning_subspace.callbacks.tap import before_training_step, forget_batches
+from lightning_subspace.callbacks.tap import before_hooks, before_training_step, forget_batches
 from lightning_subspace.curvature.selection import CheckError
 from lightning_subspace.data.gathered import Gathered
-from lightning_subspace.data.micro_batch import SampleError
+from lightning_subspace.data.micro_batch import SampleError, checksum
 from lightning_subspace.data.parts import cut_sample
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.data.source import SampleSource
@@ -57,6 +57,7 @@ class ProbeRunner:
         self._otherwise = f"; {otherwise}" if otherwise else ""
         self._whole: Sample | None = None  # the sample that was last cut, and what came of it
         self._parts: Sample | None = None
+        self._raw: int | None = None  # checksum of the first batch, as the loader gives it
         self._can_cut: bool | None = None  # whether the loss can be evaluated on a part; None before it was tried
         self._owners: tuple[weakref.ref[Any], ...] = ()  # trainer and module of the run
         self._end: EndPoint | None = None  # of the last fit; None during one
@@ -84,6 +85,8 @@ class ProbeRunner:
             self.run.rebind(ranks)
 
         self._draw(lambda: self.source.begin(trainer, ranks, continues=continues))
+        if self.source.is_doubtful:
+            before_hooks(trainer, self, self._see_raw)
 
     def remember_end(self, module: nn.Module) -> None:
         """End the fit, if there is one, where the module is now."""
@@ -119,9 +122,9 @@ class ProbeRunner:
             self.notices.failure(f"{what}{self._otherwise}", error, self.ranks)
             return None
 
-    def resume_sample(self, gathered: Gathered | None) -> None:
+    def resume_sample(self, trainer: Trainer, gathered: Gathered | None) -> None:
         """Go on with the sample of a checkpoint, or say that another one is gathered."""
-        is_resumed = self.ranks.broadcast_object(self.source.resume(gathered))
+        is_resumed = self.ranks.broadcast_object(self.source.resume(trainer, gathered))
         if not is_resumed and self.source.is_gathered and self.settings.sample != "current":
             with self.ranks.agree():
                 self.notices.info_once(
@@ -140,7 +143,7 @@ class ProbeRunner:
         if is_new:
             self.on_all_ranks("the sample stays as it is", lambda: self.source.begin_epoch(trainer))
         if self.source.wants_batches():
-            before_training_step(trainer, self, lambda batch: self._observe(batch, trainer.current_epoch, after))
+            before_training_step(trainer, self, lambda batch: self._observe(trainer, batch, after))
         return is_new
 
     def end(self, trainer: Trainer) -> None:
@@ -209,11 +212,22 @@ class ProbeRunner:
         if not self.on_all_ranks("the sample could not be drawn, so nothing is measured", draw, SampleError):
             self.source.forget()
 
-    def _observe(self, batch: Any, epoch: int, after: Callable[[], None]) -> None:
+    def _see_raw(self, batch: Any) -> None:
+        """Remember what the loader has given. Never raises."""
+        try:
+            self._raw = checksum(batch)
+        except Exception:  # nothing to compare with
+            self._raw = None
+
+    def _observe(self, trainer: Trainer, batch: Any, after: Callable[[], None]) -> None:
         """Keep a batch for the sample."""
         try:
             with self.schedule.aside():
-                self.source.observe(batch, epoch)
+                if self.source.is_doubtful:
+                    with self.ranks.agree():
+                        changed = self.ranks.all_gather_object(self._raw != checksum(batch))
+                    self.source.settle(trainer, has_changed=any(changed))
+                self.source.observe(batch, trainer.current_epoch)
         except Exception as error:
             self.notices.failure(f"{NOT_COPIED}{self._otherwise}", error, self.ranks)
         if self.source.bound is not None:

@@ -1,7 +1,8 @@
-"""The next batch as it reaches `training_step`, behind all hooks that may change it.
+"""A batch on its way to `training_step`: before all hooks that may change it, and behind them.
 
-A callback's own `on_train_batch_start` comes too early: those behind it and the module may still write to the batch. So
-the strategy's `training_step` is covered for one call.
+A callback's own hooks come too late for the one, and too early for the other: callbacks behind it and the module may
+still write to the batch. So a method of the trainer's parts is covered for one call: `precision_plugin.convert_input`,
+which the loop calls with what the loader gives, or `strategy.training_step`.
 """
 
 from __future__ import annotations
@@ -13,30 +14,51 @@ from lightning_subspace._lightning import Trainer
 
 
 class Tap:
-    """Cover of `strategy.training_step` for one call.
+    """Cover of a method for one call.
 
     Args:
-        strategy: of a Trainer.
+        part: of a Trainer.
+        name: of its method, whose first argument is a batch.
+        shows_result: whether what the method returns is shown, and not what it is given.
     """
 
-    def __init__(self, strategy: Any) -> None:
-        self.functions: dict[int, Callable[[Any], None]] = {}  # by the id of the callback
-        self._strategy = strategy
-        self._covered = vars(strategy).get("training_step")  # of an instance: somebody else's cover
+    def __init__(self, part: Any, name: str, *, shows_result: bool = False) -> None:
+        self.functions: dict[int, Callable[[Any], None]] = {}  # by the id of whoever asks
+        self._part = part
+        self._name = name
+        self._shows_result = shows_result
+        self._covered = vars(part).get(name)  # of an instance: somebody else's cover
 
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Show the batch to the functions, and take the step."""
+        """Show the batch to the functions, and call the method."""
         self.remove()
-        for function in self.functions.values():
+        method, functions = getattr(self._part, self._name), list(self.functions.values())
+        if self._shows_result:
+            result = method(batch, *args, **kwargs)
+            for function in functions:
+                function(result)
+            return result
+        for function in functions:
             function(batch)
-        return self._strategy.training_step(batch, *args, **kwargs)
+        return method(batch, *args, **kwargs)
 
     def remove(self) -> None:
         """Uncover the method."""
         if self._covered is None:
-            vars(self._strategy).pop("training_step", None)
+            vars(self._part).pop(self._name, None)
         else:
-            self._strategy.training_step = self._covered
+            setattr(self._part, self._name, self._covered)
+
+
+def before_hooks(trainer: Trainer, owner: object, function: Callable[[Any], None]) -> None:
+    """Call a function with the next batch as the loader has given it.
+
+    Args:
+        trainer: in training.
+        owner: who asks; it has one function at a time.
+        function: gets the batch.
+    """
+    _tap(trainer.precision_plugin, "convert_input", shows_result=True).functions[id(owner)] = function
 
 
 def before_training_step(trainer: Trainer, owner: object, function: Callable[[Any], None]) -> None:
@@ -47,16 +69,22 @@ def before_training_step(trainer: Trainer, owner: object, function: Callable[[An
         owner: who asks; it has one function at a time.
         function: gets the batch. What it raises ends the step.
     """
-    tap = vars(trainer.strategy).get("training_step")
-    if not isinstance(tap, Tap):
-        tap = trainer.strategy.training_step = Tap(trainer.strategy)
-    tap.functions[id(owner)] = function
+    _tap(trainer.strategy, "training_step").functions[id(owner)] = function
 
 
 def forget_batches(trainer: Trainer, owner: object) -> None:
     """Call no function of this owner: training is over."""
-    tap = vars(trainer.strategy).get("training_step")
-    if isinstance(tap, Tap):
-        tap.functions.pop(id(owner), None)
-        if not tap.functions:
-            tap.remove()
+    for part, name in ((trainer.precision_plugin, "convert_input"), (trainer.strategy, "training_step")):
+        tap = vars(part).get(name)
+        if isinstance(tap, Tap):
+            tap.functions.pop(id(owner), None)
+            if not tap.functions:
+                tap.remove()
+
+
+def _tap(part: Any, name: str, **options: Any) -> Tap:
+    tap = vars(part).get(name)
+    if not isinstance(tap, Tap):
+        tap = Tap(part, name, **options)
+        setattr(part, name, tap)
+    return tap

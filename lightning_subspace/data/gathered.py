@@ -45,7 +45,7 @@ class GatheredSample:
         sample: number of examples for the Hessian, in whole batches.
         gradient_sample: number of examples for the gradient, those of the Hessian included.
         weight: weight of a batch in the mean; by default its number of examples.
-        batch_size: number of examples in a full training batch, if the loader knows it.
+        counter: of the examples in a batch.
         ranks: the process group.
 
     Attributes:
@@ -69,7 +69,7 @@ class GatheredSample:
         sample: int,
         gradient_sample: int,
         weight: Weight | None = None,
-        batch_size: int | None = None,
+        counter: ExampleCounter | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         self.epoch: int | None = None  # the first one: in the next, the same examples come again
@@ -78,7 +78,7 @@ class GatheredSample:
         self._sizes = sample, max(sample, gradient_sample)
         self._weight = weight
         self._ranks = ranks or Ranks()
-        self._counter = ExampleCounter(batch_size)
+        self._counter = ExampleCounter() if counter is None else counter
         self._batches: list[MicroBatch] = []
         self._sample: Sample | None = None
         self._has_warned = False  # of weights that are not known

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,6 +18,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 
 from lightning_subspace._lightning import CombinedLoader
 from lightning_subspace.data.drawn import sample_of_dataset
+from lightning_subspace.data.example_count import ExampleCounter
 from lightning_subspace.data.micro_batch import MicroBatch, SampleError
 from lightning_subspace.data.reading import ReadProgress, read
 from lightning_subspace.data.sample import Sample, SampleSpec, micro_batch, require_same_batches
@@ -89,6 +90,46 @@ def sample_of_loaders(loaders: CombinedLoader, spec: SampleSpec, ranks: Ranks) -
         progress.add(size)
     require_same_batches(batches, ranks)
     return Sample.of(batches, sample)
+
+
+class CombinedCounter(ExampleCounter):
+    """Counter of the examples of combined batches: those of all loaders together.
+
+    Args:
+        batch_sizes: what each loader puts into a batch, if it is known.
+
+    Example:
+        >>> counter = CombinedCounter([4, 6])
+        >>> counter.count({"a": torch.zeros(4, 2), "b": [torch.zeros(6, 2), torch.zeros(6)]})
+        10
+    """
+
+    def __init__(self, batch_sizes: Sequence[int | None]) -> None:
+        known = [size for size in batch_sizes if size is not None]
+        super().__init__(sum(known) if len(known) == len(batch_sizes) else None)
+        self._parts = [ExampleCounter(size) for size in batch_sizes]
+
+    @property
+    def learned(self) -> Any:
+        """What the counters of the parts have learned."""
+        return [part.learned for part in self._parts]
+
+    @learned.setter
+    def learned(self, values: Any) -> None:
+        for part, value in zip(getattr(self, "_parts", ()), values, strict=False):
+            part.learned = value
+
+    def count(self, batch: Any) -> int | None:
+        """The number of examples in all parts; one that is None has none."""
+        items = list(batch.values() if isinstance(batch, Mapping) else batch) if _is_collection(batch) else []
+        if len(items) != len(self._parts):
+            return super().count(batch)
+        counts = [0 if item is None else part.count(item) for part, item in zip(self._parts, items, strict=True)]
+        return None if None in counts else sum(count for count in counts if count is not None)
+
+
+def _is_collection(batch: Any) -> bool:
+    return isinstance(batch, (Mapping, list, tuple))
 
 
 def _combinations(loaders: CombinedLoader, of_part: list[list[IndexBatch]]) -> Iterator[Any]:

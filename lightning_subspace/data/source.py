@@ -2,7 +2,7 @@
 
 | `sample` | where it comes from | anew |
 | --- | --- | --- |
-| a number, tensors in memory | drawn before the first step | where the data of training are others |
+| a number, tensors in memory that no hook changes | drawn before the first step | where the data are others |
 | a number, anything else | gathered from the batches that training uses | the same, at most once an epoch |
 | "all" | the dataset is read | where the data of training are others |
 | a loader, a list | read as it is | never |
@@ -15,11 +15,12 @@ from contextlib import suppress
 from typing import Any
 
 from lightning_subspace._lightning import CombinedLoader, Trainer, training_loaders
+from lightning_subspace.data.example_count import ExampleCounter
 from lightning_subspace.data.gathered import Gathered, GatheredSample
 from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.data.reading import ReadProgress
 from lightning_subspace.data.sample import Sample, SampleSpec, sample_of_current
-from lightning_subspace.data.several_loaders import sample_of_loaders
+from lightning_subspace.data.several_loaders import CombinedCounter, sample_of_loaders
 from lightning_subspace.data.training_hooks import changes_batches
 from lightning_subspace.data.training_set import batch_size_of, has_epochs, is_in_memory
 from lightning_subspace.parallel.ranks import Ranks
@@ -46,6 +47,7 @@ class SampleSource:
         self.epoch: int | None = None
         self._data: list[tuple[Any, int]] = []  # what the sample is of, see `_data_of`
         self._is_stale = False
+        self._doubtful: Sample | None = None  # drawn, but perhaps not what training is given
         self._taken_in: int | None = None  # the epoch in which the sample was taken
 
     @property
@@ -58,7 +60,12 @@ class SampleSource:
         """Whether a sample is due by now; the same on all ranks."""
         if self.spec.sample == "current":
             return self._has_seen
-        return self.sample is not None or self._gathered is None
+        return self.sample is not None or (self._gathered is None and not self.is_doubtful)
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether a hook of the user's may change batches, so that the first one has to show it; see `settle`."""
+        return self._doubtful is not None
 
     @property
     def is_outdated(self) -> bool:
@@ -95,17 +102,30 @@ class SampleSource:
         loaders = training_loaders(trainer)
         self._data = _data_of(loaders)
         self._taken_in = self.epoch
-        if not is_to_be_gathered(spec, trainer, loaders):
+        if not is_to_be_gathered(spec, loaders):
             self.sample = sample_of_loaders(loaders, spec, ranks)
+            if spec.is_number and changes_batches(trainer):
+                self.sample, self._doubtful = None, self.sample
         elif continues and before is not None and before.rebind(ranks):
             self._gathered, self.sample = before, before.sample
         else:
             self._gathered = self._gathering(loaders)
 
-    def resume(self, state: Gathered | None) -> bool:
+    def settle(self, trainer: Trainer, *, has_changed: bool) -> None:
+        """End the doubt: hooks have changed the first batch on some rank, or they have not."""
+        if has_changed:
+            self._gathered = self._gathering(training_loaders(trainer))
+        else:
+            self.sample = self._doubtful
+        self._doubtful = None
+
+    def resume(self, trainer: Trainer, state: Gathered | None) -> bool:
         """Go on with what a checkpoint holds of a gathered sample; whether it does."""
-        if self._gathered is None or state is None or self._ranks.count > 1:
+        if state is None or self._ranks.count > 1 or not (self._gathered or self.is_doubtful):
             return False
+        if self._gathered is None:
+            self.settle(trainer, has_changed=True)
+        assert self._gathered is not None, "made before"
         self._gathered.resume(state)
         self.sample = self._gathered.sample
         return self.sample is not None
@@ -154,7 +174,8 @@ class SampleSource:
         """Whether the next batch is to be observed."""
         if self.spec.sample == "current":
             return True
-        return self._next is not None or (self._gathered is not None and not self._gathered.is_complete)
+        is_filling = self._gathered is not None and not self._gathered.is_complete
+        return self.is_doubtful or self._next is not None or is_filling
 
     def observe(self, batch: Any, epoch: int) -> None:
         """Copy a batch that training is about to use."""
@@ -178,12 +199,12 @@ class SampleSource:
 
     def forget(self) -> None:
         """Drop the sample and gather none: another rank has failed."""
-        self.sample = self.failure = self._gathered = self._next = None
+        self.sample = self.failure = self._gathered = self._next = self._doubtful = None
         self._data = []
 
     def release(self) -> None:
         """Free the examples, but for those that were gathered."""
-        self.sample = self.failure = self._next = None
+        self.sample = self.failure = self._next = self._doubtful = None
         self._data = []
 
     def _gathering(self, loaders: CombinedLoader) -> GatheredSample:
@@ -191,8 +212,9 @@ class SampleSource:
         assert isinstance(spec.sample, int)
         assert isinstance(spec.gradient_sample, int)
         sizes = [batch_size_of(loader) for loader in loaders.flattened]
-        batch_size = sizes[0] if len(sizes) == 1 else None
-        return GatheredSample(spec.sample, spec.gradient_sample, spec.weight, batch_size, self._ranks)
+        is_one = len(sizes) == 1 and loaders.iterables is loaders.flattened[0]
+        counter = ExampleCounter(sizes[0]) if is_one else CombinedCounter(sizes)
+        return GatheredSample(spec.sample, spec.gradient_sample, spec.weight, counter, self._ranks)
 
     def __getstate__(self) -> dict[str, Any]:
         """The choice alone, since the examples can be drawn again."""
@@ -201,22 +223,21 @@ class SampleSource:
             "failure": None,
             "_gathered": None,
             "_next": None,
+            "_doubtful": None,
             "_data": [],
             "epoch": None,
         }
         return {**vars(self), **left, "_ranks": Ranks()}
 
 
-def is_to_be_gathered(spec: SampleSpec, trainer: Trainer, loaders: CombinedLoader) -> bool:
+def is_to_be_gathered(spec: SampleSpec, loaders: CombinedLoader) -> bool:
     """Whether a sample of a number of examples comes from the batches of training."""
-    if not spec.is_number:
-        return False
-    return changes_batches(trainer) or not all(map(is_in_memory, loaders.flattened))
+    return spec.is_number and not all(map(is_in_memory, loaders.flattened))
 
 
 def first_step(spec: SampleSpec, trainer: Trainer, loaders: CombinedLoader) -> int:
     """The first optimizer step at which there is a sample, as far as the loaders tell."""
-    if not is_to_be_gathered(spec, trainer, loaders) or not isinstance(spec.sample, int):
+    if not is_to_be_gathered(spec, loaders) or not isinstance(spec.sample, int):
         return 0
     sizes = [batch_size_of(loader) for loader in loaders.flattened]
     if not sizes or None in sizes:

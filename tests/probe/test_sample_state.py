@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lightning_subspace.data.example_count import ExampleCounter
 from lightning_subspace.data.gathered import Gathered, GatheredSample
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.probe import sample_state
@@ -14,7 +15,7 @@ from lightning_subspace.probe.sample_state import decode_gathered, encode_gather
 
 
 def gathered(*data):
-    sample = GatheredSample(4, 100, batch_size=2)
+    sample = GatheredSample(4, 100, counter=ExampleCounter(2))
     for one in data:
         sample.add(one, 3)
     return sample.state
@@ -39,7 +40,7 @@ def test_it_comes_back_as_it_was():
         assert replace(ours, data=None) == replace(theirs, data=None)
         assert torch.equal(ours.data[0], theirs.data[0])
         assert ours.data[1]["names"] == ("a", None)
-    other = GatheredSample(4, 100, batch_size=2)
+    other = GatheredSample(4, 100, counter=ExampleCounter(2))
     other.resume(found)
     assert sum(batch.size for batch in other.sample.hessian) == 4
     other.add(PLAIN, 3)

@@ -64,7 +64,7 @@ def test_a_run_that_ends_before_its_sample_is_full_is_probed_at_the_end(tmp_path
 
 def test_an_iterable_dataset_has_no_all(tmp_path):
     for sizes in ({"sample": "all"}, {"gradient_sample": "all"}):
-        with pytest.raises(MisconfigurationException, match="got 'all', which needs a training set whose end is known"):
+        with pytest.raises(MisconfigurationException, match="whose end is known for 'all', got an iterable one"):
             compare(tmp_path, Classifier, lambda: loader(Stream()), monitor=sizes)
 
 
@@ -72,9 +72,9 @@ def test_an_iterable_dataset_beside_another(tmp_path):
     def data():
         return {"a": loader(Stream(20), batch_size=4), "b": loader(Numbered(20, 12), batch_size=6)}
 
-    run = compare(tmp_path, lambda: Classifier(of_both), data, monitor={"sample": 8, "gradient_sample": 12})
+    run = compare(tmp_path, lambda: Classifier(of_both), data, monitor={"sample": 12, "gradient_sample": 20})
     assert run.differing == []
-    assert run.steps == [1, 2, 4, 6, 8, 10]
+    assert run.steps == [1, 2, 4, 6, 8, 10]  # a combined batch has ten examples
     assert [indices([batch], lambda b: b["a"]) for batch in run.sample.hessian] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 

@@ -110,7 +110,7 @@ def train(logger, *callbacks):
 
 
 def monitor():
-    return SubspaceMonitor(k=2, every_n_steps=2, max_overhead=None, sample=16, gradient_sample=64, on_failure="raise")
+    return SubspaceMonitor(k=2, every_n_steps=2, max_overhead=None, sample="all", batch_size=16, on_failure="raise")
 
 
 def check(one, found):

@@ -96,7 +96,7 @@ LOOPS = {
     "fast_dev_run": (Validated, {"fast_dev_run": 3}, [], [0, 2, 3]),
     "EMAWeightAveraging": (Normalised, {}, [lambda: EMAWeightAveraging(decay=0.9)], EVEN),
     "WeightAveraging": (Normalised, {}, [Averaging], EVEN),
-    "StochasticWeightAveraging": (Normalised, {"max_epochs": 3}, [Swa], [*EVEN, 10, 12, 13]),  # Lightning counts 13
+    "StochasticWeightAveraging": (Normalised, {"max_epochs": 3}, [Swa], [*EVEN, 10, 12]),  # 13 is of no training
     "barebones": (Classifier, {"barebones": True}, [], EVEN),
     "reload_dataloaders_every_n_epochs": (Classifier, {"reload_dataloaders_every_n_epochs": 1}, [], EVEN),
     "profiler": (Validated, {"profiler": "simple"}, [], EVEN),

@@ -167,12 +167,14 @@ def test_the_command_line_reads_it_from_yaml(pl, arguments, tmp_path, monkeypatc
         save_config_callback=None,
         run=False,
         seed_everything_default=0,
-        args=["--config", config(tmp_path, pl, k=2, **arguments)],
+        args=["--config", config(tmp_path, pl, k=2, **{"sample": "all", **arguments})],
     )
     [one] = [c for c in cli.trainer.callbacks if isinstance(c, SubspaceMonitor)]
     cli.trainer.limit_val_batches = 0
     cli.trainer.fit(cli.model)
-    assert one.history[0].step == 0
+    assert one.history[0].step == (
+        3 if arguments.get("sample") == 16 else 0
+    )  # gathered: there are three batches of one
     assert all(r.subspace.converged for r in one.history)
 
 

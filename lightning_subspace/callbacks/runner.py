@@ -201,6 +201,10 @@ class ProbeRunner:
             self.notices.failure(f"{what}{self._otherwise}", error, self.ranks)
             return None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the trainer and the module, which no copy is of."""
+        return {**vars(self), "_owners": ()}
+
     def _draw(self, block: Callable[[], None]) -> None:
         """Draw the sample on all ranks; where one fails, there is none."""
 

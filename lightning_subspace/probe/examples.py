@@ -48,7 +48,7 @@ class Examples:
         if not (isinstance(self._spec.sample, int) or self._spec.sample == "all"):
             return False
         with choice.loss(module, partition.space, partition.ranks) as loss:
-            return is_random(loss, choice.operator, sample.hessian[0], partition)
+            return is_random(loss, choice.operator, sample.hessian[: partition.ranks.count], partition)
 
     def can_be_evaluated(
         self, choice: CurvatureConfig, module: nn.Module, sample: Sample, partition: Partition

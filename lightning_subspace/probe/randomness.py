@@ -6,7 +6,7 @@ start of training, moves no value, and noise that is added to the loss moves no 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -29,27 +29,31 @@ HESSIAN, GRADIENT = 1024, 8192
 def is_random(
     loss: TrainingLoss,
     operator: Callable[[TrainingLoss, Sample, Partition], Operator],
-    batch: MicroBatch,
+    batches: Sequence[MicroBatch],
     partition: Partition,
 ) -> bool:
-    """Whether the gradient depends on the random seed. A collective.
+    """Whether the first gradient depends on the random seed. A collective.
 
-    Costs two gradients of one micro-batch.
+    Costs two gradients of a micro-batch, or three where others than the first one have to be held by ranks.
 
     Args:
         loss: an open context.
         operator: makes the operator of the run.
-        batch: one that every rank holds.
+        batches: the first one decides; the others give each rank one to evaluate at weight zero meanwhile.
         partition: how vectors are dealt to ranks.
     """
-    one = operator(loss, Sample((batch,)), partition)
-    first = one.gradient()
+    ranks, batch = partition.ranks, batches[0]
+    held = operator(loss, Sample(tuple(batches)), partition)
+    first = held.gradient() if len(batches) == 1 else held.mean_gradient([batch])
+    second, is_missing = first, False
     try:
-        second = one.mean_gradient([replace(batch, draw=batch.draw + 1)])
+        second = held.mean_gradient([replace(batch, draw=batch.draw + 1)])
     except NoLossError:
+        is_missing = True
+    if any(ranks.all_gather_object(is_missing)):  # on the rank that has evaluated it
         return True
     squares = torch.stack([vector.double().square().sum() for vector in (first - second, first, second)])
-    change, *sizes = partition.ranks.all_reduce(squares).tolist()
+    change, *sizes = ranks.all_reduce(squares).tolist()
     return bool(change > LEAST_CHANGE**2 * max(sizes))
 
 

@@ -184,14 +184,17 @@ def test_the_cheap_tier_equals_dense_derivatives():
             "gradient_norm",
             "gradient_curvature",
             "gradient_hessian_cosine",
+            "sample_loss",
+            "training_loss",
         }
         there = weights.module_at(module, record.step).double()
         double = (batch[0].double(), batch[1])
         gradient = dense_gradient(there, lambda m, b=double: m.training_step(b, 0))
         image = dense_hessian(there, lambda m, b=double: m.training_step(b, 0)) @ gradient
+        norm, loss = float(gradient.norm()), there.training_step(double, 0).item()
         module.float()
-        norm = float(gradient.norm())
         assert record.metrics["gradient_norm"] == pytest.approx(norm, rel=1e-5)
+        assert record.metrics["sample_loss"] == pytest.approx(loss, rel=1e-5)
         assert record.metrics["gradient_curvature"] == pytest.approx(float(gradient @ image) / norm**2, rel=1e-4)
         cosine = float(gradient @ image) / norm / float(image.norm())
         assert record.metrics["gradient_hessian_cosine"] == pytest.approx(cosine, abs=1e-5)

@@ -76,7 +76,7 @@ def test_a_file_with_two_monitors_wants_a_name(tmp_path):
     torch.save(state, tmp_path / "two.ckpt")
     with pytest.raises(CheckpointError, match="got None; it has 'subspace', 'head'"):
         read_history(tmp_path / "two.ckpt")
-    with pytest.raises(CheckpointError, match="format: expected 1, got 7; it was written by another version"):
+    with pytest.raises(CheckpointError, match="format: expected 2, got 7; it was written by another version"):
         read_history(tmp_path / "two.ckpt", "head")
     assert len(read_history(tmp_path / "two.ckpt", "subspace")) == 3
 

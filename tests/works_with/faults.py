@@ -6,6 +6,7 @@ places of the functions, for good: it is for processes that end afterwards.
 """
 
 import contextlib
+import copy
 import faulthandler
 import inspect
 import io
@@ -425,7 +426,7 @@ class Fragile(dict[str, Any]):
 
     def __deepcopy__(self, memo: Any) -> Any:
         reach("copy")
-        return Fragile({key: memo.get(id(value), value) for key, value in self.items()})
+        return Fragile({key: copy.deepcopy(value, memo) for key, value in self.items()})
 
 
 def collate(items: list[Any]) -> Any:

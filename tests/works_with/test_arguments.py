@@ -74,6 +74,8 @@ VALID = {
     "sample": st.one_of(st.sampled_from([1, 3, 12, 50, "all", "current"]), st.builds(batches)),
     "gradient_sample": st.sampled_from([50, 100, "all"]),
     "batch_size": st.sampled_from([None, 2, 5]),
+    "resample": st.booleans(),
+    "read_timeout": st.sampled_from([1.0, 600.0]),
     "weight": st.sampled_from([None, lambda batch: 2.0]),
     "reference_step": st.sampled_from([None, 0, 2]),
     "which": st.sampled_from(["LA", "SA", "LM", "BE"]),

@@ -284,11 +284,12 @@ def test_omit_leaves_out_what_rests_on_second_derivatives(curvature):
         )
     assert len(said) == 1
     assert record.subspace is None
-    assert set(record.metrics) == {"gradient_norm", "value"}
+    assert set(record.metrics) == {"gradient_norm", "sample_loss", "value"}
     gradients = torch.autograd.grad(value := module.training_step(BATCH, 0), list(module.parameters()))
     expected = math.sqrt(sum(float(g.square().sum()) for g in gradients))
     assert record.metrics["gradient_norm"] == pytest.approx(expected, rel=1e-4)
     assert record.metrics["value"] == pytest.approx(value.item(), rel=1e-5)
+    assert record.metrics["sample_loss"] == pytest.approx(value.item(), rel=1e-5)
 
 
 def trained(make, *callbacks):

@@ -120,7 +120,7 @@ class ProbeRunner:
             return None
 
     def resume_sample(self, gathered: Gathered | None) -> None:
-        """Go on with the sample of a checkpoint, or say that another one is gathered."""
+        """Go on with a checkpoint's sample, or say that another is gathered."""
         is_resumed = self.ranks.broadcast_object(self.source.resume(gathered))
         if not is_resumed and self.source.is_gathered and self.settings.sample != "current":
             with self.ranks.agree():
@@ -222,7 +222,10 @@ class ProbeRunner:
         after()
 
     def _sample(self, run: ProbeRun, module: nn.Module) -> Sample:
-        """The sample, of parts of its batches where those are too large and a part has a loss. A collective."""
+        """The sample, its batches cut where they are too large. A collective.
+
+        They are left whole where the loss cannot be evaluated on a part.
+        """
         sample = self.source.sample
         assert sample is not None, "asked for before"
         spec = self.source.spec

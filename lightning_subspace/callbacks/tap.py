@@ -1,4 +1,4 @@
-"""The next batch as it reaches `training_step`, behind all hooks that may change it.
+"""Batch as it reaches `training_step`, behind all hooks that may change it.
 
 A callback's own `on_train_batch_start` comes too early: those behind it and the module may still write to the batch. So
 the strategy's `training_step` is covered for one call.

@@ -1,4 +1,4 @@
-"""Source of a run's sample: gathered in training, drawn, given, or the current batch.
+"""Source of a run's sample: gathered, drawn, given, or the current batch.
 
 | `sample` | where it comes from | anew |
 | --- | --- | --- |
@@ -103,7 +103,7 @@ class SampleSource:
             self._gathered = self._gathering(loaders)
 
     def resume(self, state: Gathered | None) -> bool:
-        """Go on with what a checkpoint holds of a gathered sample; whether it does."""
+        """Go on with a checkpoint's gathered sample; whether there is one."""
         if self._gathered is None or state is None or self._ranks.count > 1:
             return False
         self._gathered.resume(state)
@@ -111,7 +111,7 @@ class SampleSource:
         return self.sample is not None
 
     def begin_epoch(self, trainer: Trainer) -> None:
-        """Notice a new epoch, and whether the sample is stale in it. A collective."""
+        """Notice a new epoch, and a sample stale in it. A collective."""
         self.epoch = trainer.current_epoch
         self.end()
         if not self.spec.resample or self.spec.is_given or self.spec.sample == "current":
@@ -127,7 +127,7 @@ class SampleSource:
             self.renew(trainer)
 
     def renew(self, trainer: Trainer) -> bool:
-        """Take another sample than this one, which seems stale; whether there will be one.
+        """Take another sample, as this one seems stale; whether there will be.
 
         Once an epoch at most, and never one that the user has given, or of a whole dataset that is not in memory.
         """
@@ -171,7 +171,7 @@ class SampleSource:
                 self._taken_in = gathering.epoch
 
     def end(self) -> None:
-        """End an epoch or training: a smaller sample than asked for has to do."""
+        """End an epoch or training: a smaller sample has to do."""
         if self._gathered is not None:
             self._gathered.close()
             self.sample = self._gathered.sample
@@ -208,14 +208,14 @@ class SampleSource:
 
 
 def is_to_be_gathered(spec: SampleSpec, trainer: Trainer, loaders: CombinedLoader) -> bool:
-    """Whether a sample of a number of examples comes from the batches of training."""
+    """Whether the sample comes from the batches of training."""
     if not spec.is_number:
         return False
     return changes_batches(trainer) or not all(map(is_in_memory, loaders.flattened))
 
 
 def first_step(spec: SampleSpec, trainer: Trainer, loaders: CombinedLoader) -> int:
-    """The first optimizer step at which there is a sample, as far as the loaders tell."""
+    """The first step with a sample, as far as the loaders tell."""
     if not is_to_be_gathered(spec, trainer, loaders) or not isinstance(spec.sample, int):
         return 0
     sizes = [batch_size_of(loader) for loader in loaders.flattened]
@@ -227,7 +227,7 @@ def first_step(spec: SampleSpec, trainer: Trainer, loaders: CombinedLoader) -> i
 
 
 def _data_of(loaders: CombinedLoader) -> list[tuple[Any, int]]:
-    """What training draws from: a dataset or other iterable, and its length if it has one."""
+    """What training draws from, and its length; -1 if it has none."""
     found = []
     for loader in loaders.flattened:
         data, length = getattr(loader, "dataset", loader), -1

@@ -198,6 +198,10 @@ class ProbeRunner:
             self.notices.failure(f"{what}{self._otherwise}", error, self.ranks)
             return None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave trainer, module and examples behind: a copy is of no trainer."""
+        return {**vars(self), "_owners": (), "_whole": None, "_parts": None}
+
     def _draw(self, block: Callable[[], None]) -> None:
         """Draw the sample on all ranks; where one fails, there is none."""
 

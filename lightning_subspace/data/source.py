@@ -116,6 +116,8 @@ class SampleSource:
         self.end()
         if not self.spec.resample or self.spec.is_given or self.spec.sample == "current":
             return
+        if self.sample is None and self._gathered is None:  # reading has failed, and may take as long again
+            return
         loaders = training_loaders(trainer)
         data = _data_of(loaders)
         is_other = len(data) != len(self._data) or any(

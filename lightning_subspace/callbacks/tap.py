@@ -15,28 +15,38 @@ from lightning_subspace._lightning import Trainer
 class Tap:
     """Cover of `strategy.training_step` for one call.
 
+    Somebody else may have covered the method before, or cover this one: theirs stays in its place either way.
+
     Args:
         strategy: of a Trainer.
+
+    Attributes:
+        functions: get the next batch; by the id of their owner.
     """
 
     def __init__(self, strategy: Any) -> None:
-        self.functions: dict[int, Callable[[Any], None]] = {}  # by the id of the callback
+        self.functions: dict[int, Callable[[Any], None]] = {}
         self._strategy = strategy
         self._covered = vars(strategy).get("training_step")  # of an instance: somebody else's cover
+        self._step = strategy.training_step
 
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Show the batch to the functions, and take the step."""
+        functions, self.functions = self.functions, {}  # once, also where another cover calls this one again
         self.remove()
-        for function in self.functions.values():
+        for function in functions.values():
             function(batch)
-        return self._strategy.training_step(batch, *args, **kwargs)
+        return self._step(batch, *args, **kwargs)
 
     def remove(self) -> None:
-        """Uncover the method."""
+        """Uncover the method, unless another cover is there by now."""
+        own = vars(self._strategy)
+        if own.get("training_step") is not self:
+            return
         if self._covered is None:
-            vars(self._strategy).pop("training_step", None)
+            del own["training_step"]
         else:
-            self._strategy.training_step = self._covered
+            own["training_step"] = self._covered
 
 
 def before_training_step(trainer: Trainer, owner: object, function: Callable[[Any], None]) -> None:

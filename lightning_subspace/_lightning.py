@@ -53,7 +53,6 @@ else:
     class MisconfigurationException(
         *_all(
             "MisconfigurationException",
-            "Trainer",
             "lightning.pytorch.utilities.exceptions",
             "pytorch_lightning.utilities.exceptions",
         )
@@ -90,17 +89,15 @@ __all__ = [
 class Trainer(Protocol):
     """The part of a Trainer that the package uses, in both namespaces.
 
-    Its attributes are read-only and vague, so that Lightning's own Trainer satisfies it.
+    Its attributes are read-only but for one, and vague, so that Lightning's own Trainer satisfies it.
     """
+
+    loggers: Any
 
     @property
     def accumulate_grad_batches(self) -> int: ...
     @property
     def callback_metrics(self) -> dict[str, Any]: ...
-    @property
-    def loggers(self) -> Any: ...
-    @loggers.setter
-    def loggers(self, loggers: Any) -> None: ...
     @property
     def current_epoch(self) -> int: ...
     @property
@@ -193,7 +190,7 @@ def training_loaders(trainer: Trainer) -> CombinedLoader:
 
 
 def given_loaders(trainer: Trainer) -> CombinedLoader | None:
-    """The loaders that `fit` was called with, or None where hooks give them later."""
+    """The loaders that `fit` was given; None where hooks give them later."""
     source = getattr(trainer.fit_loop, "_data_source", None)
     if source is None or source.instance is None or source.is_module():
         return None
@@ -230,7 +227,7 @@ def muted(module: nn.Module) -> Iterator[None]:
         for m in module.modules():
             if hasattr(m, "_current_fx_name"):
                 for name in ("log", "log_dict", "print"):
-                    _cover(stack, m, name, _ignore)
+                    _cover(stack, m, name, lambda *args, **kwargs: None)
             for name, value in list(vars(m).items()):
                 if _writes(value, loggers):
                     _cover(stack, m, name, Silent(value))
@@ -298,12 +295,6 @@ def _writes(value: Any, loggers: list[Any]) -> bool:
 
 def _cover(stack: ExitStack, module: nn.Module, name: str, cover: Any) -> None:
     own = vars(module)
-    if name in own:
-        stack.callback(own.__setitem__, name, own[name])
-    else:
-        stack.callback(own.pop, name, None)
+    undo = (own.__setitem__, name, own[name]) if name in own else (own.pop, name, None)
+    stack.callback(*undo)
     own[name] = cover
-
-
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Accept a log call and do nothing."""

@@ -71,9 +71,10 @@ class LossComparison:
         return {"training_loss": mean}
 
     def answer(self, trainer: Trainer) -> None:
-        """Compare the probe that waits; warn at the second that differs. A collective.
+        """Compare the probe that waits; warn at the second that differs.
 
-        A sample of an earlier epoch may only be stale: another one is taken first, and compared in its place.
+        A sample of an earlier epoch may only be stale: another one is taken first, and compared in its place. A
+        collective.
         """
         if not self.opinion.is_pending:
             return

@@ -1,4 +1,4 @@
-"""What a callback has measured, for its user; the same on every rank."""
+"""Records of a callback, for its user; the same on every rank."""
 
 from __future__ import annotations
 

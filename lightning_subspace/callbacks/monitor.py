@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from torch import nn
 from torch.optim import Optimizer
@@ -57,9 +57,6 @@ from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.report import Publisher, add_layout
 from lightning_subspace.report.loggers import LogLevel
 from lightning_subspace.subspace.record import Record
-
-if TYPE_CHECKING:
-    pass
 
 SPEAKER = "SubspaceMonitor"
 NOT_RESUMED = "the state in the checkpoint is not used, history and overlaps start anew"

@@ -275,7 +275,7 @@ class SubspaceProjection(Resumable):
         return changed
 
     def _refresh_within_step(self, trainer: Trainer, module: nn.Module, step: int) -> None:
-        """Refresh from the batch that is now in its step, which is then projected, too."""
+        """Refresh from the batch in its step, which is then projected, too."""
         self._refresh(trainer, module, step)
         self._keep_theta(module)  # the optimizer may be waiting for this batch's gradient
 

@@ -123,7 +123,7 @@ class ProbeRunner:
             return None
 
     def resume_sample(self, trainer: Trainer, gathered: Gathered | None) -> None:
-        """Go on with the sample of a checkpoint, or say that another one is gathered."""
+        """Go on with a checkpoint's sample, or say that another is gathered."""
         is_resumed = self.ranks.broadcast_object(self.source.resume(trainer, gathered))
         if not is_resumed and self.source.is_gathered and self.settings.sample != "current":
             with self.ranks.agree():
@@ -202,8 +202,8 @@ class ProbeRunner:
             return None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the trainer and the module, which no copy is of."""
-        return {**vars(self), "_owners": ()}
+        """Leave trainer, module and examples behind: a copy is of no trainer."""
+        return {**vars(self), "_owners": (), "_whole": None, "_parts": None}
 
     def _draw(self, block: Callable[[], None]) -> None:
         """Draw the sample on all ranks; where one fails, there is none."""
@@ -240,7 +240,10 @@ class ProbeRunner:
         after()
 
     def _sample(self, run: ProbeRun, module: nn.Module) -> Sample:
-        """The sample, of parts of its batches where those are too large and a part has a loss. A collective."""
+        """The sample, its batches cut where they are too large. A collective.
+
+        They are left whole where the loss cannot be evaluated on a part.
+        """
         sample = self.source.sample
         assert sample is not None, "asked for before"
         spec = self.source.spec

@@ -1,4 +1,4 @@
-"""A batch on its way to `training_step`: before all hooks that may change it, and behind them.
+"""Batches before all hooks that may change them, and behind those.
 
 A callback's own hooks come too late for the one, and too early for the other: callbacks behind it and the module may
 still write to the batch. So a method of the trainer's parts is covered for one call: `precision_plugin.convert_input`,
@@ -16,42 +16,47 @@ from lightning_subspace._lightning import Trainer
 class Tap:
     """Cover of a method for one call.
 
+    Somebody else may have covered the method before, or cover this one: theirs stays in its place either way.
+
     Args:
         part: of a Trainer.
         name: of its method, whose first argument is a batch.
         shows_result: whether what the method returns is shown, and not what it is given.
+
+    Attributes:
+        functions: get the next batch; by the id of their owner.
     """
 
     def __init__(self, part: Any, name: str, *, shows_result: bool = False) -> None:
-        self.functions: dict[int, Callable[[Any], None]] = {}  # by the id of whoever asks
+        self.functions: dict[int, Callable[[Any], None]] = {}
         self._part = part
         self._name = name
         self._shows_result = shows_result
         self._covered = vars(part).get(name)  # of an instance: somebody else's cover
+        self._method = getattr(part, name)
 
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Show the batch to the functions, and call the method."""
+        functions, self.functions = self.functions, {}  # once, also where another cover calls this one again
         self.remove()
-        method, functions = getattr(self._part, self._name), list(self.functions.values())
-        if self._shows_result:
-            result = method(batch, *args, **kwargs)
-            for function in functions:
-                function(result)
-            return result
-        for function in functions:
-            function(batch)
-        return method(batch, *args, **kwargs)
+        result = self._method(batch, *args, **kwargs) if self._shows_result else None
+        for function in functions.values():
+            function(result if self._shows_result else batch)
+        return result if self._shows_result else self._method(batch, *args, **kwargs)
 
     def remove(self) -> None:
-        """Uncover the method."""
+        """Uncover the method, unless another cover is there by now."""
+        own = vars(self._part)
+        if own.get(self._name) is not self:
+            return
         if self._covered is None:
-            vars(self._part).pop(self._name, None)
+            del own[self._name]
         else:
-            setattr(self._part, self._name, self._covered)
+            own[self._name] = self._covered
 
 
 def before_hooks(trainer: Trainer, owner: object, function: Callable[[Any], None]) -> None:
-    """Call a function with the next batch as the loader has given it.
+    """Call a function with the next batch as the loader gives it.
 
     Args:
         trainer: in training.

@@ -34,7 +34,7 @@ LIGHTNING = ("lightning", "pytorch_lightning", "lightning_subspace")
 
 
 def may_be_replaced(trainer: Trainer) -> bool:
-    """Whether a callback may put other weights into the module before training ends."""
+    """Whether a callback may replace the weights before training ends."""
     callbacks = undeclared(trainer, "callbacks")
     return any(
         any(is_a(callback, name) for name in REPLACING) or type(callback).__module__.split(".")[0] not in LIGHTNING

@@ -96,7 +96,7 @@ class GatheredSample:
 
     @property
     def filled(self) -> float:
-        """Share of the gradient's number of examples that is there, in [0, 1]."""
+        """Share of the gradient's examples that is there, in [0, 1]."""
         return min(self.num_examples / self._sizes[1], 1.0)
 
     @property

@@ -1,4 +1,7 @@
-"""Samples of batches that the user gives: a list, or a loader that is read to its end."""
+"""Samples of batches that the user gives: a list or loader.
+
+A loader is read to its end.
+"""
 
 from __future__ import annotations
 

@@ -89,9 +89,9 @@ def single_examples(batch: MicroBatch) -> list[MicroBatch] | None:
 
 
 def parts_of(batch: MicroBatch, sizes: Sequence[int]) -> list[MicroBatch] | None:
-    """Consecutive parts of so many examples each, as views, or None if the batch cannot be cut.
+    """Consecutive parts of these sizes, or None if it cannot be cut.
 
-    They have the index of the batch; their weights are in the proportion of their sizes.
+    Parts are views. They have the index of the batch; their weights are in the proportion of their sizes.
     """
     length = _cuttable_length(batch)
     if length is None or length != sum(sizes):

@@ -1,4 +1,4 @@
-"""Parts of the batches of a sample, where whole ones are larger than was asked for.
+"""Parts of a sample's batches, where whole ones are too large.
 
 Batches of training are measured whole. They are cut where the user gives a `batch_size`, or where one batch is more
 than the number of examples for the Hessian: its first examples are the Hessian's, and the rest belongs to the
@@ -19,7 +19,7 @@ STRIDE = 1 << 16
 
 
 def cut_sample(sample: Sample, spec: SampleSpec, ranks: Ranks) -> Sample:
-    """The sample, of parts of its batches where these are too large. A collective.
+    """The sample, its batches cut where they are too large. A collective.
 
     Args:
         sample: of whole batches.
@@ -55,7 +55,7 @@ def cut_sample(sample: Sample, spec: SampleSpec, ranks: Ranks) -> Sample:
 
 
 def _sizes(size: int, most: int | None, share: int | None) -> list[int]:
-    """Sizes of the parts of a batch: nearly equal ones, the first of which make a share."""
+    """Sizes of a batch's parts, nearly equal; the first make a share."""
     pieces = [size] if share is None or size <= share else [share, size - share]
     if most is None:
         return pieces
@@ -68,7 +68,7 @@ def _sizes(size: int, most: int | None, share: int | None) -> list[int]:
 
 
 def _cut(batch: MicroBatch, sizes: Sequence[int], ranks: Ranks) -> list[MicroBatch] | None:
-    """The parts of a batch, each with an index of its own on the same rank."""
+    """The parts of a batch, on its rank, with their own indices."""
     if len(sizes) == 1:
         return [batch]
     parts = [replace(batch, size=size, weight=batch.weight * size / batch.size) for size in sizes]

@@ -1,8 +1,8 @@
-"""Reading of a dataset that a user has asked for: told, limited in time, and without a trace.
+"""Reading of a dataset: told, limited in time, and without a trace.
 
-Iterating the trainer's loader would change what training sees next, so a loader of our own reads. It has the workers of
-the user's; where there are none, it reads in this process, which puts back random numbers, the attributes of the
-dataset and the positions of its files.
+It is done only where a user has asked for it. Iterating the trainer's loader would change what training sees next, so
+a loader of our own reads. It has the workers of the user's; where there are none, it reads in this process, which puts
+back random numbers, the attributes of the dataset and the positions of its files.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class ReadProgress:
         self.check()
 
     def check(self) -> None:
-        """Say how far it is from time to time, and end in time.
+        """Say now and then how far it is, and end in time.
 
         Raises:
             TimeoutError: behind the limit.
@@ -109,7 +109,7 @@ def read(
     generator: torch.Generator,
     progress: ReadProgress,
 ) -> Iterator[Any]:
-    """Load and collate as a loader does, by a loader of our own.
+    """Load and collate as a loader does.
 
     Nothing is said of tensors in memory.
 
@@ -196,7 +196,7 @@ def _in_this_process(own: DataLoader[Any], loader: DataLoader[Any], generator: t
 
 @contextmanager
 def unmoved(readers: Sequence[Any], seen: Sequence[Any] = ()) -> Iterator[None]:
-    """Put back the attributes, generators and file positions of what is read with.
+    """Put back attributes, generators and file positions behind a block.
 
     Args:
         readers: a dataset, a collate function, a sampler. What a dataset holds by index is not looked at.

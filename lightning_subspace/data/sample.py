@@ -86,7 +86,7 @@ class SampleSpec:
 
     @property
     def is_number(self) -> bool:
-        """Whether both parts are a number of examples, which can be gathered in training."""
+        """Whether both parts are numbers of examples, which can be gathered."""
         return isinstance(self.sample, int) and isinstance(self.gradient_sample, int)
 
     @property

@@ -120,7 +120,7 @@ class CombinedCounter(ExampleCounter):
             part.learned = value
 
     def count(self, batch: Any) -> int | None:
-        """The number of examples in all parts; one that is None has none."""
+        """The number of examples in all parts."""
         items = list(batch.values() if isinstance(batch, Mapping) else batch) if _is_collection(batch) else []
         if len(items) != len(self._parts):
             return super().count(batch)

@@ -1,4 +1,4 @@
-"""Source of a run's sample: gathered in training, drawn, given, or the current batch.
+"""Source of a run's sample: gathered, drawn, given, or the current batch.
 
 | `sample` | where it comes from | anew |
 | --- | --- | --- |
@@ -64,7 +64,7 @@ class SampleSource:
 
     @property
     def is_doubtful(self) -> bool:
-        """Whether a hook of the user's may change batches, so that the first one has to show it; see `settle`."""
+        """Whether the first batch has to show it; see `settle`."""
         return self._doubtful is not None
 
     @property
@@ -112,7 +112,7 @@ class SampleSource:
             self._gathered = self._gathering(loaders)
 
     def settle(self, trainer: Trainer, *, has_changed: bool) -> None:
-        """End the doubt: hooks have changed the first batch on some rank, or they have not."""
+        """End the doubt: hooks have changed the first batch, or not."""
         if has_changed:
             self._gathered = self._gathering(training_loaders(trainer))
         else:
@@ -120,7 +120,7 @@ class SampleSource:
         self._doubtful = None
 
     def resume(self, trainer: Trainer, state: Gathered | None) -> bool:
-        """Go on with what a checkpoint holds of a gathered sample; whether it does."""
+        """Go on with a checkpoint's gathered sample; whether there is one."""
         if state is None or self._ranks.count > 1 or not (self._gathered or self.is_doubtful):
             return False
         if self._gathered is None:
@@ -131,10 +131,12 @@ class SampleSource:
         return self.sample is not None
 
     def begin_epoch(self, trainer: Trainer) -> None:
-        """Notice a new epoch, and whether the sample is stale in it. A collective."""
+        """Notice a new epoch, and a sample stale in it. A collective."""
         self.epoch = trainer.current_epoch
         self.end()
         if not self.spec.resample or self.spec.is_given or self.spec.sample == "current":
+            return
+        if self.sample is None and self._gathered is None:  # reading has failed, and may take as long again
             return
         loaders = training_loaders(trainer)
         data = _data_of(loaders)
@@ -147,7 +149,7 @@ class SampleSource:
             self.renew(trainer)
 
     def renew(self, trainer: Trainer) -> bool:
-        """Take another sample than this one, which seems stale; whether there will be one.
+        """Take another sample, as this one seems stale; whether there will be.
 
         Once an epoch at most, and never one that the user has given, or of a whole dataset that is not in memory.
         """
@@ -192,7 +194,7 @@ class SampleSource:
                 self._taken_in = gathering.epoch
 
     def end(self) -> None:
-        """End an epoch or training: a smaller sample than asked for has to do."""
+        """End an epoch or training: a smaller sample has to do."""
         if self._gathered is not None:
             self._gathered.close()
             self.sample = self._gathered.sample
@@ -231,12 +233,12 @@ class SampleSource:
 
 
 def is_to_be_gathered(spec: SampleSpec, loaders: CombinedLoader) -> bool:
-    """Whether a sample of a number of examples comes from the batches of training."""
+    """Whether the sample comes from the batches of training."""
     return spec.is_number and not all(map(is_in_memory, loaders.flattened))
 
 
 def first_step(spec: SampleSpec, trainer: Trainer, loaders: CombinedLoader) -> int:
-    """The first optimizer step at which there is a sample, as far as the loaders tell."""
+    """The first step with a sample, as far as the loaders tell."""
     if not is_to_be_gathered(spec, loaders) or not isinstance(spec.sample, int):
         return 0
     sizes = [batch_size_of(loader) for loader in loaders.flattened]
@@ -248,7 +250,7 @@ def first_step(spec: SampleSpec, trainer: Trainer, loaders: CombinedLoader) -> i
 
 
 def _data_of(loaders: CombinedLoader) -> list[tuple[Any, int]]:
-    """What training draws from: a dataset or other iterable, and its length if it has one."""
+    """What training draws from, and its length; -1 if it has none."""
     found = []
     for loader in loaders.flattened:
         data, length = getattr(loader, "dataset", loader), -1

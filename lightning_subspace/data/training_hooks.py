@@ -1,4 +1,4 @@
-"""Hooks of the user's own that may change a batch on its way to `training_step`."""
+"""Hooks of a user that may change a batch before `training_step`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_sub
 
 
 def changes_batches(trainer: Trainer) -> bool:
-    """Whether a hook of the module, the data module or a callback may change a batch."""
+    """Whether a hook of the user's may change a batch.
+
+    Hooks are those of the module, the data module and the callbacks.
+    """
     module, data = trainer.lightning_module, undeclared(trainer, "datamodule")
     places = [(module, (*TRANSFER, START)), (data, TRANSFER)]
     places += [(callback, (START,)) for callback in undeclared(trainer, "callbacks")]

@@ -1,4 +1,7 @@
-"""Examples that training draws from: which, how often, and whether they can be read without any effect."""
+"""Examples that training draws from: which ones, and how often.
+
+Also whether they can be read without any effect.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +110,7 @@ class TrainingSet:
 
 
 def is_in_memory(loader: Any) -> bool:
-    """Whether the dataset can be read without any effect, as training reads it.
+    """Whether the dataset can be read, as in training, without any effect.
 
     These are tensors, under samplers, batches and a collate function of torch itself. Their examples are drawn; those
     of all others are gathered as training uses them.
@@ -124,13 +127,16 @@ def is_in_memory(loader: Any) -> bool:
 
 
 def is_sized(loader: Any) -> bool:
-    """Whether a loader has examples with an index, and their number is known."""
+    """Whether a loader has indexed examples of a known number."""
     has_items = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
     return has_items and hasattr(loader.dataset, "__len__")
 
 
 def has_epochs(loader: Any) -> bool:
-    """Whether a sampler or dataset of the user's own is told the epoch, and may give others in each."""
+    """Whether a user's sampler or dataset may depend on the epoch.
+
+    Such a one is told of it, by `set_epoch`.
+    """
     batch_sampler = getattr(loader, "batch_sampler", None)
     places = [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
     places = [undistributed(place)[0] for place in places if not _is_torch_distributed(place)]
@@ -143,7 +149,7 @@ def gives_batches(loader: DataLoader[Any]) -> bool:
 
 
 def batch_size_of(loader: Any) -> int | None:
-    """Number of examples in a full training batch, or None if the loader does not know it."""
+    """Number of examples in a full training batch; None if unknown."""
     sampler = batch_sampler_of(loader) if isinstance(loader, DataLoader) else None
     size = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None)
     return size if isinstance(size, int) and not isinstance(size, bool) else None

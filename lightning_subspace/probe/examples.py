@@ -53,7 +53,10 @@ class Examples:
     def can_be_evaluated(
         self, choice: CurvatureConfig, module: nn.Module, sample: Sample, partition: Partition
     ) -> bool:
-        """Whether each rank gets a finite loss, or none, of its first micro-batch. A collective."""
+        """Whether first micro-batches have finite losses, or none. A collective.
+
+        Each rank evaluates its own.
+        """
         ranks = partition.ranks
         own = assign(sample.hessian, ranks)[0].batch
         with ranks.agree(), choice.loss(module, partition.space, ranks) as loss:

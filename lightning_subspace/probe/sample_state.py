@@ -22,7 +22,7 @@ NAMES = tuple(field.name for field in fields(MicroBatch))
 
 
 def encode_gathered(gathered: Gathered | None) -> dict[str, Any] | None:
-    """A gathered sample as tensors and plain values; None for one that is not to be written.
+    """A gathered sample as plain values; None if not to be written.
 
     Example:
         >>> batch = MicroBatch([torch.zeros(2), "a"], 2.0, 0, transferred=True, size=2)
@@ -58,7 +58,7 @@ def decode_gathered(saved: Any) -> Gathered | None:
 
 
 def is_plain(data: Any) -> bool:
-    """Whether data are dense tensors, numbers and strings in lists, tuples and dicts."""
+    """Whether data are dense tensors and plain values in plain containers."""
     if type(data) is Tensor:
         return data.layout is torch.strided and not vars(data)
     if type(data) in (list, tuple):

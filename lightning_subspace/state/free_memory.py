@@ -13,9 +13,10 @@ MEMINFO = Path("/proc/meminfo")
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that are free on a device now; for a CPU also in this container.
+    """Bytes that are free on a device now.
 
-    The cache of files counts as free: the kernel gives it up where memory is asked for.
+    On a CPU the limit of this container counts, too. The cache of files counts as free: the kernel gives it up where
+    memory is asked for.
     """
     if device.type == "cuda":  # untested: no GPU was available
         return float(torch.cuda.mem_get_info(device)[0])

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import threading
 
 import lightning.pytorch as pl
 import pytest
@@ -35,6 +36,8 @@ WRONG = {
         ("an integer of at least 1", [0, -1, 0.5, None, True]),
         ("at least the 1024 of `sample`, which it contains", [1023]),
     ],
+    "resample": [("True or False", ["no", 0, None])],
+    "read_timeout": [("a positive number of seconds", [0, -1.0, NAN, "600", None, True])],
     "batch_size": [("an integer of at least 1 or None", [0, 1.5, "64", True])],
     "weight": [("a function or None", [3, "tokens"])],
     "reference_step": [("an integer of at least 0 or None", [-1, 0.5, True])],
@@ -77,6 +80,8 @@ RIGHT = {
     "max_overhead": [None, 0.001, 0.999],
     "sample": [1, "all", "current", [torch.zeros(2, 2)], (b for b in [])],
     "gradient_sample": [1024, "all"],
+    "resample": [True, False],
+    "read_timeout": [1, 0.5, float("inf")],
     "batch_size": [None, 1],
     "weight": [None, len],
     "reference_step": [None, 0],
@@ -187,7 +192,8 @@ def trainer(*callbacks, **kwargs):
         (ManualNet, batches, {}, "ManualNet optimizes manually.*pass loss_fn="),
         (IteratorNet, batches, {}, "training_step takes a dataloader_iter.*pass loss_fn="),
         (Net, lambda: batches(), {"sample": []}, "expected at least one batch, got none"),
-        (Net, lambda: batches(), {"sample": [{"text": ["a"]}]}, "number of examples.*pass weight="),
+        (Net, batches, {"sample": [torch.ones(2, 4)], "weight": lambda batch: 0.0}, "weight: expected a positive"),
+        (Net, batches, {"sample": [threading.Lock()]}, "batch: .*lock"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training_and_changes_nothing(module, loader, arguments, words):

@@ -36,6 +36,8 @@ WRONG = {
     ],
     "sample": [("an integer of at least 1", [0, True]), ("one of 'all', 'current'", ["everything"])],
     "gradient_sample": [("one of 'all'", ["current"]), ("at least the 1024 of `sample`", [1023])],
+    "resample": [("True or False", [1])],
+    "read_timeout": [("a positive number of seconds", [0, None])],
     "batch_size": [("an integer of at least 1 or None", [0, "64"])],
     "weight": [("a function or None", [3])],
     "which": [("one of 'LA', 'SA', 'LM', 'BE'", ["SM", None])],
@@ -209,8 +211,9 @@ def boring_loss(module, batch, batch_idx):
 
 YAML = {
     "step": ({"start_when": 1}, False),
-    "alignment": ({"start_when": {"chi": 0.1, "decay": 0.5}}, True),
-    "alignment by default": ({"start_when": {}}, True),
+    # the batches of the boring model have one example, and a gathered sample is there when it is full
+    "alignment": ({"start_when": {"chi": 0.1, "decay": 0.5}, "sample": 2, "gradient_sample": 2}, True),
+    "alignment by default": ({"start_when": {}, "sample": 2, "gradient_sample": 2}, True),
     "the rest": (
         {
             "refresh_every_n_steps": 2,

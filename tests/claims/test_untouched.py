@@ -14,12 +14,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 
 from lightning_subspace import SubspaceMonitor, _lightning, measure_subspace
 from lightning_subspace.curvature import Hessian
 from lightning_subspace.curvature.selection import CurvatureConfig
-from lightning_subspace.data import micro_batch
+from lightning_subspace.data import micro_batch, reading
 from lightning_subspace.data.sample import sample_of_current
 from lightning_subspace.linalg.lanczos import Lanczos
 from lightning_subspace.loss import shadow as containment
@@ -136,8 +136,8 @@ def test_two_monitors_change_nothing(alone, tmp_path):
 def test_the_comparison_sees_a_single_bit(alone):
     run = dict(alone("Everything"))
     path = next(path for path, value in run.items() if "randomness" in path and path.endswith(".weight"))
-    data, *rest = run[path]
-    run[path] = (bytes([data[0] ^ 1]) + data[1:], *rest)
+    [(data, shape)], *rest = run[path]
+    run[path] = ([(bytes([data[0] ^ 1]) + data[1:], shape)], *rest)
     assert differences(alone("Everything"), run) == [path]
     assert len(run) > 5_000
 
@@ -163,8 +163,8 @@ def failing_at(function: Callable, count: int, error: type[BaseException] = Deli
     return wrapper
 
 
-def failing_after_the_check(owner, name, count):
-    """A patch by which a function fails at one of its calls behind the self-check, which takes what it needs."""
+def failing_after_the_check(owner, name, count, **arguments):
+    """A patch by which a function fails at one of its calls behind the self-check, and arguments that it needs."""
 
     def install(patch):
         check = CurvatureConfig.check
@@ -175,6 +175,7 @@ def failing_after_the_check(owner, name, count):
             return result
 
         patch.setattr(CurvatureConfig, "check", checked)
+        return arguments
 
     return install
 
@@ -203,7 +204,7 @@ FAILURES = {
     "self-check": lambda patch: patch.setattr(CurvatureConfig, "check", failing_at(CurvatureConfig.check, 1)),
     "first evaluation": failing_after_the_check(training_loss, "as_scalar", 1),
     "fifth evaluation": failing_after_the_check(training_loss, "as_scalar", 5),
-    "transfer": failing_after_the_check(training_loss, "transfer", 2),
+    "transfer": failing_after_the_check(training_loss, "transfer", 2, sample="all"),  # what is gathered has been
     "first product": failing_after_the_check(Hessian, "matvec", 1),
     "tenth product": failing_after_the_check(Hessian, "matvec", 10),
     "restart": lambda patch: patch.setattr(Lanczos, "contract", failing_at(Lanczos.contract, 1)),
@@ -226,26 +227,32 @@ def test_a_self_check_that_fails_inside_is_inconclusive_and_changes_nothing(alon
     assert differences(alone("Everything"), watched("Everything", tmp_path, monitor())) == []
 
 
-class OnlyInTraining(RandomDataset):
+class Opened(RandomDataset):
+    """Can be read from the start of training on, behind that of its callbacks."""
+
+    is_open = False
+
     def __getitem__(self, index):
-        if get_worker_info() is not None:
+        item = super().__getitem__(index)
+        if not self.is_open and index > 4:
             raise DeliberateError("on purpose")
-        return super().__getitem__(index)
+        return item
 
 
-class NotForWorkers(Augmented):
+class OpenedLate(Augmented):
     def __init__(self):
         super().__init__()
-        self.data = OnlyInTraining()
+        self.data = Opened()
+
+    def on_train_start(self):
+        self.data.is_open = True
 
 
-def test_a_sample_that_cannot_be_drawn_is_told_and_changes_nothing(alone, tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # how long to wait for a dead worker
-    callback = monitor(on_failure="warn")
+def test_a_sample_that_cannot_be_read_is_told_and_changes_nothing(tmp_path):
+    callback = monitor(on_failure="warn", sample="all")
     with pytest.warns(UserWarning, match="the sample could not be drawn, so nothing is measured"):
-        run = train(NotForWorkers, tmp_path, callback)
-    differing = differences(alone("Augmented"), run)
-    assert {run[path] for path in differing} <= {"OnlyInTraining", "NotForWorkers"}  # names, and nothing else
+        run = train(OpenedLate, tmp_path / "watched", callback)
+    assert differences(train(OpenedLate, tmp_path / "alone"), run) == []
     assert len(callback.history) == 0
 
 
@@ -264,9 +271,10 @@ class Uncopyable(Project):
         return batch
 
 
-def test_a_batch_that_cannot_be_copied_is_told_and_changes_nothing(tmp_path):
+@pytest.mark.parametrize("sample", ["current", 16])
+def test_a_batch_that_cannot_be_copied_is_told_and_changes_nothing(sample, tmp_path):
     with pytest.warns(UserWarning, match="the batch could not be copied, so nothing is measured"):
-        run = train(Uncopyable, tmp_path / "watched", monitor(sample="current", on_failure="warn"))
+        run = train(Uncopyable, tmp_path / "watched", monitor(sample=sample, on_failure="warn"))
     assert differences(train(Uncopyable, tmp_path / "alone"), run) == []
 
 
@@ -370,15 +378,9 @@ def not_copied(kind: Callable) -> Callable:
     return remove
 
 
-def own_process(patch):
-    init = DataLoader.__init__
-    here = {"num_workers": 0, "multiprocessing_context": None}
-    patch.setattr(DataLoader, "__init__", lambda *args, **kwargs: init(*args, **{**kwargs, **here}))
-
-
 def both_batch_copies(patch):
     for place in (micro_batch, training_loss):
-        patch.setattr(place, "copied", lambda data, copy_tensor: data)
+        patch.setattr(place, "copied", lambda data, *args: data)
 
 
 # piece: how to take it away, the project that needs it, and how it is monitored
@@ -398,13 +400,13 @@ PIECES = {
     "functions": (without_kind(types.FunctionType), "Hooks", {}),
     "closures": (without_kind(types.CellType), "Hooks", {}),
     "plain objects": (without("_is_own", False), "Attributes", {}),
-    "caches": (lambda p: p.setattr(containment, "own_caches", lambda module: []), "Cached", {}),
+    "caches": (lambda p: p.setattr(containment, "own_caches", lambda module: []), "Cached", {"sample": "all"}),
     "extra_roots": (lambda p: p.setattr(training_loss, "extra_roots", lambda module: []), "Conductor", {}),
     "self.log": (lambda p: p.setattr(_lightning, "_cover", nothing), "Metrics", {}),
     "loggers": (lambda p: p.setattr(_lightning, "Silent", lambda logger: logger), "Writers", {}),
     "kept writers": (lambda p: p.setattr(_lightning, "_writes", lambda *args: False), "Writers", {}),
     "modes": (lambda p: p.setattr(training_loss, "_in_mode", mode_for_good), "Statistics", {"mode": "eval"}),
-    "own process": (own_process, "Augmented", {}),
+    "reading": (lambda p: p.setattr(reading, "unmoved", nothing), "Augmented", {"sample": "all"}),
     "batch": (both_batch_copies, "InPlaceBatch", {"sample": "current"}),
 }
 

@@ -172,9 +172,8 @@ def test_the_command_line_reads_it_from_yaml(pl, arguments, tmp_path, monkeypatc
     [one] = [c for c in cli.trainer.callbacks if isinstance(c, SubspaceMonitor)]
     cli.trainer.limit_val_batches = 0
     cli.trainer.fit(cli.model)
-    assert one.history[0].step == (
-        3 if arguments.get("sample") == 16 else 0
-    )  # gathered: there are three batches of one
+    is_gathered = arguments.get("sample") == 16  # from three batches of one
+    assert one.history[0].step == (3 if is_gathered else 0)
     assert all(r.subspace.converged for r in one.history)
 
 

@@ -36,10 +36,12 @@ class LossComparison:
         self.opinion = SecondOpinion()
         self._window = LossWindow(KEPT)
         self._size: int | None = None  # examples in this rank's first batch; 1 where it cannot be told
+        self._has_renewed = False  # whether a sample was taken anew for its loss, and none has agreed since
         self._runner = runner
 
     def begin(self) -> None:
         """Another fit begins."""
+        self._has_renewed = False
         self.opinion.begin()
         self._window.clear()
         self._size = None
@@ -86,7 +88,11 @@ class LossComparison:
             return opinion.is_confirmed
 
         is_confirmed = self._runner.on_all_ranks(NOT_COMPARED, compared)
-        if opinion.differs and self._runner.source.renew(trainer):
+        if not opinion.differs:
+            self._has_renewed = False
+        may_be_stale = opinion.differs and not self._has_renewed and self._runner.settings.mode == "train"
+        if may_be_stale and self._runner.source.renew(trainer):
+            self._has_renewed = True  # if another one differs as well, age is not the cause
             opinion.forget()
         elif is_confirmed and opinion.last is not None:
             with ranks.agree():  # only the first rank warns, and a warning may be an error there

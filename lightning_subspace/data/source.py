@@ -18,10 +18,11 @@ from lightning_subspace._lightning import CombinedLoader, Trainer, training_load
 from lightning_subspace.data.example_count import ExampleCounter
 from lightning_subspace.data.gathered import Gathered, GatheredSample
 from lightning_subspace.data.given import sample_of_batches
+from lightning_subspace.data.micro_batch import SampleError
 from lightning_subspace.data.reading import ReadProgress
 from lightning_subspace.data.sample import Sample, SampleSpec, sample_of_current
 from lightning_subspace.data.several_loaders import CombinedCounter, sample_of_loaders
-from lightning_subspace.data.training_hooks import changes_batches
+from lightning_subspace.data.training_hooks import changes_batches, takes_iterator
 from lightning_subspace.data.training_set import batch_size_of, has_epochs, is_in_memory
 from lightning_subspace.parallel.ranks import Ranks
 
@@ -95,6 +96,7 @@ class SampleSource:
         self.forget()
         self._has_seen, self._is_stale, self._ranks, self.epoch = False, False, ranks, trainer.current_epoch
         if spec.sample == "current":
+            _require_batches(trainer)
             return
         if not isinstance(spec.sample, int | str):
             self.sample = sample_of_batches(spec.sample, spec.weight, ranks, ReadProgress(spec.read_timeout))
@@ -104,9 +106,11 @@ class SampleSource:
         self._taken_in = self.epoch
         if not is_to_be_gathered(spec, loaders):
             self.sample = sample_of_loaders(loaders, spec, ranks)
-            if spec.is_number and changes_batches(trainer):
+            if spec.is_number and changes_batches(trainer) and not takes_iterator(trainer.lightning_module):
                 self.sample, self._doubtful = None, self.sample
-        elif continues and before is not None and before.rebind(ranks):
+            return
+        _require_batches(trainer)
+        if continues and before is not None and before.rebind(ranks):
             self._gathered, self.sample = before, before.sample
         else:
             self._gathered = self._gathering(loaders)
@@ -247,6 +251,19 @@ def first_step(spec: SampleSpec, trainer: Trainer, loaders: CombinedLoader) -> i
     examples = trainer.world_size * sum(size for size in sizes if size is not None)
     num_batches = -(-spec.sample // examples)
     return int((num_batches - 1) // trainer.accumulate_grad_batches)
+
+
+def _require_batches(trainer: Trainer) -> None:
+    """Refuse a sample of batches where training hands out none.
+
+    Raises:
+        SampleError: naming what to pass.
+    """
+    if takes_iterator(trainer.lightning_module):
+        raise SampleError(
+            "sample: expected 'all', a loader or a list of batches where training_step takes a dataloader_iter, got "
+            "one that comes from the batches of training, which are not seen there."
+        )
 
 
 def _data_of(loaders: CombinedLoader) -> list[tuple[Any, int]]:

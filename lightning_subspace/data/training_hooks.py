@@ -1,8 +1,12 @@
-"""Hooks of a user that may change a batch before `training_step`."""
+"""Methods of a user on the way of a batch to `training_step`."""
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 from lightning_subspace._lightning import Trainer, undeclared
+from lightning_subspace._torch import unwrap_fsdp_method
 
 TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 START = "on_train_batch_start"
@@ -18,6 +22,12 @@ def changes_batches(trainer: Trainer) -> bool:
     places = [(module, (*TRANSFER, START)), (data, TRANSFER)]
     places += [(callback, (START,)) for callback in undeclared(trainer, "callbacks")]
     return any(_is_own(place, name) for place, names in places for name in names)
+
+
+def takes_iterator(module: Any) -> bool:
+    """Whether `training_step` takes a `dataloader_iter`, and fetches its batches."""
+    step = module.training_step
+    return "dataloader_iter" in inspect.signature(unwrap_fsdp_method(step) or step).parameters  # FSDP's lacks one
 
 
 def _is_own(place: object, name: str) -> bool:

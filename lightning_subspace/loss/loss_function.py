@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_subspace._torch import unwrap_fsdp_method
+from lightning_subspace.data.training_hooks import takes_iterator
 
 LossFunction = Callable[[nn.Module, Any, int], Tensor]
 WAY_OUT = "pass loss_fn=, a function (module, batch, batch_idx) -> scalar tensor."
@@ -35,7 +36,7 @@ def resolve_loss(module: nn.Module, loss_fn: LossFunction | None) -> LossFunctio
     if step is None:
         raise TypeError(f"{name} has no training_step; {WAY_OUT}")
     declared = inspect.signature(unwrap_fsdp_method(step) or step).parameters  # the one of FSDP lacks an argument
-    if "dataloader_iter" in declared:
+    if takes_iterator(module):
         raise TypeError(
             f"{name}.training_step takes a dataloader_iter, so no fixed batch can be given to it; {WAY_OUT}"
         )

@@ -156,6 +156,10 @@ class IteratorNet(Net):
         return super().training_step(next(dataloader_iter)[0], 0)
 
 
+def of_layer(module, batch, batch_idx):
+    return module.layer(batch).square().mean()
+
+
 class FrozenNet(Net):
     def __init__(self):
         super().__init__()
@@ -176,13 +180,18 @@ def batches(count=4):
     return DataLoader(torch.randn(4 * count, 4, generator=torch.Generator().manual_seed(0)), batch_size=4)
 
 
+def listed():
+    """The same in a list, whose examples are gathered."""
+    return DataLoader(list(batches().dataset), batch_size=4)
+
+
 def trainer(*callbacks, **kwargs):
     settings = {"max_steps": 2, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     return pl.Trainer(**{**settings, **quiet, **kwargs}, callbacks=list(callbacks))
 
 
-@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`:UserWarning")  # Lightning: of it as such
 @pytest.mark.parametrize(
     ("module", "loader", "arguments", "words"),
     [
@@ -191,6 +200,13 @@ def trainer(*callbacks, **kwargs):
         (Net, batches, {"params": ["head.*"]}, "the pattern 'head.*' matches no trainable parameter of Net"),
         (ManualNet, batches, {}, "ManualNet optimizes manually.*pass loss_fn="),
         (IteratorNet, batches, {}, "training_step takes a dataloader_iter.*pass loss_fn="),
+        (IteratorNet, listed, {"sample": 4, "loss_fn": of_layer}, "sample: expected 'all', a loader or a list"),
+        (
+            IteratorNet,
+            batches,
+            {"sample": "current", "loss_fn": of_layer},
+            "sample: expected 'all', a loader or a list",
+        ),
         (Net, lambda: batches(), {"sample": []}, "expected at least one batch, got none"),
         (Net, batches, {"sample": [torch.ones(2, 4)], "weight": lambda batch: 0.0}, "weight: expected a positive"),
         (Net, batches, {"sample": [threading.Lock()]}, "batch: .*lock"),
@@ -214,15 +230,19 @@ def test_what_cannot_work_is_refused_before_training_and_changes_nothing(module,
     monitor.plot()
 
 
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`:UserWarning")  # Lightning: of it as such
 @pytest.mark.parametrize("module", [ManualNet, IteratorNet])
 def test_a_loss_function_is_the_way_out(module):
-    monitor = SubspaceMonitor(
-        k=2, max_overhead=None, loss_fn=lambda net, batch, batch_idx: net.layer(batch).square().mean()
-    )
+    monitor = SubspaceMonitor(k=2, max_overhead=None, sample="all", loss_fn=of_layer)
     check_project(trainer(monitor), module(), monitor._settings.loss_fn)
-    if module is ManualNet:
-        trainer(monitor).fit(module(), batches())
-        assert [record.step for record in monitor.history] == [0, 2]
+    weights = []
+    for callbacks in ([monitor], []):
+        torch.manual_seed(0)
+        net = module()
+        trainer(*callbacks).fit(net, batches())
+        weights.append(net.layer.weight)
+    assert [record.step for record in monitor.history] == [0, 2]
+    assert torch.equal(*weights)
 
 
 def test_differences_of_what_is_computed_in_a_narrow_type_are_refused():

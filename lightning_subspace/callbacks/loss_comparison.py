@@ -36,13 +36,14 @@ class LossComparison:
         self.opinion = SecondOpinion()
         self._window = LossWindow(KEPT)
         self._size: int | None = None  # examples in this rank's first batch; 1 where it cannot be told
+        self._is_renewed = False  # whether the sample has been replaced since the last comparison that found nothing
         self._runner = runner
 
     def begin(self) -> None:
         """Another fit begins."""
         self.opinion.begin()
         self._window.clear()
-        self._size = None
+        self._size, self._is_renewed = None, False
 
     def see(self, trainer: Trainer, outputs: Any, batch: Any) -> None:
         """Keep the loss of a batch; compare a probe when due."""
@@ -54,7 +55,7 @@ class LossComparison:
 
     def ask(self, probe: Probe) -> None:
         """A probe has been taken."""
-        if self._runner.settings.loss_fn is None:
+        if self._runner.settings.loss_fn is None and not self._runner.source.is_renewing:
             self.opinion.ask(
                 SampleMean.of(probe.losses, (*probe.sample.hessian, *probe.sample.extra)), self._window.seen
             )
@@ -73,7 +74,8 @@ class LossComparison:
     def answer(self, trainer: Trainer) -> None:
         """Compare the probe that waits; warn at the second that differs. A collective.
 
-        A sample of an earlier epoch may only be stale: another one is taken first, and compared in its place.
+        A sample of an earlier epoch may only be stale: another one is taken first, and compared in its place. Where
+        that one differs as well, it was not stale.
         """
         if not self.opinion.is_pending:
             return
@@ -85,7 +87,10 @@ class LossComparison:
             return opinion.is_confirmed
 
         is_confirmed = self._runner.on_all_ranks(NOT_COMPARED, compared)
-        if opinion.differs and self._runner.source.renew(trainer):
+        if not opinion.differs:
+            self._is_renewed = False
+        elif not self._is_renewed and self._runner.source.renew(trainer):
+            self._is_renewed = True
             opinion.forget()
         elif is_confirmed and opinion.last is not None:
             with ranks.agree():  # only the first rank warns, and a warning may be an error there

@@ -219,7 +219,8 @@ class ProbeRunner:
             with self.schedule.aside():
                 self.source.observe(batch, epoch)
         except Exception as error:
-            self.notices.failure(f"{NOT_COPIED}{self._otherwise}", error, self.ranks)
+            what = NOT_COPIED if self.source.spec.sample == "current" else NOT_GATHERED
+            self.notices.failure(f"{what}{self._otherwise}", error, self.ranks)
         if self.source.bound is not None:
             with self.ranks.agree():
                 self.notices.warn_once("memory", f"{self.source.bound}.")
@@ -265,3 +266,4 @@ class ProbeRunner:
 
 
 NOT_COPIED = "the batch could not be copied, so nothing is measured"
+NOT_GATHERED = "a batch of training is left out of the sample"

@@ -56,7 +56,7 @@ class LossComparison:
 
     def ask(self, probe: Probe) -> None:
         """A probe has been taken."""
-        if self._runner.settings.loss_fn is None:
+        if self._runner.settings.loss_fn is None and not self._runner.source.is_renewing:
             self.opinion.ask(
                 SampleMean.of(probe.losses, (*probe.sample.hessian, *probe.sample.extra)), self._window.seen
             )

@@ -233,7 +233,8 @@ class ProbeRunner:
                     self.source.settle(trainer, has_changed=any(changed))
                 self.source.observe(batch, trainer.current_epoch)
         except Exception as error:
-            self.notices.failure(f"{NOT_COPIED}{self._otherwise}", error, self.ranks)
+            what = NOT_COPIED if self.source.spec.sample == "current" else NOT_GATHERED
+            self.notices.failure(f"{what}{self._otherwise}", error, self.ranks)
         if self.source.bound is not None:
             with self.ranks.agree():
                 self.notices.warn_once("memory", f"{self.source.bound}.")
@@ -282,3 +283,4 @@ class ProbeRunner:
 
 
 NOT_COPIED = "the batch could not be copied, so nothing is measured"
+NOT_GATHERED = "a batch of training is left out of the sample"

@@ -107,7 +107,9 @@ class GatheredSample:
         if self._sample is None:
             batches = with_equal_weights(self._batches, warn=not self._has_warned)
             self._has_warned = self._has_warned or not all(batch.is_counted for batch in batches)
-            self._sample = replace(Sample.of(batches, self._sizes[0]), filled=self.filled)
+            count = self._ranks.count
+            first = -(-len(Sample.of(batches, self._sizes[0]).hessian) // count) * count  # a rank has its own alone
+            self._sample = Sample(tuple(batches[:first]), tuple(batches[first:]), filled=self.filled)
         return self._sample
 
     def add(self, batch: Any, epoch: int) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -122,15 +123,18 @@ def detached_copy(data: Any, device: str | None = None) -> Any:
     Raises:
         SampleError: for a batch that cannot be copied.
     """
-    try:
+    with _refusal():
         return copied(data, lambda t: t.detach().to(device or t.device, copy=True))
-    except CopyError as error:
-        raise SampleError(str(error)) from error
 
 
 def places(data: Any) -> tuple[bool, ...]:
-    """Whether each tensor is off the CPU, in the order of copying."""
-    return tuple(is_off_cpu(tensor) for tensor in tensors_of(data))
+    """Whether each tensor is off the CPU, in the order of copying.
+
+    Raises:
+        SampleError: for a batch that cannot be copied.
+    """
+    with _refusal():
+        return tuple(is_off_cpu(tensor) for tensor in tensors_of(data))
 
 
 def is_off_cpu(tensor: Tensor) -> bool:
@@ -141,13 +145,27 @@ def is_off_cpu(tensor: Tensor) -> bool:
 def checksum(data: Any) -> int:
     """Checksum of the tensors in a batch.
 
+    Raises:
+        SampleError: for a batch that cannot be copied.
+
     Example:
         >>> checksum([torch.zeros(2), "a"]) == checksum({"x": torch.zeros(2)}), checksum(torch.ones(2)) == 0
         (True, False)
     """
-    dense = (part.detach().cpu() for tensor in tensors_of(data) for part in dense_parts(tensor) if part.numel())
+    with _refusal():
+        tensors = tensors_of(data)
+    dense = (part.detach().cpu() for tensor in tensors for part in dense_parts(tensor) if part.numel())
     plain = (part.resolve_conj().resolve_neg().contiguous().as_subclass(Tensor).reshape(-1) for part in dense)
     return zlib.crc32(repr([zlib.crc32(part.view(torch.uint8).numpy().tobytes()) for part in plain]).encode())
+
+
+@contextmanager
+def _refusal() -> Iterator[None]:
+    """A batch that cannot be copied is a sample that cannot be had."""
+    try:
+        yield
+    except CopyError as error:
+        raise SampleError(str(error)) from error
 
 
 def _cuttable_length(batch: MicroBatch) -> int | None:

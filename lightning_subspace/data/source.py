@@ -74,6 +74,11 @@ class SampleSource:
         return self._is_stale and self._gathered is None
 
     @property
+    def is_renewing(self) -> bool:
+        """Whether another sample is about to take the place of this one; the same on all ranks."""
+        return self._is_stale or self._next is not None
+
+    @property
     def bound(self) -> str | None:
         """Why the sample is smaller than asked for, in words."""
         return None if self._gathered is None else self._gathered.bound

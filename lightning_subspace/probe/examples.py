@@ -14,8 +14,10 @@ from torch import nn
 
 from lightning_subspace.curvature import CurvatureConfig
 from lightning_subspace.data.assignment import assign
+from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.loss.loss_function import NoLossError
+from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.probe.randomness import is_random, remark, with_draws
 from lightning_subspace.probe.screening import Screening
@@ -53,18 +55,15 @@ class Examples:
     def can_be_evaluated(
         self, choice: CurvatureConfig, module: nn.Module, sample: Sample, partition: Partition
     ) -> bool:
-        """Whether first micro-batches have finite losses, or none. A collective.
+        """Whether micro-batches have finite losses, or none. A collective.
 
-        Each rank evaluates its own.
+        Each rank evaluates its first and its smallest.
         """
         ranks = partition.ranks
-        own = assign(sample.hessian, ranks)[0].batch
+        own = [batch for batch, _ in assign((*sample.hessian, *sample.extra), ranks)]
         with ranks.agree(), choice.loss(module, partition.space, ranks) as loss:
-            try:
-                found = math.isfinite(loss.value_at(None, [(own, 1.0)]))
-            except Exception as error:  # the user's code may need the whole batch in any way
-                found = isinstance(error, NoLossError)
-            return bool(ranks.all_reduce_min(int(found)))
+            found = [_has_value(loss, batch) for batch in (own[0], min(own, key=lambda batch: batch.size))]
+            return bool(ranks.all_reduce_min(int(all(found))))
 
     def drawn(self, sample: Sample) -> Sample:
         """Several draws of a random loss; otherwise the sample itself.
@@ -99,3 +98,10 @@ class Examples:
     def counted(self, record: Record) -> Record:
         """The record with the number of micro-batches without a loss, if any."""
         return self._screening.counted(record)
+
+
+def _has_value(loss: TrainingLoss, batch: MicroBatch) -> bool:
+    try:
+        return math.isfinite(loss.value_at(None, [(batch, 1.0)]))
+    except Exception as error:  # the user's code may need the whole batch in any way
+        return isinstance(error, NoLossError)

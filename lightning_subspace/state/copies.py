@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -40,7 +41,6 @@ def copied(
         CopyError: for an object that cannot be copied.
 
     Example:
-        >>> import torch
         >>> x = torch.ones(2)
         >>> first, second = copied([x, x], torch.clone)
         >>> first is second, first is x
@@ -55,7 +55,8 @@ def copied(
         with mode:
             new = copy.deepcopy(data, memo)
     except Exception as error:
-        if error is mode.failure:  # perhaps there is no memory left: not a matter of what the batch holds
+        # Perhaps there is no memory left: not a matter of what the batch holds.
+        if error is mode.failure or isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise
         raise CopyError(
             f"batch: expected data that copy.deepcopy can copy, got {type(data).__name__} with an object that cannot "

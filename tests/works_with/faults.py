@@ -31,7 +31,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_subspace import Measurement, Needs, SubspaceMonitor, SubspaceProjection
 from lightning_subspace import measurements as default
@@ -40,13 +40,14 @@ from lightning_subspace.curvature import CurvatureConfig, FiniteDifferenceHessia
 from lightning_subspace.curvature.differences import DisplacedGradients
 from lightning_subspace.curvature.forward_difference import ForwardDifferenceHessian
 from lightning_subspace.curvature.fsdp_difference import ShardedDifferenceHessian
+from lightning_subspace.curvature.gradient_field import GradientField
 from lightning_subspace.linalg.lanczos import Lanczos
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel import fsdp as sharded
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
-from lightning_subspace.probe import forecast
+from lightning_subspace.probe import examples, forecast, screening
 from lightning_subspace.probe import measure as probe
 from lightning_subspace.probe import run as tracker
 from lightning_subspace.probe.resumed import Resumed
@@ -115,9 +116,8 @@ class _Here:
         return self.phases[-1] if self.phases else ""
 
     def due(self, place: str) -> Fault | None:
-        is_worker = get_worker_info() is not None
         for fault in self.faults:
-            if fault.place == place and fault.rank in (self.rank, None) and (is_worker or fault.step == self.step):
+            if fault.place == place and fault.rank in (self.rank, None) and fault.step == self.step:
                 return fault
         return None
 
@@ -177,6 +177,9 @@ def _in_a_probe(what: str) -> Callable[..., str]:
 PLACES: list[tuple[Any, str, str | Callable[..., str]]] = [
     (CurvatureConfig, "_compare", "self-check"),
     (CurvatureConfig, "_evaluate_twice", "second evaluation"),
+    (GradientField, "of", "diagnosis"),
+    (examples, "is_random", "randomness"),
+    (screening, "with_loss", "screening"),
     (TrainingLoss, "__enter__", _in_a_probe("enter")),
     (Hessian, "_retain", _in_a_probe("build")),
     (Hessian, "mean_gradient", _in_a_probe("extra")),
@@ -366,6 +369,33 @@ class Kinked(Net):
         return torch.relu(hidden)
 
 
+class Skipping(Normed):
+    """Without a loss for one micro-batch, the first of the second rank, in a probe alone."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return None if here.phase and batch_idx == 1 else loss  # type: ignore[return-value]
+
+
+class OnCtx(torch.autograd.Function):
+    """Softplus whose second derivative is wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.slope = torch.sigmoid(x)
+        return F.softplus(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient * ctx.slope
+
+
+class Wrong(Net):
+    def activation(self, hidden: Tensor) -> Tensor:
+        activated: Tensor = OnCtx.apply(hidden)
+        return activated
+
+
 class Layered(Net):
     """Large enough for a rank's shard to be `LARGE`; FSDP2 goes by forward passes."""
 
@@ -410,8 +440,7 @@ class Numbers(Dataset[Any]):
         return len(self.x)
 
     def __getitem__(self, index: int) -> Any:
-        if get_worker_info() is not None:  # not in training, which reads in its own process
-            reach("item")
+        reach("item")  # first for the sample, where the dataset is read, and in training only then
         return {"x": self.x[index], "y": int(self.x[index, :3].argmax())}
 
 
@@ -430,8 +459,7 @@ class Fragile(dict[str, Any]):
 
 
 def collate(items: list[Any]) -> Any:
-    if get_worker_info() is not None:
-        reach("collate")
+    reach("collate")
     return Fragile(torch.utils.data.default_collate([dict(item) for item in items]))
 
 
@@ -566,7 +594,9 @@ def project(name: str, folder: Path) -> dict[str, Any]:
     kept: list[Any] = []
     fsdp = ModelParallelStrategy(data_parallel_size=dist.get_world_size(), tensor_parallel_size=1)
     return {
-        "module": {"smooth": Net, "kinked": Kinked, "sharded": Sharded}.get(name, Normed),
+        "module": {"smooth": Net, "kinked": Kinked, "sharded": Sharded, "skipping": Skipping, "wrong": Wrong}.get(
+            name, Normed
+        ),
         "observer": OfShards() if name == "sharded" else Observer(),
         "data": Stream() if name == "stream" else Numbers(),
         "collate": unpicklable if name == "unpicklable" else collate,

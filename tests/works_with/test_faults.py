@@ -83,12 +83,13 @@ def problems(case: Case, fits: list[Fit], steps: list[int], told: str | None):
 
 
 def has_not_happened(fault: Fault, fit: Fit, rank: int) -> bool:
-    is_elsewhere = fault.place in ("item", "collate", "nothing")  # in a worker, which nobody asks
-    return not is_elsewhere and fault.rank in (rank, None) and fault in fit.left
+    return fault.place != "nothing" and fault.rank in (rank, None) and fault in fit.left
 
 
 def cause(fault: Fault) -> list[str]:
     """Parts of the warning."""
+    if fault.place == "copy" and fault.kind == "exception":  # what a batch holds, as its user is told
+        return [f"rank {fault.rank}: SampleError: batch: expected data that", "InjectedError: at copy"]
     if fault.kind == "different":
         return [DIFFERENT]
     if fault.kind in ERRORS:
@@ -109,11 +110,12 @@ FROM_THE_START = {"every_n_steps": [0, 1, 2]}
 
 
 def test_reading_the_sample():
+    everything = {"step": None, "monitor": {"sample": "all", "weight": weigh}}
     found = [
-        *cases("item", "collate", step=None),
-        *cases("item", kinds=["value"], ranks=[1], step=None),  # no mistake in the arguments
-        *cases("item", kinds=["memory"], ranks=[0], step=None),
-        *cases("weight", "begin", kinds=["memory"], step=None, monitor={"weight": weigh}),
+        *cases("item", "collate", **everything),
+        *cases("item", kinds=["value"], ranks=[1], **everything),  # no mistake in the arguments
+        *cases("item", kinds=["memory"], ranks=[0], **everything),
+        *cases("weight", "begin", kinds=["memory"], **everything),
     ]
     check(found, steps=[], told="nothing is measured, training goes on")
 
@@ -125,8 +127,11 @@ def test_copying_the_current_batch():
 
 def test_gathering_from_a_stream():
     sizes = {"sample": 8, "gradient_sample": 8, "every_n_steps": 1}
-    found = cases("copy", step=None, project="stream", monitor=sizes)
-    check(found, steps=[1, 2], told="the batch could not be copied, so nothing is measured")
+    found = [
+        *cases("copy", step=None, project="stream", monitor=sizes),
+        *cases("weight", kinds=["exception", "memory"], step=None, monitor={**sizes, "weight": weigh}),
+    ]
+    check(found, steps=[1, 2], told="a batch of training is left out of the sample, training goes on")
 
 
 # -- the probe --------------------------------------------------------------------------------------------------------
@@ -144,6 +149,40 @@ def test_what_comes_before_the_eigensolver():
 
 def test_the_self_check_asks_the_first_rank_and_takes_what_it_can():
     check(cases("self-check forward", "self-check backward"), steps=[1, 2], told=None)
+
+
+def test_whether_the_loss_is_random():
+    """A loss whose randomness is not known is measured at the next probe, with several draws."""
+    places = ("randomness", "behind randomness", "randomness build forward", "randomness extra forward")
+    check([*cases(*places), *cases(*places[2:], kinds=["nan", "memory"])])
+
+
+def test_which_batches_have_a_loss():
+    places = ("screening", "screening forward", "behind screening")
+    check(cases(*places, project="skipping"))
+    spoiled = cases(places[1], kinds=["nan"], ranks=[1], project="skipping")
+    check(spoiled, steps=[1, 2], told=None)  # a loss that is no number is a loss; what follows it is evaluated again
+
+
+def test_why_a_self_check_has_failed():
+    """The first rank's diagnosis counts. What it cannot evaluate is not known; another failure leaves the probe out."""
+    within, around = ("diagnosis forward", "diagnosis backward"), ("diagnosis", "behind diagnosis")
+    found = cases(*within, *around, project="wrong")
+    for case, (name, fits) in zip(found, run_cases(found, 2).items(), strict=True):
+        (fault,) = case.faults
+        is_left_out = fault.place in around
+        for fit in fits:
+            assert (fit.changed, fit.error, fit.steps) == ([], None, [2] if is_left_out else [1, 2]), name
+            assert (fit.rows, fit.verified, fit.num_probes) == (fits[0].rows, fits[0].verified, len(fit.steps)), name
+            assert all(row["solver/check_error"] > 0.1 for row in fit.rows), name
+        assert fault not in fits[fault.rank].left, name
+        *before, diagnosed = fits[0].told
+        assert ("custom autograd.Function that is differentiable once" in diagnosed, fits[1].told) == (True, []), name
+        is_unknown = "Either a backward pass is wrong" in diagnosed
+        assert is_unknown == (not is_left_out and fault.rank == 0), name
+        assert [
+            f"{FAILED}, training goes on. rank {fault.rank}: InjectedError: at {fault.place}" in text for text in before
+        ] == [True] * is_left_out, name
 
 
 def test_the_eigensolver():
@@ -340,7 +379,8 @@ def test_on_failure_raise_raises_on_every_rank():
     within = ("build forward", "extra forward", "matvec 3 backward", "measure between", "after_step before")
     found = [
         *cases(*within, **options),
-        *cases("item", "begin", "see gradient tensors", step=None, **options),
+        *cases("begin", "see gradient tensors", step=None, **options),
+        *cases("item", step=None, monitor={"on_failure": "raise", "sample": "all"}),
         *cases("copy", step=None, monitor={"on_failure": "raise", "sample": "current"}),
         *cases("should_measure", step=None, callback=Deciding, **options),
         *cases("own product 2 before", measurements=lambda: [Solving()], **options),
@@ -349,14 +389,16 @@ def test_on_failure_raise_raises_on_every_rank():
     for (name, fits), case in zip(run_cases(found, 2).items(), found, strict=True):
         (fault,) = case.faults
         raised, heard = fits[fault.rank].error, fits[1 - fault.rank].error
-        is_right = str(raised).startswith("InjectedError: ") and f"at {fault.place}" in str(raised)
-        if not is_right or not str(heard).startswith(f"PeerError: rank {fault.rank}: InjectedError: "):
+        kind = "SampleError" if fault.place == "copy" else "InjectedError"
+        is_right = str(raised).startswith(f"{kind}: ") and f"at {fault.place}" in str(raised)
+        if not is_right or not str(heard).startswith(f"PeerError: rank {fault.rank}: {kind}: "):
             wrong[name] = raised, heard
     assert not wrong
 
 
 def test_a_sample_that_cannot_be_is_refused_on_every_rank():
-    for name, fits in run_cases(cases("weight", kinds=["nan"], step=None, monitor={"weight": weigh}), 2).items():
+    found = cases("weight", kinds=["nan"], step=None, monitor={"weight": weigh, "sample": "all"})
+    for name, fits in run_cases(found, 2).items():
         for fit in fits:
             assert str(fit.error).startswith("MisconfigurationException: SubspaceMonitor: "), name
             assert "weight: expected a positive finite number" in str(fit.error), name
@@ -368,7 +410,7 @@ def test_a_sample_that_cannot_be_is_refused_on_every_rank():
 @pytest.mark.parametrize("place", ["copy", "item", "adapt space", "build forward"])
 def test_a_projection_without_its_space(place):
     """The ranks go on together: with the last good space or without one, and with equal parameters."""
-    options = {"sample": "current"} if place == "copy" else {}
+    options = {"sample": {"copy": "current", "item": "all"}.get(place, 8)}
     for rank in (0, 1):
         fault = Fault(place, rank, "value" if place == "item" else "exception", step=None)
         (error, told, theta), (other_error, nothing, other_theta) = project_updates(fault, 2, **options)

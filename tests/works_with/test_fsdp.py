@@ -367,7 +367,8 @@ def test_a_checkpoint_of_shards_can_be_resumed_on_another_number_of_ranks(before
     torch.testing.assert_close(torch.as_tensor(overlaps), torch.as_tensor(matrix), rtol=0, atol=1e-6)
     for one, expected in zip(rows, history, strict=True):
         assert one.keys() == expected.keys()
-        for key in (key for key in expected if not key.startswith("solver/")):
+        # The losses of training are those that this process has seen: a checkpoint has none of them.
+        for key in (key for key in expected if not key.startswith("solver/") and key != "training_loss"):
             assert one[key] == pytest.approx(expected[key], rel=1e-6, abs=1e-6, nan_ok=True), (expected["step"], key)
 
 

@@ -161,7 +161,7 @@ def checksum(data: Any) -> int:
 
 @contextmanager
 def _refusal() -> Iterator[None]:
-    """A batch that cannot be copied is a sample that cannot be had."""
+    """Turn a batch that cannot be copied into a `SampleError`."""
     try:
         yield
     except CopyError as error:

@@ -75,7 +75,7 @@ class SampleSource:
 
     @property
     def is_renewing(self) -> bool:
-        """Whether another sample is about to take the place of this one; the same on all ranks."""
+        """Whether another sample is on its way; the same on all ranks."""
         return self._is_stale or self._next is not None
 
     @property
@@ -109,16 +109,16 @@ class SampleSource:
         loaders = training_loaders(trainer)
         self._data = _data_of(loaders)
         self._taken_in = self.epoch
+        if continues and before is not None and before.rebind(ranks):
+            self._gathered, self.sample = before, before.sample
+            return
         if not is_to_be_gathered(spec, loaders):
             self.sample = sample_of_loaders(loaders, spec, ranks)
             if spec.is_number and changes_batches(trainer) and not takes_iterator(trainer.lightning_module):
                 self.sample, self._doubtful = None, self.sample
             return
         _require_batches(trainer)
-        if continues and before is not None and before.rebind(ranks):
-            self._gathered, self.sample = before, before.sample
-        else:
-            self._gathered = self._gathering(loaders)
+        self._gathered = self._gathering(loaders)
 
     def settle(self, trainer: Trainer, *, has_changed: bool) -> None:
         """End the doubt: hooks have changed the first batch, or not."""
@@ -154,7 +154,7 @@ class SampleSource:
         )
         self._data = data
         if self._ranks.broadcast_object(is_other or (self.spec.is_number and any(map(has_epochs, loaders.flattened)))):
-            self._is_stale = self._gathered is None
+            self._is_stale = self._gathered is None and not is_to_be_gathered(self.spec, loaders)
             self.renew(trainer)
 
     def renew(self, trainer: Trainer) -> bool:
@@ -164,10 +164,11 @@ class SampleSource:
         """
         if not self.spec.resample or not self.spec.is_number or self._taken_in == self.epoch:
             return False
-        if self._gathered is None:
+        loaders = training_loaders(trainer)
+        if self._gathered is None and not is_to_be_gathered(self.spec, loaders):
             self._is_stale = True
         elif self._next is None:
-            self._next = self._gathering(training_loaders(trainer))
+            self._next = self._gathering(loaders)
         return True
 
     def refresh(self, trainer: Trainer) -> None:

@@ -329,6 +329,22 @@ def test_data_that_are_reloaded(kind, resample, tmp_path):
     assert len(overlaps) == 4  # they go on over the change
 
 
+def test_tensors_that_are_reloaded_as_something_else_are_gathered(tmp_path):
+    def of_epoch(epoch):
+        return Numbered(8 * epoch, 8) if epoch else Numbered(0, 8).tensors
+
+    watched, _ = run(
+        tmp_path,
+        lambda: None,
+        lambda: Reloaded(of_epoch),
+        monitor={"sample": 8, "gradient_sample": 8, "every_n_steps": 1},
+        max_epochs=3,
+        reload_dataloaders_every_n_epochs=1,
+    )
+    assert watched.differing == []
+    assert {step: min(indices(sample.hessian)) for step, sample in watched.samples.items()} == {0: 0, 1: 0, 2: 8, 3: 16}
+
+
 class Harder(Sampler):
     """A curriculum: in epoch e the examples from 8 e on."""
 

@@ -161,7 +161,7 @@ def checksum(data: Any) -> int:
 
 @contextmanager
 def _refusal() -> Iterator[None]:
-    """A batch that cannot be copied is a sample that cannot be had."""
+    """Errors of copying as errors of the sample."""
     try:
         yield
     except CopyError as error:

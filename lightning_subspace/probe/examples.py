@@ -55,7 +55,10 @@ class Examples:
     def can_be_evaluated(
         self, choice: CurvatureConfig, module: nn.Module, sample: Sample, partition: Partition
     ) -> bool:
-        """Whether each rank gets a finite loss, or none, of its first and its smallest micro-batch. A collective."""
+        """Whether all ranks can evaluate the sizes of the micro-batches. A collective.
+
+        Each tries its first and its smallest one: a loss has to be finite, or there is none.
+        """
         ranks = partition.ranks
         own = [batch for batch, _ in assign((*sample.hessian, *sample.extra), ranks)]
         with ranks.agree(), choice.loss(module, partition.space, ranks) as loss:

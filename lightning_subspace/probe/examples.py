@@ -55,9 +55,9 @@ class Examples:
     def can_be_evaluated(
         self, choice: CurvatureConfig, module: nn.Module, sample: Sample, partition: Partition
     ) -> bool:
-        """Whether micro-batches have finite losses, or none. A collective.
+        """Whether all ranks can evaluate the sizes of the micro-batches. A collective.
 
-        Each rank evaluates its first and its smallest.
+        Each tries its first and its smallest one: a loss has to be finite, or there is none.
         """
         ranks = partition.ranks
         own = [batch for batch, _ in assign((*sample.hessian, *sample.extra), ranks)]

@@ -237,3 +237,37 @@ def test_a_batch_whose_part_has_no_loss_is_checked_whole(curvature, refuse):
     found = measure_subspace(net, [(x, y)], loss_fn=strict, **options)
     right = measure_subspace(net, [(x, y)], loss_fn=plain, **options)
     assert torch.allclose(found.subspace.eigenvalues, right.subspace.eigenvalues, rtol=1e-5)
+
+
+# -- parts of a batch -------------------------------------------------------------------------------------------------
+
+
+class Sizes(Measurement):
+    """The numbers of examples in the micro-batches of each probe."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[list[int], list[int]]] = []
+
+    def measure(self, probe: Any) -> dict[str, float]:
+        self.seen.append(([b.size for b in probe.sample.hessian], [b.size for b in probe.sample.extra]))
+        return {}
+
+
+@pytest.mark.parametrize(("sample", "parts"), [(BATCH - 2, [[BATCH - 2], [2]]), (BATCH - 1, [[BATCH], []])])
+def test_a_batch_is_cut_where_each_part_has_a_loss(sample, parts, tmp_path):
+    """Batch-norm refuses one example, which the rest of a batch may be, behind the part that was asked for."""
+    sizes = Sizes()
+
+    class Normed(Classifier):
+        def __init__(self) -> None:
+            super().__init__(lambda batch: tuple(batch))
+            self.net = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, CLASSES))
+
+    run = compare(
+        tmp_path,
+        Normed,
+        lambda: DataLoader(list(zip(*examples().tensors, strict=True)), batch_size=BATCH, drop_last=True),
+        monitor={"sample": sample, "gradient_sample": BATCH, "measurements": [sizes]},
+    )
+    assert run.differing == []
+    assert [list(map(list, seen)) for seen in sizes.seen] == [parts] * len(run.steps)

@@ -432,6 +432,34 @@ def test_the_sample_is_that_of_one_process(ranks, names):
     assert len(norms) >= len(names) - 5  # some of the samples are the same, not all
 
 
+class Dropping(Net):
+    """Random beside its examples."""
+
+    def __init__(self):
+        super().__init__(lr=0.0)
+        self.net.insert(2, nn.Dropout(0.3))
+
+
+def gather_a_random_loss(ranks):
+    one = monitor(k=0, every_n_steps=[4], gradient_sample=48, batch_size=None)
+    data = DataLoader(Stream(), batch_size=GLOBAL_BATCH // ranks)
+    fit(Dropping(), data, one, ranks=ranks, steps=4)
+    return rows(one), one._runner.run.examples.is_random
+
+
+def test_a_random_loss_of_examples_that_are_gathered():
+    """Each rank holds its own batches alone, and the first one's tells whether the loss is random."""
+    found = on(2, gather_a_random_loss)
+    assert_equal_on_all([history for history, _ in found])
+    assert [is_random for _, is_random in found] == [True, True]
+    # Step by step a batch of each rank: the seed of a batch is its place among all of them.
+    given = [dataset()[list(range(rank + 12 * step, 12 * step + 12, 2))] for step in range(4) for rank in (0, 1)]
+    expected = measure_subspace(Dropping(), given, k=0, dtype="float64").metrics
+    (row,) = found[0][0]
+    assert row["solver/sample_filled"] == 1.0
+    assert row["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-9)
+
+
 # -- batch-norm -------------------------------------------------------------------------------------------------------
 
 
@@ -643,7 +671,6 @@ def speak(ranks):
         warnings.simplefilter("always")
         with contextlib.redirect_stdout(streams):
             log = logging.getLogger("lightning.pytorch")
-            log.addHandler(handler)
             fit_loudly(Net(), loader(ranks), one, logger, ranks)
             log.removeHandler(handler)
     told = [str(warning.message) for warning in heard if "SubspaceMonitor" in str(warning.message)]

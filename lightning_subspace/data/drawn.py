@@ -40,7 +40,7 @@ def sample_of_dataset(
         sample: number of examples for the Hessian; None takes all for both, an epoch's worth of weighted draws.
         gradient_sample: number of examples for the gradient, at least `sample`; None takes all.
         batch_size: size of the micro-batches, by default the loader's. Where all examples are taken, they are nearly
-            equal and no larger, unless the loader drops an incomplete batch.
+            equal and no larger, unless a number was asked for and the loader drops an incomplete batch.
         weight: weight of a batch in the mean; by default its number of examples.
         seed: of the permutation and of the dataset's workers (augmentation).
         limit: batches that training takes in an epoch, on each rank.
@@ -86,7 +86,8 @@ def _units(
     size = batch_size or batch_size_of(loader)
     if size is None:
         raise SampleError("batch_size: expected a loader with a batch size, got one without; pass batch_size=.")
-    whole = batch_size is None and bool(getattr(batch_sampler_of(loader), "drop_last", False))
+    # "all" means all: what `drop_last` leaves out is in the mean as well.
+    whole = goal is not None and batch_size is None and bool(getattr(batch_sampler_of(loader), "drop_last", False))
     order = training_set.order(generator, None if goal is None else -(-goal // size) * size)
     cut = len(order) if sample is None else -(-sample // size) * size
     units = [unit for part in (order[:cut], order[cut:]) for unit in chunks(part, size, whole=whole)]

@@ -72,10 +72,14 @@ def test_uneven_batches_are_weighted_by_their_examples():
     assert not any(batch.transferred for batch in batches)
 
 
-@pytest.mark.parametrize("sample", [10, 49, None])
+@pytest.mark.parametrize("sample", [10, 49, 1000])
 def test_with_drop_last_all_batches_are_complete(sample):
-    found = sizes(sample_of_dataset(loader(drop_last=True), sample, sample).hessian)
+    found = sizes(sample_of_dataset(loader(drop_last=True, shuffle=True), sample, sample).hessian)
     assert found == [8] * (2 if sample == 10 else COUNT // 8)
+
+
+def test_all_are_all_also_with_drop_last():
+    assert sum(sizes(sample_of_dataset(loader(drop_last=True, shuffle=True), None).hessian)) == COUNT
 
 
 def test_the_batch_size_can_be_chosen():
@@ -208,7 +212,7 @@ class Unsized:
         (lambda: sample_of_dataset(loader(sampler=SubsetRandomSampler([])), 5), "empty"),
         (lambda: sample_of_dataset([torch.zeros(3)], 5), "list"),
         (lambda: sample_of_dataset(loader(batch_sampler=[[0], [1, 2]]), 5), "batch_size"),
-        (lambda: sample_of_dataset(loader(batch_size=60, drop_last=True, shuffle=True), 5), "drop_last"),
+        (lambda: sample_of_dataset(loader(batch_size=60, drop_last=True, shuffle=True), 5, 5), "drop_last"),
         (lambda: sample_of_dataset(loader(), 5, weight=lambda batch: 0.0), "positive"),
         (lambda: sample_of_batches([]), "at least one"),
         (lambda: sample_of_batches([(x for x in "ab")]), "generator.*sample="),

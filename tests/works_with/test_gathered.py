@@ -592,7 +592,7 @@ def test_a_resumed_run_goes_on_with_its_gathered_sample(tmp_path):
 
 def test_a_sample_that_the_checkpoint_does_not_hold_is_gathered_anew(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("lightning_subspace.probe.sample_state.LARGEST", 100)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch"):  # also behind a test that has silenced it
         (before, _), (after, monitor) = stopped_and_resumed(tmp_path, lambda: loader(shuffle=True, collate_fn=_of_dict))
     assert "the sample is gathered anew, as the checkpoint does not hold it" in caplog.text
     assert min(after) == 8  # after the second batch

@@ -240,7 +240,7 @@ class SubspaceMonitor(Measured):
             self._notices.info_once(NOT_TRAINED)
             return
         self._trained.drop()
-        if self._runner.see_batch(trainer, lambda: self._take_first_probe(trainer, pl_module)):
+        if self._runner.see_batch(trainer, batch_idx, lambda: self._take_first_probe(trainer, pl_module)):
             self._take_first_probe(trainer, pl_module)  # what the epoch before has given has to do
 
     @override
@@ -364,7 +364,8 @@ class SubspaceMonitor(Measured):
         self._schedule.resume(read.position, step)
         # Where the checkpoint was written before our hook, the step is still due.
         is_due = last_step < step and self._agree_to_measure(trainer, step)
-        self._awaits_first = is_reopened or is_due
+        is_owed = not self.history and not self._runner.source.has_begun
+        self._awaits_first = is_reopened or is_due or is_owed
         self._probed_step = -1 if self._awaits_first or not self.history else self.history[-1].step
 
     def __getstate__(self) -> dict[str, Any]:

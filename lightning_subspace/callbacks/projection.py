@@ -233,7 +233,7 @@ class SubspaceProjection(Resumable):
             if is_needed and self._has_changed(pl_module, step):
                 self._projector, is_due = None, True
             self._wants_space = is_needed and (self._wants_space or is_due or begins)
-        self._runner.see_batch(trainer, lambda: self._refresh_within_step(trainer, pl_module, step))
+        self._runner.see_batch(trainer, batch_idx, lambda: self._refresh_within_step(trainer, pl_module, step))
         self._refresh(trainer, pl_module, step)
 
     @override

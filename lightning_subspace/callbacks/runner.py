@@ -14,11 +14,12 @@ from torch import nn
 
 from lightning_subspace._lightning import MisconfigurationException, Trainer
 from lightning_subspace.callbacks.end_point import EndPoint
+from lightning_subspace.callbacks.hook_watch import HookWatch
 from lightning_subspace.callbacks.notices import Notices
-from lightning_subspace.callbacks.tap import before_hooks, before_training_step, forget_batches
+from lightning_subspace.callbacks.tap import before_training_step, forget_batches
 from lightning_subspace.curvature.selection import CheckError
 from lightning_subspace.data.gathered import Gathered
-from lightning_subspace.data.micro_batch import SampleError, checksum
+from lightning_subspace.data.micro_batch import SampleError
 from lightning_subspace.data.parts import cut_sample
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.data.source import SampleSource
@@ -57,7 +58,7 @@ class ProbeRunner:
         self._otherwise = f"; {otherwise}" if otherwise else ""
         self._whole: Sample | None = None  # the sample that was last cut, and what came of it
         self._parts: Sample | None = None
-        self._raw: int | None = None  # checksum of the first batch, as the loader gives it
+        self._watch = HookWatch()
         self._can_cut: bool | None = None  # whether the loss can be evaluated on a part; None before it was tried
         self._owners: tuple[weakref.ref[Any], ...] = ()  # trainer and module of the run
         self._end: EndPoint | None = None  # of the last fit; None during one
@@ -85,8 +86,11 @@ class ProbeRunner:
             self.run.rebind(ranks)
 
         self._draw(lambda: self.source.begin(trainer, ranks, continues=continues))
-        if self.source.is_doubtful:
-            before_hooks(trainer, self, self._see_raw)
+        if self.source.may_differ:
+            self._watch.begin(trainer)
+        if self.source.remark is not None:
+            with ranks.agree():
+                self.notices.warn(self.source.remark)
 
     def remember_end(self, module: nn.Module) -> None:
         """End the fit, if there is one, where the module is now."""
@@ -132,24 +136,31 @@ class ProbeRunner:
                     "dealt to several processes); probes go on when it is full."
                 )
 
-    def see_batch(self, trainer: Trainer, after: Callable[[], None]) -> bool:
+    def see_batch(self, trainer: Trainer, batch_idx: int, after: Callable[[], None]) -> bool:
         """Have a batch observed where needed; whether an epoch begins.
 
         Args:
             trainer: at the start of a batch.
+            batch_idx: of the batch, as training has it.
             after: called when the batch has been observed, as it reaches `training_step`.
         """
         is_new = self.source.epoch != trainer.current_epoch
         if is_new:
             self.on_all_ranks("the sample stays as it is", lambda: self.source.begin_epoch(trainer))
-        if self.source.wants_batches():
-            before_training_step(trainer, self, lambda batch: self._observe(trainer, batch, after))
+        is_watched = self._watch.see_batch(trainer, is_first=is_new)
+        if not is_watched and self.source.may_differ:
+            self._watch.go_on(trainer)
+        if is_watched or self.source.wants_batches():
+            before_training_step(
+                trainer, self, lambda batch: self._observe(trainer, batch, batch_idx, after, is_watched=is_watched)
+            )
         return is_new
 
     def end(self, trainer: Trainer) -> None:
         """Free the examples; no batch is observed any more."""
         self._whole = self._parts = None
         forget_batches(trainer, self)
+        forget_batches(trainer, self._watch)
         self.source.release()
 
     def should_probe(self, trainer: Trainer, wants: bool = True) -> bool:
@@ -162,7 +173,7 @@ class ProbeRunner:
         def sample() -> Sample | None:
             if self.source.failure is not None:
                 raise self.source.failure
-            if self.source.sample is None and self.schedule.is_listed:
+            if self.source.sample is None and self.schedule.is_listed and not self.source.is_doubtful:
                 self.notices.info_once(
                     f"no probe at step {trainer.global_step}: the sample is still being gathered from the batches of "
                     "training; pass sample='all', a loader or a list of batches for one that is there before."
@@ -216,22 +227,15 @@ class ProbeRunner:
         if not self.on_all_ranks("the sample could not be drawn, so nothing is measured", draw, SampleError):
             self.source.forget()
 
-    def _see_raw(self, batch: Any) -> None:
-        """Remember what the loader has given. Never raises."""
-        try:
-            self._raw = checksum(batch)
-        except Exception:  # nothing to compare with
-            self._raw = None
-
-    def _observe(self, trainer: Trainer, batch: Any, after: Callable[[], None]) -> None:
+    def _observe(
+        self, trainer: Trainer, batch: Any, batch_idx: int, after: Callable[[], None], *, is_watched: bool
+    ) -> None:
         """Keep a batch for the sample."""
         try:
             with self.schedule.aside():
-                if self.source.is_doubtful:
-                    with self.ranks.agree():
-                        changed = self.ranks.all_gather_object(self._raw != checksum(batch))
-                    self.source.settle(trainer, has_changed=any(changed))
-                self.source.observe(batch, trainer.current_epoch)
+                if is_watched and self.source.may_differ:
+                    self._compare(trainer, batch)
+                self.source.observe(batch, trainer.current_epoch, batch_idx)
         except Exception as error:
             what = NOT_COPIED if self.source.spec.sample == "current" else NOT_GATHERED
             self.notices.failure(f"{what}{self._otherwise}", error, self.ranks)
@@ -239,6 +243,27 @@ class ProbeRunner:
             with self.ranks.agree():
                 self.notices.warn_once("memory", f"{self.source.bound}.")
         after()
+
+    def _compare(self, trainer: Trainer, batch: Any) -> None:
+        """Notice a hook that has changed a batch. A collective.
+
+        A sample of a number of examples is given up for one behind the hooks.
+        """
+        was_used, gathers = not self.source.is_doubtful, self.source.spec.is_number
+        with self.ranks.agree():
+            has_changed = any(self.ranks.all_gather_object(self._watch.has_changed(batch)))
+            self.source.settle(trainer, has_changed=has_changed)
+            if has_changed and was_used:
+                what = (
+                    "from here on the sample is gathered behind the hooks" if gathers else "the sample has none of that"
+                )
+                self.notices.warn(
+                    f"a hook (on_train_batch_start, or one of a transfer) has changed a batch at step "
+                    f"{trainer.global_step}; {what}. Probes until now were of examples that no hook had changed"
+                    f"{'.' if gathers else '; a number, such as sample=1024, is gathered behind the hooks.'}"
+                )
+        if not has_changed:
+            self._watch.go_on(trainer)
 
     def _sample(self, run: ProbeRun, module: nn.Module) -> Sample:
         """The sample, its batches cut where they are too large. A collective.

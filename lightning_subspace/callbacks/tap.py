@@ -79,12 +79,21 @@ def before_training_step(trainer: Trainer, owner: object, function: Callable[[An
 
 def forget_batches(trainer: Trainer, owner: object) -> None:
     """Call no function of this owner: training is over."""
-    for part, name in ((trainer.precision_plugin, "convert_input"), (trainer.strategy, "training_step")):
-        tap = vars(part).get(name)
-        if isinstance(tap, Tap):
-            tap.functions.pop(id(owner), None)
-            if not tap.functions:
-                tap.remove()
+    forget_raw_batches(trainer, owner)
+    _forget(trainer.strategy, "training_step", owner)
+
+
+def forget_raw_batches(trainer: Trainer, owner: object) -> None:
+    """Call no function of this owner with what the loader gives."""
+    _forget(trainer.precision_plugin, "convert_input", owner)
+
+
+def _forget(part: Any, name: str, owner: object) -> None:
+    tap = vars(part).get(name)
+    if isinstance(tap, Tap):
+        tap.functions.pop(id(owner), None)
+        if not tap.functions:
+            tap.remove()
 
 
 def _tap(part: Any, name: str, **options: Any) -> Tap:

@@ -32,7 +32,8 @@ class MicroBatch:
     Attributes:
         data: what the collate function returned, on the CPU; None on ranks that do not hold it.
         weight: weight in means, positive and finite, not normalised: the number of examples or tokens.
-        index: its place in the sample; fixes `batch_idx` and the random seed.
+        index: its place in the sample; fixes the random seed.
+        batch_idx: what `training_step` is given; None: the index.
         transferred: whether it has been through the transfer hooks, as a batch seen in training has.
         size: number of examples; if that is not known, the loader's batch size.
         is_local: whether this rank holds the data.
@@ -56,6 +57,7 @@ class MicroBatch:
     draw: int = 0
     is_counted: bool = True
     off_cpu: tuple[bool, ...] | None = None
+    batch_idx: int | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 < self.weight < math.inf:

@@ -66,7 +66,7 @@ class ReadProgress:
             return
         self._has_begun = True
         where = f"in {num_workers} workers" if num_workers else "in this process, as the loader has no workers"
-        limit = "" if math.isinf(self._limit) else f", for at most {self._limit:.0f} s"
+        limit = "" if math.isinf(self._limit) else f", for at most {self._limit:g} s"
         self._tell(f"reading {self._of()} for the sample, {where}{limit}")
 
     def add(self, count: int) -> None:

@@ -22,7 +22,7 @@ from lightning_subspace.data.micro_batch import SampleError
 from lightning_subspace.data.reading import ReadProgress
 from lightning_subspace.data.sample import Sample, SampleSpec, sample_of_current
 from lightning_subspace.data.several_loaders import CombinedCounter, sample_of_loaders
-from lightning_subspace.data.training_hooks import changes_batches, takes_iterator
+from lightning_subspace.data.training_hooks import changes_batches, may_write, other_reading, takes_iterator
 from lightning_subspace.data.training_set import batch_size_of, has_epochs, is_in_memory
 from lightning_subspace.parallel.ranks import Ranks
 
@@ -35,11 +35,13 @@ class SampleSource:
         epoch: the one that is known to have begun.
         sample: the present sample; None if there is none yet.
         failure: the exception for which this rank, perhaps alone, could not copy the current batch.
+        remark: what a user should know about a dataset that was read; None where training reads it alike.
     """
 
     def __init__(self, spec: SampleSpec) -> None:
         self.sample: Sample | None = None
         self.failure: Exception | None = None
+        self.remark: str | None = None
         self.spec = spec
         self._gathered: GatheredSample | None = None  # what the present sample comes from
         self._next: GatheredSample | None = None  # what takes its place once it is full enough
@@ -48,6 +50,7 @@ class SampleSource:
         self.epoch: int | None = None
         self._data: list[tuple[Any, int]] = []  # what the sample is of, see `_data_of`
         self._is_stale = False
+        self._has_hooks = False  # that may change what training gets
         self._doubtful: Sample | None = None  # drawn, but perhaps not what training is given
         self._taken_in: int | None = None  # the epoch in which the sample was taken
 
@@ -67,6 +70,11 @@ class SampleSource:
     def is_doubtful(self) -> bool:
         """Whether the first batch has to show it; see `settle`."""
         return self._doubtful is not None
+
+    @property
+    def may_differ(self) -> bool:
+        """Whether the sample is drawn, and hooks may change what training gets."""
+        return self._has_hooks and self._gathered is None and self._next is None
 
     @property
     def is_outdated(self) -> bool:
@@ -100,6 +108,7 @@ class SampleSource:
         spec, before = self.spec, self._gathered
         self.forget()
         self._has_seen, self._is_stale, self._ranks, self.epoch = False, False, ranks, trainer.current_epoch
+        self._has_hooks, self.remark = False, None
         if spec.sample == "current":
             _require_batches(trainer)
             return
@@ -114,17 +123,25 @@ class SampleSource:
             return
         if not is_to_be_gathered(spec, loaders):
             self.sample = sample_of_loaders(loaders, spec, ranks)
+            if not spec.is_number and (reason := other_reading(loaders.flattened)) is not None:
+                self.remark = (
+                    f"the dataset was read for sample='all', but {reason}: training may be given other examples or "
+                    "batches. A number, such as sample=1024, is gathered from what it is given."
+                )
+            self._has_hooks = not spec.is_number and may_write(trainer)
             if spec.is_number and changes_batches(trainer) and not takes_iterator(trainer.lightning_module):
-                self.sample, self._doubtful = None, self.sample
+                self.sample, self._doubtful, self._has_hooks = None, self.sample, True
             return
         _require_batches(trainer)
         self._gathered = self._gathering(loaders)
 
     def settle(self, trainer: Trainer, *, has_changed: bool) -> None:
         """End the doubt: hooks have changed the first batch, or not."""
-        if has_changed:
-            self._gathered = self._gathering(training_loaders(trainer))
-        else:
+        if has_changed and not self.spec.is_number:
+            self._has_hooks = False  # told, and there is nothing more to find
+        elif has_changed:
+            self.sample, self._gathered = None, self._gathering(training_loaders(trainer))
+        elif self._doubtful is not None:
             self.sample = self._doubtful
         self._doubtful = None
 
@@ -137,7 +154,7 @@ class SampleSource:
         assert self._gathered is not None, "made before"
         self._gathered.resume(state)
         self.sample = self._gathered.sample
-        return self.sample is not None
+        return True
 
     def begin_epoch(self, trainer: Trainer) -> None:
         """Notice a new epoch, and a sample stale in it. A collective."""
@@ -189,16 +206,18 @@ class SampleSource:
         is_filling = self._gathered is not None and not self._gathered.is_complete
         return self.is_doubtful or self._next is not None or is_filling
 
-    def observe(self, batch: Any, epoch: int) -> None:
+    def observe(self, batch: Any, epoch: int, batch_idx: int | None = None) -> None:
         """Copy a batch that training is about to use."""
         if self.spec.sample == "current":
             self.sample, self.failure, self._has_seen = None, None, True
             try:
-                self.sample = sample_of_current(batch, self._ranks)  # a copy: the training step may write into it
+                self.sample = sample_of_current(
+                    batch, self._ranks, batch_idx
+                )  # a copy: the training step may write into it
             except Exception as error:  # kept, since the ranks do not communicate here: there is one batch a step
                 self.failure = error
         elif (gathering := self._next or self._gathered) is not None:
-            gathering.add(batch, epoch)
+            gathering.add(batch, epoch, batch_idx)
             if gathering.sample is not None:
                 self._gathered, self._next, self.sample = gathering, None, gathering.sample
                 self._taken_in = gathering.epoch

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
-from lightning_subspace._lightning import Trainer, undeclared
+from torch.utils.data import BatchSampler, DataLoader
+
+from lightning_subspace._lightning import Trainer, undeclared, undistributed
 from lightning_subspace._torch import unwrap_fsdp_method
+from lightning_subspace.data.training_set import SAMPLERS
 
 TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 START = "on_train_batch_start"
@@ -22,6 +26,25 @@ def changes_batches(trainer: Trainer) -> bool:
     places = [(module, (*TRANSFER, START)), (data, TRANSFER)]
     places += [(callback, (START,)) for callback in undeclared(trainer, "callbacks")]
     return any(_is_own(place, name) for place, names in places for name in names)
+
+
+def may_write(trainer: Trainer) -> bool:
+    """Whether a hook may write to batches that no other one changes."""
+    module, data = trainer.lightning_module, undeclared(trainer, "datamodule")
+    is_moved_alone = not any(_is_own(place, name) for place in (module, data) for name in TRANSFER)
+    return is_moved_alone and any(_is_own(place, START) for place in (module, *undeclared(trainer, "callbacks")))
+
+
+def other_reading(loaders: Sequence[Any]) -> str | None:
+    """Why training may be given other examples than its datasets hold."""
+    for loader in loaders:
+        if type(loader).__iter__ is not DataLoader.__iter__:
+            return f"{type(loader).__name__} has an __iter__ of its own"
+        for sampler in (loader.batch_sampler, getattr(loader.batch_sampler, "sampler", loader.sampler)):
+            inner, _ = undistributed(sampler)
+            if type(inner) not in (BatchSampler, type(None), *SAMPLERS) and not hasattr(inner, "indices"):
+                return f"a {type(inner).__name__} may leave out examples, or draw some more often"
+    return None
 
 
 def takes_iterator(module: Any) -> bool:

@@ -187,7 +187,7 @@ class TrainingLoss:
             seed_generators((self.seed + 7_919 * batch.draw) * SEED_STRIDE + batch.index)
         data = self._copied(batch)
         with self._around_step() as convert:
-            output = self._step(self.module, convert(data), batch.index)
+            output = self._step(self.module, convert(data), batch.index if batch.batch_idx is None else batch.batch_idx)
         for leaf in leaves:
             leaf.requires_grad_(True)  # if the step has frozen it, the graph does not lead to it: no gradient
         self._shadow.drop_written()

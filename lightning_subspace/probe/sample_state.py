@@ -78,6 +78,8 @@ def _micro_batch(entries: Entries, number: int) -> MicroBatch:
     for name in ("transferred", "is_local"):
         entries.require(entries.flag(name), name, "True, as in training")
     entries.require(isinstance(values["weight"], float), "weight", "a number")
+    if values["batch_idx"] is not None:
+        entries.integer("batch_idx")
     places = values["off_cpu"]
     is_right = places is None or (isinstance(places, tuple) and all(isinstance(one, bool) for one in places))
     entries.require(is_right, "off_cpu", "a tuple of truth values, or None")

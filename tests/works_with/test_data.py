@@ -24,6 +24,7 @@ from tests.works_with.numbered import ByList, Holding, Numbered, everything, ind
 from tests.works_with.same_run import Classifier, compare
 
 pytestmark = pytest.mark.filterwarnings(
+    "ignore:SubspaceMonitor. the dataset was read for sample='all', but",  # see test_gathered.py
     "ignore:SubspaceMonitor. at step",  # two eigenvalues may lie close together
     "ignore:You requested to overfit but enabled train dataloader shuffling",
 )

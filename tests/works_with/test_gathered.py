@@ -171,6 +171,60 @@ def test_the_sample_is_taken_behind_all_hooks(case, tmp_path):
     assert equal(watched.sample, seen.given)
 
 
+class Later(Callback):
+    """Changes batches from one on."""
+
+    def __init__(self, first: int) -> None:
+        self.first, self.seen = first, 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen += 1
+        if self.seen >= self.first:
+            batch[0].mul_(3.0)
+
+
+@pytest.mark.parametrize("first", [2, 3, 30])
+def test_a_hook_that_sets_in_later_is_noticed(first, tmp_path):
+    with pytest.warns(UserWarning, match=r"a hook .* has changed a batch at step .* gathered behind the hooks"):
+        watched, module = run(
+            tmp_path, lambda: loader(shuffle=True), callbacks=lambda: [Later(first)], max_epochs=12, monitor={"seed": 1}
+        )
+    assert watched.differing == []
+    assert watched.steps[0] == 0
+    found = watched.sample.hessian[0]
+    assert any(torch.equal(found.data[0], seen[0]) for seen in module.given[first - 1 :])
+    assert not any(torch.equal(found.data[0], seen[0]) for seen in module.given[: first - 1])
+
+
+def test_a_hook_that_all_of_a_dataset_does_not_have_is_told_once(tmp_path):
+    with pytest.warns(UserWarning, match=r"a hook .* at step 2; the sample has none of that.*sample=1024") as told:
+        watched, _ = run(tmp_path, by_index, callbacks=lambda: [Later(3)], monitor={"sample": "all"})
+    assert watched.differing == []
+    assert len([one for one in told if "a hook" in str(one.message)]) == 1
+
+
+@pytest.mark.parametrize("case", ["a batch sampler of the user's own", "a loader with an __iter__ of its own"])
+def test_all_of_a_dataset_is_not_what_such_a_loader_gives(case, tmp_path):
+    with pytest.warns(UserWarning, match="the dataset was read for sample='all', but .* sample=1024, is gathered"):
+        watched, _ = run(tmp_path, LOADERS[case], monitor={"sample": "all", "batch_size": BATCH})
+    assert watched.differing == []
+
+
+@pytest.mark.parametrize("sample", [16, "current"])
+def test_a_step_is_evaluated_with_the_index_that_it_had(sample, tmp_path):
+    class Alternating(Recording):
+        def training_step(self, batch, batch_idx):
+            return (1 + batch_idx % 2) * super().training_step(batch, batch_idx)
+
+    watched, _ = run(
+        tmp_path, by_index, Alternating, monitor={"sample": sample, "gradient_sample": 16, "every_n_steps": 3}
+    )
+    assert watched.differing == []
+    for step, found in watched.samples.items():
+        expected = [0, 1] if sample == 16 else [max(step - 1, 0) % 4]
+        assert [batch.batch_idx for batch in found.hessian] == expected
+
+
 def test_a_batch_that_is_skipped_is_not_in_the_sample(tmp_path):
     class Skipping(Recording):
         def on_train_batch_start(self, batch, batch_idx):

@@ -30,7 +30,7 @@ class HookWatch:
         self._arm(trainer)
 
     def see_batch(self, trainer: Trainer, *, is_first: bool) -> bool:
-        """A batch comes; whether it is to be compared. Watches the next one if it is its turn.
+        """Whether the batch that comes is to be compared.
 
         Args:
             trainer: at the start of the batch.
@@ -62,3 +62,18 @@ class HookWatch:
             before_hooks(trainer, self, see)  # a batch of validation may come between: the last one counts
 
         before_hooks(trainer, self, see)
+
+
+def changed(step: int, *, gathers: bool) -> str:
+    """What is said of a hook that was found to change batches.
+
+    Args:
+        step: of the batch.
+        gathers: whether the sample is gathered from now on; not where a whole dataset was asked for.
+    """
+    now = "from now on the sample is gathered behind the hooks" if gathers else "the sample has none of that"
+    then = "" if gathers else "; a number, such as sample=1024, is gathered behind the hooks"
+    return (
+        f"a hook (on_train_batch_start, or one of a transfer) has changed a batch at step {step}; {now}. Probes until "
+        f"now were of examples that no hook had changed{then}."
+    )

@@ -17,7 +17,7 @@ from lightning_subspace._lightning import (
 )
 from lightning_subspace.callbacks.strategy import ranks_of
 from lightning_subspace.data.sample import SampleSpec
-from lightning_subspace.data.source import first_step
+from lightning_subspace.data.training_data import first_step
 from lightning_subspace.loss.loss_function import LossFunction, resolve_loss
 from lightning_subspace.probe.arguments import wrong
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_subspace._lightning import MisconfigurationException, Trainer
 from lightning_subspace.callbacks.end_point import EndPoint
-from lightning_subspace.callbacks.hook_watch import HookWatch
+from lightning_subspace.callbacks.hook_watch import HookWatch, changed
 from lightning_subspace.callbacks.notices import Notices
 from lightning_subspace.callbacks.tap import before_training_step, forget_batches
 from lightning_subspace.curvature.selection import CheckError
@@ -245,23 +245,13 @@ class ProbeRunner:
         after()
 
     def _compare(self, trainer: Trainer, batch: Any) -> None:
-        """Notice a hook that has changed a batch. A collective.
-
-        A sample of a number of examples is given up for one behind the hooks.
-        """
+        """Notice a hook that has changed a batch. A collective."""
         was_used, gathers = not self.source.is_doubtful, self.source.spec.is_number
         with self.ranks.agree():
             has_changed = any(self.ranks.all_gather_object(self._watch.has_changed(batch)))
             self.source.settle(trainer, has_changed=has_changed)
             if has_changed and was_used:
-                what = (
-                    "from here on the sample is gathered behind the hooks" if gathers else "the sample has none of that"
-                )
-                self.notices.warn(
-                    f"a hook (on_train_batch_start, or one of a transfer) has changed a batch at step "
-                    f"{trainer.global_step}; {what}. Probes until now were of examples that no hook had changed"
-                    f"{'.' if gathers else '; a number, such as sample=1024, is gathered behind the hooks.'}"
-                )
+                self.notices.warn(changed(trainer.global_step, gathers=gathers))
         if not has_changed:
             self._watch.go_on(trainer)
 
@@ -272,6 +262,8 @@ class ProbeRunner:
         """
         sample = self.source.sample
         assert sample is not None, "asked for before"
+        if (fresh := self.source.fresh) is not None:
+            sample = self.source.choose(fresh if run.differ(module, sample, fresh) else sample)
         spec = self.source.spec
         if not spec.is_number or self._can_cut is False:
             return sample

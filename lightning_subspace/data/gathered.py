@@ -146,6 +146,11 @@ class GatheredSample:
         """Add no more: the epoch or training is over."""
         self.is_closed = True
 
+    def fill_up(self, gradient_sample: int) -> None:
+        """Go on to so many examples for the gradient."""
+        self._sizes = self._sizes[0], max(self._sizes[0], gradient_sample)
+        self._sample = None
+
     def rebind(self, ranks: Ranks) -> bool:
         """Use another fit's process group; False if its size differs."""
         if ranks.count == self._ranks.count:

@@ -11,19 +11,18 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 from lightning_subspace._lightning import CombinedLoader, Trainer, training_loaders
 from lightning_subspace.data.example_count import ExampleCounter
 from lightning_subspace.data.gathered import Gathered, GatheredSample
 from lightning_subspace.data.given import sample_of_batches
-from lightning_subspace.data.micro_batch import SampleError
 from lightning_subspace.data.reading import ReadProgress
 from lightning_subspace.data.sample import Sample, SampleSpec, sample_of_current
 from lightning_subspace.data.several_loaders import CombinedCounter, sample_of_loaders
+from lightning_subspace.data.training_data import contents, is_to_be_gathered, require_batches
 from lightning_subspace.data.training_hooks import changes_batches, may_write, other_reading, takes_iterator
-from lightning_subspace.data.training_set import batch_size_of, has_epochs, is_in_memory
+from lightning_subspace.data.training_set import batch_size_of, has_epochs
 from lightning_subspace.parallel.ranks import Ranks
 
 
@@ -44,11 +43,12 @@ class SampleSource:
         self.remark: str | None = None
         self.spec = spec
         self._gathered: GatheredSample | None = None  # what the present sample comes from
+        self._trial: GatheredSample | None = None  # of this epoch, to find out whether the data have changed
         self._next: GatheredSample | None = None  # what takes its place once it is full enough
         self._ranks = Ranks()
         self._has_seen = False  # whether there has been a current batch, copied or not
         self.epoch: int | None = None
-        self._data: list[tuple[Any, int]] = []  # what the sample is of, see `_data_of`
+        self._data: list[tuple[Any, int]] = []  # what the sample is of, see `contents`
         self._is_stale = False
         self._has_hooks = False  # that may change what training gets
         self._doubtful: Sample | None = None  # drawn, but perhaps not what training is given
@@ -87,6 +87,11 @@ class SampleSource:
         return self._is_stale or self._next is not None
 
     @property
+    def fresh(self) -> Sample | None:
+        """A sample of the present epoch beside an older one; see `choose`."""
+        return None if self._trial is None else self._trial.sample
+
+    @property
     def bound(self) -> str | None:
         """Why the sample is smaller than asked for, in words."""
         return None if self._gathered is None else self._gathered.bound
@@ -110,13 +115,13 @@ class SampleSource:
         self._has_seen, self._is_stale, self._ranks, self.epoch = False, False, ranks, trainer.current_epoch
         self._has_hooks, self.remark = False, None
         if spec.sample == "current":
-            _require_batches(trainer)
+            require_batches(trainer)
             return
         if not isinstance(spec.sample, int | str):
             self.sample = sample_of_batches(spec.sample, spec.weight, ranks, ReadProgress(spec.read_timeout))
             return
         loaders = training_loaders(trainer)
-        self._data = _data_of(loaders)
+        self._data = contents(loaders)
         self._taken_in = self.epoch
         if continues and before is not None and before.rebind(ranks):
             self._gathered, self.sample = before, before.sample
@@ -132,7 +137,7 @@ class SampleSource:
             if spec.is_number and changes_batches(trainer) and not takes_iterator(trainer.lightning_module):
                 self.sample, self._doubtful, self._has_hooks = None, self.sample, True
             return
-        _require_batches(trainer)
+        require_batches(trainer)
         self._gathered = self._gathering(loaders)
 
     def settle(self, trainer: Trainer, *, has_changed: bool) -> None:
@@ -165,7 +170,7 @@ class SampleSource:
         if self.sample is None and self._gathered is None:  # reading has failed, and may take as long again
             return
         loaders = training_loaders(trainer)
-        data = _data_of(loaders)
+        data = contents(loaders)
         is_other = len(data) != len(self._data) or any(
             a is not b or m != n for (a, m), (b, n) in zip(data, self._data, strict=True)
         )
@@ -173,6 +178,8 @@ class SampleSource:
         if self._ranks.broadcast_object(is_other or (self.spec.is_number and any(map(has_epochs, loaders.flattened)))):
             self._is_stale = self._gathered is None and not is_to_be_gathered(self.spec, loaders)
             self.renew(trainer)
+        elif self._gathered is not None and self.sample is not None:
+            self._trial = self._gathering(loaders, is_small=True)
 
     def renew(self, trainer: Trainer) -> bool:
         """Take another sample, as this one seems stale; whether there will be.
@@ -187,6 +194,15 @@ class SampleSource:
         elif self._next is None:
             self._next = self._gathering(loaders)
         return True
+
+    def choose(self, sample: Sample) -> Sample:
+        """Go on with this sample, the present one or the fresh one."""
+        trial, self._trial = self._trial, None
+        if trial is not None and sample is not self.sample:
+            self._gathered, self._taken_in = trial, trial.epoch
+            trial.fill_up(self._gradient_sample)
+            self.sample = trial.sample
+        return sample
 
     def refresh(self, trainer: Trainer) -> None:
         """Draw a stale sample anew, before a probe. A collective.
@@ -204,7 +220,8 @@ class SampleSource:
         if self.spec.sample == "current":
             return True
         is_filling = self._gathered is not None and not self._gathered.is_complete
-        return self.is_doubtful or self._next is not None or is_filling
+        is_trying = self._trial is not None and not self._trial.is_complete
+        return self.is_doubtful or self._next is not None or is_filling or is_trying
 
     def observe(self, batch: Any, epoch: int, batch_idx: int | None = None) -> None:
         """Copy a batch that training is about to use."""
@@ -216,7 +233,10 @@ class SampleSource:
                 )  # a copy: the training step may write into it
             except Exception as error:  # kept, since the ranks do not communicate here: there is one batch a step
                 self.failure = error
-        elif (gathering := self._next or self._gathered) is not None:
+            return
+        if self._trial is not None:
+            self._trial.add(batch, epoch, batch_idx)
+        if (gathering := self._next or self._gathered) is not None:
             gathering.add(batch, epoch, batch_idx)
             if gathering.sample is not None:
                 self._gathered, self._next, self.sample = gathering, None, gathering.sample
@@ -230,22 +250,27 @@ class SampleSource:
 
     def forget(self) -> None:
         """Drop the sample and gather none: another rank has failed."""
-        self.sample = self.failure = self._gathered = self._next = self._doubtful = None
+        self.sample = self.failure = self._gathered = self._next = self._trial = self._doubtful = None
         self._data = []
 
     def release(self) -> None:
         """Free the examples, but for those that were gathered."""
-        self.sample = self.failure = self._next = self._doubtful = None
+        self.sample = self.failure = self._next = self._trial = self._doubtful = None
         self._data = []
 
-    def _gathering(self, loaders: CombinedLoader) -> GatheredSample:
+    @property
+    def _gradient_sample(self) -> int:
+        assert isinstance(self.spec.gradient_sample, int), "asked for of what is gathered"
+        return self.spec.gradient_sample
+
+    def _gathering(self, loaders: CombinedLoader, *, is_small: bool = False) -> GatheredSample:
         spec = self.spec
-        assert isinstance(spec.sample, int)
-        assert isinstance(spec.gradient_sample, int)
+        assert isinstance(spec.sample, int), "asked for of what is gathered"
         sizes = [batch_size_of(loader) for loader in loaders.flattened]
         is_one = len(sizes) == 1 and loaders.iterables is loaders.flattened[0]
         counter = ExampleCounter(sizes[0]) if is_one else CombinedCounter(sizes)
-        return GatheredSample(spec.sample, spec.gradient_sample, spec.weight, counter, self._ranks)
+        size = spec.sample if is_small else self._gradient_sample
+        return GatheredSample(spec.sample, size, spec.weight, counter, self._ranks)
 
     def __getstate__(self) -> dict[str, Any]:
         """The choice alone, since the examples can be drawn again."""
@@ -254,49 +279,9 @@ class SampleSource:
             "failure": None,
             "_gathered": None,
             "_next": None,
+            "_trial": None,
             "_doubtful": None,
             "_data": [],
             "epoch": None,
         }
         return {**vars(self), **left, "_ranks": Ranks()}
-
-
-def is_to_be_gathered(spec: SampleSpec, loaders: CombinedLoader) -> bool:
-    """Whether the sample comes from the batches of training."""
-    return spec.is_number and not all(map(is_in_memory, loaders.flattened))
-
-
-def first_step(spec: SampleSpec, trainer: Trainer, loaders: CombinedLoader) -> int:
-    """The first step with a sample, as far as the loaders tell."""
-    if not is_to_be_gathered(spec, loaders) or not isinstance(spec.sample, int):
-        return 0
-    sizes = [batch_size_of(loader) for loader in loaders.flattened]
-    if not sizes or None in sizes:
-        return 0
-    examples = trainer.world_size * sum(size for size in sizes if size is not None)
-    num_batches = -(-spec.sample // examples)
-    return int((num_batches - 1) // trainer.accumulate_grad_batches)
-
-
-def _require_batches(trainer: Trainer) -> None:
-    """Refuse a sample of batches where training hands out none.
-
-    Raises:
-        SampleError: naming what to pass.
-    """
-    if takes_iterator(trainer.lightning_module):
-        raise SampleError(
-            "sample: expected 'all', a loader or a list of batches where training_step takes a dataloader_iter, got "
-            "one that comes from the batches of training, which are not seen there."
-        )
-
-
-def _data_of(loaders: CombinedLoader) -> list[tuple[Any, int]]:
-    """What training draws from, and its length; -1 if it has none."""
-    found = []
-    for loader in loaders.flattened:
-        data, length = getattr(loader, "dataset", loader), -1
-        with suppress(TypeError, NotImplementedError):  # it has no length, or says so
-            length = len(data)
-        found.append((data, length))
-    return found

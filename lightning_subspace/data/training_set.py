@@ -123,7 +123,7 @@ def is_in_memory(loader: Any) -> bool:
     if type(loader) is not DataLoader or type(loader.batch_sampler) is not BatchSampler:
         return False
     sampler, _ = undistributed(loader.batch_sampler.sampler)
-    return loader.collate_fn is default_collate and type(sampler) in SAMPLERS and _holds_tensors(loader.dataset)
+    return loader.collate_fn is default_collate and type(sampler) in SAMPLERS and bool(tensors_in(loader.dataset))
 
 
 def is_sized(loader: Any) -> bool:
@@ -188,12 +188,21 @@ def _permutation(length: int, count: int, generator: torch.Generator) -> Tensor:
     return torch.tensor(list(drawn)[:count])
 
 
-def _holds_tensors(dataset: object) -> bool:
+def tensors_in(dataset: object) -> list[Tensor]:
+    """The tensors of a dataset in memory; none of any other.
+
+    Example:
+        >>> len(tensors_in(Subset(TensorDataset(torch.zeros(8, 2), torch.zeros(8)), [1, 2]))), tensors_in([0, 1])
+        (2, [])
+    """
     if type(dataset) is Subset:
-        return _holds_tensors(dataset.dataset)
+        return tensors_in(dataset.dataset)
     if type(dataset) is ConcatDataset:
-        return all(map(_holds_tensors, dataset.datasets))
-    return type(dataset) in (TensorDataset, Tensor)
+        parts = [tensors_in(part) for part in dataset.datasets]
+        return [tensor for part in parts for tensor in part] if all(parts) else []
+    if type(dataset) is TensorDataset:
+        return list(dataset.tensors)
+    return [dataset] if type(dataset) is Tensor else []
 
 
 def _is_torch_distributed(sampler: object) -> bool:

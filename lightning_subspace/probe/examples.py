@@ -19,6 +19,7 @@ from lightning_subspace.data.sample import Sample
 from lightning_subspace.loss.loss_function import NoLossError
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.partition import Partition
+from lightning_subspace.probe.freshness import differ, traits_of
 from lightning_subspace.probe.randomness import is_random, remark, with_draws
 from lightning_subspace.probe.screening import Screening
 from lightning_subspace.probe.settings import ProbeSettings
@@ -64,6 +65,17 @@ class Examples:
         with ranks.agree(), choice.loss(module, partition.space, ranks) as loss:
             found = [_has_value(loss, batch) for batch in (own[0], min(own, key=lambda batch: batch.size))]
             return bool(ranks.all_reduce_min(int(all(found))))
+
+    def differ(
+        self, choice: CurvatureConfig, module: nn.Module, one: Sample, other: Sample, partition: Partition
+    ) -> bool:
+        """Whether two samples differ. A collective.
+
+        Costs one forward pass of the Hessian's part of each.
+        """
+        ranks = partition.ranks
+        with ranks.agree(), choice.loss(module, partition.space, ranks) as loss:
+            return differ(*(traits_of(loss, sample, ranks) for sample in (one, other)))
 
     def drawn(self, sample: Sample) -> Sample:
         """Several draws of a random loss; otherwise the sample itself.

@@ -76,11 +76,6 @@ class ProbeRun:
         """The present parameter space."""
         return self.partition.space
 
-    @property
-    def curvature(self) -> str:
-        """The word for the operator of the next probe."""
-        return self._choice.curvature
-
     def check(self, module: nn.Module, sample: Sample) -> SelfCheck:
         """Make the self-check on a few examples, and follow it. A collective.
 
@@ -109,6 +104,10 @@ class ProbeRun:
     def can_evaluate(self, module: nn.Module, sample: Sample) -> bool:
         """Whether the loss can be evaluated on these micro-batches. A collective."""
         return self.examples.can_be_evaluated(self._choice, module, sample, self.partition)
+
+    def differ(self, module: nn.Module, one: Sample, other: Sample) -> bool:
+        """Whether the losses of two samples differ. A collective."""
+        return self.examples.differ(self._choice, module, one, other, self.partition)
 
     def refresh_parameters(self, module: nn.Module) -> bool:
         """Start overlaps anew if the trainable parameters changed; whether they did."""

@@ -426,6 +426,47 @@ def test_a_sampler_with_an_epoch(tmp_path):
     assert [min(indices(sample.hessian)) for sample in watched.samples.values()] == [0, 0, 8, 16, 24]
 
 
+class InPlace(Recording):
+    """A curriculum by hand: the examples grow in the same dataset."""
+
+    def __init__(self, tensors: bool) -> None:
+        super().__init__()
+        self.dataset = Numbered()
+        self.tensors = self.dataset.tensors if tensors else None
+
+    def train_dataloader(self):
+        return loader(self.dataset if self.tensors is None else self.tensors, shuffle=True)
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 3:
+            (self.dataset.x if self.tensors is None else self.tensors.tensors[0]).mul_(30.0)
+
+
+@pytest.mark.parametrize("sample", [16, "all"])
+def test_tensors_that_are_written_to_are_read_anew(sample, tmp_path):
+    watched, _ = run(tmp_path, lambda: None, lambda: InPlace(True), monitor={"sample": sample}, max_epochs=6)
+    assert watched.differing == []
+    largest = {step: float(found.hessian[0].data[0].abs().max()) for step, found in watched.samples.items()}
+    assert largest[24] == pytest.approx(30.0 * largest[12])
+    assert all("overlap_previous" in record.metrics for record in watched.monitor.history[1:])  # over the change
+
+
+def test_a_dataset_that_is_written_to_is_gathered_anew(tmp_path):
+    watched, module = run(tmp_path, lambda: None, lambda: InPlace(False), max_epochs=6)
+    assert watched.differing == []
+    first, last = (watched.samples[step].hessian[0].data[0] for step in (12, 24))
+    assert torch.equal(first, module.given[0][0])
+    assert any(torch.equal(last, seen[0]) for seen in module.given[12:])
+
+
+def test_data_that_stay_keep_their_sample(tmp_path):
+    watched, _ = run(tmp_path, lambda: by_index(shuffle=True), max_epochs=20)
+    assert watched.differing == []
+    first, *others = (sample.hessian for step, sample in watched.samples.items() if step > 1)
+    assert len(others) > 30
+    assert all(torch.equal(a.data[0], b.data[0]) for other in others for a, b in zip(first, other, strict=True))
+
+
 class Renamed(Recording):
     """Classes that get other names in mid-run: nothing of the loader tells."""
 

@@ -256,7 +256,7 @@ def test_a_run_goes_on_with_what_the_check_chose_and_trains_the_same(name):
     assert all(torch.equal(a, b) for a, b in zip(with_probes, trained(make, inputs), strict=True))
     tracker = probing.tracker
     assert tracker.self_check.outcome is outcome
-    assert tracker.curvature == curvature
+    assert tracker._choice.curvature == curvature
     assert (tracker.notice is None) == (outcome in (CheckOutcome.PASSED, CheckOutcome.SKIPPED))
     assert [record.step for record in tracker.history] == [1, 3]
     if name != "wrong, warn":

@@ -76,8 +76,8 @@ class SubspaceMonitor(Measured):
         max_overhead: largest share of the wall time that probes after the first may take; candidate steps are passed
             over to keep it. None gives the exact schedule.
         sample: examples for the Hessian: a number, which are gathered from the batches that training uses (or drawn
-            before, where the data are tensors in memory); "all", which reads the dataset; "current", the batch just
-            trained on; or a loader or a list of batches or of (batch, weight) pairs.
+            before, where the data are tensors in memory); "all", which reads the dataset; "current", the batch at
+            hand; or a loader or a list of batches or of (batch, weight) pairs.
         gradient_sample: examples for the gradient, which contain the former: a number or "all". Used where `sample` is
             a number.
         resample: whether the sample is taken anew where the data of training change (at most once an epoch).

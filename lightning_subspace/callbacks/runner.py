@@ -256,10 +256,7 @@ class ProbeRunner:
             self._watch.go_on(trainer)
 
     def _sample(self, run: ProbeRun, module: nn.Module) -> Sample:
-        """The sample, its batches cut where they are too large. A collective.
-
-        They are left whole where the loss cannot be evaluated on a part.
-        """
+        """The sample, cut where batches are too large. A collective."""
         sample = self.source.sample
         assert sample is not None, "asked for before"
         if (fresh := self.source.fresh) is not None:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lightning_subspace.data.assignment import owner_rank
 from lightning_subspace.data.sample import Sample
-from lightning_subspace.loss.loss_function import NoLossError
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.state.copies import tensors_of
@@ -26,12 +25,13 @@ LEAST_SPREAD = 0.25  # of micro-batches, relative to the smaller mean: two may b
 
 
 def traits_of(loss: TrainingLoss, sample: Sample, ranks: Ranks) -> list[tuple[float, ...]]:
-    """The loss of each micro-batch, and the root mean square of each tensor in it. A collective.
+    """Loss and sizes of tensors of each micro-batch. A collective.
+
+    The size is the root mean square of what is stored.
 
     Args:
         loss: an open context.
-        sample: each rank evaluates its own part of the Hessian's, in one forward pass each. Batches without a loss are
-            left out.
+        sample: each rank evaluates its own part of the Hessian's, in one forward pass each.
         ranks: the processes that share it.
     """
     own = []
@@ -39,7 +39,7 @@ def traits_of(loss: TrainingLoss, sample: Sample, ranks: Ranks) -> list[tuple[fl
         if owner_rank(batch, ranks) == ranks.index:
             try:
                 value = loss.value_at(None, [(batch, 1.0)])
-            except NoLossError:
+            except Exception:  # what is wrong shows in the probe; and a batch may have no loss
                 continue
             own.append((value, *map(_size, tensors_of(batch.data))))
     return [traits for several in ranks.all_gather_object(own) for traits in several if all(map(math.isfinite, traits))]

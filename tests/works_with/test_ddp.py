@@ -671,6 +671,7 @@ def speak(ranks):
         warnings.simplefilter("always")
         with contextlib.redirect_stdout(streams):
             log = logging.getLogger("lightning.pytorch")
+            log.addHandler(handler)
             fit_loudly(Net(), loader(ranks), one, logger, ranks)
             log.removeHandler(handler)
     told = [str(warning.message) for warning in heard if "SubspaceMonitor" in str(warning.message)]

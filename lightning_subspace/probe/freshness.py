@@ -20,7 +20,7 @@ from lightning_subspace.state.copies import tensors_of
 from lightning_subspace.state.layouts import dense_parts
 
 Z = 4.0  # standard errors of the difference of the means
-FEW, Z_OF_FEW = 8, 6.0  # so few losses estimate their spread badly
+FEW, Z_OF_FEW = 12, 6.0  # so few losses estimate their spread badly
 LEAST_SPREAD = 0.25  # of micro-batches, relative to the smaller mean: two may be alike by chance
 
 
@@ -61,7 +61,7 @@ def are_apart(one: Sequence[float], other: Sequence[float]) -> bool:
         >>> are_apart(losses, [1.1, 1.0, 0.9, 1.2]), are_apart(losses, [3.0, 3.1, 2.8, 3.2])
         (False, True)
     """
-    if not one or not other:
+    if min(len(one), len(other)) < 2:  # a single one has no spread
         return False
     means = [statistics.fmean(values) for values in (one, other)]
     squares = sum((value - mean) ** 2 for values, mean in zip((one, other), means, strict=True) for value in values)

@@ -707,6 +707,31 @@ def test_a_sample_that_the_checkpoint_does_not_hold_is_gathered_anew(tmp_path, m
     assert [record.step for record in monitor.history] == [*range(1, 7), *range(8, 15)]
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_run_that_is_resumed_before_its_sample_is_full_fills_it(tmp_path, caplog):
+    def fit_to(end, path=None):
+        keep = KeepSample()
+        monitor = SubspaceMonitor(
+            k=2, every_n_steps=100, max_overhead=None, sample=32, gradient_sample=32, measurements=[keep]
+        )
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        trainer = Trainer(accelerator="cpu", logger=False, callbacks=[monitor], max_steps=end, max_epochs=-1, **quiet)
+        torch.manual_seed(0)
+        trainer.fit(Classifier(), by_index(), ckpt_path=path)
+        trainer.save_checkpoint(tmp_path / "short.ckpt")
+        return [record.step for record in monitor.history], keep.samples
+
+    whole, samples = fit_to(6)
+    assert whole == [3, 6]
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        stopped, _ = fit_to(2)  # with half of the sample, which has to do at the end
+        resumed, again = fit_to(6, tmp_path / "short.ckpt")
+    assert stopped == [2]
+    assert "gathered anew" not in caplog.text
+    assert resumed == [2, 6]
+    assert indices(again[6].hessian)[:16] == indices(samples[6].hessian)[:16]
+
+
 def test_a_reading_that_takes_too_long_measures_nothing_and_training_goes_on():
     class Slow(Numbered):
         def __getitem__(self, index):

@@ -64,7 +64,7 @@ class HookWatch:
         before_hooks(trainer, self, see)
 
 
-def changed(step: int, *, gathers: bool) -> str:
+def change_notice(step: int, *, gathers: bool) -> str:
     """What is said of a hook that was found to change batches.
 
     Args:

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_subspace._lightning import MisconfigurationException, Trainer
 from lightning_subspace.callbacks.end_point import EndPoint
-from lightning_subspace.callbacks.hook_watch import HookWatch, changed
+from lightning_subspace.callbacks.hook_watch import HookWatch, change_notice
 from lightning_subspace.callbacks.notices import Notices
 from lightning_subspace.callbacks.tap import before_training_step, forget_batches
 from lightning_subspace.curvature.selection import CheckError
@@ -251,7 +251,7 @@ class ProbeRunner:
             has_changed = any(self.ranks.all_gather_object(self._watch.has_changed(batch)))
             self.source.settle(trainer, has_changed=has_changed)
             if has_changed and was_used:
-                self.notices.warn(changed(trainer.global_step, gathers=gathers))
+                self.notices.warn(change_notice(trainer.global_step, gathers=gathers))
         if not has_changed:
             self._watch.go_on(trainer)
 

@@ -123,13 +123,12 @@ class GatheredSample:
         if epoch != self.epoch or self.is_complete:
             return self.close()
         with self._ranks.agree():
+            if not self._batches:  # what a batch's number of examples is, is decided once, and for all ranks
+                self._counter.count(batch)
+                self._counter.learned = self._ranks.broadcast_object(self._counter.learned)
             index = len(self._batches) + self._ranks.index
             own = micro_batch(batch, index, self._weight, counter=self._counter, transferred=True)
             own = replace(own, batch_idx=batch_idx)
-            if not self._batches:  # what a batch's number of examples is, is decided once, and for all ranks
-                self._counter.learned = self._ranks.broadcast_object(self._counter.learned)
-                own = micro_batch(batch, index, self._weight, counter=self._counter, transferred=True)
-                own = replace(own, batch_idx=batch_idx)
             fits = self._take_room(sum(bytes_of(tensor) for tensor in tensors_of(own.data)))
             listed = self._ranks.all_gather_object((replace(own, data=None, is_local=False), fits))
         if not all(fits for _, fits in listed) and self._batches:

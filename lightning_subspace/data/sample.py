@@ -98,8 +98,9 @@ class SampleSpec:
 def sample_of_current(batch: Any, ranks: Ranks | None = None, batch_idx: int | None = None) -> Sample:
     """Copy the present training batch, of all ranks with equal weights."""
     ranks = ranks or Ranks()
-    own = MicroBatch(detached_copy(batch), 1.0, ranks.index, transferred=True, off_cpu=places(batch))
-    own = replace(own, batch_idx=batch_idx)
+    own = MicroBatch(
+        detached_copy(batch), 1.0, ranks.index, transferred=True, off_cpu=places(batch), batch_idx=batch_idx
+    )
     other = replace(own, data=None, is_local=False)
     return Sample(tuple(own if rank == ranks.index else replace(other, index=rank) for rank in range(ranks.count)))
 

@@ -255,8 +255,9 @@ class SampleSource:
 
     def release(self) -> None:
         """Free the examples, but for those that were gathered."""
-        self.sample = self.failure = self._next = self._trial = self._doubtful = None
-        self._data = []
+        gathered = self._gathered
+        self.forget()
+        self._gathered = gathered
 
     @property
     def _gradient_sample(self) -> int:

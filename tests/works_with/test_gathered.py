@@ -111,10 +111,16 @@ def test_the_sample_is_what_training_draws(case, tmp_path):
     assert watched.steps[0] == max(first, 1)
 
 
-class FixedSize(Recording):
+class OneSize(Recording):
+    """Refuses every batch of another size."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
     def training_step(self, batch, batch_idx):
-        if len(batch[0]) != 10:
-            raise ValueError("this model has batches of ten")
+        if len(batch[0]) != self.size:
+            raise ValueError(f"this model has batches of {self.size}")
         return super().training_step(batch, batch_idx)
 
 
@@ -123,7 +129,7 @@ def test_a_model_of_one_batch_size_is_measured(tmp_path):
         lambda: loader(Numbered(0, 28), batch_size=10, drop_last=True, shuffle=True),
         lambda: loader(TensorDataset(*(c[:28] for c in examples().tensors)), batch_size=10, drop_last=True),
     ):
-        watched, _ = run(tmp_path, data, FixedSize, monitor={"sample": 5, "gradient_sample": 20})
+        watched, _ = run(tmp_path, data, lambda: OneSize(10), monitor={"sample": 5, "gradient_sample": 20})
         assert watched.differing == []
         assert [batch.size for batch in everything(watched.sample)] == [10, 10]
 
@@ -523,17 +529,10 @@ def test_a_batch_larger_than_the_sample_is_cut(tmp_path):
     assert [[batch.size for batch in part] for part in (watched.sample.hessian, watched.sample.extra)] == [[6], [10]]
     assert torch.equal(torch.cat([batch.data[0] for batch in everything(watched.sample)]), module.given[0][0])
     whole, _ = run(
-        tmp_path, lambda: by_index(batch_size=16), WholeBatches, monitor={"sample": 6, "gradient_sample": 16}
+        tmp_path, lambda: by_index(batch_size=16), lambda: OneSize(16), monitor={"sample": 6, "gradient_sample": 16}
     )
     assert whole.differing == []
     assert [[batch.size for batch in part] for part in (whole.sample.hessian, whole.sample.extra)] == [[16], []]
-
-
-class WholeBatches(Recording):
-    def training_step(self, batch, batch_idx):
-        if len(batch[0]) != 16:
-            raise ValueError("this loss has no parts")
-        return super().training_step(batch, batch_idx)
 
 
 def test_a_batch_size_cuts_batches(tmp_path):

@@ -5,7 +5,7 @@ Each entry says what it is for and why nothing public does. Seen in torch 2.6 to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ __all__ = [
     "FSDP",
     "DispatchMode",
     "base_of",
+    "gradient_hook",
     "is_of_fsdp",
     "mixed_precision_policy",
     "module_hooks",
@@ -102,3 +103,19 @@ def without_gradient_hooks(parameters: list[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter, hooks in zip(parameters, before, strict=True):
             parameter._post_accumulate_grad_hooks = hooks
+
+
+@contextmanager
+def gradient_hook(tensor: Tensor, hook: Callable[[Tensor], Any]) -> Iterator[None]:
+    """Call a hook with the gradient of a leaf, for a while.
+
+    Removing a hook leaves an empty dict behind.
+    """
+    before = tensor._backward_hooks
+    handle = tensor.register_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+        if before is None:
+            tensor._backward_hooks = None

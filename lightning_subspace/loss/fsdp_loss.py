@@ -75,6 +75,9 @@ class ShardedLoss(TrainingLoss):
         around = extra_roots(self.module)
         return Shadow(self.module, self._narrowest, None, around, replacements=self._replacements, parameters=False)
 
+    def _follow(self, value: Tensor, leaves: list[Tensor], batch: MicroBatch) -> None:
+        """Nothing to follow: there are no copies."""
+
     @contextmanager
     def _around_step(self) -> Iterator[Callable[[Any], Any]]:
         # Checked: a rank without memory for its copies must not leave the others waiting in FSDP's first all-gather.

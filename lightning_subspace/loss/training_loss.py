@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_subspace._lightning import attached_trainer, extra_roots, muted, transfer
 from lightning_subspace.data.micro_batch import MicroBatch
+from lightning_subspace.loss.dependence import Dependence
 from lightning_subspace.loss.loss_function import LossFunction, as_scalar, resolve_loss
 from lightning_subspace.loss.precision import eager, twice_differentiable, widened, widened_array
 from lightning_subspace.loss.shadow import Shadow
@@ -68,6 +69,7 @@ class TrainingLoss:
         values: the first value at theta of each micro-batch since the context was opened, by `place_of` it:
             0-dimensional, on its device.
         originals: the module's own parameters of the space, in an open context; not to be written to.
+        dependence: what the losses since then depend on.
 
     Raises:
         TypeError: without `loss_fn`, when the module has no `training_step` that takes a batch.
@@ -110,6 +112,8 @@ class TrainingLoss:
         self._displacement: dict[int, Tensor] = {}
         self._stack = ExitStack()
         self._shadow: Shadow | None = None
+        self.dependence = Dependence({})
+        self._followed: set[tuple[int, int, int]] = set()  # the micro-batches whose graph was followed
 
     def __enter__(self) -> TrainingLoss:
         reshard(self.module)
@@ -123,9 +127,10 @@ class TrainingLoss:
             stack.enter_context(muted(self.module))
             self._shadow = self._make_shadow(stack)
             stack.callback(self._shadow.close)
+            self.dependence = stack.enter_context(Dependence(dict(zip(originals, self.space.names, strict=True))))
             self._stack = stack.pop_all()
         self.originals = tuple(originals)
-        self.values = {}
+        self.values, self._followed = {}, set()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -192,10 +197,17 @@ class TrainingLoss:
             leaf.requires_grad_(True)  # if the step has frozen it, the graph does not lead to it: no gradient
         self._shadow.drop_written()
         value = as_scalar(output, type(self.module).__name__, finite=finite)
+        self._follow(value, leaves, batch)
         if not self._is_displaced:
             # The first, as a filler may be evaluated again, beside other batches. Not read, since that waits for a GPU.
             self.values.setdefault(place_of(batch), value.detach())
         return Evaluation(value, leaves)
+
+    def _follow(self, value: Tensor, leaves: list[Tensor], batch: MicroBatch) -> None:
+        """See once a micro-batch what the loss depends on."""
+        if place_of(batch) not in self._followed:
+            self._followed.add(place_of(batch))
+            self.dependence.see(value, leaves)
 
     def _copied(self, batch: MicroBatch) -> Any:
         """A copy of the data for training_step, which may write into it."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_subspace.parallel.fsdp import local_part
+from lightning_subspace.parallel.storage import overlapping
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class ParameterSpace:
             params: shell-style patterns on the qualified names (`["head.*", "*.bias"]`); None takes all.
 
         Raises:
-            ValueError: when no parameter is trainable, a pattern matches none, or one is lazy and without a shape.
+            ValueError: when no parameter is trainable, a pattern matches none, one is lazy and without a shape, or two
+                trainable parameters share memory without being one.
         """
         names: dict[nn.Parameter, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -66,6 +68,7 @@ class ParameterSpace:
                 raise ValueError(
                     f"{name!r}: expected a shape, got a lazy parameter; run a forward pass before training."
                 )
+        _require_own_memory(module)
         is_complex = frozenset(name for name, parameter in chosen.items() if parameter.is_complex())
         return cls(tuple(chosen), tuple(p.shape for p in chosen.values()), is_complex)
 
@@ -144,6 +147,17 @@ def flat_values(tensor: Tensor, name: str, shape: torch.Size) -> Tensor:
 
 def _any_match(names: Iterable[str], patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _require_own_memory(module: nn.Module) -> None:
+    shared = overlapping({name: p for name, p in module.named_parameters() if p.requires_grad})
+    if shared is not None:
+        one, other = shared
+        raise ValueError(
+            f"module: expected parameters that are one object or have memory of their own, got {one!r} and {other!r} "
+            "over one storage (tied by .data, or views of one buffer), so that a step of one moves the other; assign "
+            "the parameter itself, as in `decoder.weight = encoder.weight`."
+        )
 
 
 def _require_matches(patterns: Sequence[str], names: Sequence[str], module: str) -> None:

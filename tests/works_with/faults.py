@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lightning_subspace import Measurement, Needs, SubspaceMonitor, SubspaceProjection
 from lightning_subspace import measurements as default
 from lightning_subspace.callbacks import monitor, recorder
-from lightning_subspace.curvature import CurvatureConfig, FiniteDifferenceHessian, Hessian
+from lightning_subspace.curvature import CurvatureConfig, FiniteDifferenceHessian, Hessian, selection
 from lightning_subspace.curvature.differences import DisplacedGradients
 from lightning_subspace.curvature.forward_difference import ForwardDifferenceHessian
 from lightning_subspace.curvature.fsdp_difference import ShardedDifferenceHessian
@@ -177,7 +177,7 @@ def _in_a_probe(what: str) -> Callable[..., str]:
 
 PLACES: list[tuple[Any, str, str | Callable[..., str]]] = [
     (CurvatureConfig, "_compare", "self-check"),
-    (CurvatureConfig, "_evaluate_twice", "second evaluation"),
+    (selection, "require_value", "second evaluation"),
     (GradientField, "of", "diagnosis"),
     (examples, "is_random", "randomness"),
     (screening, "with_loss", "screening"),

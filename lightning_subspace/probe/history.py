@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from lightning_subspace.probe.arguments import require_instance
 from lightning_subspace.probe.checkpoint import decode
 from lightning_subspace.probe.entries import CheckpointError, Entries
 from lightning_subspace.subspace.record import Record
@@ -23,6 +24,7 @@ def read_history(path: str | os.PathLike[str], name: str | None = None) -> list[
         followed it, if the checkpoint was written before that step.
 
     Raises:
+        ValueError: for a path or a name of another type.
         CheckpointError: when the file holds no state of such a monitor, or a damaged one.
 
     Example:
@@ -32,6 +34,8 @@ def read_history(path: str | os.PathLike[str], name: str | None = None) -> list[
         Traceback (most recent call last):
         lightning_subspace.probe.entries.CheckpointError: name: expected a monitor of the checkpoint, got None; ...
     """
+    require_instance("path", path, (str, os.PathLike), "the path of a checkpoint")
+    require_instance("name", name, str, "the name of a monitor or None", optional=True)
     saved = Entries(torch.load(path, map_location="cpu", weights_only=True), "checkpoint")
     states = saved.any("callbacks") if "callbacks" in saved else {}
     prefix, suffix = "SubspaceMonitor{'name': ", "}"  # as Lightning makes the key of a state

@@ -52,7 +52,7 @@ WRONG = {
     "on_check_fail": [("one of 'warn', 'raise', 'finite-difference', 'omit'", ["ignore"])],
     "on_failure": [("one of 'warn', 'raise'", ["ignore"])],
     "name": [("an ASCII word", ["", "a b", None])],
-    "seed": [("an integer of at least 0", [-1, None])],
+    "seed": [("an integer from 0 to 2**63 - 1", [-1, None])],
 }
 CASES = [(name, expected, value) for name, rows in WRONG.items() for expected, values in rows for value in values]
 

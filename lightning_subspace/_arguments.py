@@ -33,7 +33,7 @@ def described(value: object) -> str:
     """A value in a message; of a tensor its type and shape.
 
     Example:
-        >>> described(torch.ones(2, 3)), described(nn.Linear), described("3")
+        >>> described(Tensor(2, 3)), described(nn.Linear), described("3")
         ('torch.float32 of shape (2, 3)', 'the class Linear', "'3'")
     """
     if isinstance(value, Tensor | np.ndarray):

@@ -144,7 +144,7 @@ def known_pairs(known: object, n: int, dimension: int) -> tuple[Tensor, Tensor, 
     expected = f"eigenvalues (k,), their residuals (k,) and eigenvectors (k, {n}), k at most {dimension}, or None"
     pairs = require_instances("known", known, Tensor, expected)
     shapes = [tuple(tensor.shape) for tensor in pairs]
-    k = shapes[0][:1]
+    k = shapes[0][:1] if shapes else ()
     if len(k) != 1 or shapes != [k, k, (*k, n)] or k[0] > dimension:
         raise ValueError(f"known: expected {expected}, got tensors of shapes {shapes}.")
     return pairs[0], pairs[1], pairs[2]

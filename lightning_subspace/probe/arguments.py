@@ -62,7 +62,7 @@ def require_steps(name: str, value: Any) -> int | list[int]:
 
 
 def ranks_of(group: Any, module: Any) -> Ranks:
-    """The processes of a group, for a module that is not checked yet.
+    """The processes of a group, for a module still unchecked.
 
     Raises:
         ValueError: for another thing than a group, or one that this process is not in.

@@ -121,7 +121,7 @@ def fit(*callbacks, namespace=pl, module=None, **options):
 
 REFUSED = {
     "k": ({"k": 100}, {}, "SubspaceProjection: k: expected 0..43, the number of parameters, got 100."),
-    "params": ({"params": ["tail.*"]}, {}, "SubspaceProjection: params: the pattern 'tail.*' matches no trainable"),
+    "params": ({"params": ["tail.*"]}, {}, "SubspaceProjection: params: expected patterns of parameter names, got one"),
     "manual": ({}, {"automatic_optimization": False}, "SubspaceProjection: Net optimizes manually"),
     "sample": ({"sample": [(torch.zeros(3), "x")], "weight": lambda batch: 0.0}, {}, "SubspaceProjection: weight: "),
 }

@@ -8,6 +8,7 @@ A check returns the value as the code behind it takes it: numpy's integers as Py
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -43,7 +44,8 @@ def described(value: object) -> str:
     if isinstance(value, nn.Module):
         return f"an object of type {type(value).__name__}"
     text = repr(value)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST].splitlines()[0]} ..."
+    head = text[:LONGEST].partition("\n")[0]
+    return text if text == head else f"{head} ..."
 
 
 def is_integer(value: Any) -> bool:
@@ -73,10 +75,14 @@ def require_seed(name: str, value: Any) -> int:
 
 
 def require_number(name: str, value: Any, expected: str, allowed: Callable[[float], bool], way_out: str = "") -> float:
-    """A real number in a range that `expected` says in words."""
-    if not is_number(value) or not allowed(float(value)):
+    """A real number in a range that `expected` says; never nan."""
+    try:
+        number = float(value) if is_number(value) else math.nan
+    except OverflowError:  # an integer beyond all floats
+        number = math.nan
+    if not allowed(number):
         raise wrong(name, expected, value, way_out)
-    return float(value)
+    return number
 
 
 def require_word(name: str, value: Any, words: Sequence[str]) -> None:
@@ -171,7 +177,7 @@ def is_list_like(value: Any) -> bool:
 def _accepts(function: Callable[..., Any], count: int) -> bool:
     """Whether a function takes so many arguments, as far as it says."""
     try:
-        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+        signature = inspect.signature(getattr(function, "forward", function))
     except (TypeError, ValueError):  # built in, and without a signature
         return True
     try:

@@ -108,7 +108,11 @@ def require_given_batches(name: str, value: Any, others: str = "") -> None:
 
 def _is_one_batch(value: Any) -> bool:
     """Whether a list or tuple holds the tensors of one batch."""
-    if not isinstance(value, list | tuple) or not value or not all(isinstance(item, Tensor) for item in value):
+    if not isinstance(value, list | tuple) or not any(isinstance(item, Tensor) for item in value):
+        return False
+    if any(isinstance(item, Mapping) for item in value):
+        return True
+    if not all(isinstance(item, Tensor) for item in value):
         return False
     if isinstance(value, tuple):
         return True

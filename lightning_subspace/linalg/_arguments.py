@@ -12,9 +12,9 @@ from torch import Tensor
 from lightning_subspace._arguments import (
     described,
     is_integer,
-    is_number,
     require_function,
     require_instances,
+    require_number,
     require_seed,
     require_word,
     wrong,
@@ -101,11 +101,9 @@ def check(
         raise ValueError(f"k: expected at most the dimension of the space, {dimension}, got {k}; lower k.")
     require_word("which", which, WHICH)
     require_word("verify", verify, ("always", "never"))
-    if not is_number(delta) or not 0 < delta < 1:
-        raise wrong("delta", "a number in (0, 1)", delta, "it is a probability")
+    require_number("delta", delta, "a number in (0, 1)", lambda x: 0.0 < x < 1.0, "it is a probability")
     check_dtype(dtype)
-    if not is_number(max_asymmetry) or not max_asymmetry >= 0:
-        raise wrong("max_asymmetry", "a number of at least 0", max_asymmetry)
+    require_number("max_asymmetry", max_asymmetry, "a number of at least 0", lambda x: x >= 0.0)
 
 
 def check_dtype(dtype: torch.dtype) -> None:
@@ -116,12 +114,11 @@ def check_dtype(dtype: torch.dtype) -> None:
 
 def tolerances(tol: float, subspace_tol: float | None, dtype: torch.dtype) -> tuple[float, float]:
     """`tol` as the dtype allows, and the tightest residual for `subspace_tol`."""
-    for name, value, end in (("tol", tol, ""), ("subspace_tol", subspace_tol, ", or None")):
-        if end and value is None:
-            continue
-        if not is_number(value) or not 0 < value < math.inf:  # type: ignore[operator]  # `is_number` tells
-            relative = "the gap" if end else "the largest |value|"
-            raise wrong(name, f"a positive finite number{end}", value, f"it is relative to {relative}")
+    expected, of_what = "a positive finite number", "it is relative to"
+    tol = require_number("tol", tol, expected, lambda x: 0.0 < x < math.inf, f"{of_what} the largest |value|")
+    if subspace_tol is not None:
+        or_none = f"{expected}, or None"
+        require_number("subspace_tol", subspace_tol, or_none, lambda x: 0.0 < x < math.inf, f"{of_what} the gap")
     smallest = SMALLEST_TOL[dtype]
     if tol < smallest:
         message = f"tol: expected at least {smallest} in {dtype}, got {tol}; it was raised to that"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from numbers import Integral
 from typing import Any
 
@@ -21,10 +22,17 @@ from lightning_subspace._arguments import require_number as require_number
 from lightning_subspace._arguments import require_word as require_word
 from lightning_subspace._arguments import wrong as wrong
 from lightning_subspace.data.given import require_given_batches
+from lightning_subspace.measurements.base import Measurement, Needs
 from lightning_subspace.parallel.fsdp import is_sharded
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.subspace.record import Record
+
+MEASUREMENT_METHODS = {
+    "measure": ("probe",),
+    "expected_products": ("prospect",),
+    "after_step": ("probe", "gradient", "update"),
+}
 
 
 def require_patterns(name: str, value: Any) -> tuple[str, ...] | None:
@@ -43,6 +51,16 @@ def require_loss(name: str, value: Any) -> None:
     if getattr(value, "__module__", None) == "torch.nn.functional":  # its third argument is another one
         expected = "a function (module, batch, batch_idx) -> scalar tensor"
         raise wrong(name, expected, value, "apply it to the module's output in a function of your own")
+
+
+def require_measurement(value: Measurement) -> None:
+    """A measurement whose attributes and methods are as a probe needs them."""
+    name = type(value).__name__
+    require_integer(f"{name}.every", value.every, 1)
+    require_instance(f"{name}.needs", value.needs, Needs, "one of lightning_subspace.Needs")
+    require_instance(f"{name}.extra", value.extra, Set, "a frozenset of keys")
+    for method, takes in MEASUREMENT_METHODS.items():
+        require_function(f"{name}.{method}", getattr(value, method), takes, optional=False)
 
 
 def require_name(name: str, value: Any) -> None:

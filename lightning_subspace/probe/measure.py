@@ -266,7 +266,9 @@ def _trusted_basis(previous: Record | None, partition: Partition) -> Tensor | No
     """The eigenvectors of an earlier record, if it is trusted."""
     if previous is None or previous.subspace is None or not previous.subspace.trusted:
         return None
-    basis, held = previous.subspace.basis, previous.subspace.partition
+    if previous.subspace.eigenvectors is None:
+        raise ValueError("previous: expected a record with its eigenvectors, got one without, as a history keeps them.")
+    basis, held = previous.subspace.eigenvectors, previous.subspace.partition
     num_parameters = basis.shape[1] if held is None else held.n
     if num_parameters != partition.n:
         raise ValueError(

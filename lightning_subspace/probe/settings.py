@@ -28,6 +28,7 @@ from lightning_subspace.probe.arguments import (
     require_function,
     require_integer,
     require_loss,
+    require_measurement,
     require_number,
     require_patterns,
     require_word,
@@ -179,7 +180,7 @@ class ProbeSettings:
         given = require_instances("measurements", self.measurements, Measurement, expected, once=True)
         self._take("measurements", given)
         for item in given:
-            require_integer(f"{type(item).__name__}.every", item.every, 1)
+            require_measurement(item)
 
 
 def require_sizes(settings: ProbeSettings) -> None:

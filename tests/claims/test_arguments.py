@@ -31,9 +31,12 @@ import lightning_subspace
 from lightning_subspace import (
     Chi,
     Density,
+    Measurement,
+    Needs,
     Probe,
     Prospect,
     Record,
+    SampleError,
     SubspaceMonitor,
     SubspaceProjection,
     Trace,
@@ -132,7 +135,7 @@ def integers(least, *, none=False):
 
 def numbers(*outside, none=False):
     """What is no number, and numbers that are not in the range."""
-    wrong = [NAN, "0.1", True, torch.tensor(0.1), [0.1], *OTHERS, *outside]
+    wrong = [NAN, 10**400, "0.1", True, torch.tensor(0.1), [0.1], *OTHERS, *outside]
     return wrong if none else [None, *wrong]
 
 
@@ -150,8 +153,8 @@ def functions(*others, none=True):
 
 
 DATA = [
-    X, X.numpy(), [X, Y], [X, torch.ones(16, 1)], (X, X), {"x": X}, [], (), [1, 2], [True], 0.5, DataLoader, NET,
-    TensorDataset(X), Indexed(), object(), b"x", NAN,
+    X, X.numpy(), [X, Y], [{"x": X}, Y], ({"x": X}, Y), [X, torch.ones(16, 1)], (X, X), {"x": X}, [], (),
+    [1, 2], [True], 0.5, DataLoader, NET, TensorDataset(X), Indexed(), object(), b"x", NAN,
 ]  # fmt: skip
 PATTERNS = ["head.*", b"head", 3, [3], [], (), {"head.*": 1}, [None], [["head.*"]], NET.parameters, True, nn.Linear]
 LISTS = [3, 0, "", "Trace", True, Trace, [Trace], [3], [None], [[Trace()]], {"a": Trace()}, Trace()]
@@ -250,7 +253,7 @@ TABLE = {
             "mode": WORDS,
             "measurements": [None, *LISTS, [SAME, SAME]],
             "optimizer": [3, "sgd", torch.optim.SGD, [torch.optim.SGD(NET.parameters(), lr=0.1)], True],
-            "previous": [3, "r", SPACE, Record, [RECORD], RECORD, RECORD.metrics, True],
+            "previous": [3, "r", SPACE, Record, [RECORD], RECORD, RECORD.without_eigenvectors(), RECORD.metrics, True],
             "dtype": ["bfloat16", torch.float16, *WORDS],
             "curvature": SETTINGS["curvature"],
             "on_check_fail": SETTINGS["on_check_fail"],
@@ -619,6 +622,47 @@ def test_every_seed_of_the_range_measures_and_is_another_one(seed):
     assert measured(seed) == found
     torch.manual_seed(0)
     assert measured(seed - 1)["sample_loss"] != found["sample_loss"]  # other dropout masks
+
+
+# Measurements of a user's own
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [
+        *[("every", value) for value in integers(1)],
+        *[("needs", value) for value in ("nothing", None, Needs, 0)],
+        *[("extra", value) for value in ("a key", None, 3, {"a key": 1})],
+        *[("measure", value) for value in (lambda self: {}, lambda self, probe, more: {}, None, 3)],
+        *[("expected_products", value) for value in (lambda self: 1.0, 1.0)],
+        *[("after_step", value) for value in (lambda self, probe: {}, {})],
+    ],
+)
+def test_a_measurement_that_no_probe_could_take_is_refused(attribute, value):
+    made = type("Own", (Measurement,), {attribute: value})()
+    words = rf"Own\.{attribute}: expected .+, got .+\.$"
+    with pytest.raises(MisconfigurationException, match=f"^SubspaceMonitor: {words}"):
+        SubspaceMonitor(measurements=[made])
+    with pytest.raises(ValueError, match=f"^{words}"):
+        measure_subspace(NET, [(X, Y)], k=2, loss_fn=loss, measurements=[made])
+
+
+@pytest.mark.parametrize("k", [value for value in integers(1) if value is not None])
+def test_the_solver_of_a_probe_refuses_another_k(k):
+    class Own(Measurement):
+        needs = Needs.NOTHING
+
+        def measure(self, probe):
+            return {"top": float(probe.solve(probe.operator, k=k).eigenvalues[0])}
+
+    with pytest.raises(ValueError, match=r"^k: expected a positive integer, got "):
+        measure_subspace(NET, [(X, Y)], k=0, loss_fn=loss, measurements=[Own()])
+
+
+@pytest.mark.parametrize("weight", [lambda batch: "a lot", lambda batch: None, lambda batch: -1, lambda batch: NAN])
+def test_a_weight_that_is_no_number_is_named(weight):
+    with pytest.raises(SampleError, match=r"^weight: expected a positive finite number for every batch, got "):
+        measure_subspace(NET, [(X, Y)], k=1, loss_fn=loss, weight=weight)
 
 
 # In a Trainer

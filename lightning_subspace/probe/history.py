@@ -25,7 +25,8 @@ def read_history(path: str | os.PathLike[str], name: str | None = None) -> list[
 
     Raises:
         ValueError: for a path or a name of another type.
-        CheckpointError: when the file holds no state of such a monitor, or a damaged one.
+        CheckpointError: when the file holds no state of such a monitor, or a damaged one, or is no checkpoint.
+        OSError: when there is no such file.
 
     Example:
         >>> import tempfile
@@ -36,13 +37,22 @@ def read_history(path: str | os.PathLike[str], name: str | None = None) -> list[
     """
     require_instance("path", path, (str, os.PathLike), "the path of a checkpoint")
     require_instance("name", name, str, "the name of a monitor or None", optional=True)
-    saved = Entries(torch.load(path, map_location="cpu", weights_only=True), "checkpoint")
-    states = saved.any("callbacks") if "callbacks" in saved else {}
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch has many, some of them without a word
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise CheckpointError(
+            f"path: expected a checkpoint that torch.load reads with weights_only=True, got {str(path)!r} ({reason})"
+        ) from error
+    saved = Entries(loaded, "checkpoint")
+    states = saved.below("callbacks").values if "callbacks" in saved else {}
     prefix, suffix = "SubspaceMonitor{'name': ", "}"  # as Lightning makes the key of a state
     found = {
         key.removeprefix(prefix).removesuffix(suffix)[1:-1]: state
         for key, state in states.items()
-        if key.startswith(prefix)
+        if str(key).startswith(prefix)
     }
     if name is None and len(found) == 1:
         name = next(iter(found))

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import lightning_subspace
 from lightning_subspace import (
+    CheckpointError,
     Chi,
     Density,
     Measurement,
@@ -42,6 +43,7 @@ from lightning_subspace import (
     Trace,
     eigsh,
     measure_subspace,
+    read_history,
 )
 from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.linalg import quadrature
@@ -622,6 +624,27 @@ def test_every_seed_of_the_range_measures_and_is_another_one(seed):
     assert measured(seed) == found
     torch.manual_seed(0)
     assert measured(seed - 1)["sample_loss"] != found["sample_loss"]  # other dropout masks
+
+
+# Files
+
+
+class Foreign:
+    pass
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
+    (tmp_path / "text").write_text("hello")
+    (tmp_path / "empty").touch()
+    torch.save({"callbacks": {}, "hyper_parameters": Foreign()}, tmp_path / "foreign")
+    for path in tmp_path.iterdir():
+        with pytest.raises(CheckpointError, match=rf"^path: expected a checkpoint .*, got {str(path)!r} \(\w+: "):
+            read_history(path)
+    torch.save({"callbacks": 3}, tmp_path / "number")
+    with pytest.raises(CheckpointError, match=r"^checkpoint\.callbacks: expected a dict, got 3"):
+        read_history(tmp_path / "number")
+    with pytest.raises(FileNotFoundError):
+        read_history(tmp_path / "none")
 
 
 # Measurements of a user's own

@@ -79,7 +79,7 @@ def require_steps(name: str, value: Any) -> int | list[int]:
     return [int(step) for step in steps]
 
 
-def ranks_of(group: Any, module: Any) -> Ranks:
+def ranks_of_group(group: Any, module: Any) -> Ranks:
     """The processes of a group, for a module still unchecked.
 
     Raises:

@@ -35,7 +35,7 @@ from lightning_subspace.measurements.sample_loss import known_losses
 from lightning_subspace.measurements.spectrum import solver_metrics
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
-from lightning_subspace.probe.arguments import check_given, checked_k, ranks_of, require_the_same, require_word
+from lightning_subspace.probe.arguments import check_given, checked_k, ranks_of_group, require_the_same, require_word
 from lightning_subspace.probe.screening import Screening
 from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.subspace.record import Record
@@ -119,7 +119,7 @@ def measure_subspace(
         >>> record.subspace.outcome.name, tuple(record.subspace.eigenvectors.shape)
         ('CONVERGED', (2, 15))
     """
-    ranks = ranks_of(group, module)
+    ranks = ranks_of_group(group, module)
     with ranks.agree():
         optimizer = bare_optimizer(optimizer)
         check_given(module, batches, measurements, optimizer, previous)

@@ -55,7 +55,7 @@ def overlap_figure(steps: Sequence[int], matrix: Array, error: float | None = No
         matrix: (p, p) overlaps in [0, 1]; nan where unknown.
         error: standard deviation of an entry, where entries are estimates from sketches; stated in the title.
     """
-    _require_matrix(steps, matrix, error)
+    steps = _require_matrix(steps, matrix, error)
     figure = Figure(figsize=(6.4, 5.4), dpi=panel.DPI, layout="constrained")
     axes = figure.add_subplot()
     _draw_overlaps(axes, steps, matrix, error)
@@ -78,7 +78,7 @@ def summary_figure(
         error: standard deviation of an entry, if known.
     """
     records = _require_records(records)
-    _require_matrix(steps, matrix, error)
+    steps = _require_matrix(steps, matrix, error)
     if records and not _eigenvalue_keys(records) and all(record.subspace is None for record in records):
         return _gradient_figure(records)
     figure = Figure(figsize=(12.0, 8.0), dpi=panel.DPI, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
@@ -94,13 +94,16 @@ def _require_records(records: Sequence[Record]) -> tuple[Record, ...]:
     return require_instances("records", records, Record, "a list of instances of lightning_subspace.Record")
 
 
-def _require_matrix(steps: Sequence[int], matrix: Array, error: float | None) -> None:
-    if not is_list_like(steps) or not all(is_integer(step) for step in steps):
+def _require_matrix(steps: Sequence[int], matrix: Array, error: float | None) -> tuple[int, ...]:
+    found = tuple(steps) if is_list_like(steps) else ()
+    if not is_list_like(steps) or not all(map(is_integer, found)):
         raise wrong("steps", "a list of steps", steps)
-    if not isinstance(matrix, np.ndarray) or matrix.shape != (len(steps), len(steps)) or matrix.dtype.kind != "f":
-        raise wrong("matrix", f"an array of floats of shape ({len(steps)}, {len(steps)}), as there are steps", matrix)
+    shape = len(found), len(found)
+    if not isinstance(matrix, np.ndarray) or matrix.shape != shape or matrix.dtype.kind != "f":
+        raise wrong("matrix", f"an array of floats of shape {shape}, as there are steps", matrix)
     if error is not None:
         require_number("error", error, "a number of at least 0 or None", lambda x: x >= 0.0)
+    return found
 
 
 def _gradient_figure(records: Sequence[Record]) -> Figure:

@@ -565,6 +565,7 @@ TAKEN = [
     ("Record", {"step": np.int64(3), "metrics": {}}),
     ("to_rows", {"records": (RECORD for _ in range(2))}),
     ("report.spectrum_figure", {"records": (RECORD, RECORD)}),
+    ("report.overlap_figure", {"steps": (step for step in (0, 5)), "matrix": np.eye(2)}),
     ("report.overlap_figure", {"steps": (np.int64(0), 5), "matrix": np.eye(2, dtype=np.float32), "error": 0}),
 ]
 

@@ -68,7 +68,7 @@ def require_integer(name: str, value: Any, least: int, *, optional: bool = False
 
 
 def require_seed(name: str, value: Any) -> int:
-    """A seed that leaves room, in 64 bits, for small numbers on top."""
+    """A seed with room for small numbers on top, in 64 bits."""
     if not is_integer(value) or not 0 <= value <= MAX_SEED:
         raise wrong(name, "an integer from 0 to 2**63 - 1", value)
     return int(value)

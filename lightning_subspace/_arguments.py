@@ -147,7 +147,7 @@ def require_instances(name: str, values: Any, kind: type, expected: str, *, once
         ValueError: naming the argument.
     """  # noqa: DOC501  # `wrong` makes one
     if not is_list_like(values):
-        raise wrong(name, expected, values, f"pass [{name}]" if isinstance(values, kind) else "")
+        raise wrong(name, expected, values, "put it into a list" if isinstance(values, kind) else "")
     found = tuple(values)
     for value in found:
         if not isinstance(value, kind):

@@ -42,18 +42,16 @@ from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss.training_loss import Mode
 from lightning_subspace.measurements import Measurement
 from lightning_subspace.probe.arguments import (
-    is_number,
     require_flag,
-    require_integer,
     require_name,
+    require_number,
     require_steps,
     require_word,
-    wrong,
 )
 from lightning_subspace.probe.checkpoint import encode
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.schedule import Schedule
-from lightning_subspace.probe.settings import ProbeSettings
+from lightning_subspace.probe.settings import ProbeSettings, require_sizes
 from lightning_subspace.report import Publisher, add_layout
 from lightning_subspace.report.loggers import LogLevel
 from lightning_subspace.subspace.record import Record
@@ -107,7 +105,7 @@ class SubspaceMonitor(Measured):
         layout: add a page of combined charts to TensorBoard's custom scalars.
         on_failure: "warn" or "raise" when a probe fails.
         name: prefix of all keys, to be chosen where there are several monitors.
-        seed: of the sample, the dropout masks and the start vectors.
+        seed: of the sample, the dropout masks and the start vectors, 0 to 2**63 - 1.
 
     Raises:
         MisconfigurationException: from `__init__`, `setup` or the start of training, naming the argument, what was
@@ -152,13 +150,13 @@ class SubspaceMonitor(Measured):
         super().__init__()
         with misconfiguration(SPEAKER):
             self._settings = ProbeSettings.of(locals())
-            require_steps("every_n_steps", every_n_steps)
-            if max_overhead is not None and not (is_number(max_overhead) and 0.0 < max_overhead < 1.0):
-                raise wrong("max_overhead", "a number between 0 and 1 or None", max_overhead)
+            every_n_steps = require_steps("every_n_steps", every_n_steps)
+            if max_overhead is not None:
+                share = "a number between 0 and 1 or None"
+                max_overhead = require_number("max_overhead", max_overhead, share, lambda x: 0.0 < x < 1.0)
             require_word("log", log, get_args(LogLevel))
             require_flag("layout", layout)
-            require_integer("max_matvecs", max_matvecs, max(k, 1))
-            require_integer("ncv", ncv, k + 3, optional=True)
+            require_sizes(self._settings)
             require_word("on_failure", on_failure, get_args(OnFailure))
             require_name("name", name)
         self.name = name

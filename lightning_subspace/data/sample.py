@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
+from lightning_subspace._arguments import wrong
 from lightning_subspace._lightning import rank_zero_warn
 from lightning_subspace.data.assignment import owner_rank
 from lightning_subspace.data.example_count import ExampleCounter
@@ -135,7 +136,11 @@ def micro_batch(
     examples = (counter.batch_size or 1) if count is None else count
     value = weight(data) if weight is not None else 1.0 if count is None else count
     is_counted = weight is not None or count is not None
-    batch = MicroBatch(data, float(value), index, transferred, examples, is_counted=is_counted)
+    try:
+        value = float(value)
+    except (TypeError, ValueError):
+        raise SampleError(str(wrong("weight", "a positive finite number for every batch", value))) from None
+    batch = MicroBatch(data, value, index, transferred, examples, is_counted=is_counted)
     if transferred:
         batch = replace(batch, off_cpu=places(data))
     if ranks is not None and ranks.count > 1:

@@ -188,8 +188,9 @@ class TrainingLoss:
         leaves = self.space.tensors(self.module)
         if self._random_state is not None:
             self._random_state.restore()
-        else:  # one stream a micro-batch: the stride keeps the seeds of neighbouring monitors and batches apart
-            seed_generators((self.seed + 7_919 * batch.draw) * SEED_STRIDE + batch.index)
+        else:  # one stream a micro-batch: the stride keeps the seeds of neighbouring monitors and batches apart,
+            # and what is above the 63 bits that every generator takes is cut off
+            seed_generators(((self.seed + 7_919 * batch.draw) * SEED_STRIDE + batch.index) % 2**63)
         data = self._copied(batch)
         with self._around_step() as convert:
             output = self._step(self.module, convert(data), batch.index if batch.batch_idx is None else batch.batch_idx)

@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_subspace._arguments import is_integer, require_flag, require_integer, require_shape, wrong
 from lightning_subspace.curvature import Operator
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.data.sample import Sample
@@ -56,6 +57,8 @@ class Prospect:
 
     def solve(self, k: int | None = None, *, verify: bool = False) -> float:
         """Expected number of products of `Probe.solve`, or with its certificate (`verify`)."""
+        require_integer("k", k, 1, optional=True)
+        require_flag("verify", verify)
         solver = self.solver if k is None else replace(self.solver, k=k)
         return solver.expected_products(trained=self.number > 0, verify=verify)
 
@@ -129,6 +132,8 @@ class Probe:
         b: Tensor,  # (n,)
     ) -> float:
         """Inner product of two flat vectors over all ranks, in float64."""
+        for name, vector in (("a", a), ("b", b)):
+            require_shape(name, vector, [self.partition.local_n])
         return float(inner_products(a[None], b[None], self.partition.ranks))
 
     def norm(
@@ -136,6 +141,7 @@ class Probe:
         vector: Tensor,  # (n,)
     ) -> float:
         """Length of a flat vector over all ranks, in float64."""
+        require_shape("vector", vector, [self.partition.local_n])
         return math.sqrt(self.dot(vector, vector))
 
 
@@ -195,7 +201,7 @@ def positive(name: str, value: int) -> int:
 
     Raises:
         ValueError: for anything else.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value!r}.")
-    return value
+    """  # noqa: DOC501  # `wrong` makes one
+    if not is_integer(value) or value < 1:
+        raise wrong(name, "a positive integer", value)
+    return int(value)

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
+from lightning_subspace._arguments import require_integer, require_word
 from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect
 from lightning_subspace.measurements.optimizer_rules import Notice, next_step, why_unknown
 
@@ -39,7 +40,7 @@ class CriticalSharpness(Measurement):
         max_points: displaced points at most, 2 or more.
 
     Raises:
-        ValueError: for another `direction`, or `max_points` below 2.
+        ValueError: for another `direction`, or `max_points` that is no integer of at least 2.
 
     Example:
         >>> from lightning_subspace import SubspaceMonitor
@@ -49,12 +50,9 @@ class CriticalSharpness(Measurement):
     needs: ClassVar[Needs] = Needs.NOTHING
 
     def __init__(self, direction: Direction = "update", max_points: int = 10) -> None:
-        if direction not in get_args(Direction):
-            raise ValueError(f"direction: expected 'update' or 'gradient', got {direction!r}.")
-        if max_points < 2:
-            raise ValueError(f"max_points: expected at least 2, got {max_points!r}.")
+        require_word("direction", direction, get_args(Direction))
         self.direction = direction
-        self.max_points = max_points
+        self.max_points = int(require_integer("max_points", max_points, 2))
         self._start: float | None = None
         self._notice = Notice()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from lightning_subspace._arguments import require_seed
 from lightning_subspace.linalg import Quadrature, quadrature
 from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
 from lightning_subspace.subspace.solver import agreed_product
@@ -40,10 +41,10 @@ class Density(Measurement):
         vectors: random vectors: the standard errors fall with its square root.
         every: taken at each probe whose number is a multiple of this.
         keep: densities kept in `history` at most.
-        seed: of the random vectors.
+        seed: of the random vectors, 0 to 2**63 - 1.
 
     Raises:
-        ValueError: for `steps`, `vectors`, `every` or `keep` that is not a positive integer.
+        ValueError: for `steps`, `vectors`, `every` or `keep` that is not a positive integer, or a `seed` out of range.
 
     Example:
         >>> from lightning_subspace import SubspaceMonitor
@@ -60,7 +61,7 @@ class Density(Measurement):
         self.vectors = positive("vectors", vectors)
         self.every = positive("every", every)
         self.keep = positive("keep", keep)
-        self.seed = seed
+        self.seed = require_seed("seed", seed)
         self._history: list[SpectralDensity] = []
 
     @property
@@ -113,10 +114,10 @@ class Trace(Measurement):
     Args:
         vectors: random vectors.
         every: taken at each probe whose number is a multiple of this.
-        seed: of the random vectors.
+        seed: of the random vectors, 0 to 2**63 - 1.
 
     Raises:
-        ValueError: for `vectors` or `every` that is not a positive integer.
+        ValueError: for `vectors` or `every` that is not a positive integer, or a `seed` out of range.
 
     Example:
         >>> from lightning_subspace import SubspaceMonitor
@@ -128,7 +129,7 @@ class Trace(Measurement):
     def __init__(self, vectors: int = 6, every: int = 1, seed: int = 0) -> None:
         self.vectors = positive("vectors", vectors)
         self.every = positive("every", every)
-        self.seed = seed
+        self.seed = require_seed("seed", seed)
 
     def expected_products(self, prospect: Prospect) -> float:
         """2 `vectors`."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_subspace._arguments import require_integer
 from lightning_subspace.measurements.base import Measurement, Probe, Prospect, positive
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.subspace.subspace import TRUSTED_ERROR, Subspace, overlap
@@ -50,7 +51,7 @@ class Control(Measurement):
         reference_step: compare also with the first measured space at or after this step.
 
     Raises:
-        ValueError: for an `every` that is not a positive integer.
+        ValueError: for an `every` that is not a positive integer, or a `reference_step` that is not one of at least 0.
 
     Example:
         >>> from lightning_subspace import SubspaceMonitor
@@ -59,7 +60,7 @@ class Control(Measurement):
 
     def __init__(self, every: int = 1, reference_step: int | None = None) -> None:
         self.every = positive("every", every)
-        self.reference_step = reference_step
+        self.reference_step: int | None = require_integer("reference_step", reference_step, 0, optional=True)
         self._previous: _Spaces | None = None
         self._reference: _Spaces | None = None
 

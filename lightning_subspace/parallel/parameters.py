@@ -59,7 +59,10 @@ class ParameterSpace:
             if parameter.requires_grad:
                 names.setdefault(parameter, []).append(name)
         if not names:
-            raise ValueError(f"{type(module).__name__} has no parameter with requires_grad=True; nothing to measure.")
+            name = type(module).__name__
+            raise ValueError(
+                f"module: expected trainable parameters, got none; {name} has no parameter with requires_grad=True."
+            )
         if params is not None:
             _require_matches(params, [name for aliases in names.values() for name in aliases], type(module).__name__)
         chosen = {aliases[0]: p for p, aliases in names.items() if params is None or _any_match(aliases, params)}
@@ -166,5 +169,6 @@ def _require_matches(patterns: Sequence[str], names: Sequence[str], module: str)
     for pattern in patterns:
         if not _any_match(names, [pattern]):
             raise ValueError(
-                f"params: the pattern {pattern!r} matches no trainable parameter of {module}; names: {list(names[:5])}."
+                f"params: expected patterns of parameter names, got one without a match; the pattern {pattern!r} "
+                f"matches no trainable parameter of {module}; names: {list(names[:5])}."
             )

@@ -14,9 +14,11 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
+
+from lightning_subspace._arguments import require_instance, require_word
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,6 +41,8 @@ def logged_name(prefix: str, key: str) -> str:
         >>> logged_name("subspace", "gradient_fraction"), logged_name("subspace", "eigenvalues/01")
         ('subspace/gradient_fraction', 'subspace_eigenvalues/01')
     """
+    for name, value in (("prefix", prefix), ("key", key)):
+        require_instance(name, value, str, "a string")
     return f"{prefix}_{key}" if key.startswith("eigenvalues/") else f"{prefix}/{key}"
 
 
@@ -54,6 +58,9 @@ def select(metrics: Mapping[str, float], log: LogLevel, extra: Set[str]) -> dict
         >>> select({"sharpness": 2.0, "gap_index": 3.0, "solver/converged": 1.0}, "default", {"gap_index"})
         {'sharpness': 2.0}
     """
+    require_instance("metrics", metrics, Mapping, "a mapping from keys to numbers")
+    require_word("log", log, get_args(LogLevel))
+    require_instance("extra", extra, Set, "a set of keys")
     if log == "all":
         return dict(metrics)
     kept = SOLVER_KEYS | (FAILURE_KEYS if metrics.get("solver/converged") == 0.0 else frozenset())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from lightning_subspace._arguments import require_instance, require_instances, require_integer
 from lightning_subspace.subspace.sketch import Sketch
 from lightning_subspace.subspace.subspace import Subspace
 
@@ -19,12 +20,21 @@ class Record:
             (`"gradient_fraction"`, `"solver/seconds"`, `"eigenvalues/01"` ...). Untrusted values are absent.
         subspace: the eigenspace; without its eigenvectors in `SubspaceMonitor.history`; None for k = 0.
         sketch: the compressed eigenspace, from which overlaps with every other probe are computed.
+
+    Raises:
+        ValueError: for an attribute of another type, or a negative step.
     """
 
     step: int
     metrics: Mapping[str, float]
     subspace: Subspace | None = None
     sketch: Sketch | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        require_integer("step", self.step, 0)
+        require_instance("metrics", self.metrics, Mapping, "a mapping from keys to numbers")
+        require_instance("subspace", self.subspace, Subspace, "a Subspace or None", optional=True)
+        require_instance("sketch", self.sketch, Sketch, "a Sketch or None", optional=True)
 
     def without_eigenvectors(self) -> Record:
         """The record as a history keeps it."""
@@ -35,7 +45,10 @@ def to_rows(records: Iterable[Record]) -> list[dict[str, float]]:
     """Flatten records into one dict a probe, all with the same keys.
 
     Absent values are nan. The rows go as they are into `csv.DictWriter`, `pandas.DataFrame` or a printed table.
+
+    Raises:
+        ValueError: for anything but records.
     """
-    records = list(records)
+    records = require_instances("records", records, Record, "a list of instances of lightning_subspace.Record")
     keys = list(dict.fromkeys(key for record in records for key in record.metrics))
     return [{"step": r.step, **{key: r.metrics.get(key, float("nan")) for key in keys}} for r in records]

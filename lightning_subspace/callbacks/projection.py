@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -324,7 +323,7 @@ class SubspaceProjection(Resumable):
 
     def _log(self, trainer: Trainer, key: str, value: float, step: int) -> None:
         named = {logged_name(self.name, key): value}
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in named.items()})
+        self._reporter.callback_metrics(trainer, named)
         self._reporter.scalars(trainer.loggers, named, step)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------

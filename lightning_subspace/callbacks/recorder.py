@@ -105,7 +105,7 @@ class Recorder:
         run = self._runner.run
         if run is not None and self._has_closed:
             with self._runner.schedule.aside():
-                self._publisher.draw(trainer, run.history, *run.overlaps.matrix(), run.overlaps.error)
+                self._publisher.draw(trainer, run.history, run.overlaps)
 
     def drop(self) -> None:
         """Forget the open record: another fit begins."""

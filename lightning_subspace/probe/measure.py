@@ -31,6 +31,7 @@ from lightning_subspace.loss.loss_function import LossFunction
 from lightning_subspace.loss.training_loss import Mode, TrainingLoss
 from lightning_subspace.measurements import Measurement, Probe
 from lightning_subspace.measurements.base import Needs
+from lightning_subspace.measurements.memory import declares_memory, take_over
 from lightning_subspace.measurements.sample_loss import known_losses
 from lightning_subspace.measurements.spectrum import solver_metrics
 from lightning_subspace.parallel.parameters import ParameterSpace
@@ -131,6 +132,7 @@ def measure_subspace(
         require_the_same(ranks, module, (solver, replace(choice, loss_fn=None), space, verify, len(chosen)))
         sample = sample_of_batches(batches, weight, ranks)
         partition = Partition.of(space, module, ranks)
+    take_over(filter(declares_memory, chosen), object())
 
     screening = Screening()
 

@@ -83,7 +83,7 @@ class Density(Measurement):
         if not spectrum.finite:
             return {}
         found = SpectralDensity(probe.step, _compact(spectrum))
-        if self._history and self._history[-1].step == probe.step:  # taken again behind a checkpoint
+        while self._history and self._history[-1].step >= probe.step:  # taken again behind a checkpoint
             self._history.pop()
         self._history.append(found)
         if len(self._history) > self.keep:

@@ -14,6 +14,7 @@ from lightning_subspace.subspace.spectral_density import SpectralDensity
 
 # Of a density: known eigenvalues, vectors, nodes of a vector, dimension, number of chains.
 COLUMNS = 5
+ROUNDING = 1e-6  # of the sum of a few dozen weights
 
 
 def encode_densities(densities: Sequence[SpectralDensity]) -> dict[str, Any]:
@@ -63,7 +64,10 @@ def decode_densities(state: Mapping[str, Any], keep: int) -> list[SpectralDensit
     if any(not vectors * nodes > 0 or not k <= dimension for k, vectors, nodes, dimension, _ in rows):
         raise ValueError("sizes: expected nodes, and no more eigenvalues than dimensions")
     pieces, each = _Pieces(values), iter(lengths)
-    return [SpectralDensity(step, pieces.spectrum(row, each)) for step, row in zip(steps, rows, strict=True)]
+    found = [SpectralDensity(step, pieces.spectrum(row, each)) for step, row in zip(steps, rows, strict=True)]
+    if not all(_are_shares(density.spectrum.weights.sum(dim=1), density.spectrum.rest) for density in found):
+        raise ValueError("values: expected weights with the sum 1 for each vector")
+    return found
 
 
 class _Pieces:
@@ -83,6 +87,11 @@ class _Pieces:
     def _take(self, count: int) -> Tensor:
         self._done += count
         return self._values[self._done - count : self._done].clone()
+
+
+def _are_shares(sums: Tensor, rest: int) -> bool:
+    # Where all eigenvalues are known there is nothing to weigh.
+    return not sums.any() if rest == 0 else bool(((sums - 1.0).abs() < ROUNDING).all())
 
 
 def _flat(chains: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:

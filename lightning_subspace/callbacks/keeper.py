@@ -1,4 +1,7 @@
-"""Measurements of a monitor: whose memory they have, and its way into checkpoints and back."""
+"""Keeper of what the measurements of a monitor remember.
+
+Their memory is of one run: it is cleared when one begins, and goes into checkpoints and back.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +91,7 @@ class Keeper:
 
     @property
     def _named(self) -> dict[str, Measurement]:
-        """The measurements by their class, and their number among those of one class."""
+        """The measurements by class, and number among those of one class."""
         named: dict[str, Measurement] = {}
         for measurement in self._measurements:
             name = type(measurement).__name__

@@ -73,7 +73,9 @@ def check_steps(spec: SampleSpec, trainer: Trainer, steps: int | Sequence[int], 
 
 
 def check_apart(given: Sequence[tuple[str, Sequence[Measurement] | None]]) -> None:
-    """Refuse callbacks of one name, which would write over each other, or with one measurement.
+    """Refuse callbacks that share a name or a measurement.
+
+    They would write over each other.
 
     Args:
         given: name and measurements of each callback of one class.

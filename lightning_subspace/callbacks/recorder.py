@@ -111,7 +111,7 @@ class Recorder:
                 self._publisher.draw(trainer, run.history, run.overlaps)
 
     def begin(self, *, goes_on: bool) -> None:
-        """Another fit begins, of the same run or not: forget the open record.
+        """Another fit begins: forget the open record.
 
         Raises:
             MisconfigurationException: where the measurements of a run that goes on were used elsewhere.

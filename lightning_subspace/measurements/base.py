@@ -199,13 +199,13 @@ class Measurement:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned, or begin anew where it is empty.
+        """Go on from a state, or begin anew where it is empty.
 
         Called before the first probe of each run, and then where a run is resumed. The probe at which a checkpoint was
         written may be taken again behind it, at the same step.
 
         Args:
-            state: of this measurement, or an empty one.
+            state: what `state_dict` returned, or an empty one.
 
         Raises:
             Exception: of any kind, before anything has changed, for a state that it cannot use; it then begins anew.

@@ -154,7 +154,7 @@ class Trace(Measurement):
 
 
 def _compact(spectrum: Quadrature) -> Quadrature:
-    """The same without the matrices that the diagonals of its chains are views of."""
+    """The same without the matrices that its diagonals are views of."""
     return replace(spectrum, chains=tuple((diagonal.clone(), beside) for diagonal, beside in spectrum.chains))
 
 

@@ -1,4 +1,4 @@
-"""Memory of measurements between probes: whose it is, and its entries in a checkpoint.
+"""Memory of measurements between probes: whose it is, and its entries.
 
 A measurement that keeps something from probe to probe does so for one run. It belongs to its last user, a monitor: a
 run that begins takes it over and clears it, and one that goes on after another has used it is refused.
@@ -23,7 +23,7 @@ def declares_memory(measurement: Measurement) -> bool:
 
 
 def may_remember(measurement: Measurement) -> bool:
-    """Whether it may keep something; of a class of the user's own that is not known."""
+    """Whether it may keep something, which a user's class need not say."""
     return declares_memory(measurement) or not type(measurement).__module__.startswith(f"{ROOM}.")
 
 

@@ -1,4 +1,4 @@
-"""Spaces of one probe, the top one and the next, for comparison with later ones."""
+"""Spaces of one probe, top and next, to compare with later ones."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Spaces:
 
     @classmethod
     def of(cls, step: int, basis: Tensor, k: int, error: float, partition: Partition) -> Spaces:
-        """The spaces of the first k rows of a basis, and of the others. A collective."""
+        """The spaces of k rows, and of the others. A collective."""
         bases = basis[:k], basis[k:]
         images = (_image(bases[0], partition), _image(bases[1], partition))
         return cls(step, _digest(partition.space), images, error, (bases[0].cpu(), bases[1].cpu()))
 
     def fits(self, partition: Partition, k: int) -> bool:
-        """Whether these are spaces of k dimensions of the present parameters, dealt as they are now."""
+        """Whether they have k dimensions, and the parameters are these, dealt alike."""
         image = self.sketches[0]
         is_dealt_alike = self.bases is None or self.bases[0].shape[1] == partition.local_n
         is_same = self.space == _digest(partition.space) and image.exact == (partition.n <= CELLS)
@@ -102,7 +102,8 @@ class Spaces:
 
 
 def _image(basis: Tensor, partition: Partition) -> Sketch:
-    """A sketch; of few parameters in the type of the basis, so that a resumed run has the same numbers."""
+    """A sketch; of few parameters the basis itself, in its type."""
+    # So a resumed run has the same numbers.
     if partition.n > CELLS:
         return sketch(basis, partition)
     return Sketch(torch.stack([partition.gather(row).clone() for row in basis]).cpu(), exact=True)

@@ -1,4 +1,4 @@
-"""Overlaps between subspaces in a checkpoint: sketches, and a number for each pair of them."""
+"""Overlaps in a checkpoint: sketches, and a number for each pair."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def decode_overlaps(entries: Entries, k: int, n: int, steps: set[int]) -> Overla
 
 
 def without_dropped_pairs(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state of format 2 with the overlaps of sketches that are held.
+    """A state of format 2 with overlaps of held sketches alone.
 
     It had those of all probes. The state of a projection has none, and stays as it is.
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_subspace.curvature import CheckError, CurvatureConfig, SelfCheck
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.measurements import Probe
+from lightning_subspace.parallel.bit_sums import require_equal
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
@@ -140,6 +141,7 @@ class ProbeRun:
             raise CheckError(self._refusal)
 
         def take(left: Sample) -> tuple[Tensor, Probe, Record, tuple[Tensor, dict[int, float]] | None]:
+            require_equal(dict(zip(self.space.names, self.space.tensors(module), strict=True)), self.ranks)
             theta = self._theta(module)
             probe, record = self._take(module, left, step, optimizer, on_matvec)
             record = self._resumed.complete(self.examples.counted(record))
@@ -281,9 +283,7 @@ class ProbeRun:
         if due and self.overlaps.reference_step is None:
             self._reference = self._previous
             self.overlaps.reference_step = record.step
-        given_up = self.overlaps.add(record.step, record.sketch, overlaps)
-        if given_up is not None:
-            self.history.drop_sketch(given_up)
+        self.history.drop_sketch(self.overlaps.add(record.step, record.sketch, overlaps))
 
     def _partition_of(self, module: nn.Module) -> Partition:
         """The coordinates of the probes to come."""

@@ -1,4 +1,4 @@
-"""Guard around output: what goes wrong in it is told once, and does not reach the training."""
+"""Guard around output: what goes wrong is told, and stays there."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class _Guarded:
 
 
 def tell(text: str) -> None:
-    """Warn, or inform where a warning raises, as with warnings that are errors. Never raises."""
+    """Warn, or inform where warnings are errors. Never raises."""
     try:
         warnings.warn(text, stacklevel=4)
     except Exception:

@@ -34,7 +34,7 @@ class Record:
 
 
 class History(list[Record]):
-    """Records of a run in the order of their steps, in little memory.
+    """Records of a run, in the order of their steps.
 
     Example:
         >>> history = History()
@@ -49,9 +49,9 @@ class History(list[Record]):
         metrics = {sys.intern(key): value for key, value in record.metrics.items()}
         self.append(replace(record, metrics=metrics).without_eigenvectors())
 
-    def drop_sketch(self, step: int) -> None:
-        """Drop the sketch of the record of this step, if it is here."""
-        place = bisect_left(self, step, key=lambda record: record.step)
+    def drop_sketch(self, step: int | None) -> None:
+        """Drop the sketch of this step's record, if it is here."""
+        place = len(self) if step is None else bisect_left(self, step, key=lambda record: record.step)
         if place < len(self) and self[place].step == step:
             self[place] = replace(self[place], sketch=None)
 

@@ -19,7 +19,7 @@ from lightning_subspace._lightning import Trainer, given_loaders, skips_backward
 from lightning_subspace.callbacks.measured import Measured
 from lightning_subspace.callbacks.notices import Notices, OnFailure
 from lightning_subspace.callbacks.project import (
-    check_names,
+    check_apart,
     check_project,
     check_steps,
     misconfiguration,
@@ -197,7 +197,8 @@ class SubspaceMonitor(Measured):
         """Refuse what cannot work, before anything has run."""
         if stage == "fit":
             with misconfiguration(SPEAKER):
-                check_names([c.name for c in undeclared(trainer, "callbacks") if isinstance(c, SubspaceMonitor)])
+                monitors = [c for c in undeclared(trainer, "callbacks") if isinstance(c, SubspaceMonitor)]
+                check_apart([(monitor.name, monitor._settings.measurements) for monitor in monitors])
                 check_project(trainer, pl_module, self._settings.loss_fn)
                 check_steps(self._settings.sample_spec, trainer, self._schedule.every_n_steps, given_loaders(trainer))
             warn_of_missing_keys(trainer, self.name)
@@ -215,7 +216,7 @@ class SubspaceMonitor(Measured):
                 )
         last = self.history[-1].step if self.history else -1
         continues = 0 <= last <= step and step > 0 and self._runner.goes_on(pl_module, ranks)
-        self._recorder.drop()
+        self._recorder.begin(goes_on=continues and saved is None)
         self._notices.begin()
         if not continues:
             self._give_up_history()
@@ -340,7 +341,8 @@ class SubspaceMonitor(Measured):
             return dict(self._saved) if isinstance(self._saved, Mapping) else {}
         try:
             state = self._runner.run.state(self._schedule.position, self._recorder.open)
-            return encode(replace(state, sample=self._runner.source.state))
+            kept = self._recorder.keeper.state()
+            return encode(replace(state, sample=self._runner.source.state, measurements=kept))
         except Exception as error:  # a checkpoint is worth more than what the monitor has to add
             self._notices.failure("a checkpoint was written without what was measured", error, self._runner.ranks)
             return {}
@@ -359,6 +361,7 @@ class SubspaceMonitor(Measured):
         if resumed is None:
             return
         self._runner.run, is_reopened = resumed
+        self._recorder.keeper.resume(read.measurements, self._runner.ranks)
         self._schedule.resume(read.position, step)
         # Where the checkpoint was written before our hook, the step is still due.
         is_due = last_step < step and self._agree_to_measure(trainer, step)

@@ -15,14 +15,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_subspace._lightning import Trainer, is_a, undeclared
 from lightning_subspace.callbacks.monitor import SubspaceMonitor
 from lightning_subspace.callbacks.notices import Notices, OnFailure
-from lightning_subspace.callbacks.project import check_names, check_project, misconfiguration
+from lightning_subspace.callbacks.project import check_apart, check_project, misconfiguration
 from lightning_subspace.callbacks.projector import Keep, Projector
 from lightning_subspace.callbacks.resumable import Resumable
 from lightning_subspace.callbacks.runner import ProbeRunner
@@ -190,7 +189,7 @@ class SubspaceProjection(Resumable):
                     f"writes whole parameters, and {type(trainer.strategy).__name__} has shards of them; use "
                     "strategy='ddp', or devices=1."
                 )
-            check_names([c.name for c in undeclared(trainer, "callbacks") if isinstance(c, SubspaceProjection)])
+            check_apart([(c.name, None) for c in undeclared(trainer, "callbacks") if isinstance(c, SubspaceProjection)])
             check_project(trainer, pl_module, self._settings.loss_fn)
 
     @override
@@ -320,7 +319,7 @@ class SubspaceProjection(Resumable):
 
     def _log(self, trainer: Trainer, key: str, value: float, step: int) -> None:
         named = {logged_name(self.name, key): value}
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in named.items()})
+        self._reporter.callback_metrics(trainer, named)
         self._reporter.scalars(trainer.loggers, named, step)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------

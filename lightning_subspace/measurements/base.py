@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -194,6 +194,28 @@ class Measurement:
             update: theta_{t+1} - theta_t.
         """
         return {}
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """What the measurement keeps between probes, for the checkpoint.
+
+        Plain values (None, numbers, strings) and tensors in dicts, lists and tuples, so that it can be loaded with
+        `weights_only=True`; empty where it keeps nothing. Not a collective: of several ranks the first one's is
+        written, and read by all.
+        """
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, or begin anew where it is empty.
+
+        Called before the first probe of each run, and then where a run is resumed. The probe at which a checkpoint was
+        written may be taken again behind it, at the same step.
+
+        Args:
+            state: what `state_dict` returned, or an empty one.
+
+        Raises:
+            Exception: of any kind, before anything has changed, for a state that it cannot use; it then begins anew.
+        """
 
 
 def positive(name: str, value: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
@@ -53,7 +53,7 @@ class CriticalSharpness(Measurement):
         require_word("direction", direction, get_args(Direction))
         self.direction = direction
         self.max_points = int(require_integer("max_points", max_points, 2))
-        self._start: float | None = None
+        self._last: tuple[int, float, float] | None = None  # step, first point and result of the last search
         self._notice = Notice()
 
     def expected_products(self, prospect: Prospect) -> float:
@@ -63,7 +63,7 @@ class CriticalSharpness(Measurement):
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """A few forward passes over the Hessian's sample."""
         if probe.number == 0:
-            self._start = None
+            self._last = None
         rate, step = 1.0, -probe.gradient
         if self.direction == "update":
             update = next_step(probe)
@@ -78,7 +78,9 @@ class CriticalSharpness(Measurement):
             return {}
         loss = probe.operator.value(None)
         rounding = ROUNDING * torch.finfo(probe.operator.dtype).eps * abs(loss)
-        start = self._start or (1.0 if self.direction == "update" else 0.1 / probe.norm(step))
+        start = 1.0 if self.direction == "update" else 0.1 / probe.norm(step)
+        if self._last is not None:  # a probe that is taken again behind a checkpoint starts where it did
+            start = self._last[1] if self._last[0] == probe.step else self._last[2]
 
         def change(a: float) -> float:
             return probe.operator.value(step * a) - loss
@@ -86,9 +88,21 @@ class CriticalSharpness(Measurement):
         found = critical_multiple(change, slope, start, self.max_points, rounding)
         if found is None:
             return {}
-        self._start = found
+        self._last = probe.step, start, found
         metrics = {"critical_sharpness": 2.0 / (found * rate)}
         return metrics if self.direction == "gradient" else {**metrics, "critical_step": found}
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Where the last search was, and what it found."""
+        return {} if self._last is None else dict(zip(("step", "start", "found"), self._last, strict=True))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Start the next search there."""
+        step, start, found = (state.get(name) for name in ("step", "start", "found"))
+        are_points = all(isinstance(point, float) and 0.0 < point < math.inf for point in (start, found))
+        if state and not (isinstance(step, int) and are_points):
+            raise ValueError(f"step, start, found: expected a step and two positive numbers, got {dict(state)!r:.80}")
+        self._last = (step, start, found) if state else None  # type: ignore[assignment]
 
 
 def critical_multiple(

@@ -31,6 +31,7 @@ from lightning_subspace.loss.loss_function import LossFunction
 from lightning_subspace.loss.training_loss import Mode, TrainingLoss
 from lightning_subspace.measurements import Measurement, Probe
 from lightning_subspace.measurements.base import Needs, positive
+from lightning_subspace.measurements.memory import declares_memory, take_over
 from lightning_subspace.measurements.sample_loss import known_losses
 from lightning_subspace.measurements.spectrum import solver_metrics
 from lightning_subspace.parallel.parameters import ParameterSpace
@@ -134,6 +135,7 @@ def measure_subspace(
         sample = sample_of_batches(batches, weight, ranks)
         partition = Partition.of(space, module, ranks)
         start = _trusted_basis(previous, partition)
+    take_over(filter(declares_memory, chosen), object())
 
     screening = Screening()
 

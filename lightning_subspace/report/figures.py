@@ -192,7 +192,7 @@ def _draw_stability(axes: Axes, records: Sequence[Record]) -> None:
 
 
 def _draw_overlaps(axes: Axes, steps: Sequence[int], matrix: Array, error: float | None) -> None:
-    panel.head(axes, "Overlap between all probes" + ("" if error is None else f", ± {error:.2g}"))
+    panel.head(axes, "Overlap between probes" + ("" if error is None else f", ± {error:.2g}"))
     if not len(steps):
         panel.say(axes, "no overlaps yet")
         return

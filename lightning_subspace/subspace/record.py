@@ -1,7 +1,9 @@
-"""Record of one probe."""
+"""Record of one probe, and those of a run."""
 
 from __future__ import annotations
 
+import sys
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -39,6 +41,29 @@ class Record:
     def without_eigenvectors(self) -> Record:
         """The record as a history keeps it."""
         return self if self.subspace is None else replace(self, subspace=self.subspace.without_eigenvectors())
+
+
+class History(list[Record]):
+    """Records of a run, in the order of their steps.
+
+    Example:
+        >>> history = History()
+        >>> history.keep(Record(3, {"sharpness": 2.0}))
+        >>> history[0].metrics
+        {'sharpness': 2.0}
+    """
+
+    def keep(self, record: Record) -> None:
+        """Append a record, without its eigenvectors."""
+        # The same key is the same object in all records: a run may have very many.
+        metrics = {sys.intern(key): value for key, value in record.metrics.items()}
+        self.append(replace(record, metrics=metrics).without_eigenvectors())
+
+    def drop_sketch(self, step: int | None) -> None:
+        """Drop the sketch of this step's record, if it is here."""
+        place = len(self) if step is None else bisect_left(self, step, key=lambda record: record.step)
+        if place < len(self) and self[place].step == step:
+            self[place] = replace(self[place], sketch=None)
 
 
 def to_rows(records: Iterable[Record]) -> list[dict[str, float]]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
-from lightning_subspace._lightning import rank_zero_info, rank_zero_warn
+from lightning_subspace._lightning import rank_zero_info
 from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.state.notice import warn_on_first_rank
+from lightning_subspace.state.signals import SignalError
 
 OnFailure: TypeAlias = Literal["warn", "raise"]
 
@@ -34,7 +36,7 @@ class Notices:
 
     def warn(self, text: str) -> None:
         """Warn, however often."""
-        rank_zero_warn(f"{self.speaker}: {text}")
+        warn_on_first_rank(f"{self.speaker}: {text}")
 
     def warn_once(self, cause: str, text: str) -> None:
         """Warn once a run and cause; the history has the rest."""
@@ -59,6 +61,15 @@ class Notices:
             raise error
         cause = ranks.describe(error)
         self.warn_once(cause, f"{what}, training goes on. {cause} (on_failure='raise' shows where.)")
+
+    def is_of_signal(self, step: int, error: Exception, ranks: Ranks) -> bool:
+        """Whether a signal, on any rank, has ended a probe; then it is told. A collective."""
+        everywhere = ranks.all_gather_object(error.signals if isinstance(error, SignalError) else ())
+        names = list(dict.fromkeys(name for signals in everywhere for name in signals))
+        if names:
+            text = f"the probe at step {step} was given up, since {', '.join(names)} arrived; training goes on."
+            self.info_once(text, "signal")
+        return bool(names)
 
     def budget_skipped(self, count: int, first: Sequence[int], max_overhead: float | None) -> None:
         """Warn of the steps that the budget left out, naming a few."""

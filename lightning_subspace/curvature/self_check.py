@@ -29,6 +29,7 @@ from lightning_subspace.curvature.kinks import KinkObserver
 from lightning_subspace.curvature.widening import Widening
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.state.signals import SignalError
 
 LARGEST_ERROR = 1e-4  # relative; less is rounding
 LARGEST_ASYMMETRY = 1e-4  # what an operator may have at most, see `BatchMean.max_asymmetry`
@@ -131,6 +132,8 @@ def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfC
             with observer:
                 steps = CHECKED_STEPS if is_wide else NARROW_STEPS
                 differences = [difference(loss, batch, jitter, direction, eps) for eps in steps]
+    except SignalError:
+        raise
     except Exception as failure:  # float64 can fail in any way inside the user's code; that decides nothing
         reason = f"{type(failure).__name__} in {str(loss.dtype).removeprefix('torch.')}: {failure}"
         return SelfCheck(CheckOutcome.INCONCLUSIVE, reason=reason)

@@ -10,7 +10,6 @@ is missing from the record's metrics; the solver's own numbers say why.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -39,6 +38,7 @@ from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.probe.arguments import checked_k, require_the_same, require_word
 from lightning_subspace.probe.screening import Screening
 from lightning_subspace.probe.settings import ProbeSettings
+from lightning_subspace.state.notice import warn
 from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.sketch import sketch
 from lightning_subspace.subspace.solver import Solver
@@ -108,6 +108,7 @@ def measure_subspace(
         TypeError: for `measurements` that are none.
         CheckError: with `on_check_fail="raise"`; where nothing can be measured, as "ggn" without its derivatives.
         PeerError: when something of this went wrong on another rank.
+        SignalError: when a signal with a handler of Python's, other than SIGINT, has arrived; the handler has run.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -156,11 +157,11 @@ def measure_subspace(
     choice, notice = screening.run(checked, sample, lambda: choice.loss(module, space, ranks), ranks)
     with ranks.agree():
         if notice is not None:
-            warnings.warn(notice, stacklevel=2)
+            warn(notice)
     record = screening.run(taken, sample, lambda: choice.loss(module, space, ranks), ranks)
     with ranks.agree():
         if screening.notice is not None:
-            warnings.warn(screening.notice, stacklevel=2)
+            warn(screening.notice)
     return record
 
 

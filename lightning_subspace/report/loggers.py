@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import importlib
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from torch import Tensor
+
+from lightning_subspace.state.notice import warn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,7 +118,7 @@ class Reporter:
             if id(logger) in self._warned:
                 return
             self._warned.add(id(logger))
-            warnings.warn(
+            warn(
                 f"{type(logger).__name__} raised {type(error).__name__}: {error}. Lost: {lost} of step {step}. "
                 "Training goes on and later values are tried again, without a further warning for this logger; all "
                 "that was measured is also in the monitor's history.",

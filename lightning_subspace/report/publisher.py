@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from lightning_subspace.report.loggers import LogLevel, Reporter, logged_name, select
+from lightning_subspace.state.notice import warn
 from lightning_subspace.subspace.record import Record
 
 if TYPE_CHECKING:
@@ -66,4 +66,4 @@ class Publisher:
                 figure = overlap_figure(steps, matrix, error)
                 self._reporter.figure(trainer.loggers, f"{self._name}/overlaps", figure, step)
         except Exception as problem:
-            warnings.warn(f"the figures of step {step} could not be drawn: {problem!r}", stacklevel=2)
+            warn(f"the figures of step {step} could not be drawn: {problem!r}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,10 +21,12 @@ __all__ = [
     "DispatchMode",
     "base_of",
     "is_of_fsdp",
+    "is_operator",
     "mixed_precision_policy",
     "module_hooks",
     "storages_of",
     "uncompiled",
+    "undispatched",
     "unwrap_fsdp_method",
     "version_of",
     "without_gradient_hooks",
@@ -102,3 +105,27 @@ def without_gradient_hooks(parameters: list[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter, hooks in zip(parameters, before, strict=True):
             parameter._post_accumulate_grad_hooks = hooks
+
+
+def is_operator(function: Any) -> bool:
+    """Whether a function is one of `torch.ops`: of ATen itself, or a custom one."""
+    return type(function).__module__ == "torch._ops"
+
+
+def undispatched(function: Any) -> Any:
+    """A Python function of torch without its first question for modes.
+
+    Such a function begins with `if has_torch_function(...): return handle_torch_function(...)`, by which torch takes a
+    TorchFunctionMode off the stack and calls it; the mode then calls the function, whose whole inside runs without the
+    mode. For `backward` and `grad` that inside is the backward pass. Nothing public keeps a mode on.
+    """
+    own = dict.fromkeys(("has_torch_function", "has_torch_function_unary"), lambda *values: False)
+    copy = FunctionType(
+        function.__code__,
+        {**function.__globals__, **own},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy

@@ -9,6 +9,7 @@ from lightning_subspace._lightning import rank_zero_info
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.state.notice import warn_on_first_rank
 from lightning_subspace.state.signals import SignalError
+from lightning_subspace.state.threads import other_threads
 
 OnFailure: TypeAlias = Literal["warn", "raise"]
 
@@ -70,6 +71,17 @@ class Notices:
             text = f"the probe at step {step} was given up, since {', '.join(names)} arrived; training goes on."
             self.info_once(text, "signal")
         return bool(names)
+
+    def inform_of_threads(self) -> None:
+        """Inform of threads that may draw a probe's random numbers."""
+        if self.is_new("threads") and (names := other_threads()):
+            self.info_once(
+                "threads: expected none of yours beside training's, since a probe seeds the global random generators "
+                f"and puts them back, got {', '.join(map(repr, names))}; where it draws from them during a probe "
+                "(torch.rand, numpy.random, random), it gets the probe's numbers, and training then draws as if it had "
+                "not. Give it generators of its own: torch.Generator, numpy.random.default_rng, random.Random.",
+                "threads",
+            )
 
     def budget_skipped(self, count: int, first: Sequence[int], max_overhead: float | None) -> None:
         """Warn of the steps that the budget left out, naming a few."""

@@ -198,13 +198,13 @@ class ProbeRunner:
         """
         run = self.run
         assert run is not None, "asked for before"
+        self.notices.inform_of_threads()
         try:
             sample = self._sample(run, module)
             self._prepare(run, module, sample, step)
             opened = run.measure(module, sample, step) if measure is None else measure(run, sample)
-            with self.ranks.agree():  # only the first rank tells
-                for cause, text in run.examples.remarks.items():
-                    self.notices.info_once(text, cause)
+            for cause, text in run.examples.remarks.items():
+                self.notices.info_once(text, cause)
             return opened
         except Exception as error:
             if self.notices.is_of_signal(step, error, self.ranks):
@@ -279,8 +279,7 @@ class ProbeRunner:
 
     def _prepare(self, run: ProbeRun, module: nn.Module, sample: Sample, step: int) -> None:
         """Refresh the parameters, and make the self-check if it is still due."""
-        changed = run.refresh_parameters(module)
-        if changed:
+        if run.refresh_parameters(module):
             self.notices.warn(f"the set of measured parameters has changed by step {step}; overlaps start anew.")
         if run.self_check is not None:
             return

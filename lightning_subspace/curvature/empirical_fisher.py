@@ -14,7 +14,6 @@ be cut, F is taken over micro-batches: (1 / sum w_b) sum_b w_b g_b g_b^T. What i
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -28,6 +27,7 @@ from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck
 from lightning_subspace.data.micro_batch import MicroBatch, single_examples
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.partition import Partition
+from lightning_subspace.state.quiet import quiet
 from lightning_subspace.state.signals import SignalError
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -124,8 +124,7 @@ def examples_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> S
     if examples is None:
         return _skipped("a batch cannot be cut into examples, for which all its tensors need one length")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the model has to say, it says in training
+        with quiet():  # what the model has to say, it says in training
             with loss:
                 norms = [m for m in loss.module.modules() if isinstance(m, BATCH_NORMS)]
                 if any(norm.training or norm.running_mean is None for norm in norms):

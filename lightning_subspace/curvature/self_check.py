@@ -15,7 +15,6 @@ from __future__ import annotations
 import enum
 import itertools
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from lightning_subspace.curvature.kinks import KinkObserver
 from lightning_subspace.curvature.widening import Widening
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.state.quiet import quiet
 from lightning_subspace.state.signals import SignalError
 
 LARGEST_ERROR = 1e-4  # relative; less is rounding
@@ -177,8 +177,7 @@ def _judged_narrow(error: float, name: str, spread: float, kinks: set[str]) -> S
 @contextmanager
 def checking(loss: TrainingLoss) -> Iterator[None]:
     """The loss, open, without warnings; a float64 one in float64 throughout."""
-    with warnings.catch_warnings(), loss:
-        warnings.simplefilter("ignore")  # what the model has to say, it says in training
+    with quiet(), loss:  # what the model has to say, it says in training
         if loss.dtype != torch.float64:
             yield
             return

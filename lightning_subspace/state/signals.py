@@ -112,7 +112,7 @@ class _Waiting:
         self._held = [signum for signum, handler in self._before.items() if _acts(handler)]
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        """Keep a signal; pass it on where nothing waits, as in a forked process."""
+        """Keep a signal; pass it on where nothing waits, as in a fork."""
         if _here() is self:
             self.arrived.append((signum, frame))
         elif callable(handler := self._before[signum]):
@@ -125,13 +125,13 @@ class _Waiting:
             self._before[signum] = signal.signal(signum, self)
 
     def install_again(self) -> None:
-        """Take the place of handlers that were set meanwhile; `put_back` drops them."""
+        """Take the place of handlers set meanwhile; `put_back` drops them."""
         for signum in self._held:
             if signal.getsignal(signum) is not self:
                 signal.signal(signum, self)
 
     def put_back(self) -> None:
-        """Set all handlers as they were, also those that a training step has set."""
+        """Set all handlers as they were, whatever a training step has set."""
         for signum, handler in self._before.items():
             if signal.getsignal(signum) is not handler:
                 signal.signal(signum, handler)
@@ -151,12 +151,12 @@ _waiting: _Waiting | None = None
 
 
 def _here() -> _Waiting | None:
-    """What waits in this process, which may be a fork of the one that began to wait."""
+    """What waits in this process, and not in one it is forked from."""
     return _waiting if _waiting is not None and _waiting.pid == os.getpid() else None
 
 
 def _run(signum: int, frame: FrameType | None) -> None:
-    """Do what a signal does by now: the handler before it may have set another."""
+    """Do what a signal does now: one before may have set another handler."""
     handler = signal.getsignal(signum)
     if callable(handler):
         handler(signum, frame)
@@ -165,7 +165,7 @@ def _run(signum: int, frame: FrameType | None) -> None:
 
 
 def _acts(handler: Any) -> bool:
-    """Whether a handler is Python's and does something at once; asyncio's loop acts later."""
+    """Whether a handler is Python's and acts at once; asyncio's does not."""
     return callable(handler) and not (getattr(handler, "__module__", None) or "").startswith("asyncio.")
 
 

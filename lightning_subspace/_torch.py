@@ -108,7 +108,7 @@ def without_gradient_hooks(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 def is_operator(function: Any) -> bool:
-    """Whether a function is one of `torch.ops`: of ATen itself, or a custom one."""
+    """Whether a function is one of `torch.ops`: ATen's or a custom one."""
     return type(function).__module__ == "torch._ops"
 
 

@@ -85,7 +85,7 @@ class DefaultType(TorchFunctionMode):
         return {**named, "dtype": self._dtype.to_complex() if is_complex else self._dtype}
 
     def _widened(self, func: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any], result: Tensor) -> Any:
-        """A result in the other type, if nobody has asked for its own."""
+        """A result in the other type, if nobody asked for its own."""
         given = [*args, *named.values()]
         wide = self._wide[result.dtype]
         if _says_type(named) or func in CONVERTING or any(isinstance(value, torch.dtype) for value in given):

@@ -39,12 +39,14 @@ from lightning_subspace.probe.arguments import checked_k, require_the_same, requ
 from lightning_subspace.probe.screening import Screening
 from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.state.notice import warn
+from lightning_subspace.state.signals import waiting_signals
 from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.sketch import sketch
 from lightning_subspace.subspace.solver import Solver
 from lightning_subspace.subspace.subspace import Subspace
 
 
+@waiting_signals()  # a handler may talk to the other ranks: not before all have left
 def measure_subspace(
     module: nn.Module,
     batches: Iterable[Any],
@@ -157,11 +159,11 @@ def measure_subspace(
     choice, notice = screening.run(checked, sample, lambda: choice.loss(module, space, ranks), ranks)
     with ranks.agree():
         if notice is not None:
-            warn(notice)
+            warn(notice, stacklevel=3)
     record = screening.run(taken, sample, lambda: choice.loss(module, space, ranks), ranks)
     with ranks.agree():
         if screening.notice is not None:
-            warn(screening.notice)
+            warn(screening.notice, stacklevel=3)
     return record
 
 

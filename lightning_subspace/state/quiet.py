@@ -38,7 +38,7 @@ def quiet() -> Iterator[None]:
 
 
 class _ThisThread:
-    """Stand-in for the pattern of a filter: matches any text of one thread."""
+    """Stand-in for a filter's pattern: matches any text of one thread."""
 
     def __init__(self) -> None:
         self.is_over = False  # in a list that is out of reach

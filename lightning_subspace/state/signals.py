@@ -30,7 +30,7 @@ NOT_HELD = (
 
 
 class SignalError(RuntimeError):
-    """A signal has come, so a measurement gives up; the handler runs behind it.
+    """A signal has come: a measurement gives up, and its handler runs.
 
     Attributes:
         signals: the names of what has come, in order.
@@ -112,7 +112,7 @@ class _Waiting:
         self._held = [signum for signum, handler in self._before.items() if _acts(handler)]
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        """Keep a signal; pass it on where nothing waits, as in a fork."""
+        """Keep a signal; pass it on where nothing waits, as in forks."""
         if _here() is self:
             self.arrived.append((signum, frame))
         elif callable(handler := self._before[signum]):
@@ -151,12 +151,12 @@ _waiting: _Waiting | None = None
 
 
 def _here() -> _Waiting | None:
-    """What waits in this process, and not in one it is forked from."""
+    """What waits in this process, not in one it was forked from."""
     return _waiting if _waiting is not None and _waiting.pid == os.getpid() else None
 
 
 def _run(signum: int, frame: FrameType | None) -> None:
-    """Do what a signal does now: one before may have set another handler."""
+    """Do what a signal does now: its handler may be another."""
     handler = signal.getsignal(signum)
     if callable(handler):
         handler(signum, frame)

@@ -110,7 +110,9 @@ def fit(module, *callbacks, steps=2, **options):
 
 
 def monitor(**options):
-    return SubspaceMonitor(**{"k": 2, "every_n_steps": [0, 1], "max_overhead": None, "sample": "all", **options})
+    return SubspaceMonitor(
+        **{"k": 2, "every_n_steps": [0, 1], "max_overhead": None, "sample": "all", "tol": 0.1, **options}
+    )
 
 
 def state_of(trainer, module):

@@ -15,7 +15,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_subspace import (
     CriticalSharpness,
-    LossError,
     PeerError,
     Stability,
     SubspaceMonitor,
@@ -71,6 +70,11 @@ class Broken(Single):
         return super().training_step(batch, batch_idx)
 
 
+class BrokenOnOne(Broken):
+    def training_step(self, batch, batch_idx):
+        return (super() if self.global_rank == 1 else super(Broken, self)).training_step(batch, batch_idx)
+
+
 weight = [0]  # of the module itself; a global, since a probe puts attributes back
 
 
@@ -111,12 +115,18 @@ def measure(module, **options):
     assert record.metrics  # the function gives what it has found
 
 
+OURS = (
+    *("SubspaceMonitor", "SubspaceProjection", "Stability", ".*Adagrad", "FailingLogger", "EarlyStopping"),
+    *("ModelCheckpoint", "tol: ", ".*gave no loss", ".*second derivatives", "the figures", "the TensorBoard layout"),
+)
+
+
 def draw_no_figures(tmp_path, patch):
     def fail(*args):
         raise OSError("disk full")
 
     patch.setattr(figures, "spectrum_figure", fail)
-    fit(Single(), monitor(k=1), logger=TensorBoardLogger(tmp_path))
+    fit(Single(), monitor(k=1, every_n_steps=[0]), logger=TensorBoardLogger(tmp_path))
 
 
 def write_no_layout(tmp_path, patch):
@@ -175,9 +185,7 @@ def test_nothing_stops_and_the_log_tells(name, logged):
 def act_with_warnings_as_errors(act):
     # Of this package alone: Lightning has a word to say of its own.
     warnings.simplefilter("ignore")
-    for module in ("SubspaceMonitor", "SubspaceProjection", "Stability", ".*Adagrad", "FailingLogger", "EarlyStopping"):
-        warnings.filterwarnings("error", message=module)
-    for text in ("tol: ", ".*micro-batches gave no loss", ".*second derivatives", ".*self-check", "the "):
+    for text in OURS:
         warnings.filterwarnings("error", message=text)
     act()
 
@@ -203,12 +211,12 @@ def test_what_is_left_out_is_left_out_and_the_rest_is_there(logged):
     assert [record.step for record in one.history] == [0, 2, 4]
     for record in one.history:
         assert "gradient_fraction" not in record.metrics
-        assert record.metrics["eigenvalues/1"] > 0.0
+        assert any(key.startswith("eigenvalues") for key in record.metrics)
     assert len(logged) == 1
 
 
 def test_on_failure_raise_still_raises(logged):
-    with warnings.catch_warnings(), pytest.raises(LossError, match="on purpose"):
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="on purpose"):
         act_with_warnings_as_errors(lambda: fit_with(Broken(), on_failure="raise"))
     assert logged == []
 
@@ -257,8 +265,8 @@ def test_two_ranks_go_on_together():
 
 
 def test_two_ranks_without_a_probe_go_on_together():
-    for options, errors in (({}, [None, None]), ({"on_failure": "raise"}, [LossError, PeerError])):
-        first, second = run(fit_on_a_rank, 2, Broken, options, group=False)
+    for options, errors in (({}, (None, None)), ({"on_failure": "raise"}, (PeerError, ValueError))):
+        first, second = run(fit_on_a_rank, 2, BrokenOnOne, options, group=False)
         assert first[0] == second[0] == []
         assert (len(first[1]), second[1]) == (errors[0] is None, [])
-        assert sorted(map(str, (first[2], second[2]))) == sorted(map(str, errors))
+        assert (first[2], second[2]) == errors

@@ -16,6 +16,7 @@ ONE, OTHER = signal.SIGUSR1, signal.SIGUSR2
 @pytest.fixture(autouse=True)
 def _handlers():
     kept = {signum: signal.getsignal(signum) for signum in (ONE, OTHER, signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP)}
+    kept[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
     yield
     for signum, handler in kept.items():
         signal.signal(signum, handler)

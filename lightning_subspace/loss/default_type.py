@@ -31,7 +31,7 @@ MAKING = frozenset({
 })  # fmt: skip
 # Functions that look at their data: of the default type where these are, or contain, numbers of Python's own.
 INFERRING = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.sparse_coo_tensor})
-COUNTING = frozenset({torch.full, torch.arange})  # of the default type where a number is none that is whole
+COUNTING = frozenset({torch.full, torch.arange})  # of the default type unless all numbers are whole
 # Functions that say a type by their name, or by a string.
 CONVERTING = frozenset({
     *(Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.chalf),

@@ -110,9 +110,7 @@ def fit(module, *callbacks, steps=2, **options):
 
 
 def monitor(**options):
-    return SubspaceMonitor(
-        **{"k": 2, "every_n_steps": [0, 1], "max_overhead": None, "sample": "all", **options}
-    )
+    return SubspaceMonitor(**{"k": 2, "every_n_steps": [0, 1], "max_overhead": None, "sample": "all", **options})
 
 
 def state_of(trainer, module):

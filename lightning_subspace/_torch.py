@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,10 +22,12 @@ __all__ = [
     "base_of",
     "gradient_hook",
     "is_of_fsdp",
+    "is_operator",
     "mixed_precision_policy",
     "module_hooks",
     "storages_of",
     "uncompiled",
+    "undispatched",
     "unwrap_fsdp_method",
     "version_of",
     "without_gradient_hooks",
@@ -119,3 +122,27 @@ def gradient_hook(tensor: Tensor, hook: Callable[[Tensor], Any]) -> Iterator[Non
         handle.remove()
         if before is None:
             tensor._backward_hooks = None
+
+
+def is_operator(function: Any) -> bool:
+    """Whether a function is one of `torch.ops`: ATen's or a custom one."""
+    return type(function).__module__ == "torch._ops"
+
+
+def undispatched(function: Any) -> Any:
+    """A Python function of torch without its first question for modes.
+
+    Such a function begins with `if has_torch_function(...): return handle_torch_function(...)`, by which torch takes a
+    TorchFunctionMode off the stack and calls it; the mode then calls the function, whose whole inside runs without the
+    mode. For `backward` and `grad` that inside is the backward pass. Nothing public keeps a mode on.
+    """
+    own = dict.fromkeys(("has_torch_function", "has_torch_function_unary"), lambda *values: False)
+    copy = FunctionType(
+        function.__code__,
+        {**function.__globals__, **own},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy

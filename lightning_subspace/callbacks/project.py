@@ -12,7 +12,6 @@ from lightning_subspace._lightning import (
     MisconfigurationException,
     Trainer,
     is_a,
-    rank_zero_warn,
     undeclared,
 )
 from lightning_subspace.callbacks.strategy import ranks_of
@@ -21,6 +20,7 @@ from lightning_subspace.data.training_data import first_step
 from lightning_subspace.loss.loss_function import LossFunction, resolve_loss
 from lightning_subspace.measurements import Measurement
 from lightning_subspace.probe.arguments import wrong
+from lightning_subspace.state.notice import warn_on_first_rank
 
 
 @contextmanager
@@ -107,12 +107,12 @@ def warn_of_missing_keys(trainer: Trainer, name: str) -> None:
         if not key.startswith((f"{name}/", f"{name}_")):
             continue
         if is_a(callback, "EarlyStopping") and callback.strict:
-            rank_zero_warn(
+            warn_on_first_rank(
                 f"EarlyStopping(monitor={key!r}, strict=True) will end the run with an error if it asks before a probe "
                 "has logged that value, which a probe that does not converge withholds; use strict=False."
             )
         elif is_a(callback, "ModelCheckpoint"):
-            rank_zero_warn(
+            warn_on_first_rank(
                 f"ModelCheckpoint(monitor={key!r}) saves nothing before a probe has logged that value, which a probe "
                 "that does not converge withholds; once validation has run it then ends the run with an error. Every "
                 "later save sees the last value logged."

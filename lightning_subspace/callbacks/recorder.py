@@ -21,6 +21,7 @@ from lightning_subspace.probe.forecast import Forecast
 from lightning_subspace.probe.open_record import OpenRecord
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.report import ProgressLine, Publisher
+from lightning_subspace.state.signals import waiting_signals
 
 
 class Recorder:
@@ -46,6 +47,7 @@ class Recorder:
         self._publisher = publisher
         self._name = name
 
+    @waiting_signals()  # what a handler saves has the record of this step
     def take(self, trainer: Trainer, module: nn.Module, step: int) -> None:
         """Probe and open a record, on all ranks or on none."""
         ranks, schedule = self._runner.ranks, self._runner.schedule

@@ -28,6 +28,7 @@ from lightning_subspace.probe.open_record import OpenRecord
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.schedule import Schedule
 from lightning_subspace.probe.settings import ProbeSettings
+from lightning_subspace.state.signals import waiting_signals
 
 T = TypeVar("T")
 
@@ -89,8 +90,7 @@ class ProbeRunner:
         if self.source.may_differ:
             self._watch.begin(trainer)
         if self.source.remark is not None:
-            with ranks.agree():
-                self.notices.warn(self.source.remark)
+            self.notices.warn(self.source.remark)
 
     def remember_end(self, module: nn.Module) -> None:
         """End the fit, if there is one, where the module is now."""
@@ -182,6 +182,7 @@ class ProbeRunner:
 
         return self.on_all_ranks(NOT_COPIED, sample) is not None
 
+    @waiting_signals()  # a handler may talk to the other ranks: not before all have left the probe
     def probe(
         self, module: nn.Module, step: int, measure: Callable[[ProbeRun, Sample], OpenRecord] | None = None
     ) -> OpenRecord | None:
@@ -197,15 +198,17 @@ class ProbeRunner:
         """
         run = self.run
         assert run is not None, "asked for before"
+        self.notices.inform_of_threads()
         try:
             sample = self._sample(run, module)
             self._prepare(run, module, sample, step)
             opened = run.measure(module, sample, step) if measure is None else measure(run, sample)
-            with self.ranks.agree():  # only the first rank tells
-                for cause, text in run.examples.remarks.items():
-                    self.notices.info_once(text, cause)
+            for cause, text in run.examples.remarks.items():
+                self.notices.info_once(text, cause)
             return opened
         except Exception as error:
+            if self.notices.is_of_signal(step, error, self.ranks):
+                return None
             if isinstance(error, CheckError) and self.settings.on_check_fail == "raise":
                 raise
             what = f"the probe at step {step} failed and is left out"
@@ -240,8 +243,7 @@ class ProbeRunner:
             what = NOT_COPIED if self.source.spec.sample == "current" else NOT_GATHERED
             self.notices.failure(f"{what}{self._otherwise}", error, self.ranks)
         if self.source.bound is not None:
-            with self.ranks.agree():
-                self.notices.warn_once("memory", f"{self.source.bound}.")
+            self.notices.warn_once("memory", f"{self.source.bound}.")
         after()
 
     def _compare(self, trainer: Trainer, batch: Any) -> None:
@@ -277,10 +279,8 @@ class ProbeRunner:
 
     def _prepare(self, run: ProbeRun, module: nn.Module, sample: Sample, step: int) -> None:
         """Refresh the parameters, and make the self-check if it is still due."""
-        changed = run.refresh_parameters(module)
-        if changed:
-            with self.ranks.agree():  # only the first rank warns, and a warning may be an error there
-                self.notices.warn(f"the set of measured parameters has changed by step {step}; overlaps start anew.")
+        if run.refresh_parameters(module):
+            self.notices.warn(f"the set of measured parameters has changed by step {step}; overlaps start anew.")
         if run.self_check is not None:
             return
         with self.schedule.aside():

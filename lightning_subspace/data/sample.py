@@ -14,7 +14,6 @@ from itertools import accumulate
 from typing import Any
 
 from lightning_subspace._arguments import wrong
-from lightning_subspace._lightning import rank_zero_warn
 from lightning_subspace.data.assignment import owner_rank
 from lightning_subspace.data.example_count import ExampleCounter
 from lightning_subspace.data.micro_batch import (
@@ -29,6 +28,7 @@ from lightning_subspace.data.reading import READ_TIMEOUT
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.state.copies import tensors_of
 from lightning_subspace.state.layouts import bytes_of
+from lightning_subspace.state.notice import warn_on_first_rank
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def require_same_batches(batches: Sequence[MicroBatch], ranks: Ranks) -> None:
             f"{[len(other) for other in everybody]} batches on ranks 0..{ranks.count - 1}."
         )
     if any(other != own for other in everybody):
-        rank_zero_warn(
+        warn_on_first_rank(
             "SubspaceMonitor: ranks have read different examples for the same sample, so that some count twice and "
             "others not at all; make the dataset's order and augmentation the same on all, or pass sample=[batch, ...]."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable
@@ -122,7 +123,11 @@ def tolerances(tol: float, subspace_tol: float | None, dtype: torch.dtype) -> tu
     smallest = SMALLEST_TOL[dtype]
     if tol < smallest:
         message = f"tol: expected at least {smallest} in {dtype}, got {tol}; it was raised to that"
-        warnings.warn(f"{message}. float64 reaches 1e-12.", UserWarning, stacklevel=3)
+        message += ". float64 reaches 1e-12."
+        try:
+            warnings.warn(message, UserWarning, stacklevel=3)
+        except Exception:  # where warnings are errors: what is asked for is there all the same
+            logging.getLogger("lightning_subspace").warning(message)
     return max(tol, smallest), max(tol / 10, smallest)
 
 

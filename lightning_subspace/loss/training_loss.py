@@ -3,6 +3,7 @@
 In the context the module runs on a `Shadow`. Each evaluation starts from the same state and from a random seed that
 depends on the micro-batch alone: two give the same bits, dropout included. On exit everything is as it was. The context
 must stay open through every product with the Hessian: hooks and activation checkpoints run in the backward pass.
+Handlers of signals wait until it is closed, and an evaluation that finds one waiting raises a `SignalError`.
 
 Off is what cannot be differentiated twice: compiled code, fused attention, autocast, cuDNN's recurrent kernels; and
 FSDP2, whose shards are replaced by whole parameters.
@@ -31,6 +32,7 @@ from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import SEED_STRIDE
 from lightning_subspace.state.copies import copied
 from lightning_subspace.state.rng import RandomState, preserved_random_state, seed_generators
+from lightning_subspace.state.signals import give_up_again, give_up_if_signalled, waiting_signals
 
 Mode = Literal["train", "eval"]
 
@@ -119,6 +121,7 @@ class TrainingLoss:
         reshard(self.module)
         originals = self.space.tensors(self.module)
         with ExitStack() as stack:  # closed again if anything below raises
+            stack.enter_context(waiting_signals())  # before the first copy goes in, until the last one is out
             stack.enter_context(preserved_random_state())
             stack.enter_context(eager(self.device, self._narrowest))
             if self._order == 2:
@@ -133,7 +136,9 @@ class TrainingLoss:
         self.values, self._followed = {}, set()
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        if kind is None:
+            self._stack.callback(give_up_again)  # what was measured behind a swallowed exception is worth nothing
         try:
             self._stack.close()
         finally:
@@ -184,6 +189,7 @@ class TrainingLoss:
     def _evaluate(self, batch: MicroBatch, *, finite: bool = True) -> Evaluation:
         if self._shadow is None:
             raise RuntimeError("TrainingLoss is a context manager; use it inside `with TrainingLoss(...) as loss:`.")
+        give_up_if_signalled()
         self._shadow.reset()
         leaves = self.space.tensors(self.module)
         if self._random_state is not None:

@@ -10,7 +10,6 @@ is missing from the record's metrics; the solver's own numbers say why.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -39,12 +38,15 @@ from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.probe.arguments import check_given, checked_k, ranks_of_group, require_the_same, require_word
 from lightning_subspace.probe.screening import Screening
 from lightning_subspace.probe.settings import ProbeSettings
+from lightning_subspace.state.notice import warn
+from lightning_subspace.state.signals import waiting_signals
 from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.sketch import sketch
 from lightning_subspace.subspace.solver import Solver
 from lightning_subspace.subspace.subspace import Subspace
 
 
+@waiting_signals()  # a handler may talk to the other ranks: not before all have left
 def measure_subspace(
     module: nn.Module,
     batches: Iterable[Any],
@@ -109,6 +111,7 @@ def measure_subspace(
         TypeError: for a module without a training step, where there is no `loss_fn`.
         CheckError: with `on_check_fail="raise"`; where nothing can be measured, as "ggn" without its derivatives.
         PeerError: when something of this went wrong on another rank.
+        SignalError: when a signal with a handler of Python's, other than SIGINT, has arrived; the handler has run.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -161,11 +164,11 @@ def measure_subspace(
     choice, notice = screening.run(checked, sample, lambda: choice.loss(module, space, ranks), ranks)
     with ranks.agree():
         if notice is not None:
-            warnings.warn(notice, stacklevel=2)
+            warn(notice, stacklevel=3)
     record = screening.run(taken, sample, lambda: choice.loss(module, space, ranks), ranks)
     with ranks.agree():
         if screening.notice is not None:
-            warnings.warn(screening.notice, stacklevel=2)
+            warn(screening.notice, stacklevel=3)
     return record
 
 

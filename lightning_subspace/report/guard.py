@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-from contextlib import suppress
 from types import TracebackType
 
 from lightning_subspace.parallel.ranks import in_words
+from lightning_subspace.state.notice import warn
 
 
 class Guard:
@@ -16,6 +15,7 @@ class Guard:
     Each kind of failure is told once.
 
     Example:
+        >>> import warnings
         >>> guard = Guard()
         >>> with warnings.catch_warnings(record=True) as told, guard.of("the figure"), guard.of("the figure"):
         ...     raise MemoryError("no room")
@@ -47,16 +47,8 @@ class _Guarded:
         cause = (self._lost, kind.__name__)
         if cause not in self._told:
             self._told.add(cause)
-            tell(f"{self._lost}: {in_words(error)}; training goes on, and later failures like it are not told.")
+            warn(
+                f"{self._lost}: {in_words(error)}; training goes on, and later failures like it are not told.",
+                stacklevel=3,
+            )
         return True
-
-
-def tell(text: str) -> None:
-    """Warn, or inform where warnings are errors. Never raises."""
-    try:
-        warnings.warn(text, stacklevel=4)
-    except Exception:
-        with suppress(Exception):
-            from lightning_subspace._lightning import rank_zero_info  # Lightning takes a while to import
-
-            rank_zero_info(text)

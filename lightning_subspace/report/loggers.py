@@ -20,7 +20,8 @@ from torch import Tensor
 
 from lightning_subspace._arguments import require_instance, require_word
 from lightning_subspace.parallel.ranks import in_words
-from lightning_subspace.report.guard import Guard, tell
+from lightning_subspace.report.guard import Guard
+from lightning_subspace.state.notice import warn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -138,10 +139,11 @@ class Reporter:
             if id(logger) in self._warned:
                 return
             self._warned.add(id(logger))
-            tell(
+            warn(
                 f"{type(logger).__name__} raised {in_words(error)}. Lost: {lost} of step {step}. Training goes on and "
                 "later values are tried again, without a further warning for this logger; all that was measured is "
-                "also in the monitor's history."
+                "also in the monitor's history.",
+                stacklevel=3,
             )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from lightning_subspace.linalg import Outcome
 from lightning_subspace.report import Publisher, Reporter, figures
-from lightning_subspace.report.guard import Guard, tell
+from lightning_subspace.report.guard import Guard
 from lightning_subspace.report.layout import add_layout
 from lightning_subspace.subspace.overlap_history import OverlapHistory
 from lightning_subspace.subspace.record import Record
@@ -167,8 +167,9 @@ def test_a_guard_tells_each_kind_of_failure_once_and_where_warnings_are_errors_i
     caplog.set_level("INFO")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tell("said all the same")
-    assert "said all the same" in caplog.text
+        with Guard().of("said all the same"):
+            raise ValueError("a")
+    assert "said all the same: ValueError: a" in caplog.text
     assert pickle.loads(pickle.dumps(copy.deepcopy(guard)))
 
 

@@ -64,7 +64,7 @@ class Notices:
         self.warn_once(cause, f"{what}, training goes on. {cause} (on_failure='raise' shows where.)")
 
     def is_of_signal(self, step: int, error: Exception, ranks: Ranks) -> bool:
-        """Tell if a signal has ended a probe on any rank: a collective."""
+        """Tell of a signal that has ended a probe. A collective."""
         everywhere = ranks.all_gather_object(error.signals if isinstance(error, SignalError) else ())
         names = list(dict.fromkeys(name for signals in everywhere for name in signals))
         if names:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import logging
 import warnings
 
-from lightning_subspace._lightning import rank_zero_warn
-
 LOG = logging.getLogger("lightning_subspace")
 
 
@@ -37,6 +35,8 @@ def warn(text: str, stacklevel: int = 2) -> None:
 
 def warn_on_first_rank(text: str) -> None:
     """Warn on the first rank alone; see `warn`."""
+    from lightning_subspace._lightning import rank_zero_warn  # Lightning takes a while to import
+
     try:
         rank_zero_warn(text, stacklevel=5)  # of the caller: one further than it would name by itself
     except Exception:  # on the first rank

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # A mode that sees every operation of ATen, also those of backward passes; torch.overrides sees calls from Python alone.
@@ -20,6 +22,7 @@ __all__ = [
     "FSDP",
     "DispatchMode",
     "base_of",
+    "default_type_of_thread",
     "gradient_hook",
     "is_of_fsdp",
     "is_operator",
@@ -122,6 +125,34 @@ def gradient_hook(tensor: Tensor, hook: Callable[[Tensor], Any]) -> Iterator[Non
         handle.remove()
         if before is None:
             tensor._backward_hooks = None
+
+
+@contextmanager
+def default_type_of_thread() -> Iterator[None]:
+    """Have `torch.get_default_dtype` ask for the type of its thread.
+
+    A TorchFunctionMode does not see it, and torch's own code in Python (SobolEngine, distributions) goes by it. It is
+    replaced for the process, by a function that gives every other thread what it had.
+    """
+    global _uses, _get_default_dtype
+    with _lock:
+        _uses += 1
+        if _uses == 1:
+            _get_default_dtype, torch.get_default_dtype = torch.get_default_dtype, _type_of_thread
+    try:
+        yield
+    finally:
+        with _lock:
+            _uses -= 1
+            if _uses == 0 and torch.get_default_dtype is _type_of_thread:
+                torch.get_default_dtype = _get_default_dtype
+
+
+_lock, _uses, _get_default_dtype = Lock(), 0, torch.get_default_dtype
+
+
+def _type_of_thread() -> torch.dtype:
+    return torch.empty(0, device="cpu").dtype
 
 
 def is_operator(function: Any) -> bool:

@@ -7,8 +7,8 @@ and operations on integers whose result is none (`count / 2`). Autograd hands th
 pass, where hooks and activation checkpoints run; but torch sets it aside while `backward` and `grad` begin, so they are
 called in a way that keeps it.
 
-Not seen by a mode, and so of the process's type: `torch.get_default_dtype()`, `torch.Tensor(...)`, and what is made
-inside of TorchScript or of a custom operator.
+Not seen by a mode, and so of the process's type: `torch.Tensor(...)`, and what is made inside of TorchScript or of a
+custom operator.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_subspace._torch import default_type_of_thread
 from lightning_subspace.loss.default_type import DefaultType
 
 
@@ -26,6 +27,7 @@ def eager(device: torch.device, narrowest: torch.dtype | None) -> Iterator[None]
                 stack.enter_context(torch.autocast(kind, enabled=False))
             default = torch.get_default_dtype()
             if torch.promote_types(default, narrowest) != default:
+                stack.enter_context(default_type_of_thread())
                 stack.enter_context(DefaultType(narrowest))
         yield
 

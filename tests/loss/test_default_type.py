@@ -119,8 +119,8 @@ def probe(loss_fn, dtype=torch.float64):
 
 
 def test_another_thread_keeps_its_own_all_through_a_probe():
-    seen, done, is_inside = [], threading.Event(), threading.Event()
-    within = []
+    seen, within, before = [], [], torch.get_default_dtype
+    done, is_inside = threading.Event(), threading.Event()
 
     def prepare():
         is_inside.wait(10.0)
@@ -131,7 +131,7 @@ def test_another_thread_keeps_its_own_all_through_a_probe():
         is_inside.set()
         count = len(seen)
         while len(seen) < count + 50:  # the other thread has its turn in here
-            within.append(torch.zeros(1).dtype)
+            within.append((torch.zeros(1).dtype, torch.get_default_dtype()))
         return (module(batch) + torch.rand(())).square().mean()
 
     thread = threading.Thread(target=prepare)
@@ -143,7 +143,8 @@ def test_another_thread_keeps_its_own_all_through_a_probe():
         is_inside.set()
         thread.join()
     assert set(seen) == {(torch.float32,) * 4}
-    assert set(within) == {torch.float64}
+    assert set(within) == {(torch.float64,) * 2}
+    assert torch.get_default_dtype is before
 
 
 def types_seen(seen, x):

@@ -323,7 +323,7 @@ def test_global_settings_are_put_back():
     module = NETS["mlp"]()
     before = torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     with torch.no_grad(), TrainingLoss(module, ParameterSpace.of(module), cross_entropy, dtype=torch.float64) as loss:
-        assert torch.zeros(1).dtype == torch.float64
+        assert torch.get_default_dtype() == torch.zeros(1).dtype == torch.float64
         assert loss(batch_of()).value.requires_grad
     assert (torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
 

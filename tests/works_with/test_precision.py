@@ -44,7 +44,7 @@ class Net(LightningModule):
 
     def training_step(self, batch, batch_idx):
         hidden = self.first(batch[0])
-        seen_types.add((batch[0].dtype, hidden.dtype, torch.zeros(1).dtype))
+        seen_types.add((batch[0].dtype, hidden.dtype, torch.get_default_dtype()))
         return F.cross_entropy(self.head(torch.tanh(self.norm(hidden)) * self.scale), batch[1])
 
     def configure_optimizers(self):

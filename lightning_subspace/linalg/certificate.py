@@ -63,6 +63,11 @@ class Certificate:
         """Whether missed copies of all eigenvalues are excluded."""
         return bool((self._growth >= self._required).all())
 
+    @property
+    def progress(self) -> float:
+        """How far the slowest has come, in [0, 1], on a logarithmic scale."""
+        return 1.0 if self.holds else float(self._growth.min().log()) / math.log(self._required)
+
     def follow(self, column: Tensor, norm: float) -> None:
         """Update c after an expansion; see `lanczos.Expansion`."""
         components = self._components

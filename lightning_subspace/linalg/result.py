@@ -74,6 +74,7 @@ class EigshResult:
     next_eigenvalue: float
     next_residual: float
     gap: float
+    gap_given_up: bool = False
 
     @property
     def converged(self) -> bool:

@@ -125,9 +125,9 @@ def decisive_values(wanted: Tensor, which: Which, margin: Callable[[float], floa
     return [sign * float(merits.min()) for sign, merits in beyond if merits.numel() > 0]
 
 
-def last_values(wanted: Tensor, which: Which) -> list[float]:
-    """The last wanted value of each end, (k,) best first."""
-    return [sign * last for sign, _, last in _by_end(wanted, which)]
+def gap_values(wanted: Tensor, which: Which, width: float) -> list[float]:  # (k,) best first
+    """Behind the last wanted value of each end, in the gap, by `width`."""
+    return [sign * (last - width) for sign, _, last in _by_end(wanted, which)]
 
 
 def report_order(k: int, which: Which) -> list[int]:

@@ -87,7 +87,11 @@ class Rules:
 
         The `gap` is NaN while it is unknown.
         """
-        return self.subspace_tol is not None and not max(residual, self.rounding * scale) >= CLAIMED_ERROR * gap
+        return self.subspace_tol is not None and not self.least_gap(residual, scale) >= gap
+
+    def least_gap(self, residual: float, scale: float) -> float:
+        """The narrowest gap with which an eigenspace of that residual is claimed."""
+        return max(residual, self.rounding * scale) / CLAIMED_ERROR
 
     def allowance(self, num_matvecs: int) -> int:
         """The products that may be spent on narrow gaps after so many."""

@@ -8,9 +8,10 @@ What a missed copy would change depends on where it lies, and so does what is do
 - beyond the last wanted value by more than `Rules.coarse_margin`: an eigenvalue by much. It is always excluded.
 - beyond it by more than `Rules.fine_margin`: an eigenvalue by more than 5 % of itself. It is excluded within a bound on
   the products; where that is reached, the eigenvalues are not `verified`.
-- at the last wanted value: no eigenvalue, but the eigenspace, of which there are then many, and the next eigenvalue. It
-  is excluded within the same bound where a gap is claimed; where that is reached, the gap is claimed no more.
-- behind it: nothing.
+- at the last wanted value, or so close behind it that the eigenspace could not be trusted (`Rules.least_gap`): no
+  eigenvalue, but the space, and the next eigenvalue. It is excluded within the same bound where a gap is claimed; where
+  that is reached, the gap is claimed no more.
+- farther behind: nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from lightning_subspace.linalg.certificate import Certificate
 from lightning_subspace.linalg.lanczos import Expansion
-from lightning_subspace.linalg.selection import Neighbour, Ritz, closest_of, decisive_values, ends, last_values, merit
+from lightning_subspace.linalg.selection import Neighbour, Ritz, closest_of, decisive_values, ends, gap_values, merit
 from lightning_subspace.linalg.stopping import Rules
 
 _HALF, _HOPEFUL = 0.5, 0.7  # by half of the allowance, this part of half of the (logarithmic) growth is expected
@@ -40,7 +41,7 @@ class Verification:
         self._residual = 0.0  # the largest of theirs
         self._coarse = self._fine = self._gap = Certificate([], rules.k, rules.dimension, rules.delta)
         self._has_values = False  # whether copies beyond the fine margin are excluded, of what was found last
-        self._has_gap = False  # whether those at the last wanted value are, too
+        self._has_gap = False  # whether those at the last wanted value and close behind it are, too
         self._begun = self._allowance = 0  # products before, and those that may be spent
 
     def begin(self, ritz: Ritz, behind: Sequence[Neighbour], scale: float, num_matvecs: int) -> None:
@@ -54,7 +55,7 @@ class Verification:
         beyond = (decisive_values(wanted, rules.which, margin) for margin in margins)
         self._coarse, self._fine, self._gap = (
             Certificate(values, rules.k, rules.dimension, rules.delta)
-            for values in (*beyond, last_values(wanted, rules.which))
+            for values in (*beyond, gap_values(wanted, rules.which, rules.least_gap(self._residual, scale)))
         )
 
     def follow(self, expansion: Expansion) -> None:
@@ -88,7 +89,7 @@ class Verification:
         return not decisive_values(ritz.values[: self._rules.k], self._rules.which, margin)
 
     def verifies_gap(self) -> bool:
-        """Whether missed copies of the last wanted value are excluded."""
+        """Whether missed copies of the last wanted value, and others close behind it, are excluded."""
         return self._has_gap
 
     def is_over(self, ritz: Ritz, closest: Neighbour, scale: float, num_matvecs: int) -> bool:

@@ -78,7 +78,7 @@ def networks() -> Iterator[tuple[str, Callable[[], nn.Module], Batch, float]]:
     mnist, colour = digits(), colour_images()
     for name, data in (("mlp", mnist), ("cnn", colour), ("vit", colour)):
         workload = WORKLOADS[name]
-        count = min(workload.examples, 512)
+        count = min(workload.examples, 256)
         label = workload.name.replace("2,000", f"{count:,}")
         yield label, workload.make, (data[0][:count], data[1][:count]), workload.lr
 

@@ -79,8 +79,9 @@ def eigsh(
         ncv: largest size of the basis, at least k + 3; by default `min(dimension, 2 * k + 10)`.
         max_matvecs: products that may be spent.
         v0: start vector, shape (n,); by default random.
-        verify: "always" excludes missed copies of multiple eigenvalues, typically for 4 to 13 more matvecs at k = 10; a
-            copy within `0.03 * scale` of the k-th eigenvalue is not looked for. "never" stops at convergence.
+        verify: "always" excludes missed copies of multiple eigenvalues, typically for 4 to 13 more matvecs at k = 10.
+            Close to the k-th eigenvalue it does so for at most half of the matvecs before, or ten; if that is too few,
+            the result is not `verified`, or its gap is given up. "never" stops at convergence.
         delta: risk that the verification overlooks a copy, in (0, 1).
         seed: of the random vectors. The global random generators are not touched.
         dtype: float32 or float64, of the basis. Half precision is refused: its Lanczos vectors are not orthogonal.

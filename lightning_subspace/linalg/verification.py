@@ -27,9 +27,6 @@ from lightning_subspace.linalg.lanczos import Expansion
 from lightning_subspace.linalg.selection import Neighbour, Ritz, closest_of, decisive_values, ends, gap_values, merit
 from lightning_subspace.linalg.stopping import Rules
 
-_HALF, _HOPEFUL = 0.5, 0.7  # by half of the allowance, this part of half of the (logarithmic) growth is expected
-
-
 class Verification:
     """The verification in progress, or the result of the last one."""
 
@@ -42,7 +39,7 @@ class Verification:
         self._coarse = self._fine = self._gap = Certificate([], rules.k, rules.dimension, rules.delta)
         self._has_values = False  # whether copies beyond the fine margin are excluded, of what was found last
         self._has_gap = False  # whether those at the last wanted value and close behind it are, too
-        self._begun = self._allowance = 0  # products before, and those that may be spent
+        self._last_matvec = 0  # the products at which the bound is reached
 
     def begin(self, ritz: Ritz, behind: Sequence[Neighbour], scale: float, num_matvecs: int) -> None:
         """Choose what to exclude, just before the fresh start."""
@@ -50,7 +47,7 @@ class Verification:
         self.active, self.behind = True, behind
         self._found, self._residual = merit(wanted, rules.which), float(ritz.residuals[: rules.k].max())
         self._has_values = self._has_gap = False
-        self._begun, self._allowance = num_matvecs, rules.allowance(num_matvecs)
+        self._last_matvec = num_matvecs + rules.allowance(num_matvecs)
         margins = (partial(margin, scale) for margin in (rules.coarse_margin, rules.fine_margin))
         beyond = (decisive_values(wanted, rules.which, margin) for margin in margins)
         self._coarse, self._fine, self._gap = (
@@ -103,10 +100,8 @@ class Verification:
 
     def _is_spent(self, num_matvecs: int) -> bool:
         """Whether the bound on products is reached, or will be in vain."""
-        share = (num_matvecs - self._begun) / self._allowance if self.active else 0.0
-        # Certificates grow about geometrically. One that will hold has come much farther by half of the way.
         slowest = self._gap if self._fine.holds else self._fine
-        return share >= 1.0 or (share >= _HALF and slowest.progress < _HALF * _HOPEFUL)
+        return self.active and not slowest.may_hold(self._last_matvec - num_matvecs)
 
     def _claims(self, ritz: Ritz, closest: Neighbour, scale: float) -> bool:
         """Whether the gap seems wide enough to claim an eigenspace."""

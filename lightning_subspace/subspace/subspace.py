@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_subspace.linalg import EigshResult, Outcome
+from lightning_subspace.linalg.stopping import CLAIMED_ERROR, VALUE_ERROR
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
 
@@ -23,10 +24,10 @@ UNIT_ROUNDING = 1e-5  # how far outside [0, 1] a fraction or an overlap is round
 ORTHONORMALITY = 1e-4  # the largest max|V V^T - I| at which a sum of squared projections still is a fraction
 # The largest subspace error at which fractions and overlaps are reported. With s the sine of the largest angle to the
 # true space, |v^T (P - P') v| <= s |v|^2: they are off by at most s, and by about s^2 near 0 or 1.
-TRUSTED_ERROR = 0.1
-# The solver does not wait for the next eigenvalue. It is shown when its residual, which bounds its error, is at most
-# this share of itself, or of the largest |eigenvalue|.
-NEXT_ERROR, NEXT_RESIDUAL = 0.05, 1e-3
+TRUSTED_ERROR = CLAIMED_ERROR
+# The solver does not wait for the next eigenvalue. It is known when its residual, which bounds its error, is at most
+# this share of itself (as is asked of any that is reported), or of the largest |eigenvalue|.
+NEXT_ERROR, NEXT_RESIDUAL = VALUE_ERROR, 1e-3
 WIDENED_AT_ONCE = 1 << 17  # columns that are held in float64
 ALONE = Ranks()
 
@@ -48,9 +49,12 @@ class Subspace:
         error: max residual / gap behind the k-th eigenvalue, an estimate of the sine of the largest angle to the true
             eigenspace (times sqrt(k) and with the true gap, a bound: Davis and Kahan 1970); 0 when k = n.
         outcome: how the solver ended.
-        verified: whether missed copies of equal eigenvalues were excluded.
+        verified: whether missed copies of equal eigenvalues were excluded that would change one by more than 5 %.
         num_matvecs: Hessian products spent.
         partition: which columns this rank has; None: all of them.
+        gap_given_up: whether there seemed to be a gap behind the k-th eigenvalue, and it took too many products to
+            exclude more of the same eigenvalue; `error` is infinite then.
+        next_residual: bound of the error of `next_eigenvalue`; nan where that is.
     """
 
     eigenvalues: Tensor
@@ -62,6 +66,8 @@ class Subspace:
     verified: bool
     num_matvecs: int
     partition: Partition | None = None
+    gap_given_up: bool = False
+    next_residual: float = math.nan
 
     @classmethod
     def of(cls, result: EigshResult, partition: Partition | None = None) -> Subspace:
@@ -87,6 +93,8 @@ class Subspace:
             verified=result.verified,
             num_matvecs=result.num_matvecs,
             partition=partition,
+            gap_given_up=result.gap_given_up,
+            next_residual=result.next_residual if known else math.nan,
         )
 
     @property
@@ -116,6 +124,12 @@ class Subspace:
         """The consequence, why the space is not trusted, and the way out."""
         if not self.converged:
             return f"{consequence}. {self.outcome.value}"
+        if self.gap_given_up:
+            return (
+                f"{consequence}: eigenvalue {self.k} may occur more often than it was found, so that the space of the "
+                f"first {self.k} may be one of many. Its gap to the next one is too narrow to exclude that within half "
+                "of the products spent before. Choose k at a wider gap of the spectrum."
+            )
         return (
             f"{consequence}: eigenvalue {self.k} is so close to the next one that the space of the first {self.k} is "
             f"not determined (residual / gap = {self.error:.2g}, at most {TRUSTED_ERROR}). Choose k at a gap of the "

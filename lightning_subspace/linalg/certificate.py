@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_WINDOW = 5  # expansions by which the growth is judged: it may pause for one or two
+_WINDOW = 10  # expansions by which the growth is judged: sooner, spaces are given up that would have been trusted
 _HOPE = 2.0  # it may grow so much faster later
 
 

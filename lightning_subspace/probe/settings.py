@@ -29,6 +29,7 @@ from lightning_subspace.probe.arguments import (
     require_word,
     wrong,
 )
+from lightning_subspace.probe.verification import Verify, require_verify
 from lightning_subspace.subspace.solver import MAX_TOL, Solver
 
 
@@ -54,6 +55,7 @@ class ProbeSettings:
     tol: float = 1e-3
     ncv: int | None = None
     max_matvecs: int = 200
+    verify: Verify | int = "always"
     seed: int = 0
     sample: int | str | Iterable[Any] = 1024
     gradient_sample: int | str = 8192
@@ -90,6 +92,7 @@ class ProbeSettings:
             raise wrong("tol", f"a number in (0, {MAX_TOL}]", self.tol, "it is relative to the largest eigenvalue")
         require_integer("max_matvecs", self.max_matvecs, 1)
         require_integer("ncv", self.ncv, 1, optional=True)
+        require_verify(self.verify)
         require_patterns("params", self.params)
         require_function("loss_fn", self.loss_fn)
         for name in ("curvature", "on_check_fail"):

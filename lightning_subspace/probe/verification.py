@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
 
+from lightning_subspace.probe.arguments import wrong
 from lightning_subspace.subspace.record import Record
 
-# Every tenth probe is verified, beginning with the first; and all those after one that found copies, since a warm start
-# does not remember them.
-VERIFY_EVERY = 10
+Verify: TypeAlias = Literal["always", "never"]
 # Neighbours closer than this, in units of the largest |eigenvalue|, are taken for copies: a converged eigenvalue is off
 # by about tol^2 / gap, 1e-6 by default, and to take two for copies by chance costs a few products.
 COPIES = 1e-5
 
 
-def is_scheduled(number: int) -> bool:
+def require_verify(value: object) -> None:
+    """A word, or a positive number of probes."""
+    is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not is_number and not (isinstance(value, str) and value in get_args(Verify)):
+        expected = "'always', 'never', or an integer of at least 1"
+        raise wrong("verify", expected, value, "10 verifies every tenth probe, and those after one that found copies")
+
+
+def is_scheduled(number: int, verify: Verify | int) -> bool:
     """Whether the probe of this number is verified in any case."""
-    return number % VERIFY_EVERY == 0
+    if isinstance(verify, int):
+        return number % verify == 0
+    return verify == "always"
+
+
+def is_verified(number: int, verify: Verify | int, history: Sequence[Record]) -> bool:
+    """Whether the probe is verified: as scheduled, or after found copies.
+
+    A warm start does not remember copies, so that they would be missed at the next probe.
+    """
+    return is_scheduled(number, verify) or (verify != "never" and has_degenerate_values(history))
 
 
 def has_degenerate_values(history: Sequence[Record]) -> bool:

@@ -47,8 +47,9 @@ class Publisher:
         named = {logged_name(self._name, key): value for key, value in selected.items()}
         self._reporter.scalars(trainer.loggers, named, record.step)
         if record.subspace is not None and record.subspace.converged:
-            values = record.subspace.eigenvalues
-            self._reporter.histogram(trainer.loggers, f"{self._name}/eigenvalues", values, record.step)
+            values = record.subspace.eigenvalues[record.subspace.known]
+            if len(values):
+                self._reporter.histogram(trainer.loggers, f"{self._name}/eigenvalues", values, record.step)
 
     def draw(
         self, trainer: Trainer, history: Sequence[Record], steps: Sequence[int], matrix: np.ndarray, error: float | None

@@ -91,8 +91,7 @@ class SubspaceMonitor(Measured):
         tol: residual of the eigenpairs relative to the largest |eigenvalue|.
         max_matvecs: Hessian products a probe may take.
         ncv: largest number of basis vectors, by default min(n, 2k + 10).
-        verify: which probes exclude missed copies of equal eigenvalues: "always" all, for 4 to 13 products each; "never"
-            none; a number m every m-th, and those after one that found copies.
+        verify: which probes exclude missed copies of equal eigenvalues; a number m: every m-th. See the README.
         params: shell-style patterns of parameter names; by default all trainable ones.
         loss_fn: `loss_fn(pl_module, batch, batch_idx) -> scalar` in place of `training_step`.
         mode: "train" (the objective that is being descended) or "eval".

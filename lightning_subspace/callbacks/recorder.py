@@ -19,6 +19,7 @@ from lightning_subspace.measurements.base import Prospect
 from lightning_subspace.probe.forecast import Forecast
 from lightning_subspace.probe.open_record import OpenRecord
 from lightning_subspace.probe.run import ProbeRun
+from lightning_subspace.probe.verification import unverified
 from lightning_subspace.report import ProgressLine, Publisher
 
 
@@ -64,6 +65,8 @@ class Recorder:
         if subspace is not None and not subspace.trusted:
             cause = f"{subspace.outcome.name}, {subspace.gap_given_up}"
             self._runner.notices.warn_once(cause, f"at step {step}, {subspace.verdict}")
+        if subspace is not None and (told := unverified(subspace, self._runner.settings.verify)) is not None:
+            self._runner.notices.info_once(f"at step {step}, {told}", "unverified")
         if subspace is not None and subspace.poor_values is not None:
             self._runner.notices.info_once(f"at step {step}, {subspace.poor_values}", "poor values")
 

@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias, get_args
 
 from lightning_subspace.probe.arguments import wrong
 from lightning_subspace.subspace.record import Record
+from lightning_subspace.subspace.subspace import Subspace
 
 Verify: TypeAlias = Literal["always", "never"]
 # Neighbours closer than this, in units of the largest |eigenvalue|, are taken for copies: a converged eigenvalue is off
@@ -35,6 +36,19 @@ def is_verified(number: int, verify: Verify | int, history: Sequence[Record]) ->
     A warm start does not remember copies, so that they would be missed at the next probe.
     """
     return is_scheduled(number, verify) or (verify != "never" and has_degenerate_values(history))
+
+
+def unverified(subspace: Subspace, verify: Verify | int) -> str | None:
+    """Sentence on a space of which missed copies are not excluded; None where they are."""
+    if subspace.verified or not subspace.converged:
+        return None
+    reason = "a verification would have taken too many products; choose k at a wider gap of the spectrum"
+    if verify != "always":
+        reason = f"with verify={verify!r} nobody has looked for more; verify='always' does"
+    return (
+        f"an eigenvalue may occur more often than it was found, and the space of the first {subspace.k} may be one of "
+        f"many: {reason}. solver/verified is 0 at such probes."
+    )
 
 
 def has_degenerate_values(history: Sequence[Record]) -> bool:

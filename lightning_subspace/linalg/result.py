@@ -29,6 +29,12 @@ class Outcome(enum.Enum):
         "(b) dropout or data augmentation that is drawn anew, (c) batch statistics that move, (d) half precision in "
         "the operator. Make it return the same result for the same vector; the eigenpairs returned are not an answer."
     )
+    ROUNDING = (
+        "Two measurements of the same entry of the operator's projection differ by more than the solver can work with. "
+        "The operator is deterministic, but its products are rounded by about as much: terms cancel in it, as in the "
+        "Hessian of a loss that is almost zero. Compute it in float64 (`dtype='float64'`); the eigenpairs returned are "
+        "not an answer."
+    )
     NONFINITE = (
         "The operator returned NaN or infinity. The loss may have diverged, a derivative may be singular here, or "
         "another rank failed. The eigenpairs returned are those found before."

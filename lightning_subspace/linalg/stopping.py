@@ -19,9 +19,8 @@ _COARSE = 0.03  # in units of scale: copies that lie farther beyond the last wan
 VALUE_ERROR = 0.05  # the largest residual, relative to an eigenvalue, at which anything is known of it
 CLAIMED_ERROR = 0.1  # the largest residual / gap at which an eigenspace is claimed
 # Products that a verification may spend on what is close to the last wanted value: so many, or this share of those
-# before. Between .5 and 1 nothing changed for the spectra of tests/benchmarks/certificate.py but the cost of hopeless
-# ones; at .25 one of them was trusted no more.
-_LEAST_ALLOWANCE, _ALLOWED_SHARE = 10, 0.5
+# before. With fewer, some spaces were given up in tests/benchmarks/certificate.py that had a gap; more were seldom spent.
+_LEAST_ALLOWANCE, _ALLOWED_SHARE = 20, 0.5
 # A looser test is passed before all wanted pairs have appeared; for Hessians of trained networks 1e-2 often is.
 _PLAIN_TOL = 1e-3
 _SMALLEST = 0.02  # in units of scale: eigenvalues below count as this large in the relative test

@@ -179,6 +179,30 @@ def test_operator_that_is_not_symmetric_is_flagged() -> None:
     assert result.outcome is Outcome.ASYMMETRIC
 
 
+def test_rounding_that_looks_like_asymmetry_is_told_apart() -> None:
+    """A small matrix behind terms that cancel: what float32 loses is much of it, and the same at every call."""
+    n = 60
+    large = 1e4 * normal(n * n, 0).view(n, n).float()
+    small = torch.diag(torch.linspace(1.0, 2.0, n))
+    generator_of_noise = generator(3)
+
+    def cancelling(vector: Tensor) -> Tensor:
+        terms = large.to(vector.dtype) @ vector
+        return (terms + small.to(vector.dtype) @ vector) - terms
+
+    def noisy(vector: Tensor) -> Tensor:
+        return cancelling(vector) + 1e-3 * torch.randn(n, generator=generator_of_noise).to(vector)
+
+    def crooked(vector: Tensor) -> Tensor:
+        return (small.to(vector.dtype) + large.to(vector.dtype).triu() / 1e4) @ vector
+
+    assert eigsh(cancelling, n, 3).outcome is Outcome.ROUNDING
+    assert eigsh(cancelling, n, 3, dtype=torch.float64).outcome is Outcome.CONVERGED
+    assert eigsh(noisy, n, 3).outcome is Outcome.ASYMMETRIC
+    assert eigsh(crooked, n, 3).outcome is Outcome.ASYMMETRIC
+    assert eigsh(crooked, n, 3, dtype=torch.float64).outcome is Outcome.ASYMMETRIC
+
+
 def test_rounding_in_a_large_space_is_no_asymmetry() -> None:
     """A random vector of a large space is almost orthogonal to the few large eigenvectors: scale starts far too low."""
     n = 200_000

@@ -52,6 +52,7 @@ from lightning_subspace.probe.checkpoint import encode
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.schedule import Schedule
 from lightning_subspace.probe.settings import ProbeSettings, require_sizes
+from lightning_subspace.probe.verification import Verify
 from lightning_subspace.report import Publisher, add_layout
 from lightning_subspace.report.loggers import LogLevel
 from lightning_subspace.subspace.record import Record
@@ -88,6 +89,7 @@ class SubspaceMonitor(Measured):
         tol: residual of the eigenpairs relative to the largest |eigenvalue|.
         max_matvecs: Hessian products a probe may take.
         ncv: largest number of basis vectors, by default min(n, 2k + 10).
+        verify: which probes exclude missed copies of equal eigenvalues; a number m: every m-th. See the README.
         params: shell-style patterns of parameter names; by default all trainable ones.
         loss_fn: `loss_fn(pl_module, batch, batch_idx) -> scalar` in place of `training_step`.
         mode: "train" (the objective that is being descended) or "eval".
@@ -134,6 +136,7 @@ class SubspaceMonitor(Measured):
         tol: float = 1e-3,
         max_matvecs: int = 200,
         ncv: int | None = None,
+        verify: Verify | int = "always",
         params: Sequence[str] | None = None,
         loss_fn: Callable[..., Any] | None = None,  # LightningCLI would refuse one without annotations as LossFunction
         mode: Mode = "train",

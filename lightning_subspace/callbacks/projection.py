@@ -39,6 +39,7 @@ from lightning_subspace.probe.checkpoint import FORMAT, decode_position, encode_
 from lightning_subspace.probe.entries import CheckpointError
 from lightning_subspace.probe.schedule import Position, Schedule
 from lightning_subspace.probe.settings import ProbeSettings, require_sizes
+from lightning_subspace.probe.verification import Verify
 from lightning_subspace.report.loggers import Reporter, logged_name
 from lightning_subspace.subspace.record import Record
 
@@ -88,6 +89,7 @@ class SubspaceProjection(Resumable):
         tol: residual of the eigenpairs relative to the largest |eigenvalue|.
         max_matvecs: Hessian products a refresh may take.
         ncv: largest number of basis vectors, by default min(n, 2k + 10).
+        verify: which refreshes exclude missed copies of equal eigenvalues, see `SubspaceMonitor`.
         params: shell-style patterns of parameter names; by default all trainable ones.
         loss_fn: `loss_fn(pl_module, batch, batch_idx) -> scalar` in place of `training_step`.
         mode: "train" (the objective that is being descended) or "eval".
@@ -126,6 +128,7 @@ class SubspaceProjection(Resumable):
         tol: float = 1e-3,
         max_matvecs: int = 200,
         ncv: int | None = None,
+        verify: Verify | int = "always",
         params: Sequence[str] | None = None,
         loss_fn: Callable[..., Any] | None = None,  # LightningCLI would refuse one without annotations as LossFunction
         mode: Mode = "train",
@@ -283,7 +286,8 @@ class SubspaceProjection(Resumable):
             return
         if not record.subspace.trusted:
             refusal = record.subspace.refusal("the space is not used")
-            self._notices.warn_once(record.subspace.outcome.name, f"at step {step}, {refusal}")
+            cause = f"{record.subspace.outcome.name}, {record.subspace.gap_given_up}"
+            self._notices.warn_once(cause, f"at step {step}, {refusal}")
             return
         if self._start.watches and "gradient_fraction" in record.metrics:
             average = self._start.see_chi(math.sqrt(record.metrics["gradient_fraction"]))

@@ -20,6 +20,7 @@ from lightning_subspace.measurements.base import Prospect
 from lightning_subspace.probe.forecast import Forecast
 from lightning_subspace.probe.open_record import OpenRecord
 from lightning_subspace.probe.run import ProbeRun
+from lightning_subspace.probe.verification import unverified
 from lightning_subspace.report import ProgressLine, Publisher
 from lightning_subspace.state.signals import waiting_signals
 
@@ -67,7 +68,12 @@ class Recorder:
         self._publisher.update_callback_metrics(trainer, opened.record)
         subspace = opened.record.subspace
         if subspace is not None and not subspace.trusted:
-            self._runner.notices.warn_once(subspace.outcome.name, f"at step {step}, {subspace.verdict}")
+            cause = f"{subspace.outcome.name}, {subspace.gap_given_up}"
+            self._runner.notices.warn_once(cause, f"at step {step}, {subspace.verdict}")
+        if subspace is not None and (told := unverified(subspace, self._runner.settings.verify)) is not None:
+            self._runner.notices.info_once(f"at step {step}, {told}", "unverified")
+        if subspace is not None and subspace.poor_values is not None:
+            self._runner.notices.info_once(f"at step {step}, {subspace.poor_values}", "poor values")
 
     def see_gradient(self, module: nn.Module) -> None:
         """Keep the mini-batch gradient of the step from the open record's point."""

@@ -18,7 +18,7 @@ _PARTS, _SMALLEST_CHUNK = 32, 256  # of float64 copies: so many parts at least, 
 
 def products(rows: Tensor, vector: Tensor, *, normed: bool) -> Tensor:  # (m, n), (n,) -> (m + 1,)
     """Inner products with all rows, then |vector|^2 (zero if not `normed`)."""
-    found = torch.zeros(rows.shape[0] + 1, dtype=_exact(rows), device=rows.device)
+    found = torch.zeros(rows.shape[0] + 1, dtype=exact(rows), device=rows.device)
     with torch.autocast(vector.device.type, enabled=False):  # it would round these to half precision
         pieces = zip(rows.split(_chunk(rows), dim=1), vector.split(_chunk(rows)), strict=True)
         found[:-1] = torch.stack([torch.mv(*piece) for piece in pieces]).sum(dim=0, dtype=found.dtype)
@@ -29,21 +29,22 @@ def products(rows: Tensor, vector: Tensor, *, normed: bool) -> Tensor:  # (m, n)
 
 def rotate(rows: Tensor, rotation: Tensor, out: Tensor) -> None:  # (m, n), (m, c), (c, n)
     """Write rotation^T rows into `out`, possibly the first rows themselves."""
-    weights = rotation.T.to(out.device, _exact(out))
+    weights = rotation.T.to(out.device, exact(out))
     for block in _blocks(out):
         out[:, block] = weights @ rows[:, block].to(weights.dtype)
 
 
 def gram(rows: Tensor) -> Tensor:  # (m, n) -> (m, m)
     """All inner products of the rows."""
-    total = torch.zeros(rows.shape[0], rows.shape[0], dtype=_exact(rows), device=rows.device)
+    total = torch.zeros(rows.shape[0], rows.shape[0], dtype=exact(rows), device=rows.device)
     for block in _blocks(rows):
         columns = rows[:, block].to(total.dtype)
         total += columns @ columns.T
     return total
 
 
-def _exact(tensor: Tensor) -> torch.dtype:
+def exact(tensor: Tensor) -> torch.dtype:
+    """The widest type that the tensor's device has."""
     return tensor.dtype if tensor.device.type == "mps" else torch.float64
 
 

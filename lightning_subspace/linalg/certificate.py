@@ -26,6 +26,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_WINDOW = 10  # expansions by which the growth is judged: sooner, spaces are given up that would have been trusted
+_HOPE = 2.0  # it may grow so much faster later
+
 
 class Certificate:
     """The components c for each lam along one Lanczos chain.
@@ -56,12 +59,23 @@ class Certificate:
         self._components = self._eigenvalues.new_zeros(len(eigenvalues), num_found + 1)
         self._components[:, num_found] = 1.0
         self._growth = torch.ones_like(self._eigenvalues)  # the largest |c|^2 so far
+        self._logarithms: list[float] = []  # of the smallest growth, after each expansion
         self._required = 2 / math.pi * dimension * (len(eigenvalues) / delta) ** 2
 
     @property
     def holds(self) -> bool:
         """Whether missed copies of all eigenvalues are excluded."""
         return bool((self._growth >= self._required).all())
+
+    def may_hold(self, num_more: int) -> bool:
+        """Whether it may hold after so many more expansions.
+
+        By its growth in the last few, which is about geometric; while there were fewer, anything may be.
+        """
+        if self.holds or len(self._logarithms) <= _WINDOW:
+            return self.holds or num_more > 0
+        now, before = self._logarithms[-1], self._logarithms[-1 - _WINDOW]
+        return now + _HOPE * (now - before) / _WINDOW * num_more >= math.log(self._required)
 
     def follow(self, column: Tensor, norm: float) -> None:
         """Update c after an expansion; see `lanczos.Expansion`."""
@@ -71,6 +85,7 @@ class Certificate:
         new = new.where(self._growth < self._required, torch.zeros_like(new))
         self._components = torch.cat([components, new[:, None]], dim=1)
         self._growth = torch.maximum(self._growth, self._components.square().sum(dim=1))
+        self._logarithms.append(float(self._growth.log().min()) if len(self._growth) else 0.0)
 
     def contract(self, rotation: Tensor) -> None:
         """Update c after a restart to rotation^T V; orthonormal columns, (m, kept)."""

@@ -179,6 +179,18 @@ class Lanczos:
         self._dropped = torch.nn.functional.pad(self._dropped, (0, 1))
         return Expansion(column, norm)
 
+    def variation(self, factor: float) -> float:
+        """|A (c v) / c - A v| for a vector v of the basis and a factor c; two products.
+
+        With c = 1, what differs between two calls. With another one, that and what is rounded otherwise.
+        """
+        v, square = self.basis[0], _zeros(1)
+        with self.agreement.local():
+            difference = _checked(self._matvec(v), v).clone()
+            difference -= _checked(self._matvec(v * factor), v) / factor
+            square += torch.linalg.vector_norm(difference, dtype=blocked.exact(difference)).square().cpu()
+        return float(self.agreement.sum(square)) ** 0.5
+
     def contract(self, rotation: Tensor) -> None:
         """Replace V by rotation^T V, of orthonormal columns, (m, kept).
 

@@ -29,6 +29,12 @@ class Outcome(enum.Enum):
         "(b) dropout or data augmentation that is drawn anew, (c) batch statistics that move, (d) half precision in "
         "the operator. Make it return the same result for the same vector; the eigenpairs returned are not an answer."
     )
+    ROUNDING = (
+        "Two measurements of the same entry of the operator's projection differ by more than the solver can work with. "
+        "The operator is deterministic, but its products are rounded by about as much: terms cancel in it, as in the "
+        "Hessian of a loss that is almost zero. Compute it in float64 (`dtype='float64'`); the eigenpairs returned are "
+        "not an answer."
+    )
     NONFINITE = (
         "The operator returned NaN or infinity. The loss may have diverged, a derivative may be singular here, or "
         "another rank failed. The eigenpairs returned are those found before."
@@ -49,16 +55,20 @@ class EigshResult:
         residuals: |A x - theta x|, shape (k,), float64 on the CPU, in units of A: the estimate, but not less than the
             asymmetry of the operator and rounding, below which no estimate means anything.
         outcome: why the run stopped.
-        verified: whether missed copies are excluded, but for the risk `delta` and within 0.03 * scale of the k-th.
+        verified: whether missed copies that would change an eigenvalue by more than 5 % (or `tol * scale`, if that is
+            more) are excluded, but for the risk `delta`.
         num_matvecs: products spent.
         num_restarts: how often the basis was full and compressed.
         orthogonality: max |V V^T - I| of the rows returned; NaN if a rank failed.
         asymmetry: of the projected matrix, at most, relative to `scale`; about 1e-7 for a deterministic float32 one.
         scale: largest absolute Ritz value, to which all tolerances are relative.
         next_eigenvalue: best Ritz value behind the wanted ones ("BE": at the closer end); NaN if none was seen.
-        next_residual: its residual, likewise; it need not have converged.
+        next_residual: its residual, likewise; it need not have converged. At least the gap where a missed copy of the
+            k-th eigenvalue was looked for and is not excluded: it would be what follows.
         gap: its distance from the last wanted eigenvalue, with "LM" in magnitude; infinity if k is the whole dimension,
             0 if nothing behind the wanted ones was seen.
+        gap_given_up: whether it seemed wide enough for an eigenspace (`subspace_error` at most 0.1), but too many
+            products would have been needed to exclude copies of the k-th eigenvalue. Then `subspace_error` is infinity.
     """
 
     eigenvalues: Tensor
@@ -74,6 +84,7 @@ class EigshResult:
     next_eigenvalue: float
     next_residual: float
     gap: float
+    gap_given_up: bool = False
 
     @property
     def converged(self) -> bool:

@@ -7,7 +7,7 @@ Values are listed *best first*: the first c of the list are the best choice of c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -115,19 +115,19 @@ def merit_in_place(values: Tensor, place: int, which: Which) -> Tensor:
     return values.abs() if which == "LM" else _sign(place, which) * values
 
 
-def decisive_values(wanted: Tensor, which: Which, margin: float) -> list[float]:  # (k,) best first
+def decisive_values(wanted: Tensor, which: Which, margin: Callable[[float], float]) -> list[float]:  # (k,) best first
     """The found eigenvalues whose missed copies would matter, one an end.
 
-    A copy matters if its merit is better than the last wanted one by more than `margin`. Of these values of an end the
-    innermost is the hardest to exclude (see `Certificate`), so it stands for those beyond it.
+    A copy matters if its merit is better than the last wanted one by more than the `margin` of that one. Of these
+    values of an end the innermost is the hardest to exclude (see `Certificate`), so it stands for those beyond it.
     """
-    beyond = [(sign, merits[merits > last + margin]) for sign, merits, last in _by_end(wanted, which)]
+    beyond = [(sign, merits[merits > last + margin(last)]) for sign, merits, last in _by_end(wanted, which)]
     return [sign * float(merits.min()) for sign, merits in beyond if merits.numel() > 0]
 
 
-def edge_values(wanted: Tensor, which: Which, margin: float) -> list[float]:
-    """The last wanted value of each end, moved outward by `margin`."""
-    return [sign * (last + margin) for sign, _, last in _by_end(wanted, which)]
+def gap_values(wanted: Tensor, which: Which, width: float) -> list[float]:  # (k,) best first
+    """Behind the last wanted value of each end, in the gap, by `width`."""
+    return [sign * (last - width) for sign, _, last in _by_end(wanted, which)]
 
 
 def report_order(k: int, which: Which) -> list[int]:

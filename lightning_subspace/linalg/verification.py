@@ -2,18 +2,29 @@
 
 After convergence the wanted Ritz vectors are kept and the basis grows again from a random direction. A `Certificate`
 for each group of eigenvalues tells when a missed copy would have shown. If one shows, the search goes on with it.
+
+What a missed copy would change depends on where it lies, and so does what is done about it:
+
+- beyond the last wanted value by more than `Rules.coarse_margin`: an eigenvalue by much. It is always excluded.
+- beyond it by more than `Rules.fine_margin`: an eigenvalue by more than 5 % of itself. It is excluded within a bound on
+  the products; where that is reached, the eigenvalues are not `verified`.
+- at the last wanted value, or so close behind it that the eigenspace could not be trusted (`Rules.least_gap`): no
+  eigenvalue, but the space, and the next eigenvalue. It is excluded within the same bound where a gap is claimed; where
+  that is reached, the gap is claimed no more.
+- farther behind: nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_subspace.linalg.certificate import Certificate
 from lightning_subspace.linalg.lanczos import Expansion
-from lightning_subspace.linalg.selection import Neighbour, Ritz, closest_of, decisive_values, edge_values, ends, merit
+from lightning_subspace.linalg.selection import Neighbour, Ritz, closest_of, decisive_values, ends, gap_values, merit
 from lightning_subspace.linalg.stopping import Rules
 
 
@@ -22,61 +33,91 @@ class Verification:
 
     def __init__(self, rules: Rules) -> None:
         self.active = False  # in progress: the first k rows of the basis are the pairs found, also after restarts
-        self.excluded = False  # whether the last one has excluded missed copies of these pairs
-        self.behind: Sequence[Neighbour] = ()  # their neighbours, one an end, when it began; the basis forgets them
+        self.behind: Sequence[Neighbour] = ()  # the neighbours, one an end, when it began; the basis forgets them
         self._rules = rules
         self._found = torch.zeros(0, device="cpu")  # merits of the pairs found
-        self._certificates: list[Certificate] = []
+        self._residual = 0.0  # the largest of theirs
+        self._coarse = self._fine = self._gap = Certificate([], rules.k, rules.dimension, rules.delta)
+        self._has_values = False  # whether copies beyond the fine margin are excluded, of what was found last
+        self._has_gap = False  # whether those at the last wanted value and close behind it are, too
+        self._last_matvec = 0  # the products at which the bound is reached
 
-    def begin(self, ritz: Ritz, behind: Sequence[Neighbour], scale: float) -> None:
+    def begin(self, ritz: Ritz, behind: Sequence[Neighbour], scale: float, num_matvecs: int) -> None:
         """Choose what to exclude, just before the fresh start."""
-        rules, closest = self._rules, closest_of(behind)
-        wanted = ritz.values[: rules.k]
-        self.active, self.excluded = True, False
-        self.behind = behind
-        self._found = merit(wanted, rules.which)
-        # Copies of the last wanted value of each end matter where they would stand in a gap that is claimed.
-        is_claimed = rules.subspace_tol is not None and closest.gap > rules.copy_margin(scale)
-        last = edge_values(wanted, rules.which, margin=0.0) if is_claimed else []
-        decisive = self._decisive(ritz, closest, scale)
-        self._certificates = [Certificate(values, rules.k, rules.dimension, rules.delta) for values in (decisive, last)]
+        rules, wanted = self._rules, ritz.values[: self._rules.k]
+        self.active, self.behind = True, behind
+        self._found, self._residual = merit(wanted, rules.which), float(ritz.residuals[: rules.k].max())
+        self._has_values = self._has_gap = False
+        self._last_matvec = num_matvecs + rules.allowance(num_matvecs)
+        margins = (partial(margin, scale) for margin in (rules.coarse_margin, rules.fine_margin))
+        beyond = (decisive_values(wanted, rules.which, margin) for margin in margins)
+        self._coarse, self._fine, self._gap = (
+            Certificate(values, rules.k, rules.dimension, rules.delta)
+            for values in (*beyond, gap_values(wanted, rules.which, rules.least_gap(self._residual, scale)))
+        )
 
-    def follow(self, expansion: Expansion, closest: Neighbour, scale: float) -> None:
+    def follow(self, expansion: Expansion) -> None:
         """Update the certificates by what a matvec has added."""
-        if expansion.norm > 0.0:
+        # The second chain has come to an end: what there was to be seen in it was seen.
+        is_complete = expansion.norm == 0.0
+        if not is_complete:
             for certificate in self._certificates:
                 certificate.follow(*expansion)
-        decisive, last = self._certificates
-        # Once a value has settled in the gap, nothing is claimed there any more.
-        is_settled = closest.residual <= max(self._rules.tol * scale, closest.gap / 2)
-        has_closed = is_settled and closest.gap <= self._rules.copy_margin(scale)
-        self.excluded = decisive.holds and (last.holds or has_closed)
+        self._has_values, self._has_gap = (c.holds or is_complete for c in (self._fine, self._gap))
 
     def contract(self, rotation: Tensor) -> None:
         """Update the certificates after a restart, see `Certificate.contract`."""
         for certificate in self._certificates:
             certificate.contract(rotation)
 
-    def misses(self, ritz: Ritz, margin: float) -> bool:
+    def see(self, ritz: Ritz, scale: float) -> bool:
+        """Whether a missed copy has turned up; the verification is then over."""
+        # Until copies are excluded, only an improvement by their margin counts; after that, any beyond tol.
+        margin = self._rules.least_margin if self._has_values else self._rules.fine_margin
+        if not self._misses(ritz, partial(margin, scale)):
+            return False
+        self.active = self._has_gap = False  # the values that it has verified stay so, if they are still there
+        return True
+
+    def verifies_values(self, ritz: Ritz, scale: float) -> bool:
+        """Whether missed copies that would change an eigenvalue are excluded."""
+        margin = partial(self._rules.fine_margin, scale)
+        if self._has_values:
+            return self.active or not self._misses(ritz, margin)
+        return not decisive_values(ritz.values[: self._rules.k], self._rules.which, margin)
+
+    def verifies_gap(self) -> bool:
+        """Whether missed copies of the last wanted value, and others close behind it, are excluded."""
+        return self._has_gap
+
+    def is_over(self, ritz: Ritz, closest: Neighbour, scale: float, num_matvecs: int) -> bool:
+        """Whether all is excluded that matters, or that the bound allows."""
+        is_complete = self.verifies_values(ritz, scale) and (self._has_gap or not self._claims(ritz, closest, scale))
+        return not self._rules.verify or is_complete or (self._coarse.holds and self._is_spent(num_matvecs))
+
+    @property
+    def _certificates(self) -> tuple[Certificate, Certificate, Certificate]:
+        return self._coarse, self._fine, self._gap
+
+    def _is_spent(self, num_matvecs: int) -> bool:
+        """Whether the bound on products is reached, or will be in vain."""
+        slowest = self._gap if self._fine.holds else self._fine
+        return self.active and not slowest.may_hold(self._last_matvec - num_matvecs)
+
+    def _claims(self, ritz: Ritz, closest: Neighbour, scale: float) -> bool:
+        """Whether the gap seems wide enough to claim an eigenspace."""
+        residual = self._residual if self.active else float(ritz.residuals[: self._rules.k].max())
+        # Once a value has settled in the gap, nothing is claimed there any more.
+        is_settled = closest.residual <= max(self._rules.tol * scale, closest.gap / 2)
+        return self._rules.claims_space(residual, closest.gap, scale) or (self.active and not is_settled)
+
+    def _misses(self, ritz: Ritz, margin: Callable[[float], float]) -> bool:
         """Whether more values lie `margin` beyond the last found than before."""
         # They are counted: in a dense list a missed copy of the first value moves every other one by very little.
         found, now = self._found, merit(ritz.values[: self._rules.k], self._rules.which)
-        return any(
-            int((now[end] > found[end].min() + margin).sum()) > int((found[end] > found[end].min() + margin).sum())
-            for end in ends(self._rules.k, self._rules.which)
-        )
-
-    def is_certain(self, ritz: Ritz, closest: Neighbour, scale: float, *, invariant: bool) -> bool:
-        """Whether missed copies are excluded, irrelevant, or not asked about."""
-        if self.active:
-            return self.excluded or invariant
-        was_excluded = self.excluded and not self.misses(ritz, self._rules.copy_margin(scale))
-        return not self._rules.verify or was_excluded or not self._decisive(ritz, closest, scale)
-
-    def _decisive(self, ritz: Ritz, closest: Neighbour, scale: float) -> list[float]:
-        """The values of which missed copies have to be excluded."""
-        rules, wanted, margin = self._rules, ritz.values[: self._rules.k], self._rules.copy_margin(scale)
-        # Copies of almost equal values change no eigenvalue. But if there seems to be a gap, they make it an illusion.
-        at_stake = rules.subspace_tol is not None and closest.gap > closest.residual
-        edge = edge_values(wanted, rules.which, margin) if at_stake else []
-        return decisive_values(wanted, rules.which, margin) or edge
+        for end in ends(self._rules.k, self._rules.which):
+            last = float(found[end].min())
+            edge = last + margin(last)
+            if int((now[end] > edge).sum()) > int((found[end] > edge).sum()):
+                return True
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -28,7 +29,7 @@ class LossChange(Measurement):
 
     `loss_change_top`, `loss_change_bulk`: for the step taken, with the noise of its mini-batch. The Hessian is gone by
     then, so the bulk's is to first order, g.(u - Pu), and `loss_change_bulk_high` adds its largest second order,
-    lambda_{k+1} |u - Pu|^2 / 2 (with "LA", where lambda_{k+1} is known).
+    lambda_{k+1} |u - Pu|^2 / 2 (with "LA"; where lambda_{k+1} is not known, the largest that it may be).
 
     Example:
         >>> from lightning_subspace import SubspaceMonitor
@@ -57,7 +58,8 @@ class LossChange(Measurement):
         found = {"loss_change_top": slope_top + bend_top / 2.0, "loss_change_bulk": slope - slope_top}
         if probe.which == "LA":
             outside = probe.norm(update) ** 2 * (1.0 - probe.top.fraction(update))
-            steepest = max(probe.top.next_eigenvalue, 0.0)
+            following = probe.top.next_eigenvalue
+            steepest = max(probe.top.largest_next if math.isnan(following) else following, 0.0)
             found["loss_change_bulk_high"] = found["loss_change_bulk"] + steepest * outside / 2.0
         return found
 

@@ -28,14 +28,16 @@ class GapIndex(Measurement):
         """No product."""
         if probe.which != "LA":
             return {}
-        values = [*probe.top.eigenvalues.tolist(), probe.top.next_eigenvalue]
+        following = probe.top.next_eigenvalue
+        # One that is near zero is never known to 5 %, but how large it may be is.
+        values = [*probe.top.eigenvalues.tolist(), probe.top.largest_next if math.isnan(following) else following]
         smallest = max(float(probe.top.residuals.max()), torch.finfo(probe.gradient.dtype).eps * abs(values[0]))
         ratios = [a / max(b, smallest) for a, b in pairwise(values) if a > smallest and b >= -smallest]
         return {"gap_index": float(ratios.index(max(ratios)) + 1)} if ratios else {}
 
 
 def solver_metrics(subspace: Subspace) -> dict[str, float]:
-    """`eigenvalues/01` to `eigenvalues/k+1`, where they converged, and `solver/...`, always.
+    """`eigenvalues/01` to `eigenvalues/k+1`, where they are known to 5 %, and `solver/...`, always.
 
     `solver/residual` is the largest residual over the largest |eigenvalue|; nan where no pair was found.
     """
@@ -50,7 +52,4 @@ def solver_metrics(subspace: Subspace) -> dict[str, float]:
         "solver/converged": float(subspace.converged),
         "solver/verified": float(subspace.verified),
     }
-    if subspace.converged:
-        values = [*subspace.eigenvalues.tolist(), subspace.next_eigenvalue]
-        metrics.update({f"eigenvalues/{i:02d}": value for i, value in enumerate(values, start=1)})
-    return metrics
+    return metrics | {f"eigenvalues/{i:02d}": value for i, value in subspace.reported.items()}

@@ -26,7 +26,9 @@ class SharpnessOverThreshold(Measurement):
         """No product."""
         if probe.which not in ("LA", "BE"):  # the largest eigenvalue need not be among the wanted ones
             return {}
-        sharpness = float(probe.top.eigenvalues[0])
+        sharpness = probe.top.reported.get(1)
+        if sharpness is None:
+            return {}
         threshold = sgd_threshold(probe.optimizer)
         if threshold is None:
             return {"sharpness": sharpness}

@@ -15,10 +15,11 @@ from lightning_subspace.measurements.base import Prospect
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import in_words
 from lightning_subspace.probe.settings import ProbeSettings
-from lightning_subspace.probe.verification import VERIFY_EVERY, is_scheduled
+from lightning_subspace.probe.verification import is_scheduled
 
 # What a forecast is made of: at most so many products, or as many as take so long.
 ENOUGH_PRODUCTS, ENOUGH_SECONDS = 10, 5.0
+LATER = 10  # probes that the mean is taken over, so that it has what is taken at every fifth or tenth
 
 
 class Forecast:
@@ -81,10 +82,10 @@ def expected_products(settings: ProbeSettings, prospect: Prospect) -> tuple[floa
 
     def of(number: int) -> float:
         then = replace(prospect, number=number)
-        own = then.solve(verify=is_scheduled(number))
+        own = then.solve(verify=is_scheduled(number, settings.verify))
         return own + sum(_products_of(m, then) for m in settings.taken if m.is_due(number))
 
-    later = range(prospect.number + 1, prospect.number + 1 + VERIFY_EVERY)
+    later = range(prospect.number + 1, prospect.number + 1 + LATER)
     return of(prospect.number), statistics.fmean(map(of, later))
 
 

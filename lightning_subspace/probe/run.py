@@ -29,7 +29,7 @@ from lightning_subspace.probe.open_record import OpenRecord, ended
 from lightning_subspace.probe.resumed import Resumed
 from lightning_subspace.probe.schedule import Position
 from lightning_subspace.probe.settings import ProbeSettings
-from lightning_subspace.probe.verification import has_degenerate_values, is_scheduled
+from lightning_subspace.probe.verification import is_verified
 from lightning_subspace.subspace.overlap_history import OverlapHistory
 from lightning_subspace.subspace.record import History, Record
 
@@ -236,7 +236,7 @@ class ProbeRun:
     ) -> tuple[Probe, Record]:
         number = self.num_probes
         # Read off eigenvalues, which are equal on all ranks as far as their processors are: the first one decides.
-        verify = self.ranks.broadcast_object(is_scheduled(number) or has_degenerate_values(self.history))
+        verify = self.ranks.broadcast_object(is_verified(number, self.settings.verify, self.history))
         with self._choice.loss(module, self.space, self.ranks) as loss:
             return take_probe(
                 loss,

@@ -34,6 +34,7 @@ from lightning_subspace.probe.arguments import (
     require_word,
     wrong,
 )
+from lightning_subspace.probe.verification import Verify, require_verify
 from lightning_subspace.subspace.solver import MAX_TOL, Solver
 
 
@@ -58,6 +59,7 @@ class ProbeSettings:
     tol: float = 1e-3
     ncv: int | None = None
     max_matvecs: int = 200
+    verify: Verify | int = "always"
     seed: int = 0
     sample: int | str | Iterable[Any] = 1024
     gradient_sample: int | str = 8192
@@ -96,6 +98,7 @@ class ProbeSettings:
         self._take("tol", require_number("tol", self.tol, expected, lambda x: 0.0 < x <= MAX_TOL, way_out))
         self._take("max_matvecs", require_integer("max_matvecs", self.max_matvecs, 1))
         self._take("ncv", require_integer("ncv", self.ncv, 1, optional=True))
+        self._take("verify", require_verify(self.verify))
         self._take("params", require_patterns("params", self.params))
         require_loss("loss_fn", self.loss_fn)
         for name in ("curvature", "on_check_fail"):

@@ -126,6 +126,8 @@ def _draw_spectrum(axes: Axes, subspace: Subspace) -> None:
     k = subspace.k
     values = subspace.eigenvalues.double().cpu().numpy()
     residuals = subspace.residuals.double().cpu().numpy()
+    if subspace.converged:
+        values = np.where(subspace.known.numpy(), values, np.nan)  # as in the log
     index = np.arange(1, k + 1)
     axes.errorbar(index, values, yerr=residuals, fmt="o", color=panel.BLUE, capsize=4, label="eigenvalue ± residual")
     axes.set_xlim(0.4, k + 0.6)

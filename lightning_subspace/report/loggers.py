@@ -69,6 +69,8 @@ def select(metrics: Mapping[str, float], log: LogLevel, extra: Set[str]) -> dict
     if log == "all":
         return dict(metrics)
     kept = SOLVER_KEYS | (FAILURE_KEYS if metrics.get("solver/converged") == 0.0 else frozenset())
+    if metrics.get("solver/converged") == 1.0 and metrics.get("solver/verified") == 0.0:
+        kept |= {"solver/verified"}
     has_eigenpairs = "solver/converged" in metrics  # without them (k = 0) there is little else to log
 
     def is_left_out(key: str) -> bool:

@@ -47,8 +47,9 @@ class Publisher:
             selected = select(record.metrics, self._level, self._extra)
             named = {logged_name(self._name, key): value for key, value in selected.items()}
             self._reporter.scalars(trainer.loggers, named, record.step)
-            if record.subspace is not None and record.subspace.converged:
-                values = record.subspace.eigenvalues
+            if record.subspace is None or not record.subspace.converged:
+                return
+            if len(values := record.subspace.eigenvalues[record.subspace.known]):
                 self._reporter.histogram(trainer.loggers, f"{self._name}/eigenvalues", values, record.step)
 
     def draw(self, trainer: Trainer, history: Sequence[Record], overlaps: OverlapHistory) -> None:

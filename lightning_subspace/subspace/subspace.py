@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_subspace._arguments import require_instance, require_shape
 from lightning_subspace.linalg import EigshResult, Outcome
+from lightning_subspace.linalg.stopping import CLAIMED_ERROR, VALUE_ERROR
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
 
@@ -24,10 +25,7 @@ UNIT_ROUNDING = 1e-5  # how far outside [0, 1] a fraction or an overlap is round
 ORTHONORMALITY = 1e-4  # the largest max|V V^T - I| at which a sum of squared projections still is a fraction
 # The largest subspace error at which fractions and overlaps are reported. With s the sine of the largest angle to the
 # true space, |v^T (P - P') v| <= s |v|^2: they are off by at most s, and by about s^2 near 0 or 1.
-TRUSTED_ERROR = 0.1
-# The solver does not wait for the next eigenvalue. It is shown when its residual, which bounds its error, is at most
-# this share of itself, or of the largest |eigenvalue|.
-NEXT_ERROR, NEXT_RESIDUAL = 0.05, 1e-3
+TRUSTED_ERROR = CLAIMED_ERROR
 WIDENED_AT_ONCE = 1 << 17  # columns that are held in float64
 ALONE = Ranks()
 
@@ -44,14 +42,16 @@ class Subspace:
         eigenvalues: (k,) float64, best first.
         eigenvectors: (k, n), orthonormal rows, under ranks this rank's columns; None in `monitor.history`.
         residuals: (k,) float64, |H v - lambda v| of each pair.
-        next_eigenvalue: estimate of the eigenvalue behind the k-th, right to 5 % or to a thousandth of the largest
-            |eigenvalue|; nan where it is not known that well, and when k = n.
+        next_eigenvalue: estimate of the eigenvalue behind the k-th, right to 5 %; nan where it is not known that well,
+            since the solver does not wait for it, and when k = n.
         error: max residual / gap behind the k-th eigenvalue, an estimate of the sine of the largest angle to the true
             eigenspace (times sqrt(k) and with the true gap, a bound: Davis and Kahan 1970); 0 when k = n.
         outcome: how the solver ended.
-        verified: whether missed copies of equal eigenvalues were excluded.
+        verified: whether missed copies of equal eigenvalues were excluded that would change one by more than 5 %.
         num_matvecs: Hessian products spent.
         partition: which columns this rank has; None: all of them.
+        gap_given_up: whether there seemed to be a gap behind the k-th eigenvalue, and it took too many products to
+            exclude more of the same eigenvalue; `error` is infinite then.
     """
 
     eigenvalues: Tensor
@@ -63,6 +63,7 @@ class Subspace:
     verified: bool
     num_matvecs: int
     partition: Partition | None = None
+    gap_given_up: bool = False
 
     @classmethod
     def of(cls, result: EigshResult, partition: Partition | None = None) -> Subspace:
@@ -79,7 +80,7 @@ class Subspace:
                 f"eigenvectors: expected orthonormal rows, got max|V V^T - I| = {defect:.1e}, at most "
                 f"{ORTHONORMALITY:.0e} is allowed; a fraction computed from them could exceed 1."
             )
-        known = result.next_residual <= max(NEXT_ERROR * abs(result.next_eigenvalue), NEXT_RESIDUAL * result.scale)
+        known = result.next_residual <= VALUE_ERROR * abs(result.next_eigenvalue)
         return cls(
             eigenvalues=result.eigenvalues,
             eigenvectors=result.eigenvectors,
@@ -90,6 +91,7 @@ class Subspace:
             verified=result.verified,
             num_matvecs=result.num_matvecs,
             partition=partition,
+            gap_given_up=result.gap_given_up,
         )
 
     @property
@@ -101,6 +103,29 @@ class Subspace:
     def converged(self) -> bool:
         """Whether every wanted eigenpair reached the tolerance."""
         return self.outcome in (Outcome.CONVERGED, Outcome.EXACT)
+
+    @property
+    def known(self) -> Tensor:  # (k,)
+        """Which eigenvalues are right to 5 % of themselves; the residual bounds the error.
+
+        None is where the solver did not converge.
+        """
+        return (self.residuals <= VALUE_ERROR * self.eigenvalues.abs()) & self.converged
+
+    @property
+    def reported(self) -> dict[int, float]:
+        """The eigenvalues that are known, by their place from 1, with the next one if it is."""
+        values = {i: float(self.eigenvalues[i - 1]) for i in range(1, self.k + 1) if self.known[i - 1]}
+        if self.converged and not math.isnan(self.next_eigenvalue):
+            values[self.k + 1] = self.next_eigenvalue
+        return values
+
+    @property
+    def largest_next(self) -> float:
+        """The largest that the eigenvalue behind the k-th may be, of the largest ones ("LA"); nan when k = n."""
+        if self.error == 0.0:
+            return math.nan
+        return float(self.eigenvalues[-1]) - float(self.residuals.max()) / self.error
 
     @property
     def trusted(self) -> bool:
@@ -119,10 +144,29 @@ class Subspace:
         """The consequence, why the space is not trusted, and the way out."""
         if not self.converged:
             return f"{consequence}. {self.outcome.value}"
+        if self.gap_given_up:
+            return (
+                f"{consequence}: eigenvalue {self.k} may occur more often than it was found, so that the space of the "
+                f"first {self.k} may be one of many. Its gap to the next one is too narrow to exclude that within half "
+                "of the products spent before, or 20. Choose k at a wider gap of the spectrum."
+            )
         return (
             f"{consequence}: eigenvalue {self.k} is so close to the next one that the space of the first {self.k} is "
             f"not determined (residual / gap = {self.error:.2g}, at most {TRUSTED_ERROR}). Choose k at a gap of the "
             "spectrum, or a smaller tol."
+        )
+
+    @property
+    def poor_values(self) -> str | None:
+        """Sentence on eigenvalues that are left out though the solver converged; None where there are none."""
+        poor = [i for i, known in enumerate(self.known.tolist(), start=1) if not known]
+        if not poor or not self.converged:
+            return None
+        names = ", ".join(f"eigenvalues/{i:02d}" for i in poor)
+        return (
+            f"{names}: left out, as the residual exceeds {VALUE_ERROR:.0%} of the eigenvalue. It is zero, or very small "
+            "beside the largest one, to which `tol` is relative. Pass a smaller tol, with dtype='float64' if it is below "
+            "1e-5, or a smaller k; `record.subspace` has `eigenvalues` and `residuals`."
         )
 
     @property

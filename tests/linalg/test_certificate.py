@@ -67,3 +67,16 @@ def test_bound_on_the_components_of_a_random_vector() -> None:
     smallest = 1 / (2 / math.pi * n / delta**2)
     rate = float((vectors[:, 0].square() / vectors.square().sum(1) < smallest).double().mean())
     assert rate == pytest.approx(delta, rel=0.05)
+
+
+def test_a_certificate_that_grows_too_slowly_may_not_hold() -> None:
+    certificate = Certificate([2.001], 0, N, 0.01)  # just outside of the spectrum of the chain, (-2, 2)
+    for m in range(40):
+        column = torch.zeros(m + 1, dtype=torch.float64)
+        column[m - 1 : m] = 1.0
+        certificate.follow(column, 1.0)
+        assert certificate.may_hold(1) == (m < 10)  # by ten expansions nothing can be told
+    assert not certificate.holds
+    assert not certificate.may_hold(5)
+    assert certificate.may_hold(1000)
+    assert not certificate.may_hold(0)

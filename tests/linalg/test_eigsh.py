@@ -38,9 +38,8 @@ def overlap(result: EigshResult, operator: Operator, which: Which) -> float:
 
 
 def check(operator: Operator, result: EigshResult, which: Which, tol: float = 1e-3) -> None:
-    """Everything that an answer which says converged and verified has to be."""
+    """Everything that an answer which says converged, and perhaps verified and trusted, has to be."""
     assert result.converged, result.outcome
-    assert result.verified
     k = len(result.eigenvalues)
     assert result.eigenvectors.shape == (k, operator.n)
     assert float(operator.residuals(result).max()) <= 2 * tol * operator.norm
@@ -49,6 +48,12 @@ def check(operator: Operator, result: EigshResult, which: Which, tol: float = 1e
     assert float(lack.min()) >= -tol  # no Ritz value is better than the eigenvalue in its place
     assert result.orthogonality < 1e-10
     right = float(lack.max()) <= tol  # nothing within the margin was passed over
+    if result.verified:  # each is right to 5 % of itself, or to the tolerance
+        true = operator.wanted(k, which)[0].abs()
+        assert bool((lack * operator.norm <= (0.05 * true).clamp(min=1.1 * tol * operator.norm)).all())
+    if result.subspace_error <= 0.1 and result.gap < math.inf:
+        assert operator.true_gap(k, which) >= 9.9 * float(result.residuals.max())
+        assert overlap(result, operator, which) >= 0.99
     if right and operator.true_gap(k, which) > 10 * tol * operator.norm:
         assert overlap(result, operator, which) >= 0.999
 
@@ -172,6 +177,30 @@ def test_operator_that_is_not_symmetric_is_flagged() -> None:
     matrix = normal(50 * 50, 0).view(50, 50)
     result = eigsh(lambda vector: matrix @ vector, 50, 3, dtype=torch.float64)
     assert result.outcome is Outcome.ASYMMETRIC
+
+
+def test_rounding_that_looks_like_asymmetry_is_told_apart() -> None:
+    """A small matrix behind terms that cancel: what float32 loses is much of it, and the same at every call."""
+    n = 60
+    large = 1e4 * normal(n * n, 0).view(n, n).float()
+    small = torch.diag(torch.linspace(1.0, 2.0, n))
+    generator_of_noise = generator(3)
+
+    def cancelling(vector: Tensor) -> Tensor:
+        terms = large.to(vector.dtype) @ vector
+        return (terms + small.to(vector.dtype) @ vector) - terms
+
+    def noisy(vector: Tensor) -> Tensor:
+        return cancelling(vector) + 1e-3 * torch.randn(n, generator=generator_of_noise).to(vector)
+
+    def crooked(vector: Tensor) -> Tensor:
+        return (small.to(vector.dtype) + large.to(vector.dtype).triu() / 1e4) @ vector
+
+    assert eigsh(cancelling, n, 3).outcome is Outcome.ROUNDING
+    assert eigsh(cancelling, n, 3, dtype=torch.float64).outcome is Outcome.CONVERGED
+    assert eigsh(noisy, n, 3).outcome is Outcome.ASYMMETRIC
+    assert eigsh(crooked, n, 3).outcome is Outcome.ASYMMETRIC
+    assert eigsh(crooked, n, 3, dtype=torch.float64).outcome is Outcome.ASYMMETRIC
 
 
 def test_rounding_in_a_large_space_is_no_asymmetry() -> None:
@@ -347,12 +376,12 @@ def test_outcomes_are_sentences(outcome: Outcome) -> None:
 
 
 PINNED = {
-    ("power law", "LA"): [24, 25, 30],
+    ("power law", "LA"): [27, 28, 34],
     ("outliers", "LA"): [16, 17, 19],
     ("indefinite", "LA"): [26, 26, 29],
-    ("indefinite", "BE"): [31, 28, 28],
-    ("indefinite", "LM"): [27, 27, 26],
-    ("heavy tail", "LA"): [33, 31, 33],
+    ("indefinite", "BE"): [35, 33, 32],
+    ("indefinite", "LM"): [31, 30, 30],
+    ("heavy tail", "LA"): [44, 35, 37],
     ("softmax model", "LA"): [32, 32, 32],
 }
 

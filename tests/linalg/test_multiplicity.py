@@ -5,7 +5,7 @@ import torch
 
 from lightning_subspace.linalg import EigshResult, Outcome, Which, eigsh
 
-from .spectra import Operator, mirrored, num_missed, shortfall, spectra
+from .spectra import Operator, copies_behind_an_outlier, generator, mirrored, num_missed, shortfall, spectra
 
 N = 450
 K = 10
@@ -72,11 +72,14 @@ def test_without_verification_copies_are_missed() -> None:
 
 
 @pytest.mark.parametrize("name", ["zero", "identity", "minus identity"])
-def test_a_multiple_of_the_identity_costs_k_products(name: str) -> None:
+def test_a_multiple_of_the_identity_costs_a_product_more_than_k(name: str) -> None:
+    """The one that shows that there is no gap."""
     result = solve(Operator(spectra(N)[name]), 0)
-    assert result.num_matvecs == K
-    assert result.gap == 0.0
+    assert result.num_matvecs == K + 1
+    assert abs(result.gap) < 1e-14
     assert result.subspace_error == float("inf")
+    assert not result.gap_given_up
+    assert solve(Operator(spectra(N)[name]), 0, subspace_tol=None).num_matvecs == K
 
 
 @pytest.mark.parametrize("ncv", [None, K + 5])
@@ -87,8 +90,10 @@ def test_verifying_an_ordinary_spectrum_is_cheap(name: str, ncv: int | None) -> 
         plain = solve(operator, seed, verify="never", ncv=ncv)
         verified = solve(operator, seed, delta=0.01, ncv=ncv)
         assert verified.verified
-        assert verified.num_matvecs - plain.num_matvecs <= 13
         expected, _ = operator.wanted(K, "LA")
+        # One of the heavy tail's chains passes over an eigenvalue, which the second chain finds.
+        is_complete = bool((plain.eigenvalues - expected).abs().max() < 1e-3 * operator.norm)
+        assert verified.num_matvecs - plain.num_matvecs <= (13 if is_complete else 25)
         torch.testing.assert_close(verified.eigenvalues, expected, rtol=0, atol=1e-5 * operator.norm)
 
 
@@ -137,3 +142,74 @@ def test_copy_in_a_dense_list_is_not_passed_over(seed: int) -> None:
     assert result.converged
     assert result.verified
     assert num_missed(operator, result, "LA") == 0
+
+
+def few_copies(seed: int) -> tuple[Operator, int]:
+    """Groups of one to three equal eigenvalues, all but the first below 3 % of it, and how many to ask for."""
+    source = generator(seed)
+
+    def between(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand(1, generator=source, dtype=torch.float64))
+
+    def one_to(most: int) -> int:
+        return int(torch.randint(1, most + 1, (1,), generator=source))
+
+    n, k = 120 + one_to(300), one_to(8)
+    values, value = [1.0] * one_to(3), between(0.003, 0.03)
+    while len(values) < k + 3:
+        values += [value] * one_to(3)
+        value *= between(0.3, 0.95)
+    bulk = value * between(0.3, 1.0) * torch.rand(n - len(values), generator=source, dtype=torch.float64)
+    top = torch.tensor(values, dtype=torch.float64)
+    return Operator(torch.cat([top, bulk if seed % 2 else bulk - 0.5 * value]), seed=seed), k
+
+
+def test_no_trusted_space_is_undetermined_and_no_verified_value_is_wrong_below_three_per_cent() -> None:
+    """But for the risk: without certificates 139 of 600 such spaces were undetermined, and 257 had wrong values."""
+    seeds, delta = 200, 0.01
+    trusted = undetermined = wrong = misled = possible = 0
+    for seed in range(seeds):
+        operator, k = few_copies(seed)
+        result = eigsh(operator, operator.n, k, dtype=torch.float64, delta=delta, seed=seed)
+        true, true_gap = operator.wanted(k, "LA")[0], operator.true_gap(k, "LA")
+        following = float(operator.eigenvalues.sort(descending=True)[0][k])
+        is_trusted = result.subspace_error <= 0.1
+        trusted += is_trusted
+        undetermined += is_trusted and true_gap < 9.9 * float(result.residuals.max())
+        possible += true_gap > 0.05 * float(true[-1])
+        errors = (true - result.eigenvalues) / (0.05 * true).clamp(min=1e-3)
+        wrong += result.verified and bool((errors > 1.0).any())
+        known = 0.05 * abs(result.next_eigenvalue)
+        misled += result.next_residual <= known and abs(result.next_eigenvalue - following) > 1.2 * known
+    assert undetermined <= 2 * delta * seeds
+    assert wrong <= 2 * delta * seeds
+    assert misled <= 2 * delta * seeds
+    assert trusted >= 0.9 * possible > 0.3 * seeds  # the gaps that there are
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_copies_far_below_the_largest_eigenvalue_are_found(seed: int) -> None:
+    """Four times 89.5, four times 1.87, four times .5: there is a space of the first 8, and none of the first 6."""
+    operator = Operator(copies_behind_an_outlier(N), seed=seed)
+    right = eigsh(operator, operator.n, 8, dtype=torch.float64, seed=seed, delta=1e-3)
+    torch.testing.assert_close(right.eigenvalues, operator.wanted(8, "LA")[0], rtol=0.01, atol=0.0)
+    assert right.verified
+    assert right.subspace_error <= 0.1
+    split = eigsh(operator, operator.n, 6, dtype=torch.float64, seed=seed, delta=1e-3)
+    assert split.subspace_error > 0.1
+    assert abs(split.next_eigenvalue - 1.87) <= split.next_residual + 0.05
+
+
+def test_a_gap_that_costs_too_much_to_certify_is_given_up() -> None:
+    """Behind the first ten values of this dense spectrum lies a gap of .4 % of the width of the rest."""
+    rest = torch.linspace(1.0, -1.0, 3000, dtype=torch.float64)
+    operator = Operator(torch.cat([rest.new_tensor([1.3, 1.2, 1.004]), rest]))
+    result = eigsh(operator, operator.n, 3, dtype=torch.float64, max_matvecs=1000)
+    plain = eigsh(operator, operator.n, 3, dtype=torch.float64, max_matvecs=1000, verify="never")
+    assert plain.subspace_error <= 0.1
+    assert not plain.gap_given_up
+    assert result.gap_given_up
+    assert result.subspace_error == float("inf")
+    assert result.next_residual >= result.gap
+    assert result.verified  # the values are right all the same: a copy of 1.2 would have shown at once
+    assert result.num_matvecs <= 1.5 * plain.num_matvecs + 10

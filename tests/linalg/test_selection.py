@@ -69,4 +69,4 @@ def test_gap_lies_behind_the_last_place_of_each_end(which: Which, places: list[i
     ],
 )
 def test_innermost_value_whose_copy_would_matter(wanted: list[float], which: Which, expected: list[float]) -> None:
-    assert decisive_values(torch.tensor(wanted, dtype=torch.float64), which, 0.03) == expected
+    assert decisive_values(torch.tensor(wanted, dtype=torch.float64), which, lambda last: 0.03) == expected

@@ -30,7 +30,7 @@ def rules(**changed: object) -> Rules:
 STALLED = Progress(num_matvecs=150, best_matvec=50)
 SPENT = Progress(num_matvecs=200, best_matvec=200)
 FRESH = Progress(num_matvecs=20, best_matvec=20)
-ANSWERED, CERTAIN = {"answered": True}, {"answered": True, "certain": True}
+ANSWERED, CERTAIN = {"answered": True}, {"answered": True, "certain": True, "verified": True}
 VERDICTS = [
     ("nothing has happened", FRESH, {}, None),
     ("converged, but copies may be missed", FRESH, ANSWERED, None),
@@ -54,12 +54,14 @@ VERDICTS = [
     ("progress", "changed", "expected"), [row[1:] for row in VERDICTS], ids=[row[0] for row in VERDICTS]
 )
 def test_verdict(progress: Progress, changed: dict[str, object], expected: Verdict | None) -> None:
-    state = {"size": 10, "answered": False, "certain": False, "asymmetric": False, "settled": False}
+    state = {"size": 10, "answered": False, "certain": False, "verified": False, "asymmetric": False, "settled": False}
     assert decide(rules(), progress, **(state | changed)) == expected  # type: ignore[arg-type]
 
 
 def test_without_verification_nothing_is_verified() -> None:
-    verdict = decide(rules(verify=False), FRESH, 10, answered=True, certain=True, asymmetric=False, settled=True)
+    verdict = decide(
+        rules(verify=False), FRESH, 10, answered=True, certain=True, verified=False, asymmetric=False, settled=True
+    )
     assert verdict == Verdict(Outcome.CONVERGED, verified=False)
 
 

@@ -14,7 +14,7 @@ from lightning_subspace.measurements import Measurement, UpdateFraction
 from lightning_subspace.measurements.base import Needs
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.settings import ProbeSettings
-from lightning_subspace.probe.verification import VERIFY_EVERY
+from lightning_subspace.probe.verification import is_verified, unverified
 from lightning_subspace.subspace.overlap_history import OverlapHistory
 from lightning_subspace.subspace.subspace import fraction, overlap
 
@@ -165,12 +165,23 @@ def test_a_changed_set_of_parameters_starts_the_overlaps_anew():
         tracker.refresh_parameters(module)
 
 
-def test_missed_copies_are_excluded_at_the_first_probe_and_every_tenth():  # where there are none
+@pytest.mark.parametrize(
+    ("verify", "expected"), [("always", [0, 1, 2, 3, 4]), (3, [0, 3]), (1, [0, 1, 2, 3, 4]), ("never", [])]
+)
+def test_probes_exclude_missed_copies_as_verify_says(verify, expected):  # where there are none
     module = network()
-    tracker = ProbeRun(settings(), module)
-    take(tracker, module, range(VERIFY_EVERY + 2))
+    tracker = ProbeRun(settings(verify=verify), module)
+    take(tracker, module, range(5))
     verified = [record.step for record in tracker.history if record.metrics["solver/verified"]]
-    assert verified == [0, VERIFY_EVERY]
+    assert verified == expected
+    told = [record.step for record in tracker.history if unverified(record.subspace, verify) is not None]
+    assert told == sorted(set(range(5)) - set(expected))
+
+
+@pytest.mark.parametrize("verify", [0, -1, 2.0, True, None, "sometimes"])
+def test_verify_that_is_no_choice_is_refused(verify):
+    with pytest.raises(ValueError, match="^verify: expected 'always', 'never', or an integer of at least 1, got"):
+        settings(verify=verify)
 
 
 def test_where_eigenvalues_are_equal_every_probe_excludes_missed_copies():
@@ -178,7 +189,7 @@ def test_where_eigenvalues_are_equal_every_probe_excludes_missed_copies():
     module = nn.Linear(4, 4, bias=False).double()
     nn.init.zeros_(module.weight)
     points = (torch.eye(4, dtype=torch.float64), torch.arange(4))
-    tracker = ProbeRun(settings(k=4), module)
+    tracker = ProbeRun(settings(k=4, verify=100), module)
     for step in range(3):
         opened = tracker.measure(module, sample_of_batches([points]), step)
         loss = cross_entropy(module, points, 0)
@@ -190,6 +201,7 @@ def test_where_eigenvalues_are_equal_every_probe_excludes_missed_copies():
         expected = torch.full((4,), math.exp(margin) * q * q, dtype=torch.float64)
         torch.testing.assert_close(record.subspace.eigenvalues, expected, rtol=1e-6, atol=0.0)
         assert record.metrics["solver/verified"]
+    assert not is_verified(1, "never", tracker.history)
 
 
 def test_a_probe_that_fails_leaves_no_trace():

@@ -67,7 +67,7 @@ class ParameterSpace:
             _require_matches(params, [name for aliases in names.values() for name in aliases], type(module).__name__)
         chosen = {aliases[0]: p for p, aliases in names.items() if params is None or _any_match(aliases, params)}
         for name, parameter in chosen.items():
-            if isinstance(parameter, nn.parameter.UninitializedParameter):
+            if isinstance(parameter, nn.UninitializedParameter):
                 raise ValueError(
                     f"{name!r}: expected a shape, got a lazy parameter; run a forward pass before training."
                 )
@@ -132,6 +132,11 @@ class ParameterSpace:
             torch.complex(*piece.view(-1, 2).unbind(1)).view(shape) if name in self.complex_names else piece.view(shape)
             for name, shape, piece in zip(self.names, self.shapes, torch.split(flat, list(self.numels)), strict=True)
         ]
+
+
+def is_lazy(module: nn.Module) -> bool:
+    """Whether a parameter of a module has no shape yet."""
+    return any(isinstance(parameter, nn.UninitializedParameter) for parameter in module.parameters())
 
 
 def flat_values(tensor: Tensor, name: str, shape: torch.Size) -> Tensor:

@@ -1,6 +1,7 @@
 """Which parameters are measured: complex ones, sparse gradients, adapters on a frozen backbone, patterns, tied ones."""
 
 import copy
+import warnings
 from typing import ClassVar
 
 import pytest
@@ -17,8 +18,9 @@ from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.measure import measure_subspace
+from tests.modules import CLASSES
 from tests.oracles import STEP, dense_hessian
-from tests.works_with.numbered import loader
+from tests.works_with.numbered import by_index, loader
 from tests.works_with.same_run import Classifier, compare
 
 INPUTS = torch.randn(12, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -260,3 +262,26 @@ def test_a_frozen_parameter_over_the_storage_of_another_is_a_constant():
         found.metrics["sharpness"]
         == measure_subspace(alone, [(INPUTS.float(), LABELS)], k=2, loss_fn=classify).metrics["sharpness"]
     )
+
+
+class Lazy(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(CLASSES))
+
+
+@pytest.mark.parametrize("data", [loader, by_index])
+@pytest.mark.parametrize("sample", [16, "all", "current"])
+def test_lazy_parameters_are_measured_from_the_first_batch_on(tmp_path, data, sample, caplog):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[lL]azy", module="torch|lightning")
+        with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+            run = compare(tmp_path, Lazy, data, monitor={"sample": sample, "every_n_steps": 1})
+    assert not run.differing
+    assert run.steps == list(range(1, 9))
+    assert caplog.text.count("lazy parameters have no shape before the first batch") == 1
+
+
+def test_lazy_parameters_are_named_where_no_batch_comes_before():
+    with pytest.raises(ValueError, match=r"'net\.0\.weight': expected a shape, got a lazy parameter"):
+        measure_subspace(Lazy(), [(INPUTS.float(), LABELS)], k=2, loss_fn=classify)

@@ -133,7 +133,7 @@ def _is_method(value: Any) -> bool:
 
 
 def _value(strategy: Any, name: str) -> Any:
-    """The value of an attribute; of a property that raises, what it says."""
+    """The value of an attribute, or why it has none."""
     try:
         return getattr(strategy, name)
     except Exception as error:

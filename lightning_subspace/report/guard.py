@@ -17,8 +17,10 @@ class Guard:
 
     Example:
         >>> guard = Guard()
-        >>> with warnings.catch_warnings(record=True) as told, guard.of("the figure"), guard.of("the figure"):
-        ...     raise MemoryError("no room")
+        >>> with warnings.catch_warnings(record=True) as told:
+        ...     warnings.simplefilter("always")
+        ...     with guard.of("the figure"):
+        ...         raise MemoryError("no room")
         >>> [str(warning.message) for warning in told]
         ["the figure: MemoryError: no room; training goes on, and later failures like it are not told."]
     """

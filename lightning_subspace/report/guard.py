@@ -22,7 +22,7 @@ class Guard:
         ...     with guard.of("the figure"):
         ...         raise MemoryError("no room")
         >>> [str(warning.message) for warning in told]
-        ["the figure: MemoryError: no room; training goes on, and later failures like it are not told."]
+        ['the figure: MemoryError: no room; training goes on, and later failures like it are not told.']
     """
 
     def __init__(self) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch.distributed as dist
@@ -64,19 +65,19 @@ def _own_classes(strategy: Any) -> list[type]:
 def _why_by_sampler(strategy: Any) -> str | None:
     count, rank = strategy.world_size, strategy.global_rank
     try:
-        asked = strategy.distributed_sampler_kwargs
+        asked = dict(strategy.distributed_sampler_kwargs)
     except Exception as error:  # such as that its groups are not there yet
         return f"its distributed_sampler_kwargs raise {in_words(error)}"
     found = asked.get("num_replicas", count), asked.get("rank", rank)
     if found == (count, rank):
         return None
-    return f"its distributed_sampler_kwargs are {dict(asked)} in process {rank} of {count}"
+    return f"its distributed_sampler_kwargs are {asked} in process {rank} of {count}"
 
 
 def _why_by_names(strategy: Any, own: Iterable[type]) -> str | None:
     # Attributes of its classes, then of itself.
-    named = {name: value for cls in own for name, value in vars(cls).items() if not _is_code(value)}
-    values = {name: value for name, value in {**named, **vars(strategy)}.items() if NAMED.search(name)}
+    names = [name for cls in own for name, value in vars(cls).items() if not _is_method(value)]
+    values = {name: _value(strategy, name) for name in (*names, *vars(strategy)) if NAMED.search(name)}
     for name, value in values.items():
         if not _is_single(value):
             return f"it has {name} = {value!r:.60}"
@@ -122,8 +123,18 @@ def _is_single(value: Any) -> bool:
     """Whether a value stands for one process to a model, or nothing."""
     if isinstance(value, dist.ProcessGroup):
         return _size(value) == 1
-    return value is None or (isinstance(value, int) and value <= 1) or (hasattr(value, "__len__") and not len(value))
+    if value is None or isinstance(value, bool):
+        return not value
+    return (isinstance(value, Integral) and value <= 1) or (hasattr(value, "__len__") and not len(value))
 
 
-def _is_code(value: Any) -> bool:
-    return callable(value) or isinstance(value, property | classmethod | staticmethod)
+def _is_method(value: Any) -> bool:
+    return callable(value) or isinstance(value, classmethod | staticmethod)
+
+
+def _value(strategy: Any, name: str) -> Any:
+    """The value of an attribute, or why it has none."""
+    try:
+        return getattr(strategy, name)
+    except Exception as error:
+        return in_words(error)

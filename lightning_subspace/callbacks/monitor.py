@@ -337,8 +337,8 @@ class SubspaceMonitor(Measured):
     def state_dict(self) -> dict[str, Any]:
         """History, overlaps and schedule of the run, without eigenvectors.
 
-        With k eigenpairs and n parameters at most 256 k min(n, 4096) bytes of sketches (10.5 MB for k = 10), and about
-        2 kB a probe.
+        With k eigenpairs and n parameters at most 256 k min(n, 4096) bytes of sketches (10.5 MB for k = 10), about half
+        a kB a probe, and what the measurements keep.
         """
         if self._runner.run is None:
             return dict(self._saved) if isinstance(self._saved, Mapping) else {}

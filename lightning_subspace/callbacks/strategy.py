@@ -42,7 +42,7 @@ def ranks_of(trainer: Trainer) -> Ranks:
         )
     if (why := why_shared(trainer)) is not None:
         raise ValueError(
-            f"strategy: expected processes that each have a whole model, got {type(strategy).__name__}, whose may "
-            f"share one ({why}); {ADVICE}."
+            f"strategy: expected processes that each have a whole model, got {type(strategy).__name__}, of which "
+            f"several may share one ({why}); {ADVICE}."
         )
     return Ranks(world(), strategy.root_device)

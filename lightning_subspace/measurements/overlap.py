@@ -16,7 +16,7 @@ class SubspaceOverlap(Measurement):
     """`overlap_previous`, `overlap_reference`: Tr(PP')/k with an earlier probe's space, in [0, 1].
 
     Gur-Ari, Roberts and Dyer (2018, arXiv 1812.04754), equation 4; exact, from the eigenvectors. Random spaces give
-    k/n. `SubspaceMonitor.overlap_matrix` estimates the overlaps between all pairs of probes from sketches.
+    k/n. `SubspaceMonitor.overlap_matrix` estimates the overlaps between pairs of probes from sketches.
 
     After a resume the eigenvectors of earlier probes are gone. With more than 4,096 parameters the overlaps with them
     are estimated from sketches too: the next `overlap_previous`, and `overlap_reference` from there on.

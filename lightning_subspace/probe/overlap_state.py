@@ -23,6 +23,7 @@ def encode_overlaps(overlaps: OverlapHistory) -> dict[str, Any]:
         [3]
     """
     return {
+        "steps": sorted(overlaps.steps),
         "pairs": torch.tensor(list(overlaps.pairs), dtype=torch.int64).reshape(-1, 2),
         "overlaps": torch.tensor(list(overlaps.pairs.values()), dtype=torch.float64),
         "sketches": {step: held.basis.clone() for step, held in overlaps.sketches.items()},
@@ -43,12 +44,13 @@ def decode_overlaps(entries: Entries, k: int, n: int, steps: set[int]) -> Overla
     Raises:
         CheckpointError: for what it cannot have been given.
     """
-    is_exact, given = entries.flag("exact"), entries.below("sketches")
-    entries.require(len(given.values) <= OverlapHistory.keep, "sketches", f"at most {OverlapHistory.keep} of them")
-    entries.require(given.values.keys() <= steps, "sketches", "sketches of the steps in `history`")
-    values, pairs = _pairs(entries, set(given.values))
+    held, is_exact, given = entries.ascending("steps"), entries.flag("exact"), entries.below("sketches")
+    entries.require(len(held) <= OverlapHistory.keep, "steps", f"at most {OverlapHistory.keep} of them")
+    entries.require(set(held) <= steps, "steps", "steps of records")
+    entries.require(given.values.keys() == set(held), "sketches", f"sketches of the steps {held}")
+    values, pairs = _pairs(entries, set(held))
     sketches = {}
-    for step in sorted(given.values):
+    for step in held:
         basis = given.tensor(step, (k, min(n, CELLS)), torch.float32)
         given.require(orthonormality_defect(basis) < ORTHONORMALITY, step, "orthonormal rows")
         sketches[step] = Sketch(basis, is_exact)
@@ -75,8 +77,8 @@ def without_dropped_pairs(state: Mapping[str, Any]) -> Mapping[str, Any]:
     entries.require(not steps or steps[-1] in held, "sketches", f"the last one, of step {steps[-1:]}, among them")
     values, pairs = _pairs(entries, set(steps))
     kept = [held >= set(pair) for pair in pairs.tolist()]
-    others = {name: value for name, value in entries.values.items() if name != "steps"}
-    return {**state, "overlaps": {**others, "pairs": pairs[kept], "overlaps": values[kept]}}
+    own = {"steps": [step for step in steps if step in held], "pairs": pairs[kept], "overlaps": values[kept]}
+    return {**state, "overlaps": {**entries.values, **own}}
 
 
 def _pairs(entries: Entries, steps: set[int]) -> tuple[Tensor, Tensor]:

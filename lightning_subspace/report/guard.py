@@ -17,10 +17,12 @@ class Guard:
     Example:
         >>> import warnings
         >>> guard = Guard()
-        >>> with warnings.catch_warnings(record=True) as told, guard.of("the figure"), guard.of("the figure"):
-        ...     raise MemoryError("no room")
+        >>> with warnings.catch_warnings(record=True) as told:
+        ...     warnings.simplefilter("always")
+        ...     with guard.of("the figure"):
+        ...         raise MemoryError("no room")
         >>> [str(warning.message) for warning in told]
-        ["the figure: MemoryError: no room; training goes on, and later failures like it are not told."]
+        ['the figure: MemoryError: no room; training goes on, and later failures like it are not told.']
     """
 
     def __init__(self) -> None:

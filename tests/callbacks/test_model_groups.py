@@ -61,6 +61,12 @@ class Ensemble(DDPStrategy):
     num_gpus_per_ensemble = 2
 
 
+class ByProperty(DDPStrategy):
+    @property
+    def tensor_parallel(self):
+        return True
+
+
 class Hidden(DDPStrategy):
     def __init__(self, num_gpus_per_model):
         super().__init__()
@@ -111,6 +117,7 @@ class HalfReduced(DDPStrategy):
 SHARED = {
     "a size": (lambda: Groups(2), "Groups.*model_comm_group_size = 2"),
     "a size of its class": (Ensemble, "Ensemble.*num_gpus_per_ensemble = 2"),
+    "a property": (ByProperty, "ByProperty.*it has tensor_parallel = True"),
     "a size that is not to be seen": (lambda: Hidden(2), "Hidden.*takes num_gpus_per_model"),
     "fewer shares of the data": (OneShare, "OneShare.*distributed_sampler_kwargs are {'num_replicas': 1, 'rank': 0}"),
     "no shares yet": (NotYet, "NotYet.*distributed_sampler_kwargs raise AssertionError"),
@@ -174,6 +181,7 @@ class Plain(DDPStrategy):
 
     model_averaging = 3  # named a little alike
     devices = (0, 1)
+    context_parallel = False
 
     def __init__(self, note="", **kwargs):
         super().__init__(timeout=timedelta(seconds=60), **kwargs)

@@ -252,11 +252,10 @@ def test_whatever_is_damaged_in_a_state_of_today_is_found_and_named(of_today):
     refused, passed = judged(of_today)
     assert refused > 900
     apart = {path for path in passed if path[0] != "measurements"}  # which judge for themselves
-    # Keys of metrics, of which there are more than then, and records of a space that was not trusted have no sketch.
+    # Keys of metrics, of which there are more than then.
     kinds = {path for path in apart if path[:2] == ("history", "keys") and path[-1] in ("text", "backwards")}
-    gone = {("overlaps", "sketches", step, "absent") for step in (0, 3, 6)}
     absent = {("complex_names", "absent"), ("sample", "None")}  # it is None, as batches were given
-    assert apart - PLAUSIBLE - AHEAD - kinds - gone - absent == set()
+    assert apart - PLAUSIBLE - AHEAD - kinds - absent == set()
 
 
 def test_a_run_that_is_resumed_from_any_change_in_a_measurement_measures(of_today, tmp_path):

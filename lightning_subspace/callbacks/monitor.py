@@ -82,8 +82,7 @@ class SubspaceMonitor(Measured):
         resample: whether the sample is taken anew where the data of training change (at most once an epoch).
         read_timeout: seconds that reading a dataset, a loader or a list may take; beyond them nothing is measured.
         batch_size: of the micro-batches; by default batches are whole, as in training.
-        weight: `weight(batch)` is the share of a batch in averages, by default its number of examples; a loss that is a
-            mean over tokens passes the number of tokens.
+        weight: `weight(batch)` is a batch's share in averages, by default its examples; its tokens, for a mean of them.
         reference_step: also log the overlap with the space of the first probe at or after this step.
         which: end of the spectrum: "LA" (largest algebraic, the paper's "top"), "SA", "LM", "BE".
         tol: residual of the eigenpairs relative to the largest |eigenvalue|.

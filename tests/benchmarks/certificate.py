@@ -3,8 +3,8 @@
     python -m tests.benchmarks.certificate [--only spectra nets] [--seeds 10] [--probes 10]
 
 Operators of known spectrum from cold starts, and warm chains of probes of four networks along their training. Products
-of the same solves without the certificate and with it; "verified" and "trusted" are shares of the latter, "undetermined"
-counts trusted spaces whose true gap is less than half of the one that was claimed.
+of the same solves without the certificate and with it; "verified" and "trusted" are shares of the latter,
+"undetermined" counts trusted spaces whose true gap is less than half of the one that was claimed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     if "spectra" in asked.only:
-        print("| spectrum | without | with | verified | trusted | undetermined |\n| --- | --- | --- | --- | --- | --- |")
+        print(
+            "| spectrum | without | with | verified | trusted | undetermined |\n| --- | --- | --- | --- | --- | --- |"
+        )
         cases = {**spectra(N), "copies behind an outlier": copies_behind_an_outlier(N)}
         for name, eigenvalues in cases.items():
             print(spectrum_row(name, eigenvalues, asked.seeds), flush=True)
@@ -108,7 +110,9 @@ def chain_row(name: str, make: Callable[[], nn.Module], batch: Batch, lr: float,
         cross_entropy(net, (batch[0][picked], batch[1][picked])).backward()
         optimizer.step()
     without, with_it = (statistics.fmean(pair[i].num_matvecs for pair in pairs) for i in (0, 1))
-    shares = [statistics.fmean(values) for values in zip(*((b.verified, b.trusted, a.trusted) for a, b in pairs), strict=True)]
+    shares = [
+        statistics.fmean(values) for values in zip(*((b.verified, b.trusted, a.trusted) for a, b in pairs), strict=True)
+    ]
     last = " | ".join(f"{share:.0%}" for share in shares)
     return f"| {name} | {without:.1f} | {with_it:.1f} | {with_it - without:.1f} | {last} |"
 

@@ -59,7 +59,9 @@ def test_verdict(progress: Progress, changed: dict[str, object], expected: Verdi
 
 
 def test_without_verification_nothing_is_verified() -> None:
-    verdict = decide(rules(verify=False), FRESH, 10, answered=True, certain=True, verified=False, asymmetric=False, settled=True)
+    verdict = decide(
+        rules(verify=False), FRESH, 10, answered=True, certain=True, verified=False, asymmetric=False, settled=True
+    )
     assert verdict == Verdict(Outcome.CONVERGED, verified=False)
 
 

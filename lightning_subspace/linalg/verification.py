@@ -76,7 +76,9 @@ class Verification:
         margin = self._rules.least_margin if self._has_values else self._rules.fine_margin
         # What was excluded behind the last value says nothing of another one, however little better that is.
         width = self._rules.least_gap(self._residual, scale)
-        if not self._misses(ritz, partial(margin, scale)) and not (self._has_gap and self._misses(ritz, lambda _: width)):
+        if not self._misses(ritz, partial(margin, scale)) and not (
+            self._has_gap and self._misses(ritz, lambda _: width)
+        ):
             return False
         self.active = self._has_gap = False  # the values that it has verified stay so, if they are still there
         return True

@@ -165,8 +165,8 @@ class Subspace:
         names = ", ".join(f"eigenvalues/{i:02d}" for i in poor)
         return (
             f"{names}: left out, as the residual exceeds {VALUE_ERROR:.0%} of the eigenvalue. It is zero, or very small "
-            "beside the largest one, to which `tol` is relative. Pass a smaller tol, with dtype='float64' if it is below "
-            "1e-5, or a smaller k; `record.subspace` has `eigenvalues` and `residuals`."
+            "beside the largest one, to which `tol` is relative. Pass a smaller tol (below 1e-5 with dtype='float64'), "
+            "or a smaller k; `record.subspace` has `eigenvalues` and `residuals`."
         )
 
     @property

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.certificate [--only spectra nets] [--seeds 10] [--probes 10]
 
 Operators of known spectrum from cold starts, and warm chains of probes of four networks along their training. Products
-of the same solves without the certificate and with it; "verified" and "trusted" are shares of the latter, "undetermined"
-counts trusted spaces whose true gap is less than half of the one that was claimed.
+of the same solves without the certificate and with it; "verified" and "trusted" are shares of the latter,
+"undetermined" counts trusted spaces whose true gap is less than half of the one that was claimed.
 """
 
 from __future__ import annotations

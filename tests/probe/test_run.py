@@ -180,7 +180,7 @@ def test_probes_exclude_missed_copies_as_verify_says(verify, expected):  # where
 
 @pytest.mark.parametrize("verify", [0, -1, 2.0, True, None, "sometimes"])
 def test_verify_that_is_no_choice_is_refused(verify):
-    with pytest.raises(ValueError, match="^verify: expected 'always', 'never', or an integer of at least 1, got"):
+    with pytest.raises(ValueError, match=r"^verify: expected 'always', 'never', or an integer of at least 1, got"):
         settings(verify=verify)
 
 

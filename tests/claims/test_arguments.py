@@ -177,6 +177,7 @@ SETTINGS = {
     "tol": numbers(0, -0.0, 0.2, -1e-3, 1, INF),
     "max_matvecs": [9, *integers(1)],
     "ncv": [12, *integers(1, none=True)],
+    "verify": ["sometimes", *integers(1)],
     "params": PATTERNS,
     "loss_fn": functions(two, F.cross_entropy, F.mse_loss, nn.MSELoss(), nn.MSELoss, "cross_entropy"),
     "mode": WORDS,
@@ -529,7 +530,7 @@ def test_the_other_arguments_of_a_row_are_right(path):
 TAKEN = [
     (
         "SubspaceMonitor",
-        {"k": np.int64(3), "max_matvecs": np.uint16(50), "ncv": np.int8(20)},
+        {"k": np.int64(3), "max_matvecs": np.uint16(50), "ncv": np.int8(20), "verify": np.int64(10)},
     ),
     ("SubspaceMonitor", {"sample": np.int64(64), "gradient_sample": np.int64(64), "reference_step": np.int64(0)}),
     ("SubspaceMonitor", {"every_n_steps": np.int64(5), "tol": np.float32(0.01), "max_overhead": np.float32(0.5)}),

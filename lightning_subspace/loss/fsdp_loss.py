@@ -73,7 +73,15 @@ class ShardedLoss(TrainingLoss):
     def _make_shadow(self, stack: ExitStack) -> Shadow:
         self._values = stack.enter_context(_preserved(self.module))
         around = extra_roots(self.module)
-        return Shadow(self.module, self._narrowest, None, around, replacements=self._replacements, parameters=False)
+        return Shadow(
+            self.module,
+            self._narrowest,
+            None,
+            around,
+            replacements=self._replacements,
+            parameters=False,
+            loss_key=self._loss_key,
+        )
 
     @contextmanager
     def _around_step(self) -> Iterator[Callable[[Any], Any]]:

@@ -104,6 +104,7 @@ class TrainingLoss:
         self._replacements = {} if replacements is None else replacements
         self.device = space.tensors(module)[0].device
         self._step = resolve_loss(module, loss_fn)
+        self._loss_key = getattr(loss_fn, "__code__", loss_fn and type(loss_fn))  # refers to no module
         self.originals: tuple[Tensor, ...] = ()
         self.values: dict[tuple[int, int, int], Tensor] = {}
         self._is_displaced = False
@@ -139,7 +140,9 @@ class TrainingLoss:
     def _make_shadow(self, stack: ExitStack) -> Shadow:
         stack.enter_context(without_fsdp(self.module))
         around, offset = extra_roots(self.module), lambda parameter: self._displacement.get(id(parameter))
-        return Shadow(self.module, self._narrowest, offset, around, replacements=self._replacements)
+        return Shadow(
+            self.module, self._narrowest, offset, around, replacements=self._replacements, loss_key=self._loss_key
+        )
 
     def displace(self, offset: Tensor | None) -> None:
         """Evaluate at theta + offset, (n,), from now on; None: at theta."""
@@ -191,6 +194,8 @@ class TrainingLoss:
         for leaf in leaves:
             leaf.requires_grad_(True)  # if the step has frozen it, the graph does not lead to it: no gradient
         self._shadow.drop_written()
+        if self._shadow.settle():
+            return self._evaluate(batch, finite=finite)
         value = as_scalar(output, type(self.module).__name__, finite=finite)
         if not self._is_displaced:
             # The first, as a filler may be evaluated again, beside other batches. Not read, since that waits for a GPU.

@@ -1,0 +1,106 @@
+"""Objects whose state Python cannot show, noticed where an evaluation changes them.
+
+An object made in C may tell its state to `pickle`. It is pickled before and behind the first evaluation of a probe, to a
+checksum and up to a size. Of a file the position is looked at. Neither can be put back, except for a file that is read.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import time
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+MOST = 1 << 20  # bytes of one object's state
+SLOWEST = 0.01  # seconds for one object's state; others are not asked again
+MOST_SECONDS = 0.1  # for all of them
+
+
+class WatchedObjects:
+    """Objects of unknown contents, and files.
+
+    Args:
+        objects: as they are before an evaluation.
+        skipped: types of objects that are not asked, as they told nothing or took too long; added to.
+    """
+
+    def __init__(self, objects: Iterable[Any], skipped: set[type]) -> None:
+        self._states: list[tuple[Any, int]] = []
+        end = time.monotonic() + MOST_SECONDS
+        for value in objects:
+            if isinstance(value, io.IOBase):
+                state = _position(value)
+            elif type(value) in skipped or time.monotonic() > end:
+                continue
+            else:
+                start = time.monotonic()
+                state = _digest(value)
+                # Twice: a state with a time or an address in it is another one each time.
+                if state is None or time.monotonic() - start > SLOWEST or _digest(value) != state:
+                    skipped.add(type(value))
+                    continue
+            if state is not None:
+                self._states.append((value, state))
+
+    def changed(self, *, thorough: bool) -> list[Any]:
+        """Those in another state, looked for only if `thorough`."""
+        if not thorough:
+            return []
+        return [v for v, old in self._states if (_position(v) if isinstance(v, io.IOBase) else _digest(v)) != old]
+
+    def verify(self) -> None:
+        """Remember nothing: they are looked at in each probe."""
+
+    def put_back(self, value: Any) -> bool:
+        """Set back the position of a file that is only read."""
+        if not isinstance(value, io.IOBase) or value.closed or value.writable():
+            return False
+        value.seek(next(old for other, old in self._states if other is value))
+        return True
+
+
+def _position(file: Any) -> int | None:
+    try:
+        return None if file.closed or not file.seekable() else int(file.tell())
+    except (OSError, ValueError):  # it is being iterated over, or is no real file
+        return None
+
+
+class _TooLargeError(Exception):
+    """The state is larger than what is looked at."""
+
+
+class _Checksum:
+    """A file that keeps nothing but a checksum."""
+
+    def __init__(self) -> None:
+        self.value = 0
+        self._left = MOST
+
+    def write(self, data: Any) -> int:
+        self._left -= len(data)
+        if self._left < 0:
+            raise _TooLargeError
+        self.value = zlib.crc32(data, self.value)
+        return len(data)
+
+
+class _Pickler(pickle.Pickler):
+    """Names tensors and modules, which are looked at elsewhere, by their ids."""
+
+    def persistent_id(self, value: Any) -> Any:
+        return id(value) if isinstance(value, Tensor | nn.Module) else None
+
+
+def _digest(value: Any) -> int | None:
+    """A checksum of what pickle is told; None if nothing or too much."""
+    file = _Checksum()
+    try:
+        _Pickler(file, protocol=4).dump(value)
+    except Exception:  # of any kind: it is the code of the object's class that runs
+        return None
+    return file.value

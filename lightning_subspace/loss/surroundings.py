@@ -1,0 +1,180 @@
+"""State around a module that a training step can reach: put back, or noticed where it cannot be.
+
+The trainer with its loops, callbacks, optimizers and data; objects of other packages that the module holds, such as
+environments and data sets; globals and class attributes in the files of the module's classes. Python objects are put
+back. Tensors and arrays are used as they are and watched (see `watched.py`): the first evaluation that writes to one is
+undone and taken again on a copy. What cannot be undone ends the measurement of this loss.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from lightning_subspace.loss.findings import Findings
+from lightning_subspace.loss.opaque import WatchedObjects
+from lightning_subspace.loss.sealed import is_standard_stream
+from lightning_subspace.loss.watched import WatchedArrays, WatchedBulk, WatchedTensors
+from lightning_subspace.state.containers import MutableObject, fill_class, fill_dict, read_class, read_dict
+from lightning_subspace.state.object_graph import ITSELF, ObjectGraph, may_be_watched, walk
+from lightning_subspace.state.packages import TRAINING, WRITERS, own_places, package
+
+MOST_AROUND = 20_000  # objects that are walked, which takes 0.1 s a probe
+MOST_GLOBAL = 2_000  # objects that are walked in the files of the module's classes
+MOST_EACH = 2_000  # containers that are compared at every evaluation; of more those alone that were found to change
+CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
+
+
+class Surroundings:
+    """What is around a module, from before the first evaluation until `close`.
+
+    Args:
+        module: the module.
+        roots: objects around it whose attributes count.
+        inside: what was found in the module.
+        packages: of the module's classes.
+        findings: of earlier evaluations; added to.
+        threads: ids of objects that other threads use, which are left alone.
+
+    Attributes:
+        each: containers that are put back behind every evaluation.
+        generators: of random numbers, with their states.
+        iterators: that cannot be put back, and are to be replaced.
+        kept: ids of tensors and arrays that are not copied.
+        copied: ids of those that are, since an evaluation has written to them.
+        tensors: all of them around, but for those in large containers.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        roots: Iterable[Any],
+        inside: ObjectGraph,
+        packages: frozenset[str],
+        findings: Findings,
+        threads: Iterable[int],
+    ) -> None:
+        self._findings = findings
+        left_alone = {*threads}
+        seen = (inside.seen | left_alone) - set(map(id, inside.others))
+        around = walk(
+            chain(map(vars, roots), inside.others), packages, seen, around=True, most=MOST_AROUND, bulk=findings.bulk
+        )
+        self._containers = around.containers
+        is_small = len(around.containers) <= MOST_EACH
+        self.each = [c for c in around.containers if is_small or c.key in findings.walked]
+        self.generators = around.generators
+        self.caches = around.caches
+        self.iterators = [value for value in around.iterators if not is_left_open(value)]
+        self.tensors = around.tensors
+        self._bulks = [*inside.bulks, *around.bulks]
+        unseen = [*around.others, *([] if around.is_whole else inside.others), *around.iterators]
+        held = [value for value in unseen if may_be_watched(value)]
+        leaves = [v for bulk in self._bulks for v in (*bulk.tensors, *bulk.arrays)]
+        watched = [*around.tensors, *around.arrays, *leaves]
+        self.copied = {id(value) for value in watched if findings.is_written(value)} if findings.written else set[int]()
+        self.kept = set(map(id, watched)) - self.copied
+        self._watches: list[Any] = [
+            WatchedTensors(around.tensors, findings),
+            WatchedArrays(around.arrays, findings),
+            WatchedObjects(held, findings.skipped),
+        ]
+        self._watched_bulks = [
+            (bulk, WatchedBulk(bulk.tensors, bulk.arrays, findings))
+            for bulk in self._bulks
+            if bulk.tensors or bulk.arrays
+        ]
+        self._find_globals(module, packages, around.seen | left_alone)
+        findings.keep(self._bulks)
+
+    def _find_globals(self, module: nn.Module, packages: frozenset[str], seen: set[int]) -> None:
+        classes, files = own_places(module)
+        values = [v for place in (*map(vars, classes), *files) for v in list(place.values())]
+        values = [v for v in values if not isinstance(v, CODE)]
+        found = walk(values, packages, seen, around=True, most=MOST_GLOBAL, bulk=self._findings.bulk)
+        places = [MutableObject.of(read_class, fill_class, cls) for cls in classes]
+        places += [MutableObject.of(read_dict, fill_dict, file) for file in files]
+        self._globals = [*places, *found.containers]
+        self.each += [c for c in self._globals if c.key in self._findings.walked]
+        self.generators = [*self.generators, *found.generators]
+        self._bulks += found.bulks
+        files_open = [value for value in found.iterators if not is_left_open(value)]
+        self._global_watches: list[Any] = [
+            WatchedTensors(found.tensors, self._findings),
+            WatchedArrays(found.arrays, self._findings),
+            WatchedObjects([*files_open, *filter(may_be_watched, found.others)], self._findings.skipped),
+        ]
+
+    def restore_lengths(self) -> None:
+        """Put back the large containers that have grown or shrunk."""
+        for bulk in self._bulks:
+            if bulk.has_grown():
+                self._findings.walked.add(id(bulk.root))
+                bulk.restore()
+
+    def settle_first(self) -> tuple[bool, list[Any]]:
+        """Undo all that the first evaluation has done; whether something was, and what could not be."""
+        found, each = False, set(map(id, self.each))
+        for container in [*self._containers, *self._globals]:
+            if id(container) not in each and container.has_changed():
+                container.replace_contents(container.items)
+                self._findings.walked.add(container.key)
+                found = True
+        changed, lost = self._undo(self._watches, thorough=True)
+        others, more = self._undo(self._global_watches, thorough=True)
+        # There is no container around a global tensor in which a copy could take its place.
+        more += [value for value in others if isinstance(value, Tensor | np.ndarray)]
+        found = self._undo_bulks() or found or bool(changed)
+        if not found and not lost and not more:
+            for watch in (*self._watches, *self._global_watches, *(watch for _, watch in self._watched_bulks)):
+                watch.verify()
+        return found, list({id(value): value for value in (*lost, *more)}.values())
+
+    def settle(self) -> tuple[bool, list[Any]]:
+        """Undo what any other evaluation has done to tensors and arrays."""
+        changed, lost = self._undo(self._watches, thorough=False)
+        return bool(changed), lost
+
+    def close(self) -> list[Any]:
+        """Put everything back, and return what cannot be."""
+        for container in self._containers:
+            if container.has_changed():
+                container.replace_contents(container.items)
+        self._undo_bulks()
+        return self._undo(self._watches, thorough=False)[1]
+
+    def _undo(self, watches: Iterable[Any], *, thorough: bool) -> tuple[list[Any], list[Any]]:
+        """What was changed and put back, and what was changed for good."""
+        back: list[Any] = []
+        lost: list[Any] = []
+        for watch in watches:
+            for value in watch.changed(thorough=thorough):
+                is_back = watch.put_back(value)
+                # One that is copied, and is written to all the same, is reached by a way that the copies do not cover.
+                if not is_back or self._findings.is_written(value):
+                    lost.append(value)
+                elif isinstance(value, Tensor | np.ndarray):
+                    self._findings.write(value)
+                    back.append(value)
+        return back, lost
+
+    def _undo_bulks(self) -> bool:
+        """Put back large containers that have changed, which are walked through from now on."""
+        changed = [bulk for bulk in self._bulks if bulk.has_changed()]
+        for bulk in changed:
+            bulk.restore()
+        for bulk, watch in self._watched_bulks:
+            if self._undo([watch], thorough=True)[0]:
+                changed.append(bulk)
+        self._findings.walked.update(id(bulk.root) for bulk in changed)
+        return bool(changed)
+
+
+def is_left_open(value: Any) -> bool:
+    """Whether a stream or an iterator is of the process, of training, or of a logger."""
+    return is_standard_stream(value) or package(type(value)) in {*TRAINING, *WRITERS, ITSELF}

@@ -1,7 +1,8 @@
 """Objects whose state Python cannot show, noticed where an evaluation changes them.
 
-An object made in C may tell its state to `pickle`. It is pickled before and behind the first evaluation of a probe, to a
-checksum and up to a size. Of a file the position is looked at. Neither can be put back, except for a file that is read.
+An object made in C may tell its state to `pickle`. It is pickled before and behind the first evaluation of a probe, to
+a checksum and up to a size. Of a file the position is looked at. Neither can be put back, except for a file that is
+read.
 """
 
 from __future__ import annotations

@@ -124,7 +124,9 @@ class Shadow:
     def _bulk(self, value: Any) -> Bulk | None:
         """A large container of plain data, unless its tensors have to be widened."""
         found = self._findings.bulk(value)
-        if found is None or all(widened(torch.empty(0, dtype=t), self._dtype, copy=False).dtype == t for t in found.dtypes):
+        if found is None or all(
+            widened(torch.empty(0, dtype=t), self._dtype, copy=False).dtype == t for t in found.dtypes
+        ):
             return found
         return None
 

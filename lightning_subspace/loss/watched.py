@@ -196,11 +196,17 @@ class WatchedBulk:
 
 def _sums(tensors: Iterable[Tensor]) -> list[int]:
     """A checksum of each tensor's bits, with one read from the device."""
-    sums = [
-        sum((_as_integers(part).sum(dtype=torch.int64) for part in dense_parts(local_part(tensor).detach())), ZERO)
-        for tensor in tensors
-    ]
+    sums = [sum(map(_sum, dense_parts(local_part(tensor).detach())), ZERO) for tensor in tensors]
     return torch.stack([one.to(sums[-1].device) for one in sums]).tolist() if sums else []
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    flat = _as_integers(tensor).reshape(-1)
+    whole = flat.numel() - flat.numel() % (8 // flat.dtype.itemsize)
+    if not whole or flat.data_ptr() % 8:
+        return flat.sum(dtype=torch.int64)
+    # In words of 8 bytes, which takes a twentieth of the time.
+    return flat[:whole].view(torch.int64).sum() + flat[whole:].sum(dtype=torch.int64)
 
 
 def _as_integers(tensor: Tensor) -> Tensor:
@@ -219,4 +225,4 @@ def _is_equal(array: np.ndarray[Any, Any], old: np.ndarray[Any, Any]) -> bool:
 
 
 def _hash(array: np.ndarray[Any, Any]) -> int:
-    return zlib.adler32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return zlib.adler32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

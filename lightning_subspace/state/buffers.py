@@ -38,6 +38,14 @@ def in_memory(value: Any) -> list[MutableObject]:
     return []
 
 
+def behind(proxy: Any) -> list[Any]:
+    """The object that a weak proxy stands for; none if it is gone."""
+    try:
+        return [proxy.__repr__.__self__]
+    except (ReferenceError, AttributeError):
+        return []
+
+
 def _fill_bytes(target: Any, items: list[Any]) -> None:
     old: bytes = items[0]
     if target.tobytes() != old if isinstance(target, array.array) else target != old:

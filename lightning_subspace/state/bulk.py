@@ -66,7 +66,7 @@ class Bulk:
             >>> bulk.restore(); pairs[7], Bulk.of([object()] * 1000), Bulk.of([1])
             (('7', [7]), None, None)
         """
-        if type(root) not in READ and not _is_tuple(type(root)) or len(root) < SMALLEST:
+        if (type(root) not in READ and not _is_tuple(type(root))) or len(root) < SMALLEST:
             return None
         found, level = cls(root), [root]
         types: set[type] = set()

@@ -29,11 +29,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.quasirandom import SobolEngine
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_subspace.state.buffers import in_memory
+from lightning_subspace.state.buffers import behind, in_memory
 from lightning_subspace.state.bulk import Bulk
 from lightning_subspace.state.containers import MutableObject, attributes, built_in
 from lightning_subspace.state.generators import rewind
-from lightning_subspace.state.packages import FOREIGN, TRAINING, WRITERS, own_globals, package, package_names
+from lightning_subspace.state.packages import TRAINING, WRITERS, own_globals, package, package_names
 from lightning_subspace.state.threads import RUNNING, runs_threads
 
 # Classes of foreign packages that are nothing but state.
@@ -108,6 +108,9 @@ def walk(
     take = stack.popleft if around else stack.pop
     while stack:
         value = take()
+        if type(value) in weakref.ProxyTypes:  # says that it is of the class of what it stands for
+            stack.extend(behind(value))
+            continue
         if value is None or isinstance(value, CONSTANT) or id(value) in found.seen:
             continue
         if isinstance(value, tuple | types.MappingProxyType | frozenset):  # often temporary: its id may be reused
@@ -207,7 +210,9 @@ def _containers(value: Any, packages: frozenset[str], *, around: bool = False) -
 
 
 def _of_cell(cell: types.CellType, contents: Any) -> MutableObject:
-    return MutableObject([contents], lambda items: setattr(cell, "cell_contents", items[0]), lambda: [cell.cell_contents])
+    return MutableObject(
+        [contents], lambda items: setattr(cell, "cell_contents", items[0]), lambda: [cell.cell_contents]
+    )
 
 
 def _is_own(value: Any, own: frozenset[str]) -> bool:

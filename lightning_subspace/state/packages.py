@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -26,12 +25,7 @@ def package(cls: type) -> str:
 
 def package_names(value: Any) -> frozenset[str]:
     """Those of the class of an object and of all that it derives from."""
-    return _packages(type(value))
-
-
-@functools.lru_cache(maxsize=4096)
-def _packages(cls: type) -> frozenset[str]:
-    return frozenset(map(package, cls.__mro__))
+    return frozenset(map(package, type(value).__mro__))
 
 
 def packages_of(objects: Iterable[object]) -> frozenset[str]:

@@ -60,8 +60,8 @@ def _inside(value: Any) -> list[Any]:
     found: list[Any] = [] if attributes is None else [attributes]
     if isinstance(value, dict):
         found.extend(dict.values(value))
-    elif isinstance(value, list | tuple | deque | set):
-        found.extend(type(value).__iter__(value))
+    elif type(value) in (list, tuple, deque, set):
+        found.extend(value)
     elif isinstance(value, types.FunctionType):
         found.extend(value.__closure__ or ())
     elif isinstance(value, types.MethodType):

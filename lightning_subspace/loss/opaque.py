@@ -10,11 +10,14 @@ from __future__ import annotations
 import io
 import pickle
 import time
+import types
 import zlib
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+
+from lightning_subspace.state.object_graph import is_queue
 
 MOST = 1 << 20  # bytes of one object's state
 SLOWEST = 0.01  # seconds for one object's state; others are not asked again
@@ -30,10 +33,10 @@ class WatchedObjects:
     """
 
     def __init__(self, objects: Iterable[Any], skipped: set[type]) -> None:
-        self._states: list[tuple[Any, int]] = []
+        self._states: list[tuple[Any, Any]] = []
         end = time.monotonic() + MOST_SECONDS
         for value in objects:
-            if isinstance(value, io.IOBase):
+            if _has_position(value):
                 state = _position(value)
             elif type(value) in skipped or time.monotonic() > end:
                 continue
@@ -51,7 +54,7 @@ class WatchedObjects:
         """Those in another state, looked for only if `thorough`."""
         if not thorough:
             return []
-        return [v for v, old in self._states if (_position(v) if isinstance(v, io.IOBase) else _digest(v)) != old]
+        return [v for v, old in self._states if (_position if _has_position(v) else _digest)(v) != old]
 
     def verify(self) -> None:
         """Remember nothing: they are looked at in each probe."""
@@ -64,10 +67,20 @@ class WatchedObjects:
         return True
 
 
-def _position(file: Any) -> int | None:
+def _has_position(value: Any) -> bool:
+    return isinstance(value, io.IOBase | types.GeneratorType) or is_queue(value)
+
+
+def _position(value: Any) -> Any:
+    """Where a file or a generator function is, and how much is in a queue."""
     try:
-        return None if file.closed or not file.seekable() else int(file.tell())
-    except (OSError, ValueError):  # it is being iterated over, or is no real file
+        if isinstance(value, types.GeneratorType):
+            frame = value.gi_frame
+            return None if frame is None else (frame.f_lasti, *map(id, frame.f_locals.values()))
+        if is_queue(value):
+            return int(value.qsize())
+        return None if value.closed or not value.seekable() else int(value.tell())
+    except (OSError, ValueError, NotImplementedError):  # it is being iterated over, or is no real file
         return None
 
 

@@ -173,9 +173,9 @@ class Shadow:
             LossError: when something cannot be put back; then this loss is not evaluated any more.
         """
         is_first, self._is_first = self._is_first, False
-        again, lost = self._around.settle_first() if is_first else self._around.settle()
-        if lost:
-            self._refuse(lost)
+        again, lost, bare = self._around.settle_first() if is_first else self._around.settle()
+        if lost or bare:
+            self._refuse(lost, bare)
         if not again:
             return False
         self._put_back()
@@ -183,12 +183,14 @@ class Shadow:
         self._is_first = is_first
         return True
 
-    def _refuse(self, lost: list[Any]) -> None:
-        what = named(lost, self._module, self._roots)
-        text = (
-            f"the training step writes to {what}, which could not be put back: training is changed by this one "
-            "evaluation, and this loss is not evaluated again; pass loss_fn=, a loss without it."
+    def _refuse(self, lost: list[Any], bare: list[Any]) -> None:
+        what = named(lost or bare, self._module, self._roots)
+        how = (
+            "could not be put back: training is changed by this one evaluation, and this loss is not evaluated again"
+            if lost
+            else "was put back, and is reached in a way on which no copy can take its place"
         )
+        text = f"the training step writes to {what}, which {how}; pass loss_fn=, a loss without it."
         self._findings.refusals[self._loss_key] = text
         raise LossError(text)
 
@@ -224,7 +226,7 @@ class Shadow:
         """
         self._put_back()
         if lost := self._around.close():
-            self._refuse(lost)
+            self._refuse(lost, [])
 
     def _put_back(self) -> None:
         self._leaves.clear()
@@ -286,7 +288,9 @@ class Shadow:
         if owner is not None and isinstance(owner, nn.Parameter) and not self._copies_parameters:
             return original
         if owner is None:
-            alone = widened(self._source(original), self._dtype, copy=True)
+            # Around the module, what a copy is computed with is not widened either.
+            dtype = None if id(original) in self._around.copied else self._dtype
+            alone = widened(self._source(original), dtype, copy=True)
             return alone.requires_grad_(original.requires_grad and original.is_leaf)
         start = original.storage_offset() - owner.storage_offset()
         view: Tensor = self._copy(owner, memo).as_strided(original.size(), original.stride(), start)

@@ -27,7 +27,6 @@ from lightning_subspace.state.packages import TRAINING, WRITERS, own_places, pac
 MOST_AROUND = 20_000  # objects that are walked, which takes 0.1 s a probe
 MOST_GLOBAL = 2_000  # objects that are walked in the files of the module's classes
 MOST_EACH = 2_000  # containers that are compared at every evaluation; of more those alone that were found to change
-CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
 
 
 class Surroundings:
@@ -84,18 +83,19 @@ class Surroundings:
             WatchedArrays(around.arrays, findings),
             WatchedObjects(held, findings.skipped),
         ]
+        self._find_globals(module, packages, around.seen | left_alone)
         self._watched_bulks = [
             (bulk, WatchedBulk(bulk.tensors, bulk.arrays, findings))
             for bulk in self._bulks
             if bulk.tensors or bulk.arrays
         ]
-        self._find_globals(module, packages, around.seen | left_alone)
         findings.keep(self._bulks)
 
     def _find_globals(self, module: nn.Module, packages: frozenset[str], seen: set[int]) -> None:
         classes, files = own_places(module)
         values = [v for place in (*map(vars, classes), *files) for v in list(place.values())]
-        values = [v for v in values if not isinstance(v, CODE)]
+        names = {file["__name__"] for file in files}
+        values = [v for v in values if not isinstance(v, types.FunctionType) or v.__module__ in names]
         found = walk(values, packages, seen, around=True, most=MOST_GLOBAL, bulk=self._findings.bulk)
         places = [MutableObject.of(read_class, fill_class, cls) for cls in classes]
         places += [MutableObject.of(read_dict, fill_dict, file) for file in files]
@@ -117,28 +117,32 @@ class Surroundings:
                 self._findings.walked.add(id(bulk.root))
                 bulk.restore()
 
-    def settle_first(self) -> tuple[bool, list[Any]]:
-        """Undo all that the first evaluation has done; whether something was, and what could not be."""
+    def settle_first(self) -> tuple[bool, list[Any], list[Any]]:
+        """Undo all that the first evaluation has done.
+
+        Returns:
+            Whether something was undone, what could not be, and what was, but has no copy to be used in its place.
+        """
         found, each = False, set(map(id, self.each))
         for container in [*self._containers, *self._globals]:
             if id(container) not in each and container.has_changed():
                 container.replace_contents(container.items)
                 self._findings.walked.add(container.key)
                 found = True
-        changed, lost = self._undo(self._watches, thorough=True)
-        others, more = self._undo(self._global_watches, thorough=True)
-        # There is no container around a global tensor in which a copy could take its place.
-        more += [value for value in others if isinstance(value, Tensor | np.ndarray)]
+        changed, lost, bare = self._undo(self._watches, thorough=True)
+        # Nothing refers to a global that could refer to a copy instead.
+        globals_, more, again = self._undo(self._global_watches, thorough=True)
         found = self._undo_bulks() or found or bool(changed)
-        if not found and not lost and not more:
+        lost, bare = [*lost, *more], [*bare, *again, *globals_]
+        if not (found or lost or bare):
             for watch in (*self._watches, *self._global_watches, *(watch for _, watch in self._watched_bulks)):
                 watch.verify()
-        return found, list({id(value): value for value in (*lost, *more)}.values())
+        return found, lost, bare
 
-    def settle(self) -> tuple[bool, list[Any]]:
-        """Undo what any other evaluation has done to tensors and arrays."""
-        changed, lost = self._undo(self._watches, thorough=False)
-        return bool(changed), lost
+    def settle(self) -> tuple[bool, list[Any], list[Any]]:
+        """The same of any other evaluation, for tensors and arrays alone."""
+        changed, lost, bare = self._undo(self._watches, thorough=False)
+        return bool(changed), lost, bare
 
     def close(self) -> list[Any]:
         """Put everything back, and return what cannot be."""
@@ -148,20 +152,21 @@ class Surroundings:
         self._undo_bulks()
         return self._undo(self._watches, thorough=False)[1]
 
-    def _undo(self, watches: Iterable[Any], *, thorough: bool) -> tuple[list[Any], list[Any]]:
-        """What was changed and put back, and what was changed for good."""
+    def _undo(self, watches: Iterable[Any], *, thorough: bool) -> tuple[list[Any], list[Any], list[Any]]:
+        """What was changed and put back, what was changed for good, and what was put back although it is copied."""
         back: list[Any] = []
         lost: list[Any] = []
+        bare: list[Any] = []
         for watch in watches:
             for value in watch.changed(thorough=thorough):
-                is_back = watch.put_back(value)
-                # One that is copied, and is written to all the same, is reached by a way that the copies do not cover.
-                if not is_back or self._findings.is_written(value):
+                if not watch.put_back(value):
                     lost.append(value)
+                elif self._findings.is_written(value):  # reached by a way on which no copy takes its place
+                    bare.append(value)
                 elif isinstance(value, Tensor | np.ndarray):
                     self._findings.write(value)
                     back.append(value)
-        return back, lost
+        return back, lost, bare
 
     def _undo_bulks(self) -> bool:
         """Put back large containers that have changed, which are walked through from now on."""

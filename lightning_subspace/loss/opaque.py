@@ -50,11 +50,16 @@ class WatchedObjects:
             if state is not None:
                 self._states.append((value, state))
 
+    def begin(self) -> None:
+        """Compare positions with those of now."""
+        self._states = [(v, _position(v) if _has_position(v) else old) for v, old in self._states]
+
     def changed(self, *, thorough: bool) -> list[Any]:
-        """Those in another state, looked for only if `thorough`."""
+        """Those in another state; only the position is looked at unless `thorough`."""
+        positions = [v for v, old in self._states if _has_position(v) and _position(v) != old]
         if not thorough:
-            return []
-        return [v for v, old in self._states if (_position if _has_position(v) else _digest)(v) != old]
+            return positions
+        return positions + [v for v, old in self._states if not _has_position(v) and _digest(v) != old]
 
     def verify(self) -> None:
         """Remember nothing: they are looked at in each probe."""

@@ -86,6 +86,7 @@ class Shadow:
         self._written: set[int] = set()  # ids of the originals
         self._round = 0
         self._is_first = True  # whether no evaluation has ended yet
+        self._is_running = False  # whether an evaluation has begun and not ended, or has raised
         self._findings = findings_of(module)
         if loss_key in self._findings.refusals:
             raise LossError(self._findings.refusals[loss_key])
@@ -144,11 +145,15 @@ class Shadow:
         """The same around the module, where nothing is copied that was never written to."""
         if isinstance(value, tuple):
             return any(map(self._is_exchanged, value))
+        if isinstance(value, types.MappingProxyType):
+            return any(map(self._is_exchanged, value.values()))
         return id(value) in self._around.copied or id(value) in self._sealed
 
     def reset(self) -> None:
         """Start from the original state; unwritten copies of parameters stay."""
         self.drop_written()
+        if self._is_running and (lost := self._around.end_interrupted()):
+            self._refuse(lost, [])
         self._round += 1
         offset = self._displacement
         self._leaves = {key: leaf for key, leaf in self._leaves.items() if offset(leaf.original) is leaf.offset}
@@ -162,7 +167,8 @@ class Shadow:
             leaf.copy.__dict__.clear()
             leaf.copy.__dict__.update({key: self._copy(item, memo) for key, item in vars(leaf.original).items()})
         restore(self._others, self._generators)
-        self._around.restore_lengths()
+        self._around.begin()
+        self._is_running = True
 
     def settle(self) -> bool:
         """Undo what an evaluation has written to; whether to take it again.
@@ -172,7 +178,7 @@ class Shadow:
         Raises:
             LossError: when something cannot be put back; then this loss is not evaluated any more.
         """
-        is_first, self._is_first = self._is_first, False
+        is_first, self._is_first, self._is_running = self._is_first, False, False
         again, lost, bare = self._around.settle_first() if is_first else self._around.settle()
         if lost or bare:
             self._refuse(lost, bare)
@@ -225,7 +231,8 @@ class Shadow:
             LossError: when something cannot be put back.
         """
         self._put_back()
-        if lost := self._around.close():
+        lost = [*(self._around.end_interrupted() if self._is_running else []), *self._around.close()]
+        if lost:
             self._refuse(lost, [])
 
     def _put_back(self) -> None:
@@ -254,9 +261,13 @@ class Shadow:
 
     def _exchange(self, value: Any, memo: dict[int, Any]) -> Any:
         """The same around the module, for what an evaluation has written to."""
-        if isinstance(value, tuple) and self._is_exchanged(value):
+        if not self._is_exchanged(value):
+            return value
+        if isinstance(value, tuple):
             return with_items(value, [self._exchange(item, memo) for item in value])
-        return self._copy(value, memo) if self._is_exchanged(value) else value
+        if isinstance(value, types.MappingProxyType):
+            return types.MappingProxyType({key: self._exchange(item, memo) for key, item in value.items()})
+        return self._copy(value, memo)
 
     def _copy_immutable(self, value: Any, memo: dict[int, Any]) -> Any:
         """A tuple or a read-only dict, with copies of its items."""

@@ -9,7 +9,8 @@ undone and taken again on a copy. What cannot be undone ends the measurement of 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -20,13 +21,14 @@ from lightning_subspace.loss.findings import Findings
 from lightning_subspace.loss.opaque import WatchedObjects
 from lightning_subspace.loss.sealed import is_standard_stream
 from lightning_subspace.loss.watched import WatchedArrays, WatchedBulk, WatchedTensors
+from lightning_subspace.state.bulk import Bulk
 from lightning_subspace.state.containers import MutableObject, fill_class, fill_dict, read_class, read_dict
 from lightning_subspace.state.object_graph import ITSELF, ObjectGraph, may_be_watched, walk
 from lightning_subspace.state.packages import TRAINING, WRITERS, own_places, package
 
 MOST_AROUND = 20_000  # objects that are walked, which takes 0.1 s a probe
 MOST_GLOBAL = 2_000  # objects that are walked in the files of the module's classes
-MOST_EACH = 2_000  # containers that are compared at every evaluation; of more those alone that were found to change
+MOST_EACH = 1_000  # containers compared at every evaluation, in 1 ms; of more those alone that were found to change
 
 
 class Surroundings:
@@ -89,33 +91,48 @@ class Surroundings:
             for bulk in self._bulks
             if bulk.tensors or bulk.arrays
         ]
-        findings.keep(self._bulks)
+        findings.keep([*self._bulks, *self._global_bulks])
 
     def _find_globals(self, module: nn.Module, packages: frozenset[str], seen: set[int]) -> None:
         classes, files = own_places(module)
         values = [v for place in (*map(vars, classes), *files) for v in list(place.values())]
         names = {file["__name__"] for file in files}
-        values = [v for v in values if not isinstance(v, types.FunctionType) or v.__module__ in names]
-        found = walk(values, packages, seen, around=True, most=MOST_GLOBAL, bulk=self._findings.bulk)
+        values = [v for v in values if not isinstance(v, types.FunctionType) or v.__closure__ or v.__module__ in names]
+
+        def bulk(value: Any) -> Bulk | None:  # looked through less often than others: for very large ones alone
+            return self._findings.bulk(value) if isinstance(value, Sized) and len(value) > MOST_EACH else None
+
+        found = walk(values, packages, seen, around=True, most=MOST_GLOBAL, bulk=bulk)
         places = [MutableObject.of(read_class, fill_class, cls) for cls in classes]
         places += [MutableObject.of(read_dict, fill_dict, file) for file in files]
         self._globals = [*places, *found.containers]
-        self.each += [c for c in self._globals if c.key in self._findings.walked]
         self.generators = [*self.generators, *found.generators]
-        self._bulks += found.bulks
+        self._global_bulks = found.bulks
         files_open = [value for value in found.iterators if not is_left_open(value)]
         self._global_watches: list[Any] = [
             WatchedTensors(found.tensors, self._findings),
             WatchedArrays(found.arrays, self._findings),
+            *(WatchedBulk(bulk.tensors, bulk.arrays, self._findings) for bulk in found.bulks),
             WatchedObjects([*files_open, *filter(may_be_watched, found.others)], self._findings.skipped),
         ]
 
-    def restore_lengths(self) -> None:
-        """Put back the large containers that have grown or shrunk."""
+    def begin(self) -> None:
+        """Remember globals as they are, before an evaluation; put back large containers that have grown or shrunk."""
         for bulk in self._bulks:
             if bulk.has_grown():
                 self._findings.walked.add(id(bulk.root))
                 bulk.restore()
+        # What the user's own code beside of the training step does to a global is not undone.
+        if len(self._globals) <= MOST_EACH:
+            self._globals = [replace(c, items=c.read()) if c.read is not None else c for c in self._globals]
+        for watch in self._global_watches:
+            watch.begin()
+
+    def _undo_globals(self) -> bool:
+        changed = [container for container in self._globals if container.has_changed()]
+        for container in changed:
+            container.replace_contents(container.items)
+        return bool(changed)
 
     def settle_first(self) -> tuple[bool, list[Any], list[Any]]:
         """Undo all that the first evaluation has done.
@@ -124,10 +141,16 @@ class Surroundings:
             Whether something was undone, what could not be, and what was, but has no copy to be used in its place.
         """
         found, each = False, set(map(id, self.each))
-        for container in [*self._containers, *self._globals]:
+        for container in self._containers:
             if id(container) not in each and container.has_changed():
                 container.replace_contents(container.items)
                 self._findings.walked.add(container.key)
+                found = True
+        self._undo_globals()
+        for bulk in self._global_bulks:
+            if bulk.has_changed():
+                bulk.restore()
+                self._findings.walked.add(id(bulk.root))
                 found = True
         changed, lost, bare = self._undo(self._watches, thorough=True)
         # Nothing refers to a global that could refer to a copy instead.
@@ -142,7 +165,15 @@ class Surroundings:
     def settle(self) -> tuple[bool, list[Any], list[Any]]:
         """The same of any other evaluation, for tensors and arrays alone."""
         changed, lost, bare = self._undo(self._watches, thorough=False)
-        return bool(changed), lost, bare
+        globals_, more, again = self._undo(self._global_watches, thorough=False)
+        if len(self._globals) <= MOST_EACH:
+            self._undo_globals()
+        return bool(changed), [*lost, *more], [*bare, *again, *globals_]
+
+    def end_interrupted(self) -> list[Any]:
+        """Undo what an evaluation that has raised did to globals, and return what cannot be."""
+        self._undo_globals()
+        return self._undo(self._global_watches, thorough=True)[1]
 
     def close(self) -> list[Any]:
         """Put everything back, and return what cannot be."""
@@ -150,7 +181,7 @@ class Surroundings:
             if container.has_changed():
                 container.replace_contents(container.items)
         self._undo_bulks()
-        return self._undo(self._watches, thorough=False)[1]
+        return self._undo(self._watches, thorough=True)[1]
 
     def _undo(self, watches: Iterable[Any], *, thorough: bool) -> tuple[list[Any], list[Any], list[Any]]:
         """What was changed and put back, what was changed for good, and what was put back although it is copied."""

@@ -1,9 +1,10 @@
 """Tensors and arrays that an evaluation uses as they are, noticed where it writes to them.
 
 State of the optimizer, the data, what objects of other packages hold: a copy for every evaluation would cost as much as
-the parameters do. A tensor counts its writes. For those that pass the counter by (through `.data`) it is summed before
-and behind the first evaluation of a probe, and the first time that it is met at all, it is compared with a copy, which
-puts it back. An array has no counter: small ones are compared at every evaluation.
+the parameters do. Small ones have a copy in each probe; large ones when they are met for the first time, until the
+first evaluation has left them alone. From the copy they are put back. A tensor counts its writes, which is looked at
+behind every evaluation. What passes the counter by (through `.data`) shows behind the first one and at the end of a
+probe, where copies are compared, or else checksums.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from lightning_subspace.state.layouts import bytes_of, dense_parts
 SHARE = 4  # copies take at most one part in so many of the free memory
 MOST_COPIED = 1 << 32  # bytes on a CPU, where they take 2 s, once a run
 MOST_SUMMED = 1 << 30  # bytes on a CPU, where they take 0.1 s; an accelerator is not limited
-MOST_COMPARED = 1 << 24  # bytes of arrays at every evaluation, which take 2 ms
+MOST_COMPARED = 1 << 24  # bytes of small ones that have a copy in each probe, which takes 5 ms
+MOST_TENSORS = 4096  # small ones that have a copy in each probe, which takes 10 ms
 MOST_HASHED = 1 << 28  # bytes of arrays once a probe, which take 0.1 s
 
 ZERO = torch.zeros((), dtype=torch.int64)
@@ -45,26 +47,30 @@ class WatchedTensors:
     def __init__(self, tensors: Sequence[Tensor], findings: Findings, *, sums: bool = True) -> None:
         self._tensors = tensors
         self._findings = findings
-        self._counts = self._count()
         self._backups: dict[int, Tensor] = {}
+        self._once: set[int] = set()  # ids of those whose copies are dropped when they are known
+        compared, number = MOST_COMPARED, MOST_TENSORS
         left: dict[torch.device, float] = {}
-        for tensor in tensors:
-            if findings.is_verified(tensor) and not findings.is_written(tensor):
-                continue
-            size, device = bytes_of(local_part(tensor)), tensor.device
+        for size, tensor in sorted(((bytes_of(local_part(t)), t) for t in tensors), key=lambda pair: pair[0]):
+            device = tensor.device
             if device not in left:
                 left[device] = min(free_memory(device) / SHARE, MOST_COPIED if device.type == "cpu" else math.inf)
-            if left[device] >= size:
+            is_small = size <= compared and number > 0
+            is_kept = is_small or findings.is_written(tensor)
+            if (is_kept or not findings.is_verified(tensor)) and size <= left[device]:
                 left[device] -= size
+                compared, number = compared - size * is_small, number - is_small
                 self._backups[id(tensor)] = local_part(tensor).detach().clone()
-        left = {}
+                self._once |= set() if is_kept else {id(tensor)}
+        self._sums_left = MOST_SUMMED if sums else 0
         self._summed: list[Tensor] = []
-        for tensor in tensors if sums else ():
-            left.setdefault(tensor.device, MOST_SUMMED if tensor.device.type == "cpu" else math.inf)
-            left[tensor.device] -= bytes_of(local_part(tensor))
-            if id(tensor) not in self._backups and left[tensor.device] >= 0:
-                self._summed.append(tensor)
-        self._sums = _sums(self._summed)
+        self._sums: list[int] = []
+        self._sum([tensor for tensor in tensors if id(tensor) not in self._backups])
+        self.begin()
+
+    def begin(self) -> None:
+        """Compare the counts with those of now."""
+        self._counts = self._count()
 
     def changed(self, *, thorough: bool) -> list[Tensor]:
         """Those that were written to; `thorough` also past their counters."""
@@ -83,10 +89,23 @@ class WatchedTensors:
         return found
 
     def verify(self) -> None:
-        """Remember that a first evaluation has left them as they were, and drop the copies of these."""
+        """Remember that a first evaluation has left them as they were, and drop the copies of the large ones."""
         for tensor in self._tensors:
             self._findings.verify(tensor)
-        self._backups = {key: copy for key, copy in self._backups.items() if key in self._findings.written}
+        dropped = [tensor for tensor in self._tensors if id(tensor) in self._once]
+        self._backups = {key: copy for key, copy in self._backups.items() if key not in self._once}
+        self._once = set()
+        self._sum(dropped)
+
+    def _sum(self, tensors: Iterable[Tensor]) -> None:
+        """Take the checksums of some more, as far as this is quick."""
+        new: list[Tensor] = []
+        for tensor in tensors:
+            size = bytes_of(local_part(tensor)) if tensor.device.type == "cpu" else 1
+            if size <= self._sums_left:
+                self._sums_left -= size
+                new.append(tensor)
+        self._summed, self._sums = [*self._summed, *new], [*self._sums, *_sums(new)]
 
     def put_back(self, tensor: Tensor) -> bool:
         """Write the old values to a tensor, if there is a copy of them."""
@@ -96,7 +115,7 @@ class WatchedTensors:
         with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
             for part, old in zip(dense_parts(local_part(tensor).data), dense_parts(backup), strict=True):
                 part.copy_(old)
-        self._counts = self._count()
+        self.begin()
         return True
 
     def _count(self) -> list[tuple[int, int]] | list[int]:
@@ -143,6 +162,9 @@ class WatchedArrays:
         found = [array for array, old in compared if not _is_equal(array, old)]
         return found + [array for array, old in self._hashes.values() if thorough and _hash(array) != old]
 
+    def begin(self) -> None:
+        """Nothing is counted."""
+
     def verify(self) -> None:
         """Remember that a first evaluation has left them as they were."""
         for array, _ in self._once.values():
@@ -180,6 +202,10 @@ class WatchedBulk:
         if now != self._bytes:
             found += [array for array, a, b in zip(self._arrays, now, self._bytes, strict=True) if a != b]
         return found
+
+    def begin(self) -> None:
+        """Compare the counts with those of now."""
+        self._tensors.begin()
 
     def verify(self) -> None:
         """Remember that a first evaluation has left them as they were."""

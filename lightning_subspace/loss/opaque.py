@@ -8,6 +8,8 @@ read.
 from __future__ import annotations
 
 import io
+import itertools
+import operator
 import pickle
 import time
 import types
@@ -73,17 +75,22 @@ class WatchedObjects:
 
 
 def _has_position(value: Any) -> bool:
-    return isinstance(value, io.IOBase | types.GeneratorType) or is_queue(value)
+    is_counted = isinstance(value, itertools.count) or hasattr(value, "__length_hint__")
+    return is_counted or isinstance(value, io.IOBase | types.GeneratorType) or is_queue(value)
 
 
 def _position(value: Any) -> Any:
-    """Where a file or a generator function is, and how much is in a queue."""
+    """Where a file or an iterator is, and how much is in a queue."""
     try:
         if isinstance(value, types.GeneratorType):
             frame = value.gi_frame
             return None if frame is None else (frame.f_lasti, *map(id, frame.f_locals.values()))
         if is_queue(value):
             return int(value.qsize())
+        if isinstance(value, itertools.count):
+            return repr(value)
+        if hasattr(value, "__length_hint__"):
+            return operator.length_hint(value)
         return None if value.closed or not value.seekable() else int(value.tell())
     except (OSError, ValueError, NotImplementedError):  # it is being iterated over, or is no real file
         return None

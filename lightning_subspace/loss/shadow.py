@@ -185,6 +185,7 @@ class Shadow:
         if not again:
             return False
         self._put_back()
+        self._around.put_back()
         self._open()
         self._is_first = is_first
         return True

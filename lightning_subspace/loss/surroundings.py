@@ -63,6 +63,7 @@ class Surroundings:
         self._findings = findings
         left_alone = {*threads}
         seen = (inside.seen | left_alone) - set(map(id, inside.others))
+        roots = [root for root in roots if id(root) not in seen]  # what is in the module is replaced by copies
         around = walk(
             chain(map(vars, roots), inside.others), packages, seen, around=True, most=MOST_AROUND, bulk=findings.bulk
         )
@@ -175,13 +176,17 @@ class Surroundings:
         self._undo_globals()
         return self._undo(self._global_watches, thorough=True)[1]
 
-    def close(self) -> list[Any]:
-        """Put everything back, and return what cannot be."""
+    def put_back(self) -> None:
+        """Put back the contents of all containers."""
         for container in self._containers:
             if container.has_changed():
                 container.replace_contents(container.items)
         self._undo_bulks()
-        return self._undo(self._watches, thorough=True)[1]
+
+    def close(self) -> list[Any]:
+        """Put everything back, and return what cannot be."""
+        self.put_back()
+        return self._undo([*self._watches, *self._global_watches], thorough=True)[1]
 
     def _undo(self, watches: Iterable[Any], *, thorough: bool) -> tuple[list[Any], list[Any], list[Any]]:
         """What was changed and put back, what was changed for good, and what was put back although it is copied."""

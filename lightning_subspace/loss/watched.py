@@ -66,11 +66,14 @@ class WatchedTensors:
         self._summed: list[Tensor] = []
         self._sums: list[int] = []
         self._sum([tensor for tensor in tensors if id(tensor) not in self._backups])
-        self.begin()
+        self._counts = self._count()
 
     def begin(self) -> None:
-        """Compare the counts with those of now."""
-        self._counts = self._count()
+        """Compare with the values of now, as the counts tell of new ones."""
+        before, self._counts = self._counts, self._count()
+        for tensor, old, new in zip(self._tensors, before, self._counts, strict=True):
+            if old != new and id(tensor) in self._backups:
+                self._backups[id(tensor)] = local_part(tensor).detach().clone()
 
     def changed(self, *, thorough: bool) -> list[Tensor]:
         """Those that were written to; `thorough` also past their counters."""
@@ -115,10 +118,10 @@ class WatchedTensors:
         with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
             for part, old in zip(dense_parts(local_part(tensor).data), dense_parts(backup), strict=True):
                 part.copy_(old)
-        self.begin()
+        self._counts = self._count()
         return True
 
-    def _count(self) -> list[tuple[int, int]] | list[int]:
+    def _count(self) -> list[int]:
         return [0 if tensor.is_inference() else version_of(tensor) for tensor in self._tensors]
 
     def _is_as_before(self, tensor: Tensor) -> bool:
@@ -163,7 +166,10 @@ class WatchedArrays:
         return found + [array for array, old in self._hashes.values() if thorough and _hash(array) != old]
 
     def begin(self) -> None:
-        """Nothing is counted."""
+        """Compare the smaller ones with the values of now."""
+        for key, (array, old) in self._backups.items():
+            if not _is_equal(array, old):
+                self._backups[key] = (array, array.copy())
 
     def verify(self) -> None:
         """Remember that a first evaluation has left them as they were."""
@@ -204,7 +210,7 @@ class WatchedBulk:
         return found
 
     def begin(self) -> None:
-        """Compare the counts with those of now."""
+        """Compare tensors with the values of now."""
         self._tensors.begin()
 
     def verify(self) -> None:

@@ -5,23 +5,19 @@ all that a training step has seen of its state have to be equal to the bit. Wher
 equal as well, unless the refusal says that something could not be put back: that may happen once.
 """
 
-import copy
-import logging
 import os
 import types
-import warnings
 import zlib
 from dataclasses import dataclass
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_subspace import LossError, SubspaceMonitor
+from lightning_subspace import LossError
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
@@ -47,6 +43,15 @@ class State:
 
 class Watcher(Callback):
     """A callback of a user's own."""
+
+
+class StandIn:
+    """Takes the place of a Trainer or a part of it, and is taken for one by its package."""
+
+    __module__ = "lightning.pytorch"
+
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
 
 
 class Data(LightningDataModule):
@@ -132,14 +137,23 @@ def made(states):
 
 
 def outcome(module, optimizer, seen):
-    tensors = [*module.parameters(), *(s["momentum_buffer"] for s in optimizer.state.values() if isinstance(s, dict) and "momentum_buffer" in s)]
+    tensors = [
+        *module.parameters(),
+        *(s["momentum_buffer"] for s in optimizer.state.values() if isinstance(s, dict) and "momentum_buffer" in s),
+    ]
     left = []
     for number in range(len(module.states)):
         try:
             left.append(repr([module.use(number) for _ in range(2)]))
         except StopIteration:
             left.append("at its end")
-    return [t.detach().numpy().tobytes() for t in tensors], seen, left, repr(random_bytes()["torch"].sum()), module.calls
+    return (
+        [t.detach().numpy().tobytes() for t in tensors],
+        seen,
+        left,
+        repr(random_bytes()["torch"].sum()),
+        module.calls,
+    )
 
 
 def probe(module, batches, dtype):
@@ -162,9 +176,9 @@ def train(states, probes):
     torch.manual_seed(1)
     module = made(states)
     optimizer = module.configure_optimizers()
-    module._trainer = trainer = types.SimpleNamespace(
+    module._trainer = trainer = StandIn(
         optimizers=[optimizer], lr_scheduler_configs=[], callbacks=[Watcher()], datamodule=Data(), loggers=[],
-        strategy=types.SimpleNamespace(), fit_loop=types.SimpleNamespace(), lightning_module=None, logger=None,
+        strategy=StandIn(), fit_loop=StandIn(), lightning_module=None, logger=None,
     )  # fmt: skip
     module.keep(trainer)
     x, y = examples()
@@ -206,7 +220,9 @@ def require_the_same(drawn):
     if not refused and all(state.kind not in table.REFUSED for state in drawn):
         assert told == []
     if lost:  # what cannot be put back, and tensors in large containers that are left alone at first
-        assert any(s.kind in table.REFUSED or (s.time != "always" and "replay memory, a tensor" in s.kind) for s in drawn)
+        assert any(
+            s.kind in table.REFUSED or (s.time != "always" and "replay memory, a tensor" in s.kind) for s in drawn
+        )
     if refused and not lost:
         assert {state.owner for state in drawn} & {"class", "file"}
     return refused

@@ -51,7 +51,7 @@ class WatchedTensors:
         self._once: set[int] = set()  # ids of those whose copies are dropped when they are known
         compared, number = MOST_COMPARED, MOST_TENSORS
         left: dict[torch.device, float] = {}
-        for size, tensor in sorted(((bytes_of(local_part(t)), t) for t in tensors), key=lambda pair: pair[0]):
+        for size, tensor in sorted(((_size(t), t) for t in tensors), key=lambda pair: pair[0]):
             device = tensor.device
             if device not in left:
                 left[device] = min(free_memory(device) / SHARE, MOST_COPIED if device.type == "cpu" else math.inf)
@@ -104,7 +104,7 @@ class WatchedTensors:
         """Take the checksums of some more, as far as this is quick."""
         new: list[Tensor] = []
         for tensor in tensors:
-            size = bytes_of(local_part(tensor)) if tensor.device.type == "cpu" else 1
+            size = _size(tensor) if tensor.device.type == "cpu" else 1
             if size <= self._sums_left:
                 self._sums_left -= size
                 new.append(tensor)
@@ -113,7 +113,7 @@ class WatchedTensors:
     def put_back(self, tensor: Tensor) -> bool:
         """Write the old values to a tensor, if there is a copy of them."""
         backup = self._backups.get(id(tensor))
-        if backup is None or bytes_of(local_part(tensor)) != bytes_of(backup):
+        if backup is None or _size(tensor) != _size(backup):
             return False
         with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
             for part, old in zip(dense_parts(local_part(tensor).data), dense_parts(backup), strict=True):
@@ -224,6 +224,11 @@ class WatchedBulk:
         [old] = [old for array, old in zip(self._arrays, self._bytes, strict=True) if array is value][:1]
         np.copyto(value, np.frombuffer(old, value.dtype).reshape(value.shape))
         return True
+
+
+def _size(tensor: Tensor) -> int:
+    # There may be many plain ones.
+    return tensor.nbytes if type(tensor) is Tensor and tensor.layout is torch.strided else bytes_of(local_part(tensor))
 
 
 def _sums(tensors: Iterable[Tensor]) -> list[int]:

@@ -44,6 +44,9 @@ PLAIN = (
 # Classes of torch whose objects are followed around a module, and those of a user's own that are not.
 AROUND = (Dataset, Sampler, DataLoader, Optimizer, LRScheduler)
 NOT_AROUND = frozenset({"Logger", "Trainer", "Strategy", "SummaryWriter"})
+RESULTS = (
+    "_ResultCollection"  # of what is logged, which is muted; refers to the batch, of which each evaluation has a copy
+)
 ITSELF = __name__.split(".")[0]
 LEFT_ALONE = TRAINING | WRITERS | {ITSELF, "numpy"} | sys.stdlib_module_names
 CONSTANT = (str, int, float, complex, bytes, range, type, types.ModuleType, torch.dtype, torch.device, torch.Size)
@@ -194,6 +197,8 @@ def _containers(value: Any, packages: frozenset[str], *, around: bool = False) -
             f"module: expected an eager module, got the TorchScript module {type(value).__name__}, whose parameters "
             "cannot be replaced by copies; use the eager one, or pass loss_fn=, a loss without it."
         )
+    if around and type(value).__name__ == RESULTS:
+        return []
     if isinstance(value, types.CellType):
         try:
             contents = value.cell_contents

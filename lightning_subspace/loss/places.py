@@ -13,6 +13,24 @@ from lightning_subspace.state.fields import fields
 MOST = 100_000  # objects that are looked through
 
 
+def refusal(lost: list[Any], bare: list[Any], module: nn.Module, roots: Iterable[Any]) -> str:
+    """Why a loss is not evaluated any more.
+
+    Args:
+        lost: what could not be put back.
+        bare: what could be, and has no copy.
+        module: the module.
+        roots: objects around it.
+    """
+    how = (
+        "could not be put back: training is changed by this one evaluation, and this loss is not evaluated again"
+        if lost
+        else "was put back, and is reached in a way on which no copy can take its place"
+    )
+    what = named(lost or bare, module, roots)
+    return f"the training step writes to {what}, which {how}; pass loss_fn=, a loss without it."
+
+
 def named(values: Iterable[Any], module: nn.Module, roots: Iterable[Any]) -> str:
     """The places of some values in words, three at most.
 

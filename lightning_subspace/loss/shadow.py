@@ -7,14 +7,15 @@ stay the same, so that closures and hooks see the copies, too. Closing puts the 
 Copied: attributes of all modules; dicts, lists, sets, deques and tuples at any depth; arrays; random generators; hooks
 with their closures and partials; objects whose class is of the module's own package. Views stay views. Put back, but
 not copied: large containers of plain data, and what is around the module (see `surroundings.py`). Using an iterator, an
-open file or a queue raises. Left alone: loggers, threads and what they use. `.grad` is None on the copies. A set that
-grew may iterate in another order afterwards. README.md in this folder says what is done with each kind of state.
+open file or a queue raises. `.grad` is None on the copies. A set that grew may iterate in another order afterwards.
+README.md in this folder has a table of all kinds of state.
 """
 
 from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Mapping
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -24,14 +25,14 @@ from torch import Tensor, nn
 from lightning_subspace.loss.findings import findings_of
 from lightning_subspace.loss.leaves import ParameterCopy, unmodified
 from lightning_subspace.loss.loss_function import LossError
-from lightning_subspace.loss.places import named
+from lightning_subspace.loss.places import refusal
 from lightning_subspace.loss.precision import widened
 from lightning_subspace.loss.sealed import Sealed
 from lightning_subspace.loss.surroundings import Surroundings, is_left_open
 from lightning_subspace.loss.views import array_owners, owners
 from lightning_subspace.parallel.fsdp import is_sharded
 from lightning_subspace.state.bulk import Bulk
-from lightning_subspace.state.containers import MutableObject
+from lightning_subspace.state.containers import MutableObject, immutable_items, with_items
 from lightning_subspace.state.object_graph import own_caches, own_generators, restore, walk
 from lightning_subspace.state.packages import packages_of
 from lightning_subspace.state.threads import in_other_threads
@@ -100,8 +101,8 @@ class Shadow:
         around = Surroundings(module, self._roots, inside, packages, findings, threads)
         generators = walk(own_generators(module), packages, threads).generators
         self._around, self._generators = around, [*inside.generators, *around.generators, *generators]
-        found = {id(cache): cache for cache in (*own_caches(module), *inside.caches, *around.caches)}
-        self._caches = [(cache, cache.cache_info().misses) for cache in found.values()]
+        caches = {id(cache): cache for cache in (*own_caches(module), *inside.caches, *around.caches)}.values()
+        self._caches = [(cache, cache.cache_info().misses) for cache in caches]
         copied = [tensor for tensor in around.tensors if id(tensor) in around.copied]
         self._owners = owners([*(t for t in inside.tensors if id(t) not in around.kept), *copied])
         self._array_owners = array_owners(inside.arrays)
@@ -125,29 +126,23 @@ class Shadow:
     def _bulk(self, value: Any) -> Bulk | None:
         """A large container of plain data, unless its tensors have to be widened."""
         found = self._findings.bulk(value)
-        if found is None or all(
-            widened(torch.empty(0, dtype=t), self._dtype, copy=False).dtype == t for t in found.dtypes
-        ):
-            return found
-        return None
+        types = () if found is None else found.dtypes
+        is_kept = all(widened(torch.empty(0, dtype=t), self._dtype, copy=False).dtype == t for t in types)
+        return found if is_kept else None
 
     def _is_copied(self, value: Any) -> bool:
         """Whether a copy takes the place of a value."""
         if isinstance(value, Tensor | np.ndarray):
             return id(value) not in self._around.kept
-        if isinstance(value, tuple):
-            return any(map(self._is_copied, value))
-        if isinstance(value, types.MappingProxyType):
-            return any(map(self._is_copied, value.values()))
-        return id(value) in self._sealed
+        items = immutable_items(value)
+        return id(value) in self._sealed if items is None else any(map(self._is_copied, items))
 
     def _is_exchanged(self, value: Any) -> bool:
         """The same around the module, where nothing is copied that was never written to."""
-        if isinstance(value, tuple):
-            return any(map(self._is_exchanged, value))
-        if isinstance(value, types.MappingProxyType):
-            return any(map(self._is_exchanged, value.values()))
-        return id(value) in self._around.copied or id(value) in self._sealed
+        items = immutable_items(value)
+        if items is None:
+            return id(value) in self._around.copied or id(value) in self._sealed
+        return any(map(self._is_exchanged, items))
 
     def reset(self) -> None:
         """Start from the original state; unwritten copies of parameters stay."""
@@ -191,14 +186,7 @@ class Shadow:
         return True
 
     def _refuse(self, lost: list[Any], bare: list[Any]) -> None:
-        what = named(lost or bare, self._module, self._roots)
-        how = (
-            "could not be put back: training is changed by this one evaluation, and this loss is not evaluated again"
-            if lost
-            else "was put back, and is reached in a way on which no copy can take its place"
-        )
-        text = f"the training step writes to {what}, which {how}; pass loss_fn=, a loss without it."
-        self._findings.refusals[self._loss_key] = text
+        text = self._findings.refusals[self._loss_key] = refusal(lost, bare, self._module, self._roots)
         raise LossError(text)
 
     def drop_written(self) -> None:
@@ -264,21 +252,16 @@ class Shadow:
         """The same around the module, for what an evaluation has written to."""
         if not self._is_exchanged(value):
             return value
-        if isinstance(value, tuple):
-            return with_items(value, [self._exchange(item, memo) for item in value])
-        if isinstance(value, types.MappingProxyType):
-            return types.MappingProxyType({key: self._exchange(item, memo) for key, item in value.items()})
-        return self._copy(value, memo)
+        items = immutable_items(value)
+        if items is None:
+            return self._copy(value, memo)
+        return with_items(value, [self._exchange(item, memo) for item in items])
 
     def _copy_immutable(self, value: Any, memo: dict[int, Any]) -> Any:
         """A tuple or a read-only dict, with copies of its items."""
-        items = list(value if isinstance(value, tuple) else value.values())
+        items = immutable_items(value) or []
         new = [self._copy(item, memo) for item in items]
-        if all(a is b for a, b in zip(new, items, strict=True)):
-            return value
-        if not isinstance(value, tuple):
-            return types.MappingProxyType(dict(zip(value, new, strict=True)))
-        return with_items(value, new)
+        return value if all(map(is_, new, items)) else with_items(value, new)
 
     def _copy_array(self, original: np.ndarray[Any, Any], memo: dict[int, Any]) -> np.ndarray[Any, Any]:
         if (owner := self._array_owners.get(id(original))) is None:
@@ -315,8 +298,3 @@ class Shadow:
 
     def _source(self, original: Tensor) -> Tensor:
         return self._replacements.get(id(original), original).detach()
-
-
-def with_items(value: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:
-    """A tuple of the same class with other items."""
-    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

@@ -20,10 +20,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace._lightning import attached_trainer, extra_roots, muted, transfer
+from lightning_subspace._lightning import attached_trainer, muted, transfer
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.loss_function import LossFunction, as_scalar, resolve_loss
 from lightning_subspace.loss.precision import eager, twice_differentiable, widened, widened_array
+from lightning_subspace.loss.roots import extra_roots
 from lightning_subspace.loss.shadow import Shadow
 from lightning_subspace.parallel.fsdp import reshard, without_fsdp
 from lightning_subspace.parallel.parameters import ParameterSpace

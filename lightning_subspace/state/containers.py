@@ -48,6 +48,20 @@ def is_same(a: Any, b: Any) -> bool:
     return a is b or (isinstance(a, bytes | int) and type(a) is type(b) and a == b)
 
 
+def immutable_items(value: Any) -> list[Any] | None:
+    """The items of a tuple or a read-only dict; None for anything else."""
+    if isinstance(value, tuple):
+        return list(value)
+    return list(value.values()) if isinstance(value, types.MappingProxyType) else None
+
+
+def with_items(value: Any, items: list[Any]) -> Any:
+    """A tuple or a read-only dict of the same class, with other items."""
+    if isinstance(value, types.MappingProxyType):
+        return types.MappingProxyType(dict(zip(value, items, strict=True)))
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
 def read_dict(target: dict[Any, Any]) -> list[Any]:
     """Keys, and behind them the values."""
     return [*target, *target.values()]

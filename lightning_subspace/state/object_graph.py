@@ -44,9 +44,7 @@ PLAIN = (
 # Classes of torch whose objects are followed around a module, and those of a user's own that are not.
 AROUND = (Dataset, Sampler, DataLoader, Optimizer, LRScheduler)
 NOT_AROUND = frozenset({"Logger", "Trainer", "Strategy", "SummaryWriter"})
-RESULTS = (
-    "_ResultCollection"  # of what is logged, which is muted; refers to the batch, of which each evaluation has a copy
-)
+RESULTS = "_ResultCollection"  # of what is logged, which is muted; it refers to the batch
 ITSELF = __name__.split(".")[0]
 LEFT_ALONE = TRAINING | WRITERS | {ITSELF, "numpy"} | sys.stdlib_module_names
 CONSTANT = (str, int, float, complex, bytes, range, type, types.ModuleType, torch.dtype, torch.device, torch.Size)

@@ -1,4 +1,4 @@
-"""What evaluations of a module have found out about the state around it, kept from probe to probe."""
+"""Findings about the state around a module, kept between probes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Findings:
         self._bulks: dict[int, Bulk] = {}
 
     def bulk(self, value: Any) -> Bulk | None:
-        """A value as a large container of plain data; looked through anew only where it has changed."""
+        """A value as a large container of plain data, or None."""
         if id(value) in self.walked:
             return None
         known = self._bulks.get(id(value))
@@ -79,7 +79,7 @@ def findings_of(module: nn.Module) -> Findings:
 
 
 def _is_of(known: dict[int, weakref.ref[Any]], value: Any) -> bool:
-    """Whether the object is the one known by its id, and not a later one in its place."""
+    """Whether the object itself is known, not one before in its place."""
     reference = known.get(id(value))
     return reference is not None and reference() is value
 

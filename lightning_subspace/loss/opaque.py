@@ -1,4 +1,4 @@
-"""Objects whose state Python cannot show, noticed where an evaluation changes them.
+"""Objects whose state Python cannot show, noticed where it changes.
 
 An object made in C may tell its state to `pickle`. It is pickled before and behind the first evaluation of a probe, to
 a checksum and up to a size. Of a file the position is looked at. Neither can be put back, except for a file that is
@@ -80,7 +80,7 @@ def _has_position(value: Any) -> bool:
 
 
 def _position(value: Any) -> Any:
-    """Where a file or an iterator is, and how much is in a queue."""
+    """The position of a file or iterator; the length of a queue."""
     try:
         if isinstance(value, types.GeneratorType):
             frame = value.gi_frame
@@ -123,7 +123,7 @@ class _Pickler(pickle.Pickler):
 
 
 def _digest(value: Any) -> int | None:
-    """A checksum of what pickle is told; None if nothing or too much."""
+    """A checksum of what pickle is told, or None."""
     file = _Checksum()
     try:
         _Pickler(file, protocol=4).dump(value)

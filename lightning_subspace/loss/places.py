@@ -1,4 +1,4 @@
-"""Names of objects in messages: the path to them from a module and what is around it."""
+"""Names of objects in messages: the path to them."""
 
 from __future__ import annotations
 

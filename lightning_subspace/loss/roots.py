@@ -1,4 +1,4 @@
-"""Objects around a module that its training step can reach by the trainer."""
+"""Objects that a training step can reach by the trainer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_subspace._lightning import Trainer, attached_trainer, is_a, undec
 
 
 def extra_roots(module: nn.Module) -> list[Any]:
-    """Objects around a module that a training step can write to, by way of its trainer.
+    """Objects that a training step can write to by its trainer.
 
     Trainer, strategy, loops and their counts, data module, loaders with samplers and data sets, optimizers, schedulers,
     and the callbacks but for this package's own and progress bars, which other threads draw.

@@ -124,7 +124,7 @@ class Shadow:
             (self._partly if is_copied else self._others).append(container)
 
     def _bulk(self, value: Any) -> Bulk | None:
-        """A large container of plain data, unless its tensors have to be widened."""
+        """A large container of plain data that needs no wider types."""
         found = self._findings.bulk(value)
         types = () if found is None else found.dtypes
         is_kept = all(widened(torch.empty(0, dtype=t), self._dtype, copy=False).dtype == t for t in types)
@@ -138,7 +138,7 @@ class Shadow:
         return id(value) in self._sealed if items is None else any(map(self._is_copied, items))
 
     def _is_exchanged(self, value: Any) -> bool:
-        """The same around the module, where nothing is copied that was never written to."""
+        """The same around the module, for what was written to."""
         items = immutable_items(value)
         if items is None:
             return id(value) in self._around.copied or id(value) in self._sealed

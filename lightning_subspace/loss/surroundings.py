@@ -1,4 +1,4 @@
-"""State around a module that a training step can reach: put back, or noticed where it cannot be.
+"""State around a module, put back, or noticed where it cannot be.
 
 The trainer with its loops, callbacks, optimizers and data; objects of other packages that the module holds, such as
 environments and data sets; globals and class attributes in the files of the module's classes. Python objects are put
@@ -118,7 +118,7 @@ class Surroundings:
         ]
 
     def begin(self) -> None:
-        """Remember globals as they are, before an evaluation; put back large containers that have grown or shrunk."""
+        """Remember globals before an evaluation; put back lengths of large containers."""
         for bulk in self._bulks:
             if bulk.has_grown():
                 self._findings.walked.add(id(bulk.root))
@@ -172,7 +172,7 @@ class Surroundings:
         return bool(changed), [*lost, *more], [*bare, *again, *globals_]
 
     def end_interrupted(self) -> list[Any]:
-        """Undo what an evaluation that has raised did to globals, and return what cannot be."""
+        """Undo what an evaluation that raised did to globals."""
         self._undo_globals()
         return self._undo(self._global_watches, thorough=True)[1]
 
@@ -189,7 +189,7 @@ class Surroundings:
         return self._undo([*self._watches, *self._global_watches], thorough=True)[1]
 
     def _undo(self, watches: Iterable[Any], *, thorough: bool) -> tuple[list[Any], list[Any], list[Any]]:
-        """What was changed and put back, what was changed for good, and what was put back although it is copied."""
+        """What was put back, what could not be, and what is copied."""
         back: list[Any] = []
         lost: list[Any] = []
         bare: list[Any] = []
@@ -205,7 +205,7 @@ class Surroundings:
         return back, lost, bare
 
     def _undo_bulks(self) -> bool:
-        """Put back large containers that have changed, which are walked through from now on."""
+        """Put back large containers that have changed; whether any had."""
         changed = [bulk for bulk in self._bulks if bulk.has_changed()]
         for bulk in changed:
             bulk.restore()
@@ -217,5 +217,5 @@ class Surroundings:
 
 
 def is_left_open(value: Any) -> bool:
-    """Whether a stream or an iterator is of the process, of training, or of a logger."""
+    """Whether a stream or an iterator is no state of a user's."""
     return is_standard_stream(value) or package(type(value)) in {*TRAINING, *WRITERS, ITSELF}

@@ -1,4 +1,4 @@
-"""Tensors and arrays that an evaluation uses as they are, noticed where it writes to them.
+"""Tensors and arrays used as they are, noticed where written to.
 
 State of the optimizer, the data, what objects of other packages hold: a copy for every evaluation would cost as much as
 the parameters do. Small ones have a copy in each probe; large ones when they are met for the first time, until the
@@ -69,7 +69,7 @@ class WatchedTensors:
         self._counts = self._count()
 
     def begin(self) -> None:
-        """Compare with the values of now, as the counts tell of new ones."""
+        """Compare with the values of now."""
         before, self._counts = self._counts, self._count()
         for tensor, old, new in zip(self._tensors, before, self._counts, strict=True):
             if old != new and id(tensor) in self._backups:
@@ -92,7 +92,7 @@ class WatchedTensors:
         return found
 
     def verify(self) -> None:
-        """Remember that a first evaluation has left them as they were, and drop the copies of the large ones."""
+        """Remember that a first evaluation has left them as they were."""
         for tensor in self._tensors:
             self._findings.verify(tensor)
         dropped = [tensor for tensor in self._tensors if id(tensor) in self._once]
@@ -101,7 +101,7 @@ class WatchedTensors:
         self._sum(dropped)
 
     def _sum(self, tensors: Iterable[Tensor]) -> None:
-        """Take the checksums of some more, as far as this is quick."""
+        """Take the checksums of more, as far as this is quick."""
         new: list[Tensor] = []
         for tensor in tensors:
             size = _size(tensor) if tensor.device.type == "cpu" else 1
@@ -111,7 +111,7 @@ class WatchedTensors:
         self._summed, self._sums = [*self._summed, *new], [*self._sums, *_sums(new)]
 
     def put_back(self, tensor: Tensor) -> bool:
-        """Write the old values to a tensor, if there is a copy of them."""
+        """Write the old values to a tensor, if there is a copy."""
         backup = self._backups.get(id(tensor))
         if backup is None or _size(tensor) != _size(backup):
             return False
@@ -133,7 +133,7 @@ class WatchedTensors:
 
 
 class WatchedArrays:
-    """Arrays that are not copied; the smaller ones have a copy beside them.
+    """Arrays that are not copied.
 
     Args:
         arrays: as they are before an evaluation.
@@ -178,7 +178,7 @@ class WatchedArrays:
         self._once = {}
 
     def put_back(self, array: np.ndarray[Any, Any]) -> bool:
-        """Write the old values to an array, if there is a copy of them."""
+        """Write the old values to an array, if there is a copy."""
         _, old = self._backups.get(id(array)) or self._once.get(id(array)) or (array, None)
         if old is None or old.shape != array.shape:
             return False
@@ -218,7 +218,7 @@ class WatchedBulk:
         self._tensors.verify()
 
     def put_back(self, value: Any) -> bool:
-        """Write the old values to one of them, if there is a copy of them."""
+        """Write the old values to one, if there is a copy."""
         if isinstance(value, Tensor):
             return self._tensors.put_back(value)
         [old] = [old for array, old in zip(self._arrays, self._bytes, strict=True) if array is value][:1]

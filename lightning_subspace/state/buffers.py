@@ -1,4 +1,4 @@
-"""Objects over bare memory or in another's keeping: contents are read as values and written back in place."""
+"""Objects over bare memory, and references kept for others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ C_DATA: Any = (ctypes.Array, ctypes.Structure, ctypes.Union, ctypes.c_int.__mro_
 
 
 def in_memory(value: Any) -> list[MutableObject]:
-    """The contents of such an object; none for any other, or a closed one.
+    """The contents of such an object; none for any other.
 
     Example:
         >>> held = bytearray(b"abc")
@@ -39,7 +39,7 @@ def in_memory(value: Any) -> list[MutableObject]:
 
 
 def behind(proxy: Any) -> list[Any]:
-    """The object that a weak proxy stands for; none if it is gone."""
+    """The object that a weak proxy stands for, if any."""
     try:
         return [proxy.__repr__.__self__]
     except (ReferenceError, AttributeError):

@@ -1,4 +1,4 @@
-"""Large containers of plain data, looked through level by level and not item by item.
+"""Large containers of plain data, looked through level by level.
 
 A vocabulary of a million pairs, a table of lists, a replay memory: nothing in it but numbers, text, tensors, arrays and
 further containers. Each level is taken as a whole, by functions that loop in C: its types, its contents, and whether
@@ -38,7 +38,7 @@ READ: dict[type, tuple[Callable[[Any], list[Any]], Callable[[Any, list[Any]], No
 
 @dataclass
 class Bulk:
-    """A large container, with what was in it when it was looked through.
+    """A large container, with its contents when it was looked through.
 
     Attributes:
         root: the container.
@@ -56,7 +56,7 @@ class Bulk:
 
     @classmethod
     def of(cls, root: Any) -> Bulk | None:
-        """The contents of a large container; None if it is small, or there is anything else in it.
+        """A large container; None if it is small, or not plain.
 
         Example:
             >>> pairs = [(str(i), [i]) for i in range(1000)]

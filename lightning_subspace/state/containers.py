@@ -1,4 +1,4 @@
-"""Contents of built-in containers and of objects: how to read and to replace them.
+"""Contents of containers and objects: how to read and replace them.
 
 An object stays the same object: what refers to it sees the other contents. It is touched only where they differ.
 """
@@ -44,19 +44,19 @@ class MutableObject:
 
 
 def is_same(a: Any, b: Any) -> bool:
-    """Whether two values are one; what is read off a buffer is compared."""
+    """Whether two values are one, or equal bytes or numbers."""
     return a is b or (isinstance(a, bytes | int) and type(a) is type(b) and a == b)
 
 
 def immutable_items(value: Any) -> list[Any] | None:
-    """The items of a tuple or a read-only dict; None for anything else."""
+    """The items of a tuple or a read-only dict, or None."""
     if isinstance(value, tuple):
         return list(value)
     return list(value.values()) if isinstance(value, types.MappingProxyType) else None
 
 
 def with_items(value: Any, items: list[Any]) -> Any:
-    """A tuple or a read-only dict of the same class, with other items."""
+    """A tuple or a read-only dict with other items."""
     if isinstance(value, types.MappingProxyType):
         return types.MappingProxyType(dict(zip(value, items, strict=True)))
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
@@ -132,12 +132,12 @@ BUILT_IN: Any = (
 
 
 def built_in(value: Any) -> list[MutableObject]:
-    """The contents of a value that is a built-in container, or of a class derived from one."""
+    """The contents of a built-in container or a class derived from one."""
     return [MutableObject.of(read, fill, value) for kind, read, fill in BUILT_IN if isinstance(value, kind)]
 
 
 def attributes(value: Any) -> list[MutableObject]:
-    """The contents of an object's `__dict__`, if it has one, and of its slots."""
+    """The contents of an object's `__dict__` and of its slots."""
     # Asked of the object: that of a `threading.local` is another in each thread, and the present one's is meant.
     found = [MutableObject.of(read_dict, fill_dict, vars(value))] if hasattr(value, "__dict__") else []
     return [*found, *in_slots(value)]

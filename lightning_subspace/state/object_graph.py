@@ -180,7 +180,7 @@ def is_queue(value: Any) -> bool:
 
 
 def may_be_watched(value: Any) -> bool:
-    """Whether an object that is not followed belongs to none of those that are left alone."""
+    """Whether an object that is not followed is not left alone."""
     if isinstance(value, (Tensor, nn.Module, types.FunctionType, types.BuiltinFunctionType, *RUNNING, BaseProcess)):
         return False
     return package(type(value)) not in LEFT_ALONE and not runs_threads(value)

@@ -1,4 +1,4 @@
-"""Packages that classes come from: whose objects are a user's, and whose are left alone."""
+"""Packages that classes come from: a user's, and others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def package(cls: type) -> str:
 
 
 def package_names(value: Any) -> frozenset[str]:
-    """Those of the class of an object and of all that it derives from."""
+    """Those of an object's class and of all that it derives from."""
     return frozenset(map(package, type(value).__mro__))
 
 
@@ -34,7 +34,7 @@ def packages_of(objects: Iterable[object]) -> frozenset[str]:
 
 
 def own_places(module: nn.Module) -> tuple[list[type], list[dict[str, Any]]]:
-    """A module's classes of a user's own, and the globals of the files that these are in."""
+    """A module's own classes, and the globals of their files."""
     classes = {cls for m in module.modules() for cls in type(m).__mro__ if package(cls) not in FOREIGN}
     files = {cls.__module__ for cls in classes} & set(sys.modules)
     return list(classes), [vars(sys.modules[name]) for name in files]

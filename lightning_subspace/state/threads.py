@@ -25,7 +25,7 @@ RUNNING = (threading.Thread, BaseProcess, Executor)
 
 
 def runs_threads(value: Any) -> bool:
-    """Whether an object keeps a thread, a process or a pool of them."""
+    """Whether an object keeps a thread, a process or a pool."""
     return any(isinstance(item, RUNNING) for item in getattr(value, "__dict__", {}).values())
 
 
@@ -55,7 +55,7 @@ def in_other_threads() -> dict[int, Any]:
 
 
 def _inside(value: Any) -> list[Any]:
-    """What an object holds; nothing of the user's is called for it, as a lock may be held."""
+    """The contents of an object, read without calling code of the user's."""
     attributes = getattr(value, "__dict__", None)
     found: list[Any] = [] if attributes is None else [attributes]
     if isinstance(value, dict):

@@ -21,11 +21,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace._lightning import attached_trainer, extra_roots, muted, transfer
+from lightning_subspace._lightning import attached_trainer, muted, transfer
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.dependence import Dependence
 from lightning_subspace.loss.loss_function import LossFunction, as_scalar, resolve_loss
 from lightning_subspace.loss.precision import eager, twice_differentiable, widened, widened_array
+from lightning_subspace.loss.roots import extra_roots
 from lightning_subspace.loss.shadow import Shadow
 from lightning_subspace.parallel.fsdp import reshard, without_fsdp
 from lightning_subspace.parallel.parameters import ParameterSpace
@@ -108,6 +109,7 @@ class TrainingLoss:
         self._replacements = {} if replacements is None else replacements
         self.device = space.tensors(module)[0].device
         self._step = resolve_loss(module, loss_fn)
+        self._loss_key = getattr(loss_fn, "__code__", loss_fn and type(loss_fn))  # refers to no module
         self.originals: tuple[Tensor, ...] = ()
         self.values: dict[tuple[int, int, int], Tensor] = {}
         self._is_displaced = False
@@ -149,7 +151,9 @@ class TrainingLoss:
     def _make_shadow(self, stack: ExitStack) -> Shadow:
         stack.enter_context(without_fsdp(self.module))
         around, offset = extra_roots(self.module), lambda parameter: self._displacement.get(id(parameter))
-        return Shadow(self.module, self._narrowest, offset, around, replacements=self._replacements)
+        return Shadow(
+            self.module, self._narrowest, offset, around, replacements=self._replacements, loss_key=self._loss_key
+        )
 
     def displace(self, offset: Tensor | None) -> None:
         """Evaluate at theta + offset, (n,), from now on; None: at theta."""
@@ -203,6 +207,8 @@ class TrainingLoss:
         for leaf in leaves:
             leaf.requires_grad_(True)  # if the step has frozen it, the graph does not lead to it: no gradient
         self._shadow.drop_written()
+        if self._shadow.settle():
+            return self._evaluate(batch, finite=finite)
         value = as_scalar(output, type(self.module).__name__, finite=finite)
         self._follow(value, leaves, batch)
         if not self._is_displaced:

@@ -67,8 +67,8 @@ class Evaluator(Callback):
         before = {**look(pl_module), **fingerprint(batch, "batch", identity=True), "loggers": list(trainer.loggers)}
         batches = [MicroBatch(batch, float(ExampleCounter().count(batch)), index, transferred=True) for index in (0, 1)]
         with TrainingLoss(pl_module, ParameterSpace.of(pl_module), mode=self.mode, dtype=self.dtype) as loss:
-            for _ in range(3):
-                self.values.append([evaluate(loss, item) for item in batches])
+            values = [[evaluate(loss, item) for item in batches] for _ in range(3)]
+        self.values = values  # now, since attributes of a callback are put back behind the loss
         after = {**look(pl_module), **fingerprint(batch, "batch", identity=True), "loggers": list(trainer.loggers)}
         self.changes = differences(before, after)
 

@@ -257,7 +257,14 @@ class CurvatureConfig:
     def _loss(
         self, module: nn.Module, space: ParameterSpace, ranks: Ranks, dtype: torch.dtype | None, order: Order
     ) -> TrainingLoss:
-        whole = replacements(module, ranks, narrowest=dtype)
         return TrainingLoss(
-            module, space, self.loss_fn, mode=self.mode, dtype=dtype, seed=self.seed, order=order, replacements=whole
+            module,
+            space,
+            self.loss_fn,
+            mode=self.mode,
+            dtype=dtype,
+            seed=self.seed,
+            order=order,
+            replacements=replacements(module, ranks, narrowest=dtype),
+            ranks=ranks,
         )

@@ -22,6 +22,7 @@ class Findings:
         walked: ids of large containers that an evaluation has changed, and of global objects; they are restored behind
             every evaluation from then on.
         skipped: types of objects whose state cannot be asked for in short time.
+        is_agreed: whether a first evaluation has been taken by all ranks without having to be taken again.
         refusals: why a loss is not evaluated any more, by what tells one loss from another.
     """
 
@@ -29,6 +30,7 @@ class Findings:
         self.written: dict[int, weakref.ref[Any]] = {}
         self.walked: set[int] = set()
         self.skipped: set[type] = set()
+        self.is_agreed = False
         self.refusals: dict[Any, str] = {}
         self._verified: dict[int, weakref.ref[Any]] = {}
         self._most = MANY

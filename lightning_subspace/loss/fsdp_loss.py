@@ -54,7 +54,7 @@ class ShardedLoss(TrainingLoss):
         ranks: Ranks | None = None,
     ) -> None:
         reshard(module)
-        super().__init__(module, space, loss_fn, mode=mode, seed=seed, order=1, replacements=replacements)
+        super().__init__(module, space, loss_fn, mode=mode, seed=seed, order=1, replacements=replacements, ranks=ranks)
         if (reason := unsupported_reason(module)) is not None:
             raise ValueError(reason)
         for name, parameter in zip(space.names, space.tensors(module), strict=True):
@@ -65,7 +65,6 @@ class ShardedLoss(TrainingLoss):
                 )
         self._parameters: list[Any] = [*space.tensors(module)]  # DTensors
         self._count: int = self._parameters[0].device_mesh.size()
-        self._ranks = ranks or Ranks()
         self._offset_local: Tensor | None = None
         self.local_numels = tuple(len(part) for part in self._local_parts())
         self.n = sum(self.local_numels)

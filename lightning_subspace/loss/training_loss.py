@@ -24,13 +24,15 @@ from torch import Tensor, nn
 from lightning_subspace._lightning import attached_trainer, muted, transfer
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.dependence import Dependence
-from lightning_subspace.loss.loss_function import LossFunction, as_scalar, resolve_loss
+from lightning_subspace.loss.findings import findings_of
+from lightning_subspace.loss.loss_function import LossFunction, WrittenError, as_scalar, resolve_loss
 from lightning_subspace.loss.precision import eager, twice_differentiable, widened, widened_array
 from lightning_subspace.loss.roots import extra_roots
 from lightning_subspace.loss.shadow import Shadow
 from lightning_subspace.parallel.fsdp import reshard, without_fsdp
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import SEED_STRIDE
+from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.state.copies import copied
 from lightning_subspace.state.rng import RandomState, preserved_random_state, seed_generators
 from lightning_subspace.state.signals import give_up_again, give_up_if_signalled, waiting_signals
@@ -66,6 +68,7 @@ class TrainingLoss:
         order: how often the loss is differentiated; 1 keeps the attention and recurrent kernels of training.
         replacements: tensors to copy in place of a parameter or buffer, by its id: rank 0's values of a buffer, the
             whole of a sharded parameter (each needs one; see `full_tensors`).
+        ranks: the processes that evaluate at the same time; None: this one alone.
 
     Attributes:
         dtype: of flat vectors; float32 or wider.
@@ -97,6 +100,7 @@ class TrainingLoss:
         random_state: RandomState | None = None,
         order: Literal[1, 2] = 2,
         replacements: Mapping[int, Tensor] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.module = module
         self.space = space
@@ -108,6 +112,7 @@ class TrainingLoss:
         self._order = order
         self._replacements = {} if replacements is None else replacements
         self.device = space.tensors(module)[0].device
+        self._ranks = ranks or Ranks()
         self._step = resolve_loss(module, loss_fn)
         self._loss_key = getattr(loss_fn, "__code__", loss_fn and type(loss_fn))  # refers to no module
         self.originals: tuple[Tensor, ...] = ()
@@ -207,7 +212,7 @@ class TrainingLoss:
         for leaf in leaves:
             leaf.requires_grad_(True)  # if the step has frozen it, the graph does not lead to it: no gradient
         self._shadow.drop_written()
-        if self._shadow.settle():
+        if self._is_to_be_repeated(is_written=self._shadow.settle()):
             return self._evaluate(batch, finite=finite)
         value = as_scalar(output, type(self.module).__name__, finite=finite)
         self._follow(value, leaves, batch)
@@ -215,6 +220,18 @@ class TrainingLoss:
             # The first, as a filler may be evaluated again, beside other batches. Not read, since that waits for a GPU.
             self.values.setdefault(place_of(batch), value.detach())
         return Evaluation(value, leaves)
+
+    def _is_to_be_repeated(self, *, is_written: bool) -> bool:
+        """Whether an evaluation is taken again, on copies of what it has written to."""
+        if self._ranks.count == 1:
+            return is_written
+        findings = findings_of(self.module)
+        if not findings.is_agreed:  # the first ones are repeated on all ranks: a training step may have collectives
+            findings.is_agreed = bool(self._ranks.all_reduce_min(int(not is_written)))
+            return not findings.is_agreed
+        if is_written:
+            raise WrittenError("the training step writes to state around the module that it left alone at first.")
+        return False
 
     def _follow(self, value: Tensor, leaves: list[Tensor], batch: MicroBatch) -> None:
         """See once a micro-batch what the loss depends on."""

@@ -37,7 +37,7 @@ class GapIndex(Measurement):
 
 
 def solver_metrics(subspace: Subspace) -> dict[str, float]:
-    """`eigenvalues/01` to `eigenvalues/k+1`, where they are known to 5 %, and `solver/...`, always.
+    """`eigenvalues/01` to `k+1`, where known to 5 %, and `solver/...`, always.
 
     `solver/residual` is the largest residual over the largest |eigenvalue|; nan where no pair was found.
     """

@@ -235,9 +235,7 @@ def _result(
     residuals, next_residual = estimates[order].clamp(min=rounding), max(closest.residual, rounding)
     # Where a copy of the last wanted value may have been missed, the eigenvalue behind it may be that.
     is_unsure = rules.verify and verdict.outcome is not Outcome.EXACT and not has_gap
-    claims = rules.claims_space(
-        float(residuals.max()) if num_pairs else 0.0, closest.gap - next_residual, lanczos.scale
-    )
+    claims = rules.claims_space(float(residuals.max()) if num_pairs else 0.0, closest.gap, lanczos.scale)
     # A rank that could not form its part of the eigenvectors says so in this sum, and nothing can fail after it.
     eigenvectors, gram = lanczos.rotated(ritz.rotation[:, order])
     deviation = (gram - torch.eye(num_pairs, dtype=torch.float64, device="cpu")).abs()

@@ -181,9 +181,10 @@ class Lanczos:
         return Expansion(column, norm)
 
     def variation(self, factor: float) -> float:
-        """Length of A (c v) / c - A v, for a vector of the basis.
+        """Length of A (c v) / c - A v.
 
-        It costs two products. With c = 1, what differs between two calls. With another one, that and what is rounded otherwise.
+        For a vector v of the basis and a factor c; two products. With c = 1, it is what differs between two calls; with
+        another one, that and what is rounded otherwise.
         """
         v, square = self.basis[0], _zeros(1)
         with self.agreement.local():

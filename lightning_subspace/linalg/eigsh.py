@@ -82,7 +82,7 @@ def eigsh(
         max_matvecs: products that may be spent.
         v0: start vector, shape (n,); by default random.
         verify: "always" excludes missed copies of multiple eigenvalues, typically for 4 to 13 more matvecs at k = 10.
-            Close to the k-th eigenvalue it does so for at most half of the matvecs before, or 20; if that is too few,
+            Close to the k-th eigenvalue it does so for at most as many matvecs as before, or 20; if that is too few,
             the result is not `verified`, or its gap is given up. "never" stops at convergence.
         delta: risk that the verification overlooks a copy, in (0, 1).
         seed: of the random vectors. The global random generators are not touched.

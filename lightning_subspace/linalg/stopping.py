@@ -19,7 +19,7 @@ _COARSE = 0.03  # in units of scale: copies that lie farther beyond the last wan
 VALUE_ERROR = 0.05  # the largest residual, relative to an eigenvalue, at which anything is known of it
 CLAIMED_ERROR = 0.1  # the largest residual / gap at which an eigenspace is claimed
 # Products that a verification may spend on what is close to the last wanted value: so many, or this share of those
-# before. With fewer, tests/benchmarks/certificate.py gave up spaces that had a gap; more were seldom spent.
+# before. With fewer, tests/benchmarks/certificate.py gave up spaces that had a gap.
 _LEAST_ALLOWANCE, _ALLOWED_SHARE = 20, 1.0
 # A looser test is passed before all wanted pairs have appeared; for Hessians of trained networks 1e-2 often is.
 _PLAIN_TOL = 1e-3

@@ -147,8 +147,8 @@ class Subspace:
         if self.gap_given_up:
             return (
                 f"{consequence}: eigenvalue {self.k} may occur more often than it was found, so that the space of the "
-                f"first {self.k} may be one of many. Its gap to the next one is too narrow to exclude that within half "
-                "of the products spent before, or 20. Choose k at a wider gap of the spectrum."
+                f"first {self.k} may be one of many. Its gap to the next one is too narrow to exclude that with as "
+                "many products as it took to find it. Choose k at a wider gap of the spectrum."
             )
         return (
             f"{consequence}: eigenvalue {self.k} is so close to the next one that the space of the first {self.k} is "

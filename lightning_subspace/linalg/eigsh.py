@@ -82,7 +82,7 @@ def eigsh(
         max_matvecs: products that may be spent.
         v0: start vector, shape (n,); by default random.
         verify: "always" excludes missed copies of multiple eigenvalues, typically for 4 to 13 more matvecs at k = 10.
-            Close to the k-th eigenvalue it does so for at most half of the matvecs before, or 20; if that is too few,
+            Close to the k-th eigenvalue it does so for at most as many matvecs as before, or 20; if that is too few,
             the result is not `verified`, or its gap is given up. "never" stops at convergence.
         delta: risk that the verification overlooks a copy, in (0, 1).
         seed: of the random vectors, 0 to 2**63 - 1. The global random generators are not touched.
@@ -236,9 +236,7 @@ def _result(
     residuals, next_residual = estimates[order].clamp(min=rounding), max(closest.residual, rounding)
     # Where a copy of the last wanted value may have been missed, the eigenvalue behind it may be that.
     is_unsure = rules.verify and verdict.outcome is not Outcome.EXACT and not has_gap
-    claims = rules.claims_space(
-        float(residuals.max()) if num_pairs else 0.0, closest.gap - next_residual, lanczos.scale
-    )
+    claims = rules.claims_space(float(residuals.max()) if num_pairs else 0.0, closest.gap, lanczos.scale)
     # A rank that could not form its part of the eigenvectors says so in this sum, and nothing can fail after it.
     eigenvectors, gram = lanczos.rotated(ritz.rotation[:, order])
     deviation = (gram - torch.eye(num_pairs, dtype=torch.float64, device="cpu")).abs()

@@ -15,6 +15,7 @@ it is coupled to and then against the whole basis; T is kept as a dense matrix.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -180,16 +181,17 @@ class Lanczos:
         return Expansion(column, norm)
 
     def variation(self, factor: float) -> float:
-        """|A (c v) / c - A v| for a vector v of the basis and a factor c; two products.
+        """Length of A (c v) / c - A v.
 
-        With c = 1, what differs between two calls. With another one, that and what is rounded otherwise.
+        For a vector v of the basis and a factor c; two products. With c = 1, it is what differs between two calls; with
+        another one, that and what is rounded otherwise.
         """
         v, square = self.basis[0], _zeros(1)
         with self.agreement.local():
             difference = _checked(self._matvec(v), v).clone()
             difference -= _checked(self._matvec(v * factor), v) / factor
             square += torch.linalg.vector_norm(difference, dtype=blocked.exact(difference)).square().cpu()
-        return float(self.agreement.sum(square)) ** 0.5
+        return math.sqrt(float(self.agreement.sum(square)))
 
     def contract(self, rotation: Tensor) -> None:
         """Replace V by rotation^T V, of orthonormal columns, (m, kept).

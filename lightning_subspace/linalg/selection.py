@@ -126,7 +126,7 @@ def decisive_values(wanted: Tensor, which: Which, margin: Callable[[float], floa
 
 
 def gap_values(wanted: Tensor, which: Which, width: float) -> list[float]:  # (k,) best first
-    """Behind the last wanted value of each end, in the gap, by `width`."""
+    """The places that lie `width` behind the last wanted value."""
     return [sign * (last - width) for sign, _, last in _by_end(wanted, which)]
 
 

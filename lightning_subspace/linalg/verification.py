@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lightning_subspace.linalg.certificate import Certificate
 from lightning_subspace.linalg.lanczos import Expansion
-from lightning_subspace.linalg.selection import Neighbour, Ritz, closest_of, decisive_values, ends, gap_values, merit
+from lightning_subspace.linalg.selection import Neighbour, Ritz, decisive_values, ends, gap_values, merit
 from lightning_subspace.linalg.stopping import Rules
 
 
@@ -91,7 +91,7 @@ class Verification:
         return not decisive_values(ritz.values[: self._rules.k], self._rules.which, margin)
 
     def verifies_gap(self) -> bool:
-        """Whether missed copies of the last wanted value, and others close behind it, are excluded."""
+        """Whether nothing missed lies at the last wanted value."""
         return self._has_gap
 
     def is_over(self, ritz: Ritz, closest: Neighbour, scale: float, num_matvecs: int) -> bool:

@@ -12,6 +12,8 @@ import torch
 from lightning_subspace.measurements.base import Measurement, Needs, Probe
 from lightning_subspace.subspace.subspace import Subspace
 
+NEAR_ZERO = 1e-3  # in units of the largest eigenvalue
+
 
 class GapIndex(Measurement):
     """`gap_index`: the i in 1..k with the largest ratio lambda_i / lambda_{i+1}.
@@ -28,16 +30,17 @@ class GapIndex(Measurement):
         """No product."""
         if probe.which != "LA":
             return {}
-        following = probe.top.next_eigenvalue
+        values = [*probe.top.eigenvalues.tolist(), probe.top.next_eigenvalue]
         # One that is near zero is never known to 5 %, but how large it may be is.
-        values = [*probe.top.eigenvalues.tolist(), probe.top.largest_next if math.isnan(following) else following]
+        if math.isnan(values[-1]) and abs(probe.top.largest_next) <= NEAR_ZERO * abs(values[0]):
+            values[-1] = probe.top.largest_next
         smallest = max(float(probe.top.residuals.max()), torch.finfo(probe.gradient.dtype).eps * abs(values[0]))
         ratios = [a / max(b, smallest) for a, b in pairwise(values) if a > smallest and b >= -smallest]
         return {"gap_index": float(ratios.index(max(ratios)) + 1)} if ratios else {}
 
 
 def solver_metrics(subspace: Subspace) -> dict[str, float]:
-    """`eigenvalues/01` to `eigenvalues/k+1`, where they are known to 5 %, and `solver/...`, always.
+    """`eigenvalues/01` to `k+1`, where known to 5 %, and `solver/...`, always.
 
     `solver/residual` is the largest residual over the largest |eigenvalue|; nan where no pair was found.
     """

@@ -78,7 +78,7 @@ def measure_subspace(
         batches: the whole sample: a list of batches, of (batch, weight) pairs, or a loader.
         k: number of eigenpairs; 0 takes one Hessian product instead and gives only the numbers along the gradient.
         tol: residual of every wanted pair over the largest |eigenvalue|.
-        verify: "always" excludes missed copies of equal eigenvalues, for 4 to 13 more products.
+        verify: "always" excludes missed copies of equal eigenvalues, for a third to a half more products.
         which: "LA" the algebraically largest (the paper's "top"), "SA" smallest, "LM" largest in magnitude, "BE" half
             from each end.
         ncv: largest number of basis vectors; by default min(n, 2k + 10).

@@ -45,7 +45,7 @@ def is_verified(number: int, verify: Verify | int, history: Sequence[Record]) ->
 
 
 def unverified(subspace: Subspace, verify: Verify | int) -> str | None:
-    """Sentence on a space of which missed copies are not excluded; None where they are."""
+    """Sentence on a space that is not verified, or None."""
     if subspace.verified or not subspace.converged:
         return None
     reason = "a verification would have taken too many products; choose k at a wider gap of the spectrum"

@@ -106,15 +106,15 @@ class Subspace:
 
     @property
     def known(self) -> Tensor:  # (k,)
-        """Which eigenvalues are right to 5 % of themselves; the residual bounds the error.
+        """Which eigenvalues are right to 5 % of themselves.
 
-        None is where the solver did not converge.
+        The residual bounds the error. None is where the solver did not converge.
         """
         return (self.residuals <= VALUE_ERROR * self.eigenvalues.abs()) & self.converged
 
     @property
     def reported(self) -> dict[int, float]:
-        """The eigenvalues that are known, by their place from 1, with the next one if it is."""
+        """The known ones of eigenvalues 1 to k + 1, by place."""
         values = {i: float(self.eigenvalues[i - 1]) for i in range(1, self.k + 1) if self.known[i - 1]}
         if self.converged and not math.isnan(self.next_eigenvalue):
             values[self.k + 1] = self.next_eigenvalue
@@ -122,7 +122,10 @@ class Subspace:
 
     @property
     def largest_next(self) -> float:
-        """The largest that the eigenvalue behind the k-th may be, of the largest ones ("LA"); nan when k = n."""
+        """Upper bound of eigenvalue k + 1, for the largest ones ("LA").
+
+        nan when k = n.
+        """
         if self.error == 0.0:
             return math.nan
         return float(self.eigenvalues[-1]) - float(self.residuals.max()) / self.error
@@ -147,8 +150,8 @@ class Subspace:
         if self.gap_given_up:
             return (
                 f"{consequence}: eigenvalue {self.k} may occur more often than it was found, so that the space of the "
-                f"first {self.k} may be one of many. Its gap to the next one is too narrow to exclude that within half "
-                "of the products spent before, or 20. Choose k at a wider gap of the spectrum."
+                f"first {self.k} may be one of many. Its gap to the next one is too narrow to exclude that with as "
+                "many products as it took to find it. Choose k at a wider gap of the spectrum."
             )
         return (
             f"{consequence}: eigenvalue {self.k} is so close to the next one that the space of the first {self.k} is "
@@ -158,13 +161,13 @@ class Subspace:
 
     @property
     def poor_values(self) -> str | None:
-        """Sentence on eigenvalues that are left out though the solver converged; None where there are none."""
+        """Sentence on converged eigenvalues that are left out, or None."""
         poor = [i for i, known in enumerate(self.known.tolist(), start=1) if not known]
         if not poor or not self.converged:
             return None
         names = ", ".join(f"eigenvalues/{i:02d}" for i in poor)
         return (
-            f"{names}: left out, as the residual exceeds {VALUE_ERROR:.0%} of the eigenvalue. It is zero, or very small "
+            f"{names}: left out, as the residual exceeds {VALUE_ERROR:.0%} of the eigenvalue. It is zero, or small "
             "beside the largest one, to which `tol` is relative. Pass a smaller tol (below 1e-5 with dtype='float64'), "
             "or a smaller k; `record.subspace` has `eigenvalues` and `residuals`."
         )

@@ -306,3 +306,51 @@ def test_the_curves_are_those_of_dense_hessians_at_saved_weights():
             expected = mean_square_cosine(previous[:10], basis[:10])
             assert metrics["overlap_previous"] == pytest.approx(expected, abs=0.01)
         previous = basis
+
+
+def behind_an_outlier(size, dtype="float32", tol=1e-3, rank=300):
+    """A quadratic of 300 parameters whose largest eigenvalue is `size`; the others lie in (0, 1)."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(300, 300, generator=generator, dtype=torch.float64))[0]
+    values = torch.rand(300, generator=generator, dtype=torch.float64).sort(descending=True)[0]
+    values[0], values[rank:] = size, 0.0
+    matrix = (basis * values) @ basis.T
+    point = nn.ParameterDict({"x": torch.randn(300, generator=generator)})
+    point = point.double() if dtype == "float64" else point
+    matrix = ((matrix + matrix.T) / 2).to(point["x"].dtype)
+    record = measure_subspace(
+        point, [(matrix[None],)], k=3, tol=tol, loss_fn=lambda m, b, _: 0.5 * (m["x"] @ (b[0][0] @ m["x"]))
+    )
+    return record, values
+
+
+@pytest.mark.parametrize("size", [100.0, 1e3, 1e4, 1e6])
+def test_what_is_reported_behind_an_outlier_is_right(size):
+    record, values = behind_an_outlier(size)
+    assert record.subspace.converged
+    found = {int(key[-2:]): value for key, value in record.metrics.items() if key.startswith("eigenvalues/")}
+    assert 1 in found
+    assert record.metrics["sharpness"] == found[1]
+    assert (size > 1e3) == (2 not in found)
+    for place, value in found.items():
+        assert value == pytest.approx(float(values[place - 1]), rel=0.05)
+    told = record.subspace.poor_values
+    assert (told is None) == ({1, 2, 3} <= found.keys())
+    assert told is None or told.startswith("eigenvalues/0")
+
+
+def test_a_smaller_tolerance_reports_what_lies_behind_an_outlier():
+    record, values = behind_an_outlier(1e4, dtype="float64", tol=1e-7)
+    assert record.subspace.poor_values is None
+    torch.testing.assert_close(record.subspace.eigenvalues, values[:3], rtol=1e-3, atol=0.0)
+
+
+def test_zero_eigenvalues_are_left_out_and_the_space_of_the_others_is_not_harmed():
+    record, values = behind_an_outlier(2.0, rank=2)
+    assert set(record.subspace.reported) == {1, 2}
+    assert not record.subspace.trusted  # of 298 zeros one was asked for
+    torch.testing.assert_close(record.subspace.eigenvalues, values[:3], rtol=1e-3, atol=1e-5)
+    full, _ = behind_an_outlier(2.0, rank=3)
+    assert full.subspace.trusted
+    assert full.metrics["gap_index"] == 3.0  # eigenvalue 4 is not known to 5 %, but that it is small is
+    assert "eigenvalues/04" not in full.metrics

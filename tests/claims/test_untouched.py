@@ -395,6 +395,16 @@ def both_batch_copies(patch):
         patch.setattr(place, "copied", lambda data, *args: data)
 
 
+def caches_as_they_are(patch):
+    opened = containment.Shadow._open
+
+    def without(self):
+        opened(self)
+        self._caches = []
+
+    patch.setattr(containment.Shadow, "_open", without)
+
+
 # piece: how to take it away, the project that needs it, and how it is monitored
 PIECES = {
     "random state": (lambda p: p.setattr(training_loss, "preserved_random_state", nothing), "Randomness", {}),
@@ -412,7 +422,7 @@ PIECES = {
     "functions": (without_kind(types.FunctionType), "Hooks", {}),
     "closures": (without_kind(types.CellType), "Hooks", {}),
     "plain objects": (followed_by_nobody, "Attributes", {}),
-    "caches": (lambda p: p.setattr(containment, "own_caches", lambda module: []), "Cached", {"sample": "all"}),
+    "caches": (caches_as_they_are, "Cached", {"sample": "all", "dtype": "float64"}),
     "extra_roots": (lambda p: p.setattr(training_loss, "extra_roots", lambda module: []), "Conductor", {}),
     "self.log": (lambda p: p.setattr(_lightning, "_cover", nothing), "Metrics", {}),
     "loggers": (lambda p: p.setattr(_lightning, "Silent", lambda logger: logger), "Writers", {}),

@@ -205,7 +205,7 @@ def test_value_and_gradient_are_those_of_a_plain_backward_to_the_bit(name, dtype
 
 
 def test_without_the_sharing_of_memory_a_view_of_the_weight_has_no_gradient(monkeypatch):
-    monkeypatch.setattr(containment, "_owners", lambda tensors: {})
+    monkeypatch.setattr(containment, "owners", lambda tensors: {})
     module = HoldsViews()
     with TrainingLoss(module, ParameterSpace.of(module), lambda m, batch, i: m.alias.sum() + m.rows[0].sum()) as loss:
         gradient = pruned_gradient(loss, batch_of())

@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import time
+import types
 import warnings
 from types import SimpleNamespace
 
@@ -539,17 +540,18 @@ SCHEDULES = {
 
 def ticking(slow, arguments):
     """A monitor with a clock of its own: a step takes a second, and a probe ten times as long on the slow rank."""
-    now = [0.0]
+    clock = types.ModuleType("clock")  # no state of the callbacks, which would be put back
+    clock.now = 0.0
 
     def evaluate(module, batch, batch_idx):
-        now[0] += 1.0 if module.global_rank == slow else 0.1
+        clock.now += 1.0 if module.global_rank == slow else 0.1
         return Net.training_step(module, batch, batch_idx)
 
     def tick(*args):
-        now[0] += 1.0
+        clock.now += 1.0
 
     one = monitor(sample=12, gradient_sample=12, loss_fn=evaluate, **arguments)
-    one._schedule._clock = lambda: now[0]
+    one._schedule._clock = lambda: clock.now
     return one, Net(), [LambdaCallback(on_train_batch_start=tick)]
 
 

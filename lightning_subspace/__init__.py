@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lightning_subspace.probe.entries import CheckpointError as CheckpointError
     from lightning_subspace.probe.history import read_history as read_history
     from lightning_subspace.probe.measure import measure_subspace as measure_subspace
+    from lightning_subspace.state.signals import SignalError as SignalError
     from lightning_subspace.subspace.record import Record as Record
     from lightning_subspace.subspace.record import to_rows as to_rows
     from lightning_subspace.subspace.spectral_density import SpectralDensity as SpectralDensity
@@ -65,6 +66,7 @@ _HOMES = {
     "Prospect": "measurements.base",
     "Record": "subspace.record",
     "SampleError": "data.micro_batch",
+    "SignalError": "state.signals",
     "SpectralDensity": "subspace.spectral_density",
     "Stability": "measurements.stability",
     "StartWhenAligned": "callbacks.start",

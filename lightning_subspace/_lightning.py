@@ -69,7 +69,6 @@ __all__ = [
     "MisconfigurationException",
     "attached_trainer",
     "bare_loader",
-    "extra_roots",
     "given_loaders",
     "is_a",
     "move_data_to_device",
@@ -150,16 +149,6 @@ def attached_trainer(module: nn.Module) -> Trainer | None:
 def bare_loader(loader: Any) -> Any:
     """The DataLoader in what `fabric.setup_dataloaders` has returned, or the loader itself."""
     return loader._dataloader if is_a(loader, "_FabricDataLoader") else loader
-
-
-def extra_roots(module: nn.Module) -> list[Any]:
-    """Objects a training step can write to: trainer, data module, optimizers, schedulers."""
-    trainer = attached_trainer(module)
-    if trainer is None:
-        return []
-    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    datamodule = undeclared(trainer, "datamodule")
-    return [trainer, *trainer.optimizers, *schedulers, *([] if datamodule is None else [datamodule])]
 
 
 def skips_backward(trainer: Trainer) -> bool:

@@ -5,10 +5,13 @@ Each entry says what it is for and why nothing public does. Seen in torch 2.6 to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
+from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # A mode that sees every operation of ATen, also those of backward passes; torch.overrides sees calls from Python alone.
@@ -19,11 +22,15 @@ __all__ = [
     "FSDP",
     "DispatchMode",
     "base_of",
+    "default_type_of_thread",
+    "gradient_hook",
     "is_of_fsdp",
+    "is_operator",
     "mixed_precision_policy",
     "module_hooks",
     "storages_of",
     "uncompiled",
+    "undispatched",
     "unwrap_fsdp_method",
     "version_of",
     "without_gradient_hooks",
@@ -102,3 +109,71 @@ def without_gradient_hooks(parameters: list[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter, hooks in zip(parameters, before, strict=True):
             parameter._post_accumulate_grad_hooks = hooks
+
+
+@contextmanager
+def gradient_hook(tensor: Tensor, hook: Callable[[Tensor], Any]) -> Iterator[None]:
+    """Call a hook with the gradient of a leaf, for a while.
+
+    Removing a hook leaves an empty dict behind.
+    """
+    before = tensor._backward_hooks
+    handle = tensor.register_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+        if before is None:
+            tensor._backward_hooks = None
+
+
+@contextmanager
+def default_type_of_thread() -> Iterator[None]:
+    """Have `torch.get_default_dtype` ask for the type of its thread.
+
+    A TorchFunctionMode does not see it, and torch's own code in Python (SobolEngine, distributions) goes by it. It is
+    replaced for the process, by a function that gives every other thread what it had.
+    """
+    global _uses, _get_default_dtype
+    with _lock:
+        _uses += 1
+        if _uses == 1:
+            _get_default_dtype, torch.get_default_dtype = torch.get_default_dtype, _type_of_thread
+    try:
+        yield
+    finally:
+        with _lock:
+            _uses -= 1
+            if _uses == 0 and torch.get_default_dtype is _type_of_thread:
+                torch.get_default_dtype = _get_default_dtype
+
+
+_lock, _uses, _get_default_dtype = Lock(), 0, torch.get_default_dtype
+
+
+def _type_of_thread() -> torch.dtype:
+    return torch.empty(0, device="cpu").dtype
+
+
+def is_operator(function: Any) -> bool:
+    """Whether a function is one of `torch.ops`: ATen's or a custom one."""
+    return type(function).__module__ == "torch._ops"
+
+
+def undispatched(function: Any) -> Any:
+    """A Python function of torch without its first question for modes.
+
+    Such a function begins with `if has_torch_function(...): return handle_torch_function(...)`, by which torch takes a
+    TorchFunctionMode off the stack and calls it; the mode then calls the function, whose whole inside runs without the
+    mode. For `backward` and `grad` that inside is the backward pass. Nothing public keeps a mode on.
+    """
+    own = dict.fromkeys(("has_torch_function", "has_torch_function_unary"), lambda *values: False)
+    copy = FunctionType(
+        function.__code__,
+        {**function.__globals__, **own},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy

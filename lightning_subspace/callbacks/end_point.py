@@ -11,10 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_subspace.parallel.bit_sums import bit_sum
 from lightning_subspace.parallel.fsdp import local_part
-
-# Integers of the width of a float: their sum over a tensor does not depend on its order, so is the same on all devices.
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,4 @@ class EndPoint:
 
 def _summed(parameter: Tensor) -> tuple[torch.Size, torch.dtype, int]:
     part = local_part(parameter.detach())
-    real = torch.view_as_real(part.resolve_conj()) if part.is_complex() else part
-    bits = real.to_dense().view(INTEGERS[real.element_size()])
-    return part.shape, part.dtype, int(bits.sum(dtype=torch.int64))
+    return part.shape, part.dtype, int(bit_sum(part))

@@ -95,8 +95,7 @@ class LossComparison:
             self._has_renewed = True  # if another one differs as well, age is not the cause
             opinion.forget()
         elif is_confirmed and opinion.last is not None:
-            with ranks.agree():  # only the first rank warns, and a warning may be an error there
-                self._runner.notices.warn_once("second opinion", _warning(opinion.last, self._runner.settings.mode))
+            self._runner.notices.warn_once("second opinion", _warning(opinion.last, self._runner.settings.mode))
 
 
 def _warning(found: Comparison, mode: Mode) -> str:

@@ -34,7 +34,11 @@ class Measured(Resumable):
         return to_rows(self.history)
 
     def overlap_matrix(self) -> tuple[list[int], np.ndarray]:
-        """The steps of all probes, and the matrix of their spaces' overlaps."""
+        """Steps of probes, and the matrix of their spaces' overlaps.
+
+        All of the first 64 that were trusted; of more, 64 that are spread evenly over log(step), the first, the last
+        and that of `reference_step` among them.
+        """
         run = self._runner.run
         return ([], np.zeros((0, 0))) if run is None else run.overlaps.matrix()
 

@@ -19,7 +19,7 @@ from lightning_subspace._lightning import Trainer, given_loaders, skips_backward
 from lightning_subspace.callbacks.measured import Measured
 from lightning_subspace.callbacks.notices import Notices, OnFailure
 from lightning_subspace.callbacks.project import (
-    check_names,
+    check_apart,
     check_project,
     check_steps,
     misconfiguration,
@@ -42,18 +42,16 @@ from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss.training_loss import Mode
 from lightning_subspace.measurements import Measurement
 from lightning_subspace.probe.arguments import (
-    is_number,
     require_flag,
-    require_integer,
     require_name,
+    require_number,
     require_steps,
     require_word,
-    wrong,
 )
 from lightning_subspace.probe.checkpoint import encode
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.schedule import Schedule
-from lightning_subspace.probe.settings import ProbeSettings
+from lightning_subspace.probe.settings import ProbeSettings, require_sizes
 from lightning_subspace.probe.verification import Verify
 from lightning_subspace.report import Publisher, add_layout
 from lightning_subspace.report.loggers import LogLevel
@@ -84,8 +82,7 @@ class SubspaceMonitor(Measured):
         resample: whether the sample is taken anew where the data of training change (at most once an epoch).
         read_timeout: seconds that reading a dataset, a loader or a list may take; beyond them nothing is measured.
         batch_size: of the micro-batches; by default batches are whole, as in training.
-        weight: `weight(batch)` is the share of a batch in averages, by default its number of examples; a loss that is a
-            mean over tokens passes the number of tokens.
+        weight: `weight(batch)` is a batch's share in averages, by default its examples; its tokens, for a mean of them.
         reference_step: also log the overlap with the space of the first probe at or after this step.
         which: end of the spectrum: "LA" (largest algebraic, the paper's "top"), "SA", "LM", "BE".
         tol: residual of the eigenpairs relative to the largest |eigenvalue|.
@@ -109,7 +106,7 @@ class SubspaceMonitor(Measured):
         layout: add a page of combined charts to TensorBoard's custom scalars.
         on_failure: "warn" or "raise" when a probe fails.
         name: prefix of all keys, to be chosen where there are several monitors.
-        seed: of the sample, the dropout masks and the start vectors.
+        seed: of the sample, the dropout masks and the start vectors, 0 to 2**63 - 1.
 
     Raises:
         MisconfigurationException: from `__init__`, `setup` or the start of training, naming the argument, what was
@@ -155,13 +152,13 @@ class SubspaceMonitor(Measured):
         super().__init__()
         with misconfiguration(SPEAKER):
             self._settings = ProbeSettings.of(locals())
-            require_steps("every_n_steps", every_n_steps)
-            if max_overhead is not None and not (is_number(max_overhead) and 0.0 < max_overhead < 1.0):
-                raise wrong("max_overhead", "a number between 0 and 1 or None", max_overhead)
+            every_n_steps = require_steps("every_n_steps", every_n_steps)
+            if max_overhead is not None:
+                share = "a number between 0 and 1 or None"
+                max_overhead = require_number("max_overhead", max_overhead, share, lambda x: 0.0 < x < 1.0)
             require_word("log", log, get_args(LogLevel))
             require_flag("layout", layout)
-            require_integer("max_matvecs", max_matvecs, max(k, 1))
-            require_integer("ncv", ncv, k + 3, optional=True)
+            require_sizes(self._settings)
             require_word("on_failure", on_failure, get_args(OnFailure))
             require_name("name", name)
         self.name = name
@@ -202,7 +199,8 @@ class SubspaceMonitor(Measured):
         """Refuse what cannot work, before anything has run."""
         if stage == "fit":
             with misconfiguration(SPEAKER):
-                check_names([c.name for c in undeclared(trainer, "callbacks") if isinstance(c, SubspaceMonitor)])
+                monitors = [c for c in undeclared(trainer, "callbacks") if isinstance(c, SubspaceMonitor)]
+                check_apart([(monitor.name, monitor._settings.measurements) for monitor in monitors])
                 check_project(trainer, pl_module, self._settings.loss_fn)
                 check_steps(self._settings.sample_spec, trainer, self._schedule.every_n_steps, given_loaders(trainer))
             warn_of_missing_keys(trainer, self.name)
@@ -220,7 +218,7 @@ class SubspaceMonitor(Measured):
                 )
         last = self.history[-1].step if self.history else -1
         continues = 0 <= last <= step and step > 0 and self._runner.goes_on(pl_module, ranks)
-        self._recorder.drop()
+        self._recorder.begin(goes_on=continues and saved is None)
         self._notices.begin()
         if not continues:
             self._give_up_history()
@@ -338,14 +336,15 @@ class SubspaceMonitor(Measured):
     def state_dict(self) -> dict[str, Any]:
         """History, overlaps and schedule of the run, without eigenvectors.
 
-        With k eigenpairs and n parameters at most 256 k min(n, 4096) bytes of sketches (10.5 MB for k = 10), and about
-        2 kB a probe.
+        With k eigenpairs and n parameters at most 256 k min(n, 4096) bytes of sketches (10.5 MB for k = 10), about half
+        a kB a probe, and what the measurements keep.
         """
         if self._runner.run is None:
             return dict(self._saved) if isinstance(self._saved, Mapping) else {}
         try:
             state = self._runner.run.state(self._schedule.position, self._recorder.open)
-            return encode(replace(state, sample=self._runner.source.state))
+            kept = self._recorder.keeper.state()
+            return encode(replace(state, sample=self._runner.source.state, measurements=kept))
         except Exception as error:  # a checkpoint is worth more than what the monitor has to add
             self._notices.failure("a checkpoint was written without what was measured", error, self._runner.ranks)
             return {}
@@ -364,6 +363,7 @@ class SubspaceMonitor(Measured):
         if resumed is None:
             return
         self._runner.run, is_reopened = resumed
+        self._recorder.keeper.resume(read.measurements, self._runner.ranks)
         self._schedule.resume(read.position, step)
         # Where the checkpoint was written before our hook, the step is still due.
         is_due = last_step < step and self._agree_to_measure(trainer, step)

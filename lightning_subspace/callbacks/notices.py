@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
-from lightning_subspace._lightning import rank_zero_info, rank_zero_warn
+from lightning_subspace._lightning import rank_zero_info
 from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.state.notice import warn_on_first_rank
+from lightning_subspace.state.signals import SignalError
+from lightning_subspace.state.threads import other_threads
 
 OnFailure: TypeAlias = Literal["warn", "raise"]
 
@@ -34,7 +37,7 @@ class Notices:
 
     def warn(self, text: str) -> None:
         """Warn, however often."""
-        rank_zero_warn(f"{self.speaker}: {text}")
+        warn_on_first_rank(f"{self.speaker}: {text}")
 
     def warn_once(self, cause: str, text: str) -> None:
         """Warn once a run and cause; the history has the rest."""
@@ -59,6 +62,26 @@ class Notices:
             raise error
         cause = ranks.describe(error)
         self.warn_once(cause, f"{what}, training goes on. {cause} (on_failure='raise' shows where.)")
+
+    def is_of_signal(self, step: int, error: Exception, ranks: Ranks) -> bool:
+        """Tell of a signal that has ended a probe. A collective."""
+        everywhere = ranks.all_gather_object(error.signals if isinstance(error, SignalError) else ())
+        names = list(dict.fromkeys(name for signals in everywhere for name in signals))
+        if names:
+            text = f"the probe at step {step} was given up, since {', '.join(names)} arrived; training goes on."
+            self.info_once(text, "signal")
+        return bool(names)
+
+    def inform_of_threads(self) -> None:
+        """Inform of threads that may draw a probe's random numbers."""
+        if self.is_new("threads") and (names := other_threads()):
+            self.info_once(
+                "threads: expected none of yours beside training's, since a probe seeds the global random generators "
+                f"and puts them back, got {', '.join(map(repr, names))}; where it draws from them during a probe "
+                "(torch.rand, numpy.random, random), it gets the probe's numbers, and training then draws as if it had "
+                "not. Give it generators of its own: torch.Generator, numpy.random.default_rng, random.Random.",
+                "threads",
+            )
 
     def budget_skipped(self, count: int, first: Sequence[int], max_overhead: float | None) -> None:
         """Warn of the steps that the budget left out, naming a few."""

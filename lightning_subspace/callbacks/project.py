@@ -12,14 +12,15 @@ from lightning_subspace._lightning import (
     MisconfigurationException,
     Trainer,
     is_a,
-    rank_zero_warn,
     undeclared,
 )
 from lightning_subspace.callbacks.strategy import ranks_of
 from lightning_subspace.data.sample import SampleSpec
 from lightning_subspace.data.training_data import first_step
 from lightning_subspace.loss.loss_function import LossFunction, resolve_loss
+from lightning_subspace.measurements import Measurement
 from lightning_subspace.probe.arguments import wrong
+from lightning_subspace.state.notice import warn_on_first_rank
 
 
 @contextmanager
@@ -71,15 +72,32 @@ def check_steps(spec: SampleSpec, trainer: Trainer, steps: int | Sequence[int], 
         )
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Refuse several callbacks of one name, which would write over each other.
+def check_apart(given: Sequence[tuple[str, Sequence[Measurement] | None]]) -> None:
+    """Refuse callbacks that share a name or a measurement.
+
+    They would write over each other.
+
+    Args:
+        given: name and measurements of each callback of one class.
 
     Raises:
-        ValueError: naming it.
+        ValueError: naming what two of them share.
     """  # noqa: DOC501  # `wrong` makes one
+    names = [name for name, _ in given]
     for name in names:
         if names.count(name) > 1:
             raise wrong("name", "another one for every callback of a Trainer", name)
+    users: dict[int, str] = {}
+    for name, measurements in given:
+        for measurement in measurements or ():
+            first = users.setdefault(id(measurement), name)
+            if first != name or sum(one is measurement for one in measurements or ()) > 1:
+                kind = type(measurement).__name__
+                shared = f"one {kind} for {first!r} and {name!r}" if first != name else f"the same {kind} twice"
+                advice = f"it remembers the probes of one monitor; make a {kind} for each place"
+                raise ValueError(
+                    f"measurements: expected objects of their own for each monitor, got {shared}; {advice}."
+                )
 
 
 def warn_of_missing_keys(trainer: Trainer, name: str) -> None:
@@ -89,12 +107,12 @@ def warn_of_missing_keys(trainer: Trainer, name: str) -> None:
         if not key.startswith((f"{name}/", f"{name}_")):
             continue
         if is_a(callback, "EarlyStopping") and callback.strict:
-            rank_zero_warn(
+            warn_on_first_rank(
                 f"EarlyStopping(monitor={key!r}, strict=True) will end the run with an error if it asks before a probe "
                 "has logged that value, which a probe that does not converge withholds; use strict=False."
             )
         elif is_a(callback, "ModelCheckpoint"):
-            rank_zero_warn(
+            warn_on_first_rank(
                 f"ModelCheckpoint(monitor={key!r}) saves nothing before a probe has logged that value, which a probe "
                 "that does not converge withholds; once validation has run it then ends the run with an error. Every "
                 "later save sees the last value logged."

@@ -15,18 +15,17 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_subspace._lightning import Trainer, is_a, undeclared
 from lightning_subspace.callbacks.monitor import SubspaceMonitor
 from lightning_subspace.callbacks.notices import Notices, OnFailure
-from lightning_subspace.callbacks.project import check_names, check_project, misconfiguration
+from lightning_subspace.callbacks.project import check_apart, check_project, misconfiguration
 from lightning_subspace.callbacks.projector import Keep, Projector
 from lightning_subspace.callbacks.resumable import Resumable
 from lightning_subspace.callbacks.runner import ProbeRunner
-from lightning_subspace.callbacks.start import StartCondition, StartWhenAligned
+from lightning_subspace.callbacks.start import StartCondition, StartWhenAligned, require_start
 from lightning_subspace.callbacks.step_hooks import StepHooks
 from lightning_subspace.callbacks.strategy import ranks_of
 from lightning_subspace.curvature.selection import Curvature, OnCheckFail, Precision
@@ -35,11 +34,11 @@ from lightning_subspace.data.reading import READ_TIMEOUT
 from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss.training_loss import Mode
 from lightning_subspace.measurements import GradientFraction
-from lightning_subspace.probe.arguments import require_integer, require_name, require_word, wrong
+from lightning_subspace.probe.arguments import require_integer, require_name, require_word
 from lightning_subspace.probe.checkpoint import FORMAT, decode_position, encode_position, require_same, up_to_date
 from lightning_subspace.probe.entries import CheckpointError
 from lightning_subspace.probe.schedule import Position, Schedule
-from lightning_subspace.probe.settings import ProbeSettings
+from lightning_subspace.probe.settings import ProbeSettings, require_sizes
 from lightning_subspace.probe.verification import Verify
 from lightning_subspace.report.loggers import Reporter, logged_name
 from lightning_subspace.subspace.record import Record
@@ -100,7 +99,7 @@ class SubspaceProjection(Resumable):
             which steps stay as they are.
         on_failure: "warn" or "raise" when the space cannot be computed.
         name: prefix of all keys, to be chosen where there are several projections.
-        seed: of the sample, the dropout masks and the start vectors.
+        seed: of the sample, the dropout masks and the start vectors, 0 to 2**63 - 1.
 
     Raises:
         MisconfigurationException: from `__init__`, `setup` or the start of training, naming the argument, what was
@@ -144,15 +143,11 @@ class SubspaceProjection(Resumable):
         with misconfiguration(SPEAKER):
             require_word("keep", keep, get_args(Keep))
             require_integer("k", k, 1)
-            require_integer("refresh_every_n_steps", refresh_every_n_steps, 1)
-            if not isinstance(start_when, StartWhenAligned):
-                if not isinstance(start_when, int):
-                    raise wrong("start_when", "a step or a StartWhenAligned(chi=..., decay=...)", start_when)
-                require_integer("start_when", start_when, 0)
+            refresh_every_n_steps = require_integer("refresh_every_n_steps", refresh_every_n_steps, 1)
+            start_when = require_start("start_when", start_when)
             own = [GradientFraction()] if isinstance(start_when, StartWhenAligned) else []
             self._settings = ProbeSettings.of(locals(), measurements=own, defaults=False)
-            require_integer("max_matvecs", max_matvecs, max(k, 1))
-            require_integer("ncv", ncv, k + 3, optional=True)
+            require_sizes(self._settings)
             require_word("on_failure", on_failure, get_args(OnFailure))
             require_name("name", name)
         self.name = name
@@ -197,7 +192,7 @@ class SubspaceProjection(Resumable):
                     f"writes whole parameters, and {type(trainer.strategy).__name__} has shards of them; use "
                     "strategy='ddp', or devices=1."
                 )
-            check_names([c.name for c in undeclared(trainer, "callbacks") if isinstance(c, SubspaceProjection)])
+            check_apart([(c.name, None) for c in undeclared(trainer, "callbacks") if isinstance(c, SubspaceProjection)])
             check_project(trainer, pl_module, self._settings.loss_fn)
 
     @override
@@ -328,7 +323,7 @@ class SubspaceProjection(Resumable):
 
     def _log(self, trainer: Trainer, key: str, value: float, step: int) -> None:
         named = {logged_name(self.name, key): value}
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in named.items()})
+        self._reporter.callback_metrics(trainer, named)
         self._reporter.scalars(trainer.loggers, named, step)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------

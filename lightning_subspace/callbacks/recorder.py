@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from lightning_subspace._lightning import Trainer
+from lightning_subspace.callbacks.keeper import Keeper
 from lightning_subspace.callbacks.loss_comparison import LossComparison
 from lightning_subspace.callbacks.runner import ProbeRunner
 from lightning_subspace.data.sample import Sample
@@ -21,6 +22,7 @@ from lightning_subspace.probe.open_record import OpenRecord
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.verification import unverified
 from lightning_subspace.report import ProgressLine, Publisher
+from lightning_subspace.state.signals import waiting_signals
 
 
 class Recorder:
@@ -34,16 +36,19 @@ class Recorder:
     Attributes:
         open: the record whose step has not ended yet.
         losses: of training, beside those of the sample.
+        keeper: of what the measurements remember.
     """
 
     def __init__(self, runner: ProbeRunner, publisher: Publisher, name: str) -> None:
         self.open: OpenRecord | None = None
         self.losses = LossComparison(runner)
+        self.keeper = Keeper(runner.settings, runner.notices)
         self._has_closed = False  # a record of this fit; one without has no figures to draw
         self._runner = runner
         self._publisher = publisher
         self._name = name
 
+    @waiting_signals()  # what a handler saves has the record of this step
     def take(self, trainer: Trainer, module: nn.Module, step: int) -> None:
         """Probe and open a record, on all ranks or on none."""
         ranks, schedule = self._runner.ranks, self._runner.schedule
@@ -111,12 +116,17 @@ class Recorder:
         run = self._runner.run
         if run is not None and self._has_closed:
             with self._runner.schedule.aside():
-                self._publisher.draw(trainer, run.history, *run.overlaps.matrix(), run.overlaps.error)
+                self._publisher.draw(trainer, run.history, run.overlaps)
 
-    def drop(self) -> None:
-        """Forget the open record: another fit begins."""
+    def begin(self, *, goes_on: bool) -> None:
+        """Another fit begins: forget the open record.
+
+        Raises:
+            MisconfigurationException: where the measurements of a run that goes on were used elsewhere.
+        """
         self.open, self._has_closed = None, False
         self.losses.begin()
+        self.keeper.begin(goes_on=goes_on)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds eigenvectors and the parameters of a module."""
@@ -125,6 +135,7 @@ class Recorder:
     def _measure(
         self, run: ProbeRun, trainer: Trainer, module: nn.Module, sample: Sample, step: int, line: ProgressLine
     ) -> OpenRecord:
+        self.keeper.require_own()
         optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
         settings, notices = run.settings, self._runner.notices
         prospect = Prospect(run.num_probes, settings.solver, run.examples.drawn(sample), optimizer, run.ranks.count)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
@@ -23,11 +24,13 @@ from lightning_subspace.data.micro_batch import SampleError
 from lightning_subspace.data.parts import cut_sample
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.data.source import SampleSource
+from lightning_subspace.parallel.parameters import is_lazy
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.probe.open_record import OpenRecord
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.schedule import Schedule
 from lightning_subspace.probe.settings import ProbeSettings
+from lightning_subspace.state.signals import waiting_signals
 
 T = TypeVar("T")
 
@@ -59,6 +62,7 @@ class ProbeRunner:
         self._whole: Sample | None = None  # the sample that was last cut, and what came of it
         self._parts: Sample | None = None
         self._watch = HookWatch()
+        self._awaits_shapes = False  # of lazy parameters: then the run is built later
         self._can_cut: bool | None = None  # whether the loss can be evaluated on a part; None before it was tried
         self._owners: tuple[weakref.ref[Any], ...] = ()  # trainer and module of the run
         self._end: EndPoint | None = None  # of the last fit; None during one
@@ -78,19 +82,19 @@ class ProbeRunner:
         """
         self.ranks, self._can_cut = ranks, None
         self._owners, self._end = (weakref.ref(trainer), weakref.ref(module)), None
-        run = self.run if continues and not anew else None
-        self.run = self.on_all_ranks(
-            "nothing is measured", lambda: ProbeRun(self.settings, module, ranks) if run is None else run, ValueError
-        )
-        if self.run is not None:
+        self.run = self.run if continues and not anew else None
+        self._awaits_shapes = self.run is None and is_lazy(module)
+        if self._awaits_shapes:
+            self.notices.info_once("lazy parameters have no shape before the first batch; probes begin after it.")
+        elif self.run is None:
+            self._build(module, ValueError)
+        else:
             self.run.rebind(ranks)
-
         self._draw(lambda: self.source.begin(trainer, ranks, continues=continues))
         if self.source.may_differ:
             self._watch.begin(trainer)
         if self.source.remark is not None:
-            with ranks.agree():
-                self.notices.warn(self.source.remark)
+            self.notices.warn(self.source.remark)
 
     def remember_end(self, module: nn.Module) -> None:
         """End the fit, if there is one, where the module is now."""
@@ -165,6 +169,9 @@ class ProbeRunner:
 
     def should_probe(self, trainer: Trainer, wants: bool = True) -> bool:
         """Whether the first rank wants to probe and all can. A collective."""
+        if self._awaits_shapes and not is_lazy(module := trainer.lightning_module):
+            self._awaits_shapes = False
+            self._build(module)
         if self.run is None or not self.ranks.broadcast_object(wants):
             return False
         if self.source.is_outdated:
@@ -182,6 +189,7 @@ class ProbeRunner:
 
         return self.on_all_ranks(NOT_COPIED, sample) is not None
 
+    @waiting_signals()  # a handler may talk to the other ranks: not before all have left the probe
     def probe(
         self, module: nn.Module, step: int, measure: Callable[[ProbeRun, Sample], OpenRecord] | None = None
     ) -> OpenRecord | None:
@@ -197,15 +205,17 @@ class ProbeRunner:
         """
         run = self.run
         assert run is not None, "asked for before"
+        self.notices.inform_of_threads()
         try:
             sample = self._sample(run, module)
             self._prepare(run, module, sample, step)
             opened = run.measure(module, sample, step) if measure is None else measure(run, sample)
-            with self.ranks.agree():  # only the first rank tells
-                for cause, text in run.examples.remarks.items():
-                    self.notices.info_once(text, cause)
+            for cause, text in run.examples.remarks.items():
+                self.notices.info_once(text, cause)
             return opened
         except Exception as error:
+            if self.notices.is_of_signal(step, error, self.ranks):
+                return None
             if isinstance(error, CheckError) and self.settings.on_check_fail == "raise":
                 raise
             what = f"the probe at step {step} failed and is left out"
@@ -216,15 +226,15 @@ class ProbeRunner:
         """Leave trainer, module and examples behind: a copy is of no trainer."""
         return {**vars(self), "_owners": (), "_whole": None, "_parts": None}
 
+    def _build(self, module: nn.Module, wrong: type[Exception] | None = None) -> None:
+        block = partial(ProbeRun, self.settings, module, self.ranks)
+        self.run = self.on_all_ranks("nothing is measured", block, wrong)
+
     def _draw(self, block: Callable[[], None]) -> None:
         """Draw the sample on all ranks; where one fails, there is none."""
-
-        def draw() -> bool:
-            block()
-            return True
-
         # Another ValueError than a SampleError may be of the data's own.
-        if not self.on_all_ranks("the sample could not be drawn, so nothing is measured", draw, SampleError):
+        what = "the sample could not be drawn, so nothing is measured"
+        if self.on_all_ranks(what, lambda: (block(), True), SampleError) is None:  # type: ignore[func-returns-value]
             self.source.forget()
 
     def _observe(
@@ -240,8 +250,7 @@ class ProbeRunner:
             what = NOT_COPIED if self.source.spec.sample == "current" else NOT_GATHERED
             self.notices.failure(f"{what}{self._otherwise}", error, self.ranks)
         if self.source.bound is not None:
-            with self.ranks.agree():
-                self.notices.warn_once("memory", f"{self.source.bound}.")
+            self.notices.warn_once("memory", f"{self.source.bound}.")
         after()
 
     def _compare(self, trainer: Trainer, batch: Any) -> None:
@@ -277,23 +286,14 @@ class ProbeRunner:
 
     def _prepare(self, run: ProbeRun, module: nn.Module, sample: Sample, step: int) -> None:
         """Refresh the parameters, and make the self-check if it is still due."""
-        changed = run.refresh_parameters(module)
-        if changed:
-            with self.ranks.agree():  # only the first rank warns, and a warning may be an error there
-                self.notices.warn(f"the set of measured parameters has changed by step {step}; overlaps start anew.")
+        if run.refresh_parameters(module):
+            self.notices.warn(f"the set of measured parameters has changed by step {step}; overlaps start anew.")
         if run.self_check is not None:
             return
         with self.schedule.aside():
             run.check(module, sample)
-        with self.ranks.agree():
-            if run.notice is not None:
-                self.notices.warn_once("self-check", run.notice)
-            drawn = run.examples.drawn(sample)
-            if self.settings.k and self.settings.defaults and len(drawn.hessian) == 1 and drawn.hessian_share < 1.0:
-                self.notices.info_once(
-                    "the sample is one micro-batch, which cannot be halved, so the gradient fraction gets no error "
-                    "bar; pass a larger sample or a smaller batch_size."
-                )
+        if run.notice is not None:
+            self.notices.warn_once("self-check", run.notice)
 
 
 NOT_COPIED = "the batch could not be copied, so nothing is measured"

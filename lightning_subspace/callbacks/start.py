@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 from lightning_subspace._lightning import MisconfigurationException
-from lightning_subspace.probe.arguments import is_number, wrong
+from lightning_subspace.probe.arguments import require_integer, require_number, wrong
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,20 @@ class StartWhenAligned:
 
     def __post_init__(self) -> None:
         for name in ("chi", "decay"):
-            value = getattr(self, name)
-            if not is_number(value) or not 0.0 <= value < 1.0:
-                error = wrong(name, "a number of at least 0 and below 1", value)
-                raise MisconfigurationException(f"StartWhenAligned: {error}")
+            value, expected = getattr(self, name), "a number of at least 0 and below 1"
+            try:
+                object.__setattr__(self, name, require_number(name, value, expected, lambda x: 0.0 <= x < 1.0))
+            except ValueError as error:
+                raise MisconfigurationException(f"StartWhenAligned: {error}") from error
+
+
+def require_start(name: str, value: Any) -> int | StartWhenAligned:
+    """A step, or an alignment to wait for."""
+    if isinstance(value, StartWhenAligned):
+        return value
+    if not isinstance(value, Integral):
+        raise wrong(name, "a step or a StartWhenAligned(chi=..., decay=...)", value)
+    return int(require_integer(name, value, 0))
 
 
 class StartCondition:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_subspace._lightning import Trainer, is_a
+from lightning_subspace.callbacks.model_groups import ADVICE, why_shared
 from lightning_subspace.parallel.ranks import Ranks, world
 
 # Strategies that cannot be measured under, and what to do instead.
@@ -38,5 +39,10 @@ def ranks_of(trainer: Trainer) -> Ranks:
         raise ValueError(
             f"strategy: expected DDP or FSDP2, got {type(strategy).__name__} with {trainer.world_size} processes; use "
             "strategy='ddp', ModelParallelStrategy(tensor_parallel_size=1), or devices=1."
+        )
+    if (why := why_shared(trainer)) is not None:
+        raise ValueError(
+            f"strategy: expected processes that each have a whole model, got {type(strategy).__name__}, of which "
+            f"several may share one ({why}); {ADVICE}."
         )
     return Ranks(world(), strategy.root_device)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_subspace._lightning import Trainer, is_a, undeclared
 from lightning_subspace.callbacks.runner import ProbeRunner
 from lightning_subspace.parallel.fsdp import local_part
+from lightning_subspace.state.signals import waiting_signals
 
 LEFT_OUT = "the last probe, of the weights that the last step gave, is left out"
 AVERAGED = (
@@ -88,12 +89,13 @@ class TrainedWeights:
         Yields:
             Whether it is there on all ranks; where one has failed, there has been a warning.
         """
-        try:
-            yield runner.on_all_ranks(LEFT_OUT, lambda: self._put_into(module)) is not None
-        finally:
-            covered, self._covered = self._covered, []
-            for part, held in covered:
-                part.copy_(held)
+        with waiting_signals():
+            try:
+                yield runner.on_all_ranks(LEFT_OUT, lambda: self._put_into(module)) is not None
+            finally:
+                covered, self._covered = self._covered, []
+                for part, held in covered:
+                    part.copy_(held)
 
     @property
     def is_lent(self) -> bool:

@@ -28,6 +28,7 @@ from lightning_subspace.data.assignment import Assignment, assign, group_by_roun
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.partition import Partition, VectorBuffers
+from lightning_subspace.state.signals import give_up_if_signalled
 
 
 class BatchMean(ABC):
@@ -172,6 +173,7 @@ class BatchMean(ABC):
         failure: Exception | None = None
         try:
             for (_, share), term in zip(self._assignments if assignments is None else assignments, terms, strict=True):
+                give_up_if_signalled()  # also where a retained graph or gradient needs no evaluation
                 if share:
                     total.add_(term, alpha=share)
         except Exception as error:  # it is raised behind the sum, in which the other ranks are waiting

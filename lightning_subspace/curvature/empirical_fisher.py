@@ -14,7 +14,6 @@ be cut, F is taken over micro-batches: (1 / sum w_b) sum_b w_b g_b g_b^T. What i
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -28,6 +27,8 @@ from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck
 from lightning_subspace.data.micro_batch import MicroBatch, single_examples
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.partition import Partition
+from lightning_subspace.state.quiet import quiet
+from lightning_subspace.state.signals import SignalError
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # How far the loss of a batch and the mean over its examples may be apart in float64, relative to the larger one.
@@ -115,13 +116,15 @@ def examples_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> S
     Arguments as `self_check`; `seed` is not used. PASSED, or SKIPPED with the reason why not. No derivative is checked,
     since F is made of the gradients of training, right or wrong. A loss that draws random numbers is compared in eval
     mode: a batch and its examples draw different ones.
+
+    Raises:
+        SignalError: when a signal has come meanwhile.
     """
     examples = single_examples(batch)
     if examples is None:
         return _skipped("a batch cannot be cut into examples, for which all its tensors need one length")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the model has to say, it says in training
+        with quiet():  # what the model has to say, it says in training
             with loss:
                 norms = [m for m in loss.module.modules() if isinstance(m, BATCH_NORMS)]
                 if any(norm.training or norm.running_mean is None for norm in norms):
@@ -133,6 +136,8 @@ def examples_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> S
                 calm.mode = "eval"
                 with calm:
                     whole, mean = _both(calm, batch, examples)
+    except SignalError:
+        raise
     except Exception as failure:  # a batch of one can fail in any way inside the user's code
         return _skipped(f"a batch of one example cannot be evaluated ({type(failure).__name__}: {failure})")
     if not _are_close(whole, mean):

@@ -22,6 +22,7 @@ from lightning_subspace.curvature.differences import DisplacedGradients
 from lightning_subspace.curvature.self_check import LARGEST_ASYMMETRY, CheckOutcome, SelfCheck, checking
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.state.signals import SignalError
 
 # Truncation is STEP / 2 times the third derivative along u, rounding about 1e-6 |g| / STEP: both below 1e-3 lambda_1
 # for smooth networks (1e-4 to 7e-4 measured for a GELU ViT along its own eigenvectors).
@@ -73,6 +74,7 @@ def smoothness_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) ->
 
     Raises:
         ValueError: when `loss` is not a float64 one.
+        SignalError: when a signal has come meanwhile.
     """
     generator = torch.Generator().manual_seed(seed)
     draw = torch.randn(loss.space.n, generator=generator, dtype=torch.float64).to(loss.device)
@@ -89,7 +91,7 @@ def smoothness_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) ->
                 errors.append(float((extrapolated - product).norm()))
                 units.append(unit)
                 images.append(product)
-    except ValueError:
+    except (ValueError, SignalError):
         raise
     except Exception as failure:  # float64 can fail in any way inside the user's code; that decides nothing
         return SelfCheck(CheckOutcome.SKIPPED, reason=f"{type(failure).__name__} in float64: {failure}")

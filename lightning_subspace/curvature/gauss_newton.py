@@ -37,6 +37,7 @@ from lightning_subspace.curvature.self_check import (
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.loss_function import LossError
 from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.state.signals import SignalError
 
 LOSSES = (
     F.cross_entropy,
@@ -120,6 +121,7 @@ def gauss_newton_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) 
 
     Raises:
         LossError: where the training step has no single output.
+        SignalError: when a signal has come meanwhile.
     """
     jitter, directions = drawn(loss, 1, seed)
     direction = directions[0] / directions[0].norm()
@@ -131,7 +133,7 @@ def gauss_newton_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) 
             coarse, fine = (_difference(loss, batch, graph, jitter, step * direction) / step for step in CHECKED_STEPS)
             error, name = worst_part(loss, product, fine)
             spread, _ = worst_part(loss, coarse, fine)
-    except LossError:
+    except (LossError, SignalError):
         raise
     except Exception as failure:  # float64 can fail in any way inside the user's code
         refused = isinstance(failure, RuntimeError) and REFUSALS.search(str(failure))

@@ -23,7 +23,8 @@ def backward_gradient(loss: TrainingLoss, batch: MicroBatch) -> Tensor:  # (n,)
     evaluation = loss(batch)
     for leaf in evaluation.leaves:
         leaf.grad = None
-    evaluation.value.backward()
+    with loss.dependence.preserved_gradients():
+        evaluation.value.backward()
     return _flat(loss, [leaf.grad for leaf in evaluation.leaves])
 
 

@@ -32,6 +32,7 @@ from lightning_subspace.curvature.self_check import (
 )
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.state.signals import SignalError
 
 MAX_GROUPS = 8  # with two directions each, two gradients a direction and step: 64 gradients of a few examples
 CHECKED_STEPS = (1e-6, 1e-7)
@@ -68,11 +69,16 @@ class GradientField:
 
         The loss is not open, and best of float64. Costs at most 64 gradients and 16 products; what fails inside of the
         loss leaves nothing known.
+
+        Raises:
+            SignalError: when a signal has come meanwhile.
         """
         groups = grouped(loss.space.names)
         try:
             with checking(loss):
                 tables = _Tables.of(loss, batch, groups, seed)
+        except SignalError:
+            raise
         except Exception:  # float64 can fail in any way inside the user's code
             return cls(math.nan)
         parts = list(groups)

@@ -21,6 +21,7 @@ from lightning_subspace.curvature.consequence import CheckError as CheckError
 from lightning_subspace.curvature.consequence import consequence
 from lightning_subspace.curvature.diagnosis import check_in_stages
 from lightning_subspace.curvature.empirical_fisher import EmpiricalFisher, examples_check
+from lightning_subspace.curvature.first_evaluation import can_evaluate, require_value
 from lightning_subspace.curvature.forward_difference import ForwardDifferenceHessian, smoothness_check
 from lightning_subspace.curvature.fsdp_difference import ShardedDifferenceHessian, check_differences
 from lightning_subspace.curvature.gauss_newton import GaussNewton, gauss_newton_check
@@ -41,9 +42,6 @@ Precision = Literal["float32", "float64", "native"]
 Curvature = Literal["hessian", "ggn", "finite-difference", "empirical-fisher"]
 OnCheckFail = Literal["warn", "raise", "finite-difference", "omit"]
 Order = Literal[1, 2]
-
-# How far two evaluations of a batch may be apart: on a CPU not at all, but an accelerator may sum in another order.
-SUM_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -154,13 +152,13 @@ class CurvatureConfig:
         batch = few_examples(whole, OPERATORS[self.curvature].check_examples)
         is_part = first(batch is not whole)
         batch = first(batch)
-        if is_part and not first(self._can_evaluate(module, batch, partition)):
+        loss, ranks = self.loss(module, partition.space, partition.ranks), partition.ranks
+        if is_part and not first(can_evaluate(loss, batch)):
             batch, is_part = first(whole), False
+        require_value(loss, batch, sample, ranks)  # before: what it refuses would make a check inconclusive
         result = first(self._compare(module, batch, partition))
         if result.outcome is CheckOutcome.INCONCLUSIVE and is_part:
-            batch = first(whole)
-            result = first(self._compare(module, batch, partition))
-        self._evaluate_twice(module, batch, partition)
+            result = first(self._compare(module, first(whole), partition))
         return result
 
     def follow(
@@ -225,24 +223,6 @@ class CurvatureConfig:
             return replace(result, diagnosis=made(self_check, 2).diagnosis)
         return result
 
-    def _can_evaluate(self, module: nn.Module, batch: MicroBatch, partition: Partition) -> bool:
-        """Whether a part of a batch has a finite loss."""
-        with self.loss(module, partition.space, partition.ranks) as loss:
-            try:
-                loss(batch)
-            except Exception:  # the user's code may need the whole in any way
-                return False
-        return True
-
-    def _evaluate_twice(self, module: nn.Module, batch: MicroBatch, partition: Partition) -> None:
-        with self.loss(module, partition.space, partition.ranks) as loss:
-            values = [loss(batch).value.item() for _ in range(2)]
-        if abs(values[0] - values[1]) > SUM_ROUNDING * max(map(abs, values)):
-            raise LossError(
-                f"loss: expected one value from two evaluations of a batch, got {values[0]} and {values[1]}; it "
-                "depends on something outside of the module, perhaps a random generator: pass loss_fn=, a loss without."
-            )
-
     def _check_on_shards(self, module: nn.Module, sample: Sample, partition: Partition) -> SelfCheck:
         """The check of differences on shards, where there is nothing else."""
         with self.loss(module, partition.space, partition.ranks) as loss:
@@ -277,7 +257,14 @@ class CurvatureConfig:
     def _loss(
         self, module: nn.Module, space: ParameterSpace, ranks: Ranks, dtype: torch.dtype | None, order: Order
     ) -> TrainingLoss:
-        whole = replacements(module, ranks, narrowest=dtype)
         return TrainingLoss(
-            module, space, self.loss_fn, mode=self.mode, dtype=dtype, seed=self.seed, order=order, replacements=whole
+            module,
+            space,
+            self.loss_fn,
+            mode=self.mode,
+            dtype=dtype,
+            seed=self.seed,
+            order=order,
+            replacements=replacements(module, ranks, narrowest=dtype),
+            ranks=ranks,
         )

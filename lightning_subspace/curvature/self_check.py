@@ -15,7 +15,6 @@ from __future__ import annotations
 import enum
 import itertools
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +28,8 @@ from lightning_subspace.curvature.kinks import KinkObserver
 from lightning_subspace.curvature.widening import Widening
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.state.quiet import quiet
+from lightning_subspace.state.signals import SignalError
 
 LARGEST_ERROR = 1e-4  # relative; less is rounding
 LARGEST_ASYMMETRY = 1e-4  # what an operator may have at most, see `BatchMean.max_asymmetry`
@@ -131,6 +132,8 @@ def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfC
             with observer:
                 steps = CHECKED_STEPS if is_wide else NARROW_STEPS
                 differences = [difference(loss, batch, jitter, direction, eps) for eps in steps]
+    except SignalError:
+        raise
     except Exception as failure:  # float64 can fail in any way inside the user's code; that decides nothing
         reason = f"{type(failure).__name__} in {str(loss.dtype).removeprefix('torch.')}: {failure}"
         return SelfCheck(CheckOutcome.INCONCLUSIVE, reason=reason)
@@ -174,8 +177,7 @@ def _judged_narrow(error: float, name: str, spread: float, kinks: set[str]) -> S
 @contextmanager
 def checking(loss: TrainingLoss) -> Iterator[None]:
     """The loss, open, without warnings; a float64 one in float64 throughout."""
-    with warnings.catch_warnings(), loss:
-        warnings.simplefilter("ignore")  # what the model has to say, it says in training
+    with quiet(), loss:  # what the model has to say, it says in training
         if loss.dtype != torch.float64:
             yield
             return

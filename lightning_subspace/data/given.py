@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from lightning_subspace._arguments import described, wrong
 from lightning_subspace._lightning import bare_loader
 from lightning_subspace.data.example_count import ExampleCounter, Reading, readings
 from lightning_subspace.data.micro_batch import MicroBatch, SampleError, Weight, with_equal_weights
@@ -27,6 +30,7 @@ def sample_of_batches(
     weight: Weight | None = None,
     ranks: Ranks | None = None,
     progress: ReadProgress | None = None,
+    name: str = "batches",
 ) -> Sample:
     """Take given batches as the sample.
 
@@ -37,9 +41,10 @@ def sample_of_batches(
             the same for all where it cannot be told (see `ExampleCounter`).
         ranks: the process group; all ranks give the same batches.
         progress: of the reading, with its limit.
+        name: of the user's argument, for errors.
 
     Raises:
-        SampleError: when there are none, or one cannot be copied.
+        SampleError: when there are none, one cannot be copied, or they are no batches (see `require_given_batches`).
         TimeoutError: when reading takes too long.
 
     Example:
@@ -47,9 +52,8 @@ def sample_of_batches(
         [32.0, 8.0]
     """
     ranks, progress = ranks or Ranks(), progress or ReadProgress()
+    require_given_batches(name, batches)
     batches = bare_loader(batches)  # reading Fabric's own would count as one of its epochs
-    if isinstance(batches, tuple) and all(isinstance(item, Tensor) for item in batches):
-        raise SampleError("batches: expected a list of batches, got one batch, a tuple of tensors; pass [batch].")
     with preserved_random_state():  # a shuffling loader draws from the global generator
         items = _read(batches, ranks, progress) if isinstance(batches, DataLoader) else batches
         found, uncounted = list[MicroBatch](), dict[int, Mapping[str, Reading]]()
@@ -60,7 +64,7 @@ def sample_of_batches(
                 uncounted[index] = readings(item)
             progress.add(found[-1].size)
     if not found:
-        raise SampleError("batches: expected at least one batch, got none.")
+        raise SampleError(f"{name}: expected at least one batch, got none.")
     counter = ExampleCounter(batches.batch_size if isinstance(batches, DataLoader) else None)
     counter.learn(list(uncounted.values()))
     counted = [_counted(found[index], counter.count_of(reading)) for index, reading in uncounted.items()]
@@ -68,6 +72,59 @@ def sample_of_batches(
         found[index] = batch
     require_same_batches(found, ranks)
     return Sample(tuple(found))
+
+
+def require_given_batches(name: str, value: Any, others: str = "") -> None:
+    """Refuse what is no loader or list of batches; nothing is read.
+
+    Args:
+        name: of the argument.
+        value: the argument.
+        others: what else it may be, in words with a comma behind each.
+
+    Raises:
+        SampleError: naming what was expected, what came, and the way out.
+
+    Example:
+        >>> require_given_batches("sample", [torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)])
+        Traceback (most recent call last):
+        lightning_subspace.data.micro_batch.SampleError: sample: expected a loader or a list of batches, got ...
+    """
+    expected = f"{others}a loader or a list of batches"
+    is_batch = isinstance(value, Tensor | np.ndarray | Mapping) or hasattr(value, "_fields") or _is_one_batch(value)
+    if is_batch:
+        got = described(value) if isinstance(value, Tensor | np.ndarray) else f"a {type(value).__name__}"
+        raise SampleError(f"{name}: expected {expected}, got one batch, {got}; pass [batch].")
+    if isinstance(value, str | bytes | type | nn.Module) or not hasattr(value, "__iter__"):
+        way_out = "pass a DataLoader of it" if hasattr(value, "__getitem__") else ""
+        raise SampleError(str(wrong(name, expected, value, way_out)))
+    if isinstance(value, list | tuple):
+        if not value:
+            raise SampleError(str(wrong(name, "at least one batch", value)))
+        for item in value:
+            if isinstance(item, Real | type):
+                raise SampleError(f"{name}: expected {expected}, got {described(item)} in the place of a batch.")
+
+
+def _is_one_batch(value: Any) -> bool:
+    """Whether a list or tuple holds the tensors of one batch."""
+    if not isinstance(value, list | tuple) or not any(isinstance(item, Tensor) for item in value):
+        return False
+    if any(isinstance(item, Mapping) for item in value):
+        return True
+    if not all(isinstance(item, Tensor) for item in value):
+        return False
+    if isinstance(value, tuple):
+        return True
+    # Batches are alike but for their lengths: along the first dimension, or of padded sequences. A column of targets
+    # beside inputs of as many rows is no such thing.
+    first, *rest = value
+    return any(
+        item.dtype != first.dtype
+        or item.ndim != first.ndim
+        or (item.ndim > 1 and len(item) == len(first) and item[:1].numel() == 1 < first[:1].numel())
+        for item in rest
+    )
 
 
 def _given(item: Any, weight: Weight | None, index: int, ranks: Ranks) -> MicroBatch:
@@ -80,7 +137,7 @@ def _given(item: Any, weight: Weight | None, index: int, ranks: Ranks) -> MicroB
 
 def _is_pair(item: Any) -> bool:
     """Whether an item is a batch with its weight."""
-    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], (int, float))
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Real)
 
 
 def _counted(batch: MicroBatch, count: int | None) -> MicroBatch:

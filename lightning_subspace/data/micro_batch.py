@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_subspace._lightning import rank_zero_warn
 from lightning_subspace.data.cut import common_length, cut
 from lightning_subspace.state.copies import CopyError, copied, tensors_of
 from lightning_subspace.state.layouts import dense_parts
+from lightning_subspace.state.notice import warn_on_first_rank
 
 Weight = Callable[[Any], float]
 
@@ -112,7 +112,7 @@ def with_equal_weights(batches: Sequence[MicroBatch], *, warn: bool = True) -> l
     if all(batch.is_counted for batch in batches):
         return list(batches)
     if warn and len(batches) > 1:
-        rank_zero_warn(
+        warn_on_first_rank(
             "SubspaceMonitor: weight: expected batches whose number of examples can be told, got some with several "
             "possible numbers or none; all batches count the same. Pass weight=, a function from a batch to a number."
         )

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_subspace._lightning import rank_zero_info
 from lightning_subspace.data.training_set import is_in_memory
-from lightning_subspace.state.object_graph import packages_of, restore, walk
+from lightning_subspace.state.object_graph import restore, walk
+from lightning_subspace.state.packages import packages_of
 from lightning_subspace.state.rng import preserved_random_state, seed_generators
 
 TELL_EVERY = 10.0  # seconds

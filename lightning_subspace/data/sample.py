@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
-from lightning_subspace._lightning import rank_zero_warn
+from lightning_subspace._arguments import wrong
 from lightning_subspace.data.assignment import owner_rank
 from lightning_subspace.data.example_count import ExampleCounter
 from lightning_subspace.data.micro_batch import (
@@ -28,6 +28,7 @@ from lightning_subspace.data.reading import READ_TIMEOUT
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.state.copies import tensors_of
 from lightning_subspace.state.layouts import bytes_of
+from lightning_subspace.state.notice import warn_on_first_rank
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,11 @@ def micro_batch(
     examples = (counter.batch_size or 1) if count is None else count
     value = weight(data) if weight is not None else 1.0 if count is None else count
     is_counted = weight is not None or count is not None
-    batch = MicroBatch(data, float(value), index, transferred, examples, is_counted=is_counted)
+    try:
+        value = float(value)
+    except (TypeError, ValueError):
+        raise SampleError(str(wrong("weight", "a positive finite number for every batch", value))) from None
+    batch = MicroBatch(data, value, index, transferred, examples, is_counted=is_counted)
     if transferred:
         batch = replace(batch, off_cpu=places(data))
     if ranks is not None and ranks.count > 1:
@@ -161,7 +166,7 @@ def require_same_batches(batches: Sequence[MicroBatch], ranks: Ranks) -> None:
             f"{[len(other) for other in everybody]} batches on ranks 0..{ranks.count - 1}."
         )
     if any(other != own for other in everybody):
-        rank_zero_warn(
+        warn_on_first_rank(
             "SubspaceMonitor: ranks have read different examples for the same sample, so that some count twice and "
             "others not at all; make the dataset's order and augmentation the same on all, or pass sample=[batch, ...]."
         )

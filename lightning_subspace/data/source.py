@@ -118,7 +118,7 @@ class SampleSource:
             require_batches(trainer)
             return
         if not isinstance(spec.sample, int | str):
-            self.sample = sample_of_batches(spec.sample, spec.weight, ranks, ReadProgress(spec.read_timeout))
+            self.sample = sample_of_batches(spec.sample, spec.weight, ranks, ReadProgress(spec.read_timeout), "sample")
             return
         loaders = training_loaders(trainer)
         self._data = contents(loaders)

@@ -85,7 +85,7 @@ def eigsh(
             Close to the k-th eigenvalue it does so for at most as many matvecs as before, or 20; if that is too few,
             the result is not `verified`, or its gap is given up. "never" stops at convergence.
         delta: risk that the verification overlooks a copy, in (0, 1).
-        seed: of the random vectors. The global random generators are not touched.
+        seed: of the random vectors, 0 to 2**63 - 1. The global random generators are not touched.
         dtype: float32 or float64, of the basis. Half precision is refused: its Lanczos vectors are not orthogonal.
         device: of the basis and of the vectors given to `matvec`.
         all_sum: sums a small float64 tensor over ranks, to the same bits on all; every rank calls it equally often.
@@ -103,7 +103,7 @@ def eigsh(
 
     Raises:
         ValueError: for an argument out of range, or an image of a wrong shape.
-        TypeError: for an argument or an image of a wrong type.
+        TypeError: for a number or a vector that is none, or an image of a wrong type.
 
     Example:
         >>> eigenvalues = torch.tensor([9.0, 5.0, 5.0, 1.0, 0.5, 0.0, -0.5, -7.0])
@@ -113,11 +113,12 @@ def eigsh(
         >>> result.converged, result.verified
         (True, True)
     """
+    arguments.check_functions(matvec, all_sum, random, on_matvec)
     draw = arguments.random_vectors(all_sum, random, n, seed, dtype)
     agreement = Agreement(all_sum)
-    device = torch.device(device)
+    device = arguments.usable_device(device)
     dimension = arguments.global_dimension(dimension, n, agreement, device)
-    arguments.check(k, which, dimension, max_matvecs, verify, delta, dtype)
+    arguments.check(k, which, dimension, max_matvecs, verify, delta, dtype, max_asymmetry)
     tol, tightest = arguments.tolerances(tol, subspace_tol, dtype)
     ncv = arguments.basis_size(ncv, k, dimension)
     is_verified = verify == "always"

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_subspace._arguments import require_function, require_number, require_shape
 from lightning_subspace.linalg import _arguments as arguments
 from lightning_subspace.linalg.agreement import Agreement, AllSum
 from lightning_subspace.linalg.lanczos import Lanczos, MatVec
@@ -80,6 +81,7 @@ class Quadrature:
 
     def sum(self, function: Callable[[Tensor], Tensor]) -> Estimate:
         """Sum of an elementwise f over all eigenvalues, with its standard error."""
+        require_function("function", function, ("eigenvalues",), optional=False)
         values = torch.where(self.weights > 0.0, function(self.nodes), 0.0)
         mean = float((self.weights * values).sum(dim=1).mean())
         variance = float((self.weights * values.square()).sum(dim=1).mean()) - mean**2
@@ -93,6 +95,7 @@ class Quadrature:
         Stieltjes the spectral distribution of u is there between the sum of the weights in front of that node, and that
         sum and its own; m steps give no better bounds. Averaged over the vectors, whose choice adds the error of `sum`.
         """
+        require_number("threshold", threshold, "a finite number", math.isfinite)
         found = [_bounds(*chain, threshold) for chain in self.chains]
         exact = float((self.known < threshold).sum())
         low, high = ((self.rest * sum(ends) / len(found) + exact) / self.dimension for ends in zip(*found, strict=True))
@@ -103,6 +106,8 @@ class Quadrature:
 
         `grid` and `width`, the standard deviation, are in units of the eigenvalues.
         """
+        require_shape("grid", grid, ["g"])
+        require_number("width", width, "a positive finite number", lambda x: 0.0 < x < math.inf)
         centres = torch.cat([self.known, self.nodes.flatten()])
         heights = torch.cat([torch.ones_like(self.known), (self.weights * (self.rest / len(self.nodes))).flatten()])
         result = torch.zeros(len(grid), dtype=torch.float64)
@@ -148,7 +153,7 @@ def quadrature(
 
     Raises:
         ValueError: for an argument out of range, or an image of a wrong shape.
-        TypeError: for an argument or an image of a wrong type.
+        TypeError: for a number that is none, or an image of a wrong type.
 
     Example:
         >>> eigenvalues = torch.tensor([9.0, 5.0, 1.0, 0.5, 0.0, -0.5])
@@ -156,15 +161,14 @@ def quadrature(
         >>> [round(abs(value), 3) for value in spectrum.nodes[0].tolist()]
         [0.5, 0.0, 0.5, 1.0, 5.0, 9.0]
     """
-    for name, count in (("steps", steps), ("vectors", vectors)):
-        if count < 1:
-            raise ValueError(f"{name}: expected at least 1, got {count}.")
+    steps, vectors = arguments.count("steps", steps, 1), arguments.count("vectors", vectors, 1)
+    arguments.check_functions(matvec, all_sum, random)
+    arguments.check_dtype(dtype)
     draw = arguments.random_vectors(all_sum, random, n, seed, dtype)
     agreement = Agreement(all_sum)
-    device = torch.device(device)
+    device = arguments.usable_device(device)
     dimension = arguments.global_dimension(dimension, n, agreement, device)
-    empty = torch.zeros(0, dtype=torch.float64)
-    values, residuals, rows = (empty, empty, torch.zeros(0, n)) if known is None else known
+    values, residuals, rows = arguments.known_pairs(known, n, dimension)
     k = len(values)
     steps = min(steps, dimension - k)
     nodes, weights = (torch.zeros(vectors, max(steps, 1), dtype=torch.float64) for _ in range(2))

@@ -53,8 +53,8 @@ def bare_module(module: nn.Module, dtype: str = "float32") -> nn.Module:
 
 
 def bare_optimizer(optimizer: Optimizer | None) -> Optimizer | None:
-    """The optimizer inside of Fabric's wrapper, whose rule is known."""
-    if not is_a(optimizer, "_FabricOptimizer"):
+    """The optimizer inside of Fabric's wrapper or Lightning's, whose rule is known."""
+    if not (is_a(optimizer, "_FabricOptimizer") or is_a(optimizer, "LightningOptimizer")):
         return optimizer
     inside: Optimizer = getattr(optimizer, "optimizer")  # noqa: B009  # torch declares no such attribute
     return inside

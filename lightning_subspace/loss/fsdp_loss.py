@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace._lightning import extra_roots
 from lightning_subspace._torch import without_gradient_hooks
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.loss_function import LossError, LossFunction
+from lightning_subspace.loss.roots import extra_roots
 from lightning_subspace.loss.shadow import Shadow
 from lightning_subspace.loss.training_loss import Evaluation, Mode, TrainingLoss
 from lightning_subspace.parallel.fsdp import fsdp_modules, is_sharded, local_part, reshard, unsupported_reason
@@ -54,7 +54,7 @@ class ShardedLoss(TrainingLoss):
         ranks: Ranks | None = None,
     ) -> None:
         reshard(module)
-        super().__init__(module, space, loss_fn, mode=mode, seed=seed, order=1, replacements=replacements)
+        super().__init__(module, space, loss_fn, mode=mode, seed=seed, order=1, replacements=replacements, ranks=ranks)
         if (reason := unsupported_reason(module)) is not None:
             raise ValueError(reason)
         for name, parameter in zip(space.names, space.tensors(module), strict=True):
@@ -65,7 +65,6 @@ class ShardedLoss(TrainingLoss):
                 )
         self._parameters: list[Any] = [*space.tensors(module)]  # DTensors
         self._count: int = self._parameters[0].device_mesh.size()
-        self._ranks = ranks or Ranks()
         self._offset_local: Tensor | None = None
         self.local_numels = tuple(len(part) for part in self._local_parts())
         self.n = sum(self.local_numels)
@@ -73,7 +72,18 @@ class ShardedLoss(TrainingLoss):
     def _make_shadow(self, stack: ExitStack) -> Shadow:
         self._values = stack.enter_context(_preserved(self.module))
         around = extra_roots(self.module)
-        return Shadow(self.module, self._narrowest, None, around, replacements=self._replacements, parameters=False)
+        return Shadow(
+            self.module,
+            self._narrowest,
+            None,
+            around,
+            replacements=self._replacements,
+            parameters=False,
+            loss_key=self._loss_key,
+        )
+
+    def _follow(self, value: Tensor, leaves: list[Tensor], batch: MicroBatch) -> None:
+        """Nothing to follow: there are no copies."""
 
     @contextmanager
     def _around_step(self) -> Iterator[Callable[[Any], Any]]:

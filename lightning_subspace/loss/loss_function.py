@@ -24,6 +24,13 @@ class NoLossError(LossError):
     """The training step has returned None: Lightning skips such a batch."""
 
 
+class WrittenError(LossError):
+    """An evaluation has written to what is a copy from now on.
+
+    It is to be taken again, on all ranks: a training step may have collectives of its own.
+    """
+
+
 def resolve_loss(module: nn.Module, loss_fn: LossFunction | None) -> LossFunction:
     """`loss_fn`, or `module.training_step` with the arguments that it declares.
 

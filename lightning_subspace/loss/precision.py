@@ -12,19 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_subspace._torch import default_type_of_thread
+from lightning_subspace.loss.default_type import DefaultType
+
 
 @contextmanager
 def eager(device: torch.device, narrowest: torch.dtype | None) -> Iterator[None]:
     """Turn off compiled code, inference mode and, with `narrowest`, autocast."""
-    default = torch.get_default_dtype()
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and importing it takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if narrowest is not None:
             for kind in {device.type, "cpu"}:
                 stack.enter_context(torch.autocast(kind, enabled=False))
-            stack.callback(torch.set_default_dtype, default)
-            torch.set_default_dtype(narrowest)
+            default = torch.get_default_dtype()
+            if torch.promote_types(default, narrowest) != default:
+                stack.enter_context(default_type_of_thread())
+                stack.enter_context(DefaultType(narrowest))
         yield
 
 

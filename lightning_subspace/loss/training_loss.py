@@ -3,6 +3,7 @@
 In the context the module runs on a `Shadow`. Each evaluation starts from the same state and from a random seed that
 depends on the micro-batch alone: two give the same bits, dropout included. On exit everything is as it was. The context
 must stay open through every product with the Hessian: hooks and activation checkpoints run in the backward pass.
+Handlers of signals wait until it is closed, and an evaluation that finds one waiting raises a `SignalError`.
 
 Off is what cannot be differentiated twice: compiled code, fused attention, autocast, cuDNN's recurrent kernels; and
 FSDP2, whose shards are replaced by whole parameters.
@@ -20,16 +21,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace._lightning import attached_trainer, extra_roots, muted, transfer
+from lightning_subspace._lightning import attached_trainer, muted, transfer
 from lightning_subspace.data.micro_batch import MicroBatch
-from lightning_subspace.loss.loss_function import LossFunction, as_scalar, resolve_loss
+from lightning_subspace.loss.dependence import Dependence
+from lightning_subspace.loss.findings import findings_of
+from lightning_subspace.loss.loss_function import LossFunction, WrittenError, as_scalar, resolve_loss
 from lightning_subspace.loss.precision import eager, twice_differentiable, widened, widened_array
+from lightning_subspace.loss.roots import extra_roots
 from lightning_subspace.loss.shadow import Shadow
 from lightning_subspace.parallel.fsdp import reshard, without_fsdp
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import SEED_STRIDE
+from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.state.copies import copied
 from lightning_subspace.state.rng import RandomState, preserved_random_state, seed_generators
+from lightning_subspace.state.signals import give_up_again, give_up_if_signalled, waiting_signals
 
 Mode = Literal["train", "eval"]
 
@@ -62,12 +68,14 @@ class TrainingLoss:
         order: how often the loss is differentiated; 1 keeps the attention and recurrent kernels of training.
         replacements: tensors to copy in place of a parameter or buffer, by its id: rank 0's values of a buffer, the
             whole of a sharded parameter (each needs one; see `full_tensors`).
+        ranks: the processes that evaluate at the same time; None: this one alone.
 
     Attributes:
         dtype: of flat vectors; float32 or wider.
         values: the first value at theta of each micro-batch since the context was opened, by `place_of` it:
             0-dimensional, on its device.
         originals: the module's own parameters of the space, in an open context; not to be written to.
+        dependence: what the losses since then depend on.
 
     Raises:
         TypeError: without `loss_fn`, when the module has no `training_step` that takes a batch.
@@ -92,6 +100,7 @@ class TrainingLoss:
         random_state: RandomState | None = None,
         order: Literal[1, 2] = 2,
         replacements: Mapping[int, Tensor] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.module = module
         self.space = space
@@ -103,18 +112,23 @@ class TrainingLoss:
         self._order = order
         self._replacements = {} if replacements is None else replacements
         self.device = space.tensors(module)[0].device
+        self._ranks = ranks or Ranks()
         self._step = resolve_loss(module, loss_fn)
+        self._loss_key = getattr(loss_fn, "__code__", loss_fn and type(loss_fn))  # refers to no module
         self.originals: tuple[Tensor, ...] = ()
         self.values: dict[tuple[int, int, int], Tensor] = {}
         self._is_displaced = False
         self._displacement: dict[int, Tensor] = {}
         self._stack = ExitStack()
         self._shadow: Shadow | None = None
+        self.dependence = Dependence({})
+        self._followed: set[tuple[int, int, int]] = set()  # the micro-batches whose graph was followed
 
     def __enter__(self) -> TrainingLoss:
         reshard(self.module)
         originals = self.space.tensors(self.module)
         with ExitStack() as stack:  # closed again if anything below raises
+            stack.enter_context(waiting_signals())  # before the first copy goes in, until the last one is out
             stack.enter_context(preserved_random_state())
             stack.enter_context(eager(self.device, self._narrowest))
             if self._order == 2:
@@ -123,12 +137,15 @@ class TrainingLoss:
             stack.enter_context(muted(self.module))
             self._shadow = self._make_shadow(stack)
             stack.callback(self._shadow.close)
+            self.dependence = stack.enter_context(Dependence(dict(zip(originals, self.space.names, strict=True))))
             self._stack = stack.pop_all()
         self.originals = tuple(originals)
-        self.values = {}
+        self.values, self._followed = {}, set()
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        if kind is None:
+            self._stack.callback(give_up_again)  # what was measured behind a swallowed exception is worth nothing
         try:
             self._stack.close()
         finally:
@@ -139,7 +156,9 @@ class TrainingLoss:
     def _make_shadow(self, stack: ExitStack) -> Shadow:
         stack.enter_context(without_fsdp(self.module))
         around, offset = extra_roots(self.module), lambda parameter: self._displacement.get(id(parameter))
-        return Shadow(self.module, self._narrowest, offset, around, replacements=self._replacements)
+        return Shadow(
+            self.module, self._narrowest, offset, around, replacements=self._replacements, loss_key=self._loss_key
+        )
 
     def displace(self, offset: Tensor | None) -> None:
         """Evaluate at theta + offset, (n,), from now on; None: at theta."""
@@ -179,23 +198,46 @@ class TrainingLoss:
     def _evaluate(self, batch: MicroBatch, *, finite: bool = True) -> Evaluation:
         if self._shadow is None:
             raise RuntimeError("TrainingLoss is a context manager; use it inside `with TrainingLoss(...) as loss:`.")
+        give_up_if_signalled()
         self._shadow.reset()
         leaves = self.space.tensors(self.module)
         if self._random_state is not None:
             self._random_state.restore()
-        else:  # one stream a micro-batch: the stride keeps the seeds of neighbouring monitors and batches apart
-            seed_generators((self.seed + 7_919 * batch.draw) * SEED_STRIDE + batch.index)
+        else:  # one stream a micro-batch: the stride keeps the seeds of neighbouring monitors and batches apart,
+            # and what is above the 63 bits that every generator takes is cut off
+            seed_generators(((self.seed + 7_919 * batch.draw) * SEED_STRIDE + batch.index) % 2**63)
         data = self._copied(batch)
         with self._around_step() as convert:
             output = self._step(self.module, convert(data), batch.index if batch.batch_idx is None else batch.batch_idx)
         for leaf in leaves:
             leaf.requires_grad_(True)  # if the step has frozen it, the graph does not lead to it: no gradient
         self._shadow.drop_written()
+        if self._is_to_be_repeated(is_written=self._shadow.settle()):
+            return self._evaluate(batch, finite=finite)
         value = as_scalar(output, type(self.module).__name__, finite=finite)
+        self._follow(value, leaves, batch)
         if not self._is_displaced:
             # The first, as a filler may be evaluated again, beside other batches. Not read, since that waits for a GPU.
             self.values.setdefault(place_of(batch), value.detach())
         return Evaluation(value, leaves)
+
+    def _is_to_be_repeated(self, *, is_written: bool) -> bool:
+        """Whether an evaluation is taken again, on copies of what it has written to."""
+        if self._ranks.count == 1:
+            return is_written
+        findings = findings_of(self.module)
+        if not findings.is_agreed:  # the first ones are repeated on all ranks: a training step may have collectives
+            findings.is_agreed = bool(self._ranks.all_reduce_min(int(not is_written)))
+            return not findings.is_agreed
+        if is_written:
+            raise WrittenError("the training step writes to state around the module that it left alone at first.")
+        return False
+
+    def _follow(self, value: Tensor, leaves: list[Tensor], batch: MicroBatch) -> None:
+        """See once a micro-batch what the loss depends on."""
+        if place_of(batch) not in self._followed:
+            self._followed.add(place_of(batch))
+            self.dependence.see(value, leaves)
 
     def _copied(self, batch: MicroBatch) -> Any:
         """A copy of the data for training_step, which may write into it."""

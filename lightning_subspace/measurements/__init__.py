@@ -1,5 +1,6 @@
 """Quantities that a probe computes and logs, each a small class."""
 
+from lightning_subspace._arguments import require_integer
 from lightning_subspace.measurements.base import Measurement as Measurement
 from lightning_subspace.measurements.base import Probe as Probe
 from lightning_subspace.measurements.critical_sharpness import CriticalSharpness as CriticalSharpness
@@ -24,6 +25,7 @@ from lightning_subspace.subspace.spectral_density import SpectralDensity as Spec
 
 def default_measurements(k: int) -> list[Measurement]:
     """Measurements of every monitor; for k = 0 those without eigenvectors."""
+    require_integer("k", k, 0)
     if k == 0:
         return [GradientCurvature(), SampleLoss()]
     return [

@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_subspace._arguments import is_integer, require_flag, require_integer, require_shape, wrong
 from lightning_subspace.curvature import Operator
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.data.sample import Sample
@@ -56,6 +57,8 @@ class Prospect:
 
     def solve(self, k: int | None = None, *, verify: bool = False) -> float:
         """Expected number of products of `Probe.solve`, or with its certificate (`verify`)."""
+        require_integer("k", k, 1, optional=True)
+        require_flag("verify", verify)
         solver = self.solver if k is None else replace(self.solver, k=k)
         return solver.expected_products(trained=self.number > 0, verify=verify)
 
@@ -129,6 +132,8 @@ class Probe:
         b: Tensor,  # (n,)
     ) -> float:
         """Inner product of two flat vectors over all ranks, in float64."""
+        for name, vector in (("a", a), ("b", b)):
+            require_shape(name, vector, [self.partition.local_n])
         return float(inner_products(a[None], b[None], self.partition.ranks))
 
     def norm(
@@ -136,6 +141,7 @@ class Probe:
         vector: Tensor,  # (n,)
     ) -> float:
         """Length of a flat vector over all ranks, in float64."""
+        require_shape("vector", vector, [self.partition.local_n])
         return math.sqrt(self.dot(vector, vector))
 
 
@@ -189,13 +195,35 @@ class Measurement:
         """
         return {}
 
+    def state_dict(self) -> Mapping[str, Any]:
+        """What the measurement keeps between probes, for the checkpoint.
+
+        Plain values (None, numbers, strings) and tensors in dicts, lists and tuples, so that it can be loaded with
+        `weights_only=True`; empty where it keeps nothing. Not a collective: of several ranks the first one's is
+        written, and read by all.
+        """
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, or begin anew where it is empty.
+
+        Called before the first probe of each run, and then where a run is resumed. The probe at which a checkpoint was
+        written may be taken again behind it, at the same step.
+
+        Args:
+            state: what `state_dict` returned, or an empty one.
+
+        Raises:
+            Exception: of any kind, before anything has changed, for a state that it cannot use; it then begins anew.
+        """
+
 
 def positive(name: str, value: int) -> int:
     """The value, if it is a positive integer.
 
     Raises:
         ValueError: for anything else.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value!r}.")
-    return value
+    """  # noqa: DOC501  # `wrong` makes one
+    if not is_integer(value) or value < 1:
+        raise wrong(name, "a positive integer", value)
+    return int(value)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
+from lightning_subspace._arguments import require_integer, require_word
 from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect
 from lightning_subspace.measurements.optimizer_rules import Notice, next_step, why_unknown
 
@@ -39,7 +40,7 @@ class CriticalSharpness(Measurement):
         max_points: displaced points at most, 2 or more.
 
     Raises:
-        ValueError: for another `direction`, or `max_points` below 2.
+        ValueError: for another `direction`, or `max_points` that is no integer of at least 2.
 
     Example:
         >>> from lightning_subspace import SubspaceMonitor
@@ -49,13 +50,10 @@ class CriticalSharpness(Measurement):
     needs: ClassVar[Needs] = Needs.NOTHING
 
     def __init__(self, direction: Direction = "update", max_points: int = 10) -> None:
-        if direction not in get_args(Direction):
-            raise ValueError(f"direction: expected 'update' or 'gradient', got {direction!r}.")
-        if max_points < 2:
-            raise ValueError(f"max_points: expected at least 2, got {max_points!r}.")
+        require_word("direction", direction, get_args(Direction))
         self.direction = direction
-        self.max_points = max_points
-        self._start: float | None = None
+        self.max_points = int(require_integer("max_points", max_points, 2))
+        self._last: tuple[int, float, float] | None = None  # step, first point and result of the last search
         self._notice = Notice()
 
     def expected_products(self, prospect: Prospect) -> float:
@@ -65,7 +63,7 @@ class CriticalSharpness(Measurement):
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """A few forward passes over the Hessian's sample."""
         if probe.number == 0:
-            self._start = None
+            self._last = None
         rate, step = 1.0, -probe.gradient
         if self.direction == "update":
             update = next_step(probe)
@@ -80,7 +78,9 @@ class CriticalSharpness(Measurement):
             return {}
         loss = probe.operator.value(None)
         rounding = ROUNDING * torch.finfo(probe.operator.dtype).eps * abs(loss)
-        start = self._start or (1.0 if self.direction == "update" else 0.1 / probe.norm(step))
+        start = 1.0 if self.direction == "update" else 0.1 / probe.norm(step)
+        if self._last is not None:  # a probe that is taken again behind a checkpoint starts where it did
+            start = self._last[1] if self._last[0] == probe.step else self._last[2]
 
         def change(a: float) -> float:
             return probe.operator.value(step * a) - loss
@@ -88,9 +88,21 @@ class CriticalSharpness(Measurement):
         found = critical_multiple(change, slope, start, self.max_points, rounding)
         if found is None:
             return {}
-        self._start = found
+        self._last = probe.step, start, found
         metrics = {"critical_sharpness": 2.0 / (found * rate)}
         return metrics if self.direction == "gradient" else {**metrics, "critical_step": found}
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Where the last search was, and what it found."""
+        return {} if self._last is None else dict(zip(("step", "start", "found"), self._last, strict=True))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Start the next search there."""
+        step, start, found = (state.get(name) for name in ("step", "start", "found"))
+        are_points = all(isinstance(point, float) and 0.0 < point < math.inf for point in (start, found))
+        if state and not (isinstance(step, int) and are_points):
+            raise ValueError(f"step, start, found: expected a step and two positive numbers, got {dict(state)!r:.80}")
+        self._last = (step, start, found) if state else None  # type: ignore[assignment]
 
 
 def critical_multiple(

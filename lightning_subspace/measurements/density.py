@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from lightning_subspace._arguments import require_seed
 from lightning_subspace.linalg import Quadrature, quadrature
 from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
+from lightning_subspace.measurements.density_state import decode_densities, encode_densities
 from lightning_subspace.subspace.solver import agreed_product
 from lightning_subspace.subspace.spectral_density import SpectralDensity, trace_metrics
 
@@ -33,17 +36,18 @@ class Density(Measurement):
 
     Costs `steps * vectors` products, and (k + steps + 1) n floats while it lasts. The random vectors are the same at
     every probe, so that the change of a number is better known than the number. `history` has a `SpectralDensity` of
-    32 `steps * vectors` bytes a probe; with more than `keep`, every second one of its older half is dropped.
+    32 `steps * vectors` bytes a probe; with more than `keep`, every second one of its older half is dropped. It is in
+    checkpoints, and goes on after a resume.
 
     Args:
         steps: Lanczos steps from each vector: the resolution.
         vectors: random vectors: the standard errors fall with its square root.
         every: taken at each probe whose number is a multiple of this.
         keep: densities kept in `history` at most.
-        seed: of the random vectors.
+        seed: of the random vectors, 0 to 2**63 - 1.
 
     Raises:
-        ValueError: for `steps`, `vectors`, `every` or `keep` that is not a positive integer.
+        ValueError: for `steps`, `vectors`, `every` or `keep` that is not a positive integer, or a `seed` out of range.
 
     Example:
         >>> from lightning_subspace import SubspaceMonitor
@@ -60,7 +64,7 @@ class Density(Measurement):
         self.vectors = positive("vectors", vectors)
         self.every = positive("every", every)
         self.keep = positive("keep", keep)
-        self.seed = seed
+        self.seed = require_seed("seed", seed)
         self._history: list[SpectralDensity] = []
 
     @property
@@ -79,12 +83,23 @@ class Density(Measurement):
         spectrum = spectrum_of(probe, self.steps, self.vectors, self.seed)
         if not spectrum.finite:
             return {}
-        found = SpectralDensity(probe.step, spectrum)
+        found = SpectralDensity(probe.step, _compact(spectrum))
+        while self._history and self._history[-1].step >= probe.step:  # taken again behind a checkpoint
+            self._history.pop()
         self._history.append(found)
         if len(self._history) > self.keep:
             half = len(self._history) // 2
             self._history[:half] = self._history[:half:2]
+            del self._history[: -self.keep]  # one or two have no half to thin out
         return found.metrics()
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """The history."""
+        return encode_densities(self._history)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with a history."""
+        self._history = decode_densities(state, self.keep)
 
     def plot(self) -> Figure:
         """A matplotlib Figure: the last density, on a logarithmic scale."""
@@ -113,10 +128,10 @@ class Trace(Measurement):
     Args:
         vectors: random vectors.
         every: taken at each probe whose number is a multiple of this.
-        seed: of the random vectors.
+        seed: of the random vectors, 0 to 2**63 - 1.
 
     Raises:
-        ValueError: for `vectors` or `every` that is not a positive integer.
+        ValueError: for `vectors` or `every` that is not a positive integer, or a `seed` out of range.
 
     Example:
         >>> from lightning_subspace import SubspaceMonitor
@@ -128,7 +143,7 @@ class Trace(Measurement):
     def __init__(self, vectors: int = 6, every: int = 1, seed: int = 0) -> None:
         self.vectors = positive("vectors", vectors)
         self.every = positive("every", every)
-        self.seed = seed
+        self.seed = require_seed("seed", seed)
 
     def expected_products(self, prospect: Prospect) -> float:
         """2 `vectors`."""
@@ -137,6 +152,11 @@ class Trace(Measurement):
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """Two products a vector."""
         return trace_metrics(spectrum_of(probe, 2, self.vectors, self.seed))
+
+
+def _compact(spectrum: Quadrature) -> Quadrature:
+    """The same without the matrices that its diagonals are views of."""
+    return replace(spectrum, chains=tuple((diagonal.clone(), beside) for diagonal, beside in spectrum.chains))
 
 
 def spectrum_of(probe: Probe, steps: int, vectors: int, seed: int) -> Quadrature:

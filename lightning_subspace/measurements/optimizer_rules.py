@@ -6,7 +6,6 @@ the probe, for this rank's coordinates (shards of FSDP2 as they are), without co
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from lightning_subspace.measurements.base import Probe
+from lightning_subspace.state.notice import warn
 
 Group = dict[str, Any]
 # One number for all coordinates, or a tensor (n,) with one for each.
@@ -138,7 +138,7 @@ class Notice:
     def say(self, probe: Probe, text: str) -> None:
         """Warn, at the first call."""
         if not self.is_given and probe.partition.ranks.index == 0:
-            warnings.warn(text, stacklevel=3)
+            warn(text, stacklevel=3)
         self.is_given = True
 
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
-
+from lightning_subspace._arguments import require_integer
 from lightning_subspace.measurements.base import Measurement, Probe, Prospect, positive
-from lightning_subspace.parallel.parameters import ParameterSpace
-from lightning_subspace.subspace.subspace import TRUSTED_ERROR, Subspace, overlap
+from lightning_subspace.measurements.spaces import Spaces
+from lightning_subspace.subspace.subspace import TRUSTED_ERROR, Subspace
 
 
 class SubspaceOverlap(Measurement):
     """`overlap_previous`, `overlap_reference`: Tr(PP')/k with an earlier probe's space, in [0, 1].
 
     Gur-Ari, Roberts and Dyer (2018, arXiv 1812.04754), equation 4; exact, from the eigenvectors. Random spaces give
-    k/n. `SubspaceMonitor.overlap_matrix` estimates the overlaps between all pairs of probes from sketches.
+    k/n. `SubspaceMonitor.overlap_matrix` estimates the overlaps between pairs of probes from sketches.
 
     After a resume the eigenvectors of earlier probes are gone. With more than 4,096 parameters the overlaps with them
     are estimated from sketches too: the next `overlap_previous`, and `overlap_reference` from there on.
@@ -40,17 +39,21 @@ class Control(Measurement):
     `overlap_next_error`: the eigenvalues around the 2k-th lie close together, so the last of the next eigenvectors are
     known less well. With sin_i <= residual_i / (lambda_i - lambda_{2k+1}) for each of them, an overlap is off by at
     most the mean of the sin_i, of both probes. Left out, here and at the probe after, where the mean of one probe is
-    above .1 or its solver did not converge. After a resume it begins anew.
+    above .1 or its solver did not converge.
+
+    After a resume the eigenvectors of the two earlier probes are gone, and sketches of them are in their place: with
+    more than 4,096 parameters overlaps with them are estimates.
 
     Costs one eigensolve for 2k pairs (50 to 100 products for k = 10 and n = 1,930), and 2k n floats on the CPU for each
-    of the two probes.
+    of the two probes; in a checkpoint 8 k min(n, 4096) bytes for each, or twice that with `dtype="float64"` and few
+    parameters.
 
     Args:
         every: taken at each probe whose number is a multiple of this.
         reference_step: compare also with the first measured space at or after this step.
 
     Raises:
-        ValueError: for an `every` that is not a positive integer.
+        ValueError: for an `every` that is not a positive integer, or a `reference_step` that is not one of at least 0.
 
     Example:
         >>> from lightning_subspace import SubspaceMonitor
@@ -59,9 +62,9 @@ class Control(Measurement):
 
     def __init__(self, every: int = 1, reference_step: int | None = None) -> None:
         self.every = positive("every", every)
-        self.reference_step = reference_step
-        self._previous: _Spaces | None = None
-        self._reference: _Spaces | None = None
+        self.reference_step: int | None = require_integer("reference_step", reference_step, 0, optional=True)
+        self._previous: Spaces | None = None
+        self._reference: Spaces | None = None
 
     def expected_products(self, prospect: Prospect) -> float:
         """An eigensolve for 2k pairs."""
@@ -79,32 +82,29 @@ class Control(Measurement):
         if not error <= TRUSTED_ERROR:
             self._previous = None
             return {}
-        spaces = _Spaces(probe.space, found.basis[:k].cpu(), found.basis[k:].cpu(), error)
+        spaces = Spaces.of(probe.step, found.basis, k, error, probe.partition)
         metrics: dict[str, float] = {}
         for name, other in (("previous", self._previous), ("reference", self._reference)):
-            if other is not None and other.fits(probe):
-                ranks = probe.partition.ranks
-                metrics[f"overlap_top_{name}"] = overlap(spaces.top, other.top, ranks)
-                metrics[f"overlap_next_{name}"] = overlap(spaces.next, other.next, ranks)
+            # One of this step is its own, taken again behind a checkpoint.
+            if other is not None and other.fits(probe.partition, k) and other.step != probe.step:
+                overlaps = spaces.overlaps(other, probe.partition)
+                metrics[f"overlap_top_{name}"], metrics[f"overlap_next_{name}"] = overlaps
                 metrics["overlap_next_error"] = max(error + other.error, metrics.get("overlap_next_error", 0.0))
         self._previous = spaces
         is_due = self.reference_step is not None and probe.step >= self.reference_step
-        if is_due and (self._reference is None or not self._reference.fits(probe)):
+        if is_due and (self._reference is None or not self._reference.fits(probe.partition, k)):
             self._reference = spaces
         return metrics
 
+    def state_dict(self) -> Mapping[str, Any]:
+        """Sketches of the spaces of the last probe, and of the reference."""
+        kept = {"previous": self._previous, "reference": self._reference}
+        return {name: spaces.state() for name, spaces in kept.items() if spaces is not None}
 
-@dataclass(frozen=True)
-class _Spaces:
-    """The eigenvectors of one probe, on the CPU."""
-
-    space: ParameterSpace
-    top: Tensor  # (k, n)
-    next: Tensor  # (k, n)
-    error: float  # of an overlap with `next`
-
-    def fits(self, probe: Probe) -> bool:
-        return self.space == probe.space and self.next.shape[1] == probe.partition.local_n
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with these in the place of eigenvectors."""
+        loaded = [None if name not in state else Spaces.from_state(state[name]) for name in ("previous", "reference")]
+        self._previous, self._reference = loaded
 
 
 def _mean_sine(found: Subspace, k: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_subspace._arguments import described, require_flag
 from lightning_subspace.subspace import subspace
 
 
@@ -35,13 +36,14 @@ def gradient_fraction(
         >>> gradient_fraction(torch.eye(4)[:2], torch.tensor([3.0, 0.0, 4.0, 0.0]))
         tensor(0.3600, dtype=torch.float64)
     """
+    require_flag("validate_args", validate_args)
     if validate_args:
         _check_basis("basis", basis)
         n = basis.shape[1]
         if not isinstance(vector, Tensor) or vector.shape != (n,) or not vector.is_floating_point():
             raise ValueError(
                 f"vector: expected a real floating-point tensor of shape ({n},), as the rows of the basis, got "
-                f"{_description(vector)}; flatten gradients in the order of the basis and concatenate them."
+                f"{described(vector)}; flatten gradients in the order of the basis and concatenate them."
             )
     return _scalar(subspace.fraction(basis.detach(), vector.detach().to(basis.device)), basis)
 
@@ -72,6 +74,7 @@ def subspace_overlap(
         >>> subspace_overlap(torch.eye(4)[:2], torch.eye(4)[1:3])
         tensor(0.5000, dtype=torch.float64)
     """
+    require_flag("validate_args", validate_args)
     if validate_args:
         _check_pair(basis, other)
     return _scalar(subspace.overlap(basis.detach(), other.detach()), basis)
@@ -103,6 +106,7 @@ def principal_angles(
         >>> principal_angles(torch.eye(4)[:2], torch.eye(4)[1:3])
         tensor([0.0000, 1.5708], dtype=torch.float64)
     """
+    require_flag("validate_args", validate_args)
     if validate_args:
         _check_pair(basis, other)
     return subspace.principal_angles(basis.detach(), other.detach()).to(basis.device)
@@ -126,11 +130,11 @@ def _check_basis(name: str, basis: Tensor) -> None:
     if not isinstance(basis, Tensor) or basis.ndim != 2 or not 0 < basis.shape[0] <= basis.shape[1]:
         raise ValueError(
             f"{name}: expected a tensor of shape (k, n) with 0 < k <= n, basis vectors as rows, got "
-            f"{_description(basis)}; transpose a basis in columns."
+            f"{described(basis)}; transpose a basis in columns."
         )
     if not basis.is_floating_point():
         raise ValueError(
-            f"{name}: expected a real floating-point type, got {_description(basis)}; complex parameters have two real "
+            f"{name}: expected a real floating-point type, got {described(basis)}; complex parameters have two real "
             "coordinates an entry, as in torch.view_as_real."
         )
     defect = subspace.orthonormality_defect(basis.detach())
@@ -139,7 +143,3 @@ def _check_basis(name: str, basis: Tensor) -> None:
             f"{name}: expected orthonormal rows, max|V V^T - I| < {subspace.ORTHONORMALITY:.0e}, got {defect:.1e}; "
             f"torch.linalg.qr({name}.T)[0].T of float32 or wider gives orthonormal ones."
         )
-
-
-def _description(value: object) -> str:
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_subspace._arguments import is_integer, require_flag, wrong
 from lightning_subspace.metrics.functional import gradient_fraction, principal_angles, subspace_overlap
 
 
@@ -36,8 +37,7 @@ class _Mean(Metric):
 
     def __init__(self, validate_args: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not isinstance(validate_args, bool):
-            raise ValueError(f"validate_args: expected a bool, got {validate_args!r}.")
+        require_flag("validate_args", validate_args)
         self.validate_args = validate_args
         self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
@@ -152,11 +152,11 @@ class PrincipalAngles(_Mean):
     plot_legend_name: str = "Angle"
 
     def __init__(self, num_angles: int, validate_args: bool = True, **kwargs: Any) -> None:
-        if isinstance(num_angles, bool) or not isinstance(num_angles, int) or num_angles < 1:
-            raise ValueError(f"num_angles: expected a positive integer, got {num_angles!r}.")
+        if not is_integer(num_angles) or num_angles < 1:
+            raise wrong("num_angles", "a positive integer", num_angles)
         super().__init__(validate_args, **kwargs)
-        self.num_angles = num_angles
-        self.add_state("total", torch.zeros(num_angles, dtype=torch.float64), dist_reduce_fx="sum")
+        self.num_angles = int(num_angles)
+        self.add_state("total", torch.zeros(self.num_angles, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, basis: Tensor, other: Tensor) -> None:
         """Add the angles of one pair."""

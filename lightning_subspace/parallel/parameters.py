@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_subspace.parallel.fsdp import local_part
+from lightning_subspace.parallel.storage import overlapping
 
 
 @dataclass(frozen=True)
@@ -50,22 +51,27 @@ class ParameterSpace:
             params: shell-style patterns on the qualified names (`["head.*", "*.bias"]`); None takes all.
 
         Raises:
-            ValueError: when no parameter is trainable, a pattern matches none, or one is lazy and without a shape.
+            ValueError: when no parameter is trainable, a pattern matches none, one is lazy and without a shape, or two
+                trainable parameters share memory without being one.
         """
         names: dict[nn.Parameter, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
             if parameter.requires_grad:
                 names.setdefault(parameter, []).append(name)
         if not names:
-            raise ValueError(f"{type(module).__name__} has no parameter with requires_grad=True; nothing to measure.")
+            name = type(module).__name__
+            raise ValueError(
+                f"module: expected trainable parameters, got none; {name} has no parameter with requires_grad=True."
+            )
         if params is not None:
             _require_matches(params, [name for aliases in names.values() for name in aliases], type(module).__name__)
         chosen = {aliases[0]: p for p, aliases in names.items() if params is None or _any_match(aliases, params)}
         for name, parameter in chosen.items():
-            if isinstance(parameter, nn.parameter.UninitializedParameter):
+            if isinstance(parameter, nn.UninitializedParameter):
                 raise ValueError(
                     f"{name!r}: expected a shape, got a lazy parameter; run a forward pass before training."
                 )
+        _require_own_memory(module)
         is_complex = frozenset(name for name, parameter in chosen.items() if parameter.is_complex())
         return cls(tuple(chosen), tuple(p.shape for p in chosen.values()), is_complex)
 
@@ -128,6 +134,11 @@ class ParameterSpace:
         ]
 
 
+def is_lazy(module: nn.Module) -> bool:
+    """Whether a parameter of a module has no shape yet."""
+    return any(isinstance(parameter, nn.UninitializedParameter) for parameter in module.parameters())
+
+
 def flat_values(tensor: Tensor, name: str, shape: torch.Size) -> Tensor:
     """The real coordinates of a tensor or of its local shard, flat.
 
@@ -146,11 +157,23 @@ def _any_match(names: Iterable[str], patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
+def _require_own_memory(module: nn.Module) -> None:
+    shared = overlapping({name: p for name, p in module.named_parameters() if p.requires_grad})
+    if shared is not None:
+        one, other = shared
+        raise ValueError(
+            f"module: expected parameters that are one object or have memory of their own, got {one!r} and {other!r} "
+            "over one storage (tied by .data, or views of one buffer), so that a step of one moves the other; assign "
+            "the parameter itself, as in `decoder.weight = encoder.weight`."
+        )
+
+
 def _require_matches(patterns: Sequence[str], names: Sequence[str], module: str) -> None:
     if isinstance(patterns, str) or not patterns:
         raise ValueError(f"params: expected None or a list of patterns such as ['head.*'], got {patterns!r}.")
     for pattern in patterns:
         if not _any_match(names, [pattern]):
             raise ValueError(
-                f"params: the pattern {pattern!r} matches no trainable parameter of {module}; names: {list(names[:5])}."
+                f"params: expected patterns of parameter names, got one without a match; the pattern {pattern!r} "
+                f"matches no trainable parameter of {module}; names: {list(names[:5])}."
             )

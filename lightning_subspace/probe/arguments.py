@@ -1,65 +1,66 @@
-"""Checks of arguments, each with one grammar for what is wrong.
-
-name: expected ..., got ...; way out
-"""
+"""Checks of the arguments of a probe, with those of `_arguments.py`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
-from numbers import Real
+from collections.abc import Set
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
 
+from lightning_subspace._arguments import is_integer, is_list_like
+from lightning_subspace._arguments import is_number as is_number
+from lightning_subspace._arguments import require_flag as require_flag
+from lightning_subspace._arguments import require_function as require_function
+from lightning_subspace._arguments import require_instance as require_instance
+from lightning_subspace._arguments import require_integer as require_integer
+from lightning_subspace._arguments import require_number as require_number
+from lightning_subspace._arguments import require_word as require_word
+from lightning_subspace._arguments import wrong as wrong
+from lightning_subspace.data.given import require_given_batches
+from lightning_subspace.measurements.base import Measurement, Needs
 from lightning_subspace.parallel.fsdp import is_sharded
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.subspace.record import Record
+
+MEASUREMENT_METHODS = {
+    "measure": ("probe",),
+    "expected_products": ("prospect",),
+    "after_step": ("probe", "gradient", "update"),
+}
 
 
-def wrong(name: str, expected: str, value: object, way_out: str = "") -> ValueError:
-    """The error for a wrong argument.
-
-    Example:
-        >>> str(wrong("k", "an integer of at least 0", -1))
-        'k: expected an integer of at least 0, got -1.'
-    """
-    return ValueError(f"{name}: expected {expected}, got {value!r}{'; ' if way_out else ''}{way_out}.")
-
-
-def require_integer(name: str, value: Any, least: int, *, optional: bool = False) -> None:
-    """An integer of at least `least`, or None where that is allowed."""
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise wrong(name, f"an integer of at least {least}{' or None' if optional else ''}", value)
-
-
-def require_word(name: str, value: Any, words: Sequence[str]) -> None:
-    """One of a few words."""
-    if not isinstance(value, str) or value not in words:
-        raise wrong(name, "one of " + ", ".join(map(repr, words)), value)
-
-
-def require_function(name: str, value: Any) -> None:
-    """A function, or None."""
-    if value is not None and not callable(value):
-        raise wrong(name, "a function or None", value)
-
-
-def require_flag(name: str, value: Any) -> None:
-    """True or False."""
-    if not isinstance(value, bool):
-        raise wrong(name, "True or False", value)
-
-
-def require_patterns(name: str, value: Any) -> None:
-    """A list of shell-style patterns, or None; not a lone string."""
+def require_patterns(name: str, value: Any) -> tuple[str, ...] | None:
+    """Shell-style patterns, or None; not a lone string."""
     if value is None:
-        return
-    if isinstance(value, str) or not isinstance(value, Collection) or not all(isinstance(p, str) for p in value):
+        return None
+    patterns = tuple(value) if is_list_like(value) else ()
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise wrong(name, "a list of patterns such as ['head.*'], or None", value)
+    return patterns
+
+
+def require_loss(name: str, value: Any) -> None:
+    """A function (module, batch, batch_idx) -> scalar, or None."""
+    require_function(name, value, ("module", "batch", "batch_idx"))
+    if getattr(value, "__module__", None) == "torch.nn.functional":  # its third argument is another one
+        expected = "a function (module, batch, batch_idx) -> scalar tensor"
+        raise wrong(name, expected, value, "apply it to the module's output in a function of your own")
+
+
+def require_measurement(value: Measurement) -> None:
+    """A measurement whose attributes and methods are as a probe needs them."""
+    name = type(value).__name__
+    require_integer(f"{name}.every", value.every, 1)
+    require_instance(f"{name}.needs", value.needs, Needs, "one of lightning_subspace.Needs")
+    require_instance(f"{name}.extra", value.extra, Set, "a frozenset of keys")
+    for method, takes in MEASUREMENT_METHODS.items():
+        require_function(f"{name}.{method}", getattr(value, method), takes, optional=False)
 
 
 def require_name(name: str, value: Any) -> None:
@@ -68,22 +69,36 @@ def require_name(name: str, value: Any) -> None:
         raise wrong(name, "an ASCII word of letters, digits, '_', '-' and '.'", value)
 
 
-def require_steps(name: str, value: Any) -> None:
+def require_steps(name: str, value: Any) -> int | list[int]:
     """A positive interval, or a list of steps."""
-    if isinstance(value, int):
-        require_integer(name, value, 1)
-    elif (
-        not isinstance(value, Sequence)
-        or isinstance(value, str)
-        or not value
-        or any(isinstance(step, bool) or not isinstance(step, int) or step < 0 for step in value)
-    ):
+    if isinstance(value, Integral):
+        return int(require_integer(name, value, 1))
+    steps = list(value) if is_list_like(value) else []
+    if not steps or not all(is_integer(step) and step >= 0 for step in steps):
         raise wrong(name, "a positive integer or a list of steps, each 0 or more", value)
+    return [int(step) for step in steps]
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value is a real number, True and False apart."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+def ranks_of_group(group: Any, module: Any) -> Ranks:
+    """The processes of a group, for a module still unchecked.
+
+    Raises:
+        ValueError: for another thing than a group, or one that this process is not in.
+    """
+    expected = "a process group of torch.distributed that this process is in, or None"
+    require_instance("group", group, ProcessGroup, expected, optional=True)
+    parameters = module.parameters() if isinstance(module, nn.Module) else iter(())
+    return Ranks(group, next((p.device for p in parameters), torch.device("cpu")))
+
+
+def check_given(module: Any, batches: Any, measurements: Any, optimizer: Any, previous: Any) -> None:
+    """What `measure_subspace` takes beside the settings of a probe."""
+    require_instance("module", module, nn.Module, "a LightningModule or another nn.Module")
+    require_given_batches("batches", batches)
+    if measurements is None:
+        raise wrong("measurements", "a list of measurements", measurements, "leave it out for the default ones")
+    require_instance("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer or None", optional=True)
+    require_instance("previous", previous, Record, "a Record of measure_subspace or None", optional=True)
 
 
 def require_the_same(ranks: Ranks, module: nn.Module, arguments: object) -> None:
@@ -100,14 +115,15 @@ def require_the_same(ranks: Ranks, module: nn.Module, arguments: object) -> None
             raise ValueError(f"group: expected the same {what} on all ranks, got different ones.")
 
 
-def checked_k(k: int, space: ParameterSpace) -> int:
-    """k, or an error that names it.
+def checked_k(k: int, space: ParameterSpace, ncv: int | None = None) -> int:
+    """k, or an error that names it or `ncv`.
 
     Raises:
-        ValueError: for k outside 0..n.
+        ValueError: for k outside 0..n, or a basis without room for it.
     """
     if not 0 <= k <= space.n:
         raise ValueError(f"k: expected 0..{space.n}, the number of parameters, got {k}.")
+    require_integer("ncv", ncv, min(space.n, k + 3), optional=True)
     return k
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,16 +22,19 @@ from lightning_subspace.data.gathered import Gathered
 from lightning_subspace.linalg import Outcome
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.entries import CheckpointError, Entries
-from lightning_subspace.probe.sample_state import decode_gathered, encode_gathered
+from lightning_subspace.probe.overlap_state import decode_overlaps, encode_overlaps, without_dropped_pairs
+from lightning_subspace.probe.sample_state import decode_gathered, encode_gathered, is_plain
 from lightning_subspace.probe.schedule import Position
 from lightning_subspace.subspace.overlap_history import OverlapHistory
 from lightning_subspace.subspace.record import Record
-from lightning_subspace.subspace.sketch import CELLS, Sketch
-from lightning_subspace.subspace.subspace import ORTHONORMALITY, Subspace, orthonormality_defect
+from lightning_subspace.subspace.subspace import Subspace
 
-FORMAT = 2
+FORMAT = 3
 # By the format that it reads, a function from a state of that format to one of the next.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: lambda state: {**state, "sample": None}}
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: lambda state: {**state, "sample": None},
+    2: lambda state: {**without_dropped_pairs(state), "measurements": {}},
+}
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,10 @@ class RunState:
         num_probes: how many probes were taken, without those that failed.
         records: of the run, oldest first, without eigenvectors; those whose sketch is still held have it.
         is_open: whether the last record still waited for the step from its point.
-        overlaps: between the subspaces of all probes.
+        overlaps: between the subspaces whose sketches are held.
         position: of the schedule.
         sample: what was gathered from the batches of training, if the checkpoint may hold it.
+        measurements: what they keep between probes, by their keys (see `measurement_states`).
     """
 
     k: int
@@ -58,6 +63,7 @@ class RunState:
     overlaps: OverlapHistory
     position: Position
     sample: Gathered | None = None
+    measurements: Mapping[str, Any] = field(default_factory=dict)
 
     def require_continuable(self, k: int, which: str, step: int) -> None:
         """Refuse what a monitor with these settings cannot continue at this step.
@@ -75,8 +81,8 @@ def encode(state: RunState) -> dict[str, Any]:
     """A state as tensors and plain values.
 
     With p probes of m metrics over n parameters: at most 64 sketches of 4 k min(n, 4096) bytes, 24 bytes for each of
-    at most 64 p overlaps, 8 m + 16 k + 40 bytes a record, the names and shapes of the parameters, and a gathered sample
-    if it is small (see `sample_state`).
+    the 2016 overlaps between them, 8 m + 16 k + 40 bytes a record, the names and shapes of the parameters, what the
+    measurements keep, and a gathered sample if it is small (see `sample_state`). The time is linear in m p.
     """
     return {
         "format": FORMAT,
@@ -87,10 +93,11 @@ def encode(state: RunState) -> dict[str, Any]:
         "complex_names": sorted(state.space.complex_names),
         "num_probes": state.num_probes,
         "history": _encode_records(state.records),
-        "overlaps": _encode_overlaps(state.overlaps),
+        "overlaps": encode_overlaps(state.overlaps),
         "open": state.is_open,
         "schedule": encode_position(state.position),
         "sample": encode_gathered(state.sample),
+        "measurements": dict(state.measurements),
     }
 
 
@@ -104,7 +111,7 @@ def decode(saved: Any) -> RunState:
     space = _decode_space(entries)
     records = _decode_records(entries.below("history"))
     k = entries.integer("k")
-    overlaps = _decode_overlaps(entries.below("overlaps"), k, space.n)
+    overlaps = decode_overlaps(entries.below("overlaps"), k, space.n, {record.step for record in records})
     is_open = entries.flag("open")
     entries.require(bool(records) or not is_open, "open", "False where there are no records")
     return RunState(
@@ -117,6 +124,7 @@ def decode(saved: Any) -> RunState:
         overlaps=overlaps,
         position=decode_position(entries.below("schedule")),
         sample=decode_gathered(entries.any("sample")),
+        measurements=_decode_measurements(entries),
     )
 
 
@@ -182,12 +190,13 @@ def _decode_space(entries: Entries) -> ParameterSpace:
 def _encode_records(records: Sequence[Record]) -> dict[str, Any]:
     """Records as a table, with nan where a metric is absent."""
     keys = list(dict.fromkeys(key for record in records for key in record.metrics))
-    rows = [[record.metrics.get(key, math.nan) for key in keys] for record in records]
+    cells = (record.metrics.get(key, math.nan) for record in records for key in keys)
+    table = np.fromiter(cells, np.float64, len(records) * len(keys)).reshape(len(records), len(keys))
     spaces = [record.subspace for record in records]
     return {
         "steps": [record.step for record in records],
         "keys": keys,
-        "metrics": torch.tensor(rows, dtype=torch.float64).reshape(len(records), len(keys)),
+        "metrics": torch.from_numpy(table),
         "sizes": [-1 if space is None else space.k for space in spaces],
         "eigenvalues": _joined([space.eigenvalues for space in spaces if space is not None]),
         "residuals": _joined([space.residuals for space in spaces if space is not None]),
@@ -236,39 +245,12 @@ def _decode_records(entries: Entries) -> list[Record]:
     return records
 
 
-def _encode_overlaps(overlaps: OverlapHistory) -> dict[str, Any]:
-    return {
-        "steps": list(overlaps.steps),
-        "pairs": torch.tensor(list(overlaps.pairs), dtype=torch.int64).reshape(-1, 2),
-        "overlaps": torch.tensor(list(overlaps.pairs.values()), dtype=torch.float64),
-        "sketches": {step: held.basis.clone() for step, held in overlaps.sketches.items()},
-        "exact": all(held.exact for held in overlaps.sketches.values()),
-        "reference_step": overlaps.reference_step,
-    }
-
-
-def _decode_overlaps(entries: Entries, k: int, n: int) -> OverlapHistory:
-    steps, is_exact = entries.ascending("steps"), entries.flag("exact")
-    overlaps = entries.any("overlaps")
-    count = len(overlaps) if isinstance(overlaps, Tensor) and overlaps.ndim else 0
-    overlaps = entries.tensor("overlaps", (count,))
-    entries.require(bool(((overlaps >= 0) & (overlaps <= 1)).all()), "overlaps", "numbers in [0, 1]")
-    pairs = [(a, b) for a, b in entries.tensor("pairs", (count, 2), torch.int64).tolist()]
-    is_right = all(a < b and {a, b} <= set(steps) for a, b in pairs)
-    entries.require(is_right, "pairs", "pairs of the steps, the earlier one first")
-    sketches, given = {}, entries.below("sketches")
-    for step in entries.any("sketches"):
-        entries.require(step in steps, "sketches", f"sketches of the steps {steps}")
-        basis = given.tensor(step, (k, min(n, CELLS)), torch.float32)
-        given.require(orthonormality_defect(basis) < ORTHONORMALITY, step, "orthonormal rows")
-        sketches[step] = Sketch(basis, is_exact)
-    entries.require(not steps or steps[-1] in sketches, "sketches", f"the last one, of step {steps[-1:]}, among them")
-    entries.require(is_exact == (n <= CELLS) or not sketches, "exact", f"{n <= CELLS} for {n} parameters")
-    reference = None if entries.any("reference_step") is None else entries.integer("reference_step")
-    entries.require(reference is None or reference in sketches, "reference_step", "None or the step of a sketch")
-    ordered = {step: sketches[step] for step in steps if step in sketches}
-    taken = dict(zip(pairs, overlaps.tolist(), strict=True))
-    return OverlapHistory(steps=list(steps), sketches=ordered, pairs=taken, reference_step=reference)
+def _decode_measurements(entries: Entries) -> Mapping[str, Any]:
+    """States that the measurements themselves have to judge."""
+    found = entries.below("measurements").values
+    is_right = all(isinstance(key, str) and isinstance(state, Mapping) for key, state in found.items())
+    entries.require(is_right and is_plain(dict(found)), "measurements", "plain states by the names of measurements")
+    return found
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -26,6 +26,10 @@ from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.subspace.record import Record
 
 T = TypeVar("T")
+ONE_MICRO_BATCH = (
+    "the sample is one micro-batch, which cannot be halved, so the gradient fraction gets no error bar; pass a larger "
+    "sample or a smaller batch_size."
+)
 
 
 class Examples:
@@ -44,6 +48,7 @@ class Examples:
         self.remarks: dict[str, str] = {}
         self._spec = settings.sample_spec
         self._measures = bool(settings.taken)
+        self._wants_error_bar = bool(settings.k and settings.defaults)
         self._screening = Screening()
 
     def are_random(self, choice: CurvatureConfig, module: nn.Module, sample: Sample, partition: Partition) -> bool:
@@ -82,11 +87,12 @@ class Examples:
 
         A function of the sample and the settings alone, whatever the number of ranks.
         """
-        if not self.is_random:
-            return sample
-        several = with_draws(sample, self._spec, measures=self._measures)
-        self.remarks["random loss"] = remark(several)
-        return several
+        if self.is_random:
+            sample = with_draws(sample, self._spec, measures=self._measures)
+            self.remarks["random loss"] = remark(sample)
+        if self._wants_error_bar and len(sample.hessian) == 1 and sample.hessian_share < 1.0:
+            self.remarks["one micro-batch"] = ONE_MICRO_BATCH
+        return sample
 
     def screened(
         self,

@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from lightning_subspace.probe.arguments import require_instance
 from lightning_subspace.probe.checkpoint import decode
 from lightning_subspace.probe.entries import CheckpointError, Entries
 from lightning_subspace.subspace.record import Record
@@ -23,7 +24,9 @@ def read_history(path: str | os.PathLike[str], name: str | None = None) -> list[
         followed it, if the checkpoint was written before that step.
 
     Raises:
-        CheckpointError: when the file holds no state of such a monitor, or a damaged one.
+        ValueError: for a path or a name of another type.
+        CheckpointError: when the file holds no state of such a monitor, or a damaged one, or is no checkpoint.
+        OSError: when there is no such file.
 
     Example:
         >>> import tempfile
@@ -32,13 +35,24 @@ def read_history(path: str | os.PathLike[str], name: str | None = None) -> list[
         Traceback (most recent call last):
         lightning_subspace.probe.entries.CheckpointError: name: expected a monitor of the checkpoint, got None; ...
     """
-    saved = Entries(torch.load(path, map_location="cpu", weights_only=True), "checkpoint")
-    states = saved.any("callbacks") if "callbacks" in saved else {}
+    require_instance("path", path, (str, os.PathLike), "the path of a checkpoint")
+    require_instance("name", name, str, "the name of a monitor or None", optional=True)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch has many, some of them without a word
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise CheckpointError(
+            f"path: expected a checkpoint that torch.load reads with weights_only=True, got {str(path)!r} ({reason})"
+        ) from error
+    saved = Entries(loaded, "checkpoint")
+    states = saved.below("callbacks").values if "callbacks" in saved else {}
     prefix, suffix = "SubspaceMonitor{'name': ", "}"  # as Lightning makes the key of a state
     found = {
         key.removeprefix(prefix).removesuffix(suffix)[1:-1]: state
         for key, state in states.items()
-        if key.startswith(prefix)
+        if str(key).startswith(prefix)
     }
     if name is None and len(found) == 1:
         name = next(iter(found))

@@ -10,7 +10,6 @@ is missing from the record's metrics; the solver's own numbers say why.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -30,21 +29,24 @@ from lightning_subspace.loss.bare import bare_module, bare_optimizer
 from lightning_subspace.loss.loss_function import LossFunction
 from lightning_subspace.loss.training_loss import Mode, TrainingLoss
 from lightning_subspace.measurements import Measurement, Probe
-from lightning_subspace.measurements.base import Needs
+from lightning_subspace.measurements.base import Needs, positive
+from lightning_subspace.measurements.memory import declares_memory, take_over
 from lightning_subspace.measurements.sample_loss import known_losses
 from lightning_subspace.measurements.spectrum import solver_metrics
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
-from lightning_subspace.parallel.ranks import Ranks
-from lightning_subspace.probe.arguments import checked_k, require_the_same, require_word
+from lightning_subspace.probe.arguments import check_given, checked_k, ranks_of_group, require_the_same, require_word
 from lightning_subspace.probe.screening import Screening
 from lightning_subspace.probe.settings import ProbeSettings
+from lightning_subspace.state.notice import warn
+from lightning_subspace.state.signals import waiting_signals
 from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.sketch import sketch
 from lightning_subspace.subspace.solver import Solver
 from lightning_subspace.subspace.subspace import Subspace
 
 
+@waiting_signals()  # a handler may talk to the other ranks: not before all have left
 def measure_subspace(
     module: nn.Module,
     batches: Iterable[Any],
@@ -87,13 +89,13 @@ def measure_subspace(
         mode: "train" or "eval" mode of the module.
         measurements: more measurements, beside the default ones.
         optimizer: for `sharpness_over_threshold`.
-        previous: an earlier record of the same module, for `overlap_previous` and a warm start.
+        previous: an earlier record of the same module, perhaps of another k, for `overlap_previous` and a warm start.
         dtype: narrowest type computed in, "float32" or "float64"; parameters of a wider one keep it. "native" takes the
             loss as it is trained, with its types and autocast.
         curvature: see `SubspaceMonitor`.
         on_check_fail: where the second derivatives turn out wrong: "warn", "raise", "omit" what rests on them, or go on
             by "finite-difference".
-        seed: of dropout masks and of the start vector.
+        seed: of dropout masks and of the start vector, 0 to 2**63 - 1.
         group: the processes of torch.distributed that measure together, all of which call this with the same module and
             batches: they share the work and the memory. None: this process alone.
 
@@ -103,11 +105,13 @@ def measure_subspace(
     Raises:
         LossError: when the loss is not a finite scalar that depends on the parameters.
         SampleError: for an empty or an unweighable sample.
-        ValueError: for a module without trainable parameters, k outside 0..n, a word that is not a choice, a `previous`
-            over other parameters or without its eigenvectors, FSDP1, or Fabric's own module with dtype="native".
-        TypeError: for `measurements` that are none.
+        ValueError: for an argument of a wrong type or out of range, which is named, with what was expected; a module
+            without trainable parameters; a `previous` over other parameters or without its eigenvectors; FSDP1; or
+            Fabric's own module with dtype="native".
+        TypeError: for a module without a training step, where there is no `loss_fn`.
         CheckError: with `on_check_fail="raise"`; where nothing can be measured, as "ggn" without its derivatives.
         PeerError: when something of this went wrong on another rank.
+        SignalError: when a signal with a handler of Python's, other than SIGINT, has arrived; the handler has run.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -119,18 +123,22 @@ def measure_subspace(
         >>> record.subspace.outcome.name, tuple(record.subspace.eigenvectors.shape)
         ('CONVERGED', (2, 15))
     """
-    ranks = Ranks(group, next((p.device for p in module.parameters()), torch.device("cpu")))
+    ranks = ranks_of_group(group, module)
     with ranks.agree():
+        optimizer = bare_optimizer(optimizer)
+        check_given(module, batches, measurements, optimizer, previous)
         require_word("verify", verify, ("always", "never"))
         dtype = str(dtype).removeprefix("torch.")
         module = bare_module(module, dtype)
-        settings = ProbeSettings.of(locals(), measurements=tuple(measurements or ()))
+        settings = ProbeSettings.of(locals())
         solver, choice, chosen = settings.solver, settings.choice, settings.taken
-        space = ParameterSpace.of(module, params)
-        checked_k(k, space)
+        space = ParameterSpace.of(module, settings.params)
+        checked_k(solver.k, space, settings.ncv)
         require_the_same(ranks, module, (solver, replace(choice, loss_fn=None), space, verify, len(chosen)))
         sample = sample_of_batches(batches, weight, ranks)
         partition = Partition.of(space, module, ranks)
+        start = _trusted_basis(previous, partition)
+    take_over(filter(declares_memory, chosen), object())
 
     screening = Screening()
 
@@ -147,8 +155,8 @@ def measure_subspace(
                 operator=choice.operator,
                 partition=partition,
                 verify=verify == "always",
-                optimizer=bare_optimizer(optimizer),
-                previous=_trusted_basis(previous, partition),
+                optimizer=optimizer,
+                previous=start,
                 marks=dict(choice.marks),
             )
         return screening.counted(record)
@@ -156,11 +164,11 @@ def measure_subspace(
     choice, notice = screening.run(checked, sample, lambda: choice.loss(module, space, ranks), ranks)
     with ranks.agree():
         if notice is not None:
-            warnings.warn(notice, stacklevel=2)
+            warn(notice, stacklevel=3)
     record = screening.run(taken, sample, lambda: choice.loss(module, space, ranks), ranks)
     with ranks.agree():
         if screening.notice is not None:
-            warnings.warn(screening.notice, stacklevel=2)
+            warn(screening.notice, stacklevel=3)
     return record
 
 
@@ -200,7 +208,7 @@ def take_probe(
 
     def solve(matvec: Operator | Callable[[Tensor], Tensor], k: int | None = None) -> Subspace:
         start = subspace.eigenvectors if subspace is not None and subspace.converged else None
-        asked = solver if k is None else replace(solver, k=k, ncv=None)
+        asked = solver if k is None else replace(solver, k=positive("k", k), ncv=None)
         if isinstance(matvec, Operator):
             return asked.solve(matvec, start=start, verify=False)
         if not callable(matvec):
@@ -263,7 +271,9 @@ def _trusted_basis(previous: Record | None, partition: Partition) -> Tensor | No
     """The eigenvectors of an earlier record, if it is trusted."""
     if previous is None or previous.subspace is None or not previous.subspace.trusted:
         return None
-    basis, held = previous.subspace.basis, previous.subspace.partition
+    if previous.subspace.eigenvectors is None:
+        raise ValueError("previous: expected a record with its eigenvectors, got one without, as a history keeps them.")
+    basis, held = previous.subspace.eigenvectors, previous.subspace.partition
     num_parameters = basis.shape[1] if held is None else held.n
     if num_parameters != partition.n:
         raise ValueError(

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_subspace.curvature import CheckError, CurvatureConfig, SelfCheck
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.measurements import Probe
+from lightning_subspace.parallel.bit_sums import require_equal
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
@@ -30,7 +31,7 @@ from lightning_subspace.probe.schedule import Position
 from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.probe.verification import is_verified
 from lightning_subspace.subspace.overlap_history import OverlapHistory
-from lightning_subspace.subspace.record import Record
+from lightning_subspace.subspace.record import History, Record
 
 
 class ProbeRun:
@@ -43,7 +44,7 @@ class ProbeRun:
 
     Attributes:
         history: the closed records, oldest first.
-        overlaps: between the subspaces of all probes.
+        overlaps: between the subspaces whose sketches are held.
         partition: the present parameter space, and how it is dealt to ranks.
         num_probes: how many probes were taken, without those that failed.
         self_check: what the last one showed; None until there was one, and where the parameters have changed.
@@ -57,7 +58,7 @@ class ProbeRun:
     def __init__(self, settings: ProbeSettings, module: nn.Module, ranks: Ranks | None = None) -> None:
         self.settings = settings
         self.ranks = Ranks() if ranks is None else ranks
-        self.history: list[Record] = []
+        self.history = History()
         self.num_probes = 0
         self.self_check: SelfCheck | None = None
         self.notice: str | None = None
@@ -69,7 +70,7 @@ class ProbeRun:
         self._previous: Tensor | None = None
         self._reference: Tensor | None = None
         self._resumed = Resumed()
-        self._start_overlaps()
+        self.overlaps = OverlapHistory()
 
     @property
     def space(self) -> ParameterSpace:
@@ -140,6 +141,7 @@ class ProbeRun:
             raise CheckError(self._refusal)
 
         def take(left: Sample) -> tuple[Tensor, Probe, Record, tuple[Tensor, dict[int, float]] | None]:
+            require_equal(dict(zip(self.space.names, self.space.tensors(module), strict=True)), self.ranks)
             theta = self._theta(module)
             probe, record = self._take(module, left, step, optimizer, on_matvec)
             record = self._resumed.complete(self.examples.counted(record))
@@ -165,9 +167,8 @@ class ProbeRun:
         if module is not None:
             with self.ranks.agree():
                 metrics.update(self._after_step(opened, module))
-        record = replace(opened.record, metrics=metrics).without_eigenvectors()
-        self.history.append(record)
-        return record
+        self.history.keep(replace(opened.record, metrics=metrics))
+        return self.history[-1]
 
     def rebind(self, ranks: Ranks) -> None:
         """Continue in a new process group of as many ranks."""
@@ -197,7 +198,7 @@ class ProbeRun:
         Returns:
             The other one, and whether it awaits that a record is taken again.
         """
-        other, records, reopened = copy.copy(self), list(state.records), None
+        other, records, reopened = copy.copy(self), History(state.records), None
         overlaps = copy.copy(state.overlaps)
         if state.is_open and reopen:
             reopened = records.pop()
@@ -282,9 +283,7 @@ class ProbeRun:
         if due and self.overlaps.reference_step is None:
             self._reference = self._previous
             self.overlaps.reference_step = record.step
-        given_up = self.overlaps.add(record.step, record.sketch, overlaps)
-        if given_up is not None:
-            self.history[:] = [replace(r, sketch=None) if r.step == given_up else r for r in self.history]
+        self.history.drop_sketch(self.overlaps.add(record.step, record.sketch, overlaps))
 
     def _partition_of(self, module: nn.Module) -> Partition:
         """The coordinates of the probes to come."""
@@ -294,6 +293,8 @@ class ProbeRun:
 
     def _start_overlaps(self) -> None:
         """Forget the spaces of earlier probes."""
+        for step in self.overlaps.steps:
+            self.history.drop_sketch(step)
         self.overlaps = OverlapHistory()
         self._previous = self._reference = None
         self._resumed = Resumed()

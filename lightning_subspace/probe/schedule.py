@@ -8,6 +8,7 @@ out of this account: it bears the set-up, looks closer, and is what the price of
 
 from __future__ import annotations
 
+import bisect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,6 +60,7 @@ class Schedule:
     ) -> None:
         self.every_n_steps = every_n_steps
         self.max_overhead = max_overhead
+        self._listed = [] if isinstance(every_n_steps, int) else sorted(every_n_steps)
         self._clock = clock
         self.begin(0)
 
@@ -121,7 +123,8 @@ class Schedule:
         if isinstance(self.every_n_steps, int):
             is_candidate = step // self.every_n_steps > last // self.every_n_steps
         else:
-            is_candidate = any(last < listed <= step for listed in self.every_n_steps)
+            # By halves: the list may be long, and this is asked at each step.
+            is_candidate = bisect.bisect(self._listed, step) > bisect.bisect(self._listed, last)
         self.was_candidate = is_candidate
         if not is_candidate:
             return False

@@ -15,13 +15,14 @@ from typing import TypeVar
 from lightning_subspace.data.assignment import assign, owner_rank
 from lightning_subspace.data.micro_batch import MicroBatch, detached_copy
 from lightning_subspace.data.sample import Sample
-from lightning_subspace.loss.loss_function import LossError, NoLossError
+from lightning_subspace.loss.loss_function import LossError, NoLossError, WrittenError
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.subspace.record import Record
 
 T = TypeVar("T")
 KEY = "solver/batches_without_loss"
+MOST_REPEATS = 3  # one finds all that an evaluation writes to; another branch of the training step may write to more
 
 
 class Screening:
@@ -39,6 +40,8 @@ class Screening:
     def run(self, block: Callable[[Sample], T], sample: Sample, loss: Callable[[], TrainingLoss], ranks: Ranks) -> T:
         """Run a block on what has a loss. A collective.
 
+        It runs again where a rank has found that its evaluations write to state around the module.
+
         Args:
             block: what to do, inside of `ranks.agree()`: it fails on all ranks or on none.
             sample: as it was drawn.
@@ -48,6 +51,15 @@ class Screening:
         Raises:
             LossError: when no micro-batch for the Hessian has a loss.
         """
+        for _ in range(MOST_REPEATS):
+            try:
+                return self._run(block, sample, loss, ranks)
+            except Exception as error:
+                if not any(ranks.all_gather_object(isinstance(error, WrittenError))):
+                    raise
+        return self._run(block, sample, loss, ranks)
+
+    def _run(self, block: Callable[[Sample], T], sample: Sample, loss: Callable[[], TrainingLoss], ranks: Ranks) -> T:
         self.every = self.left = _count(sample)
         if not self.is_needed:
             try:

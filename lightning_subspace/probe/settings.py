@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from numbers import Integral
 from typing import Any, get_args
 
+from lightning_subspace._arguments import require_instances, require_seed
 from lightning_subspace.curvature import CurvatureConfig
 from lightning_subspace.curvature.selection import Curvature, OnCheckFail, Precision
+from lightning_subspace.data.given import require_given_batches
 from lightning_subspace.data.micro_batch import Weight
 from lightning_subspace.data.reading import READ_TIMEOUT
 from lightning_subspace.data.sample import SampleSpec
@@ -21,10 +24,12 @@ from lightning_subspace.loss.loss_function import LossFunction
 from lightning_subspace.loss.training_loss import Mode
 from lightning_subspace.measurements import Measurement, default_measurements
 from lightning_subspace.probe.arguments import (
-    is_number,
     require_flag,
     require_function,
     require_integer,
+    require_loss,
+    require_measurement,
+    require_number,
     require_patterns,
     require_word,
     wrong,
@@ -42,7 +47,6 @@ class ProbeSettings:
 
     Raises:
         ValueError: for a wrong argument, naming it, what was expected, what came, and the way out.
-        TypeError: for `measurements` that are none.
 
     Example:
         >>> ProbeSettings(k=3, tol=0.5)
@@ -80,24 +84,26 @@ class ProbeSettings:
         return cls(**{**known, **others})
 
     def __post_init__(self) -> None:
-        require_integer("k", self.k, 0)
+        self._take("k", require_integer("k", self.k, 0))
         self._check_sample()
         require_flag("resample", self.resample)
-        if not is_number(self.read_timeout) or not self.read_timeout > 0.0:
-            raise wrong("read_timeout", "a positive number of seconds", self.read_timeout)
-        require_integer("batch_size", self.batch_size, 1, optional=True)
-        require_function("weight", self.weight)
+        self._take(
+            "read_timeout",
+            require_number("read_timeout", self.read_timeout, "a positive number of seconds", lambda x: x > 0.0),
+        )
+        self._take("batch_size", require_integer("batch_size", self.batch_size, 1, optional=True))
+        require_function("weight", self.weight, ("batch",))
         require_word("which", self.which, get_args(Which))
-        if not is_number(self.tol) or not 0.0 < self.tol <= MAX_TOL:
-            raise wrong("tol", f"a number in (0, {MAX_TOL}]", self.tol, "it is relative to the largest eigenvalue")
-        require_integer("max_matvecs", self.max_matvecs, 1)
-        require_integer("ncv", self.ncv, 1, optional=True)
-        require_verify(self.verify)
-        require_patterns("params", self.params)
-        require_function("loss_fn", self.loss_fn)
+        expected, way_out = f"a number in (0, {MAX_TOL}]", "it is relative to the largest eigenvalue"
+        self._take("tol", require_number("tol", self.tol, expected, lambda x: 0.0 < x <= MAX_TOL, way_out))
+        self._take("max_matvecs", require_integer("max_matvecs", self.max_matvecs, 1))
+        self._take("ncv", require_integer("ncv", self.ncv, 1, optional=True))
+        self._take("verify", require_verify(self.verify))
+        self._take("params", require_patterns("params", self.params))
+        require_loss("loss_fn", self.loss_fn)
         for name in ("curvature", "on_check_fail"):
             if isinstance(word := getattr(self, name), str):
-                object.__setattr__(self, name, word.replace("_", "-"))
+                self._take(name, word.replace("_", "-"))
         for name, words in (
             ("mode", Mode),
             ("dtype", Precision),
@@ -105,10 +111,10 @@ class ProbeSettings:
             ("on_check_fail", OnCheckFail),
         ):
             require_word(name, getattr(self, name), get_args(words))
+        self._take("seed", require_seed("seed", self.seed))
         _ = self.choice  # checks how they go together
         self._check_measurements()
-        require_integer("reference_step", self.reference_step, 0, optional=True)
-        require_integer("seed", self.seed, 0)
+        self._take("reference_step", require_integer("reference_step", self.reference_step, 0, optional=True))
 
     @cached_property
     def solver(self) -> Solver:
@@ -152,25 +158,39 @@ class ProbeSettings:
         same = self.sample == other.sample if is_named else self.sample is other.sample
         return same and all(getattr(self, name) == getattr(other, name) for name in names)
 
+    def _take(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
     def _check_sample(self) -> None:
         if isinstance(self.sample, str):
             require_word("sample", self.sample, ("all", "current"))
-        elif isinstance(self.sample, int):
-            require_integer("sample", self.sample, 1)
-        elif not hasattr(self.sample, "__iter__"):
-            expected = "a number of examples, 'all', 'current', a loader or a list of batches"
-            raise wrong("sample", expected, self.sample)
+        elif isinstance(self.sample, Integral):
+            self._take("sample", require_integer("sample", self.sample, 1))
+        else:
+            require_given_batches("sample", self.sample, "a number of examples, 'all', 'current', ")
         if isinstance(self.gradient_sample, str):
             return require_word("gradient_sample", self.gradient_sample, ("all",))
-        require_integer("gradient_sample", self.gradient_sample, 1)
+        self._take("gradient_sample", require_integer("gradient_sample", self.gradient_sample, 1))
         if isinstance(self.sample, int) and self.gradient_sample < self.sample:
             expected = f"at least the {self.sample} of `sample`, which it contains"
             raise wrong("gradient_sample", expected, self.gradient_sample)
         return None
 
     def _check_measurements(self) -> None:
-        given = self.measurements or ()
-        if not isinstance(given, Sequence) or not all(isinstance(item, Measurement) for item in given):
-            raise TypeError(str(wrong("measurements", "a list of instances of lightning_subspace.Measurement", given)))
+        if self.measurements is None:
+            return
+        expected = "a list of instances of lightning_subspace.Measurement"
+        given = require_instances("measurements", self.measurements, Measurement, expected, once=True)
+        self._take("measurements", given)
         for item in given:
-            require_integer(f"{type(item).__name__}.every", item.every, 1)
+            require_measurement(item)
+
+
+def require_sizes(settings: ProbeSettings) -> None:
+    """Enough products and basis vectors for the pairs that are wanted.
+
+    Raises:
+        ValueError: for `max_matvecs` or `ncv` below that.
+    """
+    require_integer("max_matvecs", settings.max_matvecs, max(settings.k, 1))
+    require_integer("ncv", settings.ncv, settings.k + 3, optional=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
+from itertools import islice
+from typing import Any, Literal, TypeAlias, get_args
 
-from lightning_subspace.probe.arguments import wrong
+from lightning_subspace._arguments import is_integer, wrong
 from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.subspace import Subspace
 
@@ -13,14 +14,19 @@ Verify: TypeAlias = Literal["always", "never"]
 # Neighbours closer than this, in units of the largest |eigenvalue|, are taken for copies: a converged eigenvalue is off
 # by about tol^2 / gap, 1e-6 by default, and to take two for copies by chance costs a few products.
 COPIES = 1e-5
+# A probe that found copies is followed by verified ones. So where none of these is verified, none before them is looked
+# for: a search through all of them at each probe would make a long run slow.
+LOOKED_BACK = 100
 
 
-def require_verify(value: object) -> None:
+def require_verify(value: Any) -> Any:
     """A word, or a positive number of probes."""
-    is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if not is_number and not (isinstance(value, str) and value in get_args(Verify)):
+    if isinstance(value, str) and value in get_args(Verify):
+        return value
+    if not is_integer(value) or value < 1:
         expected = "'always', 'never', or an integer of at least 1"
         raise wrong("verify", expected, value, "10 verifies every tenth probe, and those after one that found copies")
+    return int(value)
 
 
 def is_scheduled(number: int, verify: Verify | int) -> bool:
@@ -53,7 +59,10 @@ def unverified(subspace: Subspace, verify: Verify | int) -> str | None:
 
 def has_degenerate_values(history: Sequence[Record]) -> bool:
     """Whether the last verified probe found eigenvalues that occur more than once."""
-    last = next((r.subspace for r in reversed(history) if r.subspace is not None and r.subspace.verified), None)
+    last = next(
+        (r.subspace for r in islice(reversed(history), LOOKED_BACK) if r.subspace is not None and r.subspace.verified),
+        None,
+    )
     if last is None or last.k < 2:
         return False
     values = last.eigenvalues.sort().values

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from lightning_subspace._arguments import is_integer, is_list_like, require_instances, require_number, wrong
 from lightning_subspace.report import panel
 from lightning_subspace.report.panel import Array
 from lightning_subspace.subspace.record import Record
@@ -33,6 +34,7 @@ def spectrum_figure(records: Sequence[Record]) -> Figure:
     Args:
         records: the history; the last record that has a subspace is drawn.
     """
+    records = _require_records(records)
     figure = Figure(figsize=(6.4, 4.2), dpi=panel.DPI, layout="constrained")
     axes = figure.add_subplot()
     last = next((record for record in reversed(records) if record.subspace is not None), None)
@@ -53,6 +55,7 @@ def overlap_figure(steps: Sequence[int], matrix: Array, error: float | None = No
         matrix: (p, p) overlaps in [0, 1]; nan where unknown.
         error: standard deviation of an entry, where entries are estimates from sketches; stated in the title.
     """
+    steps = _require_matrix(steps, matrix, error)
     figure = Figure(figsize=(6.4, 5.4), dpi=panel.DPI, layout="constrained")
     axes = figure.add_subplot()
     _draw_overlaps(axes, steps, matrix, error)
@@ -74,6 +77,8 @@ def summary_figure(
         matrix: (p, p) overlaps, as for `overlap_figure`.
         error: standard deviation of an entry, if known.
     """
+    records = _require_records(records)
+    steps = _require_matrix(steps, matrix, error)
     if records and not _eigenvalue_keys(records) and all(record.subspace is None for record in records):
         return _gradient_figure(records)
     figure = Figure(figsize=(12.0, 8.0), dpi=panel.DPI, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
@@ -83,6 +88,22 @@ def summary_figure(
     _draw_stability(axes[1, 0], records)
     _draw_overlaps(axes[1, 1], steps, matrix, error)
     return figure
+
+
+def _require_records(records: Sequence[Record]) -> tuple[Record, ...]:
+    return require_instances("records", records, Record, "a list of instances of lightning_subspace.Record")
+
+
+def _require_matrix(steps: Sequence[int], matrix: Array, error: float | None) -> tuple[int, ...]:
+    found = tuple(steps) if is_list_like(steps) else ()
+    if not is_list_like(steps) or not all(map(is_integer, found)):
+        raise wrong("steps", "a list of steps", steps)
+    shape = len(found), len(found)
+    if not isinstance(matrix, np.ndarray) or matrix.shape != shape or matrix.dtype.kind != "f":
+        raise wrong("matrix", f"an array of floats of shape {shape}, as there are steps", matrix)
+    if error is not None:
+        require_number("error", error, "a number of at least 0 or None", lambda x: x >= 0.0)
+    return found
 
 
 def _gradient_figure(records: Sequence[Record]) -> Figure:
@@ -173,7 +194,7 @@ def _draw_stability(axes: Axes, records: Sequence[Record]) -> None:
 
 
 def _draw_overlaps(axes: Axes, steps: Sequence[int], matrix: Array, error: float | None) -> None:
-    panel.head(axes, "Overlap between all probes" + ("" if error is None else f", ± {error:.2g}"))
+    panel.head(axes, "Overlap between probes" + ("" if error is None else f", ± {error:.2g}"))
     if not len(steps):
         panel.say(axes, "no overlaps yet")
         return

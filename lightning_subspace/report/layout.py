@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import re
 import struct
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
+from lightning_subspace.parallel.ranks import in_words
 from lightning_subspace.report.loggers import logged_name
+from lightning_subspace.state.notice import warn
 
 # Category -> chart -> [kind, tags], as `SummaryWriter.add_custom_scalars` takes it.
 Layout: TypeAlias = dict[str, dict[str, list[Any]]]
@@ -42,10 +43,9 @@ def add_layout(loggers: Iterable[Any], prefix: str, k: int) -> None:
         try:
             _add_to_writer(logger.experiment, {prefix: charts(prefix, k)})
         except Exception as error:
-            warnings.warn(
-                f"the TensorBoard layout of {prefix!r} could not be written ({type(error).__name__}: {error}); the "
-                "same curves are on the Scalars page.",
-                stacklevel=2,
+            warn(
+                f"the TensorBoard layout of {prefix!r} could not be written ({in_words(error)}); the same curves are "
+                "on the Scalars page.",
             )
 
 
@@ -135,9 +135,9 @@ def _add_to_writer(writer: Any, layout: Layout) -> None:
         writer.flush()
         before = read_layout(writer.get_logdir())
     except Exception as error:
-        warnings.warn(
-            f"the TensorBoard layout in {writer.get_logdir()!r} could not be read ({type(error).__name__}: {error}); "
-            "if it has one of another writer's, that one is replaced.",
+        warn(
+            f"the TensorBoard layout in {writer.get_logdir()!r} could not be read ({in_words(error)}); if it has one "
+            "of another writer's, that one is replaced.",
             stacklevel=3,
         )
     merged = merge(_written.get(writer, {}), before, layout)

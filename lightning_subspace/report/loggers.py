@@ -11,15 +11,22 @@ from __future__ import annotations
 
 import importlib
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+import torch
 from torch import Tensor
+
+from lightning_subspace._arguments import require_instance, require_word
+from lightning_subspace.parallel.ranks import in_words
+from lightning_subspace.report.guard import Guard
+from lightning_subspace.state.notice import warn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from lightning_subspace._lightning import Trainer
 
 LogLevel: TypeAlias = Literal["default", "all"]
 
@@ -39,6 +46,8 @@ def logged_name(prefix: str, key: str) -> str:
         >>> logged_name("subspace", "gradient_fraction"), logged_name("subspace", "eigenvalues/01")
         ('subspace/gradient_fraction', 'subspace_eigenvalues/01')
     """
+    for name, value in (("prefix", prefix), ("key", key)):
+        require_instance(name, value, str, "a string")
     return f"{prefix}_{key}" if key.startswith("eigenvalues/") else f"{prefix}/{key}"
 
 
@@ -54,6 +63,9 @@ def select(metrics: Mapping[str, float], log: LogLevel, extra: Set[str]) -> dict
         >>> select({"sharpness": 2.0, "gap_index": 3.0, "solver/converged": 1.0}, "default", {"gap_index"})
         {'sharpness': 2.0}
     """
+    require_instance("metrics", metrics, Mapping, "a mapping from keys to numbers")
+    require_word("log", log, get_args(LogLevel))
+    require_instance("extra", extra, Set, "a set of keys")
     if log == "all":
         return dict(metrics)
     kept = SOLVER_KEYS | (FAILURE_KEYS if metrics.get("solver/converged") == 0.0 else frozenset())
@@ -71,8 +83,9 @@ class Reporter:
     """Sends values to loggers; one that fails loses its values alone.
 
     The first failure of each logger is a warning with the logger's class, the exception and what was lost. Later calls
-    try again, since a dropped connection may come back. Call on rank 0 only. In all methods `loggers` are those of the
-    trainer, `tag` is a name such as "subspace/spectrum", and `step` is the x of the values.
+    try again, since a dropped connection may come back. No `Exception` leaves any method, and `KeyboardInterrupt` and
+    `SystemExit` do. Call on rank 0 only, but for `callback_metrics`. In all methods `loggers` are those of the trainer,
+    `tag` is a name such as "subspace/spectrum", and `step` is the x of the values.
 
     Example:
         >>> Reporter().scalars(trainer.loggers, {"subspace/sharpness": 21.3}, step=100)  # doctest: +SKIP
@@ -81,27 +94,36 @@ class Reporter:
     def __init__(self) -> None:
         # Identities rather than loggers: they need no hash, and a pickled or deep-copied monitor drags no logger along.
         self._warned: set[int] = set()
+        self._guard = Guard()
+
+    def callback_metrics(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        """Show metrics under their logged names to other callbacks; earlier ones stay."""
+        with self._guard.of("the values for ModelCheckpoint and EarlyStopping could not be set"):
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
     def scalars(self, loggers: Iterable[Any], metrics: Mapping[str, float], step: int) -> None:
         """Log metrics under their logged names, nan and inf left out."""
-        # Several services reject these, and then all that was sent with them.
-        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-        if not finite:
-            return
-        lost = f"{len(finite)} scalars ({', '.join(list(finite)[:3])}{', ...' if len(finite) > 3 else ''})"
-        for logger in loggers:
-            self._attempt(logger, _log_scalars, finite, step=step, lost=lost)
+        with self._guard.of("scalars were lost"):
+            # Several services reject these, and then all that was sent with them.
+            finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+            if not finite:
+                return
+            lost = f"{len(finite)} scalars ({', '.join(list(finite)[:3])}{', ...' if len(finite) > 3 else ''})"
+            for logger in loggers:
+                self._attempt(logger, _log_scalars, finite, step=step, lost=lost)
 
     def histogram(self, loggers: Iterable[Any], tag: str, values: Tensor, step: int) -> None:
         """Log the distribution of the finite values, where a logger can."""
-        values = values.detach().flatten().double().cpu()
-        values = values[values.isfinite()]
-        if len(values):
-            self._send(_HISTOGRAMS, loggers, tag, values, step, f"the histogram {tag}")
+        with self._guard.of(f"the histogram {tag} was lost"):
+            values = values.detach().flatten().double().cpu()
+            values = values[values.isfinite()]
+            if len(values):
+                self._send(_HISTOGRAMS, loggers, tag, values, step, f"the histogram {tag}")
 
     def figure(self, loggers: Iterable[Any], tag: str, figure: Figure, step: int) -> None:
         """Log a matplotlib figure, where a logger can; it is left open."""
-        self._send(_FIGURES, loggers, tag, figure, step, f"the figure {tag}")
+        with self._guard.of(f"the figure {tag} was lost"):
+            self._send(_FIGURES, loggers, tag, figure, step, f"the figure {tag}")
 
     def _send(
         self, senders: Mapping[str, _Sender], loggers: Iterable[Any], tag: str, value: Any, step: int, lost: str
@@ -119,10 +141,10 @@ class Reporter:
             if id(logger) in self._warned:
                 return
             self._warned.add(id(logger))
-            warnings.warn(
-                f"{type(logger).__name__} raised {type(error).__name__}: {error}. Lost: {lost} of step {step}. "
-                "Training goes on and later values are tried again, without a further warning for this logger; all "
-                "that was measured is also in the monitor's history.",
+            warn(
+                f"{type(logger).__name__} raised {in_words(error)}. Lost: {lost} of step {step}. Training goes on and "
+                "later values are tried again, without a further warning for this logger; all that was measured is "
+                "also in the monitor's history.",
                 stacklevel=3,
             )
 

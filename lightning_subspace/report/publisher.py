@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-
+from lightning_subspace.report.guard import Guard
 from lightning_subspace.report.loggers import LogLevel, Reporter, logged_name, select
+from lightning_subspace.subspace.overlap_history import OverlapHistory
 from lightning_subspace.subspace.record import Record
 
 if TYPE_CHECKING:
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
 class Publisher:
     """Sends the records of one monitor to a trainer and its loggers.
 
-    The loggers get theirs from the first rank alone.
+    The loggers get theirs from the first rank alone. No `Exception` leaves any method (see `Guard`).
 
     Args:
         name: prefix of all keys.
@@ -32,39 +30,41 @@ class Publisher:
         self._level: LogLevel = log
         self._extra = extra
         self._reporter = Reporter()
+        self._guard = Guard()
         self._drawn: Record | None = None
 
     def update_callback_metrics(self, trainer: Trainer, record: Record) -> None:
         """Show the values to ModelCheckpoint and EarlyStopping; earlier ones stay."""
-        named = {logged_name(self._name, key): torch.tensor(value) for key, value in record.metrics.items()}
-        trainer.callback_metrics.update(named)
+        with self._guard.of("values for other callbacks are missing"):
+            named = {logged_name(self._name, key): value for key, value in record.metrics.items()}
+            self._reporter.callback_metrics(trainer, named)
 
     def log(self, trainer: Trainer, record: Record) -> None:
         """Log scalars and the histogram of the eigenvalues, at the record's step."""
-        if not trainer.is_global_zero:
-            return
-        selected = select(record.metrics, self._level, self._extra)
-        named = {logged_name(self._name, key): value for key, value in selected.items()}
-        self._reporter.scalars(trainer.loggers, named, record.step)
-        if record.subspace is not None and record.subspace.converged:
-            values = record.subspace.eigenvalues[record.subspace.known]
-            if len(values):
+        with self._guard.of("a record was not logged"):
+            if not trainer.is_global_zero:
+                return
+            selected = select(record.metrics, self._level, self._extra)
+            named = {logged_name(self._name, key): value for key, value in selected.items()}
+            self._reporter.scalars(trainer.loggers, named, record.step)
+            if record.subspace is None or not record.subspace.converged:
+                return
+            if len(values := record.subspace.eigenvalues[record.subspace.known]):
                 self._reporter.histogram(trainer.loggers, f"{self._name}/eigenvalues", values, record.step)
 
-    def draw(
-        self, trainer: Trainer, history: Sequence[Record], steps: Sequence[int], matrix: np.ndarray, error: float | None
-    ) -> None:
-        """Log figures of the last spectrum, once, and the overlaps. Never raises."""
-        last = next((r for r in reversed(history) if r.subspace is not None and r.subspace.converged), None)
-        if last is None or not trainer.is_global_zero or not trainer.loggers or last is self._drawn:
-            return
-        self._drawn, step = last, last.step
-        try:
+    def draw(self, trainer: Trainer, history: Sequence[Record], overlaps: OverlapHistory) -> None:
+        """Log figures of the last spectrum, once, and the overlaps."""
+        with self._guard.of("the figures could not be drawn"):
+            if not trainer.is_global_zero or not trainer.loggers:
+                return
+            last = next((r for r in reversed(history) if r.subspace is not None and r.subspace.converged), None)
+            if last is None or last is self._drawn:
+                return
+            self._drawn, step = last, last.step
             from lightning_subspace.report.figures import overlap_figure, spectrum_figure  # matplotlib takes a while
 
             self._reporter.figure(trainer.loggers, f"{self._name}/spectrum", spectrum_figure([last]), step)
+            steps, matrix = overlaps.matrix()
             if len(steps) > 1:
-                figure = overlap_figure(steps, matrix, error)
+                figure = overlap_figure(steps, matrix, overlaps.error)
                 self._reporter.figure(trainer.loggers, f"{self._name}/overlaps", figure, step)
-        except Exception as problem:
-            warnings.warn(f"the figures of step {step} could not be drawn: {problem!r}", stacklevel=2)

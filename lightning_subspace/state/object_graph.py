@@ -1,46 +1,53 @@
-"""Python objects that hold state, and how to replace their contents.
+"""Python objects that hold state, found by following references.
 
-`walk` follows references from some roots through everything that can hold state. Every object stays the same object.
+`walk` goes from some roots through everything that can hold state. Every object stays the same object. It goes in one
+of two ways: through a module, whose tensors are to be copied, or around it, where more is followed and nothing copied.
 """
 
 from __future__ import annotations
 
 import functools
-import random
+import math
+import queue
 import sys
+import threading
 import types
+import weakref
 from argparse import Namespace
-from collections import UserDict, UserList, deque
+from collections import ChainMap, UserDict, UserList, UserString, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from operator import is_
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.quasirandom import SobolEngine
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-# Objects of these packages, and of classes derived from theirs, manage training itself: they are not followed.
-TRAINING = frozenset({"lightning", "pytorch_lightning", "lightning_fabric", "torch"})
-FOREIGN = TRAINING | sys.stdlib_module_names
+from lightning_subspace.state.buffers import behind, in_memory
+from lightning_subspace.state.bulk import Bulk
+from lightning_subspace.state.containers import MutableObject, attributes, built_in
+from lightning_subspace.state.generators import rewind
+from lightning_subspace.state.packages import TRAINING, WRITERS, own_globals, package, package_names
+from lightning_subspace.state.thread_objects import RUNNING, runs_threads
+
 # Classes of foreign packages that are nothing but state.
-PLAIN = (types.SimpleNamespace, Namespace, UserDict, UserList, Distribution, SobolEngine)
-
-
-@dataclass(frozen=True)
-class MutableObject:
-    """A mutable object.
-
-    Attributes:
-        items: its original contents.
-        replace_contents: sets other contents, as many and in the same order.
-    """
-
-    items: list[Any]
-    replace_contents: Callable[[list[Any]], None]
+PLAIN = (
+    types.SimpleNamespace, Namespace, UserDict, UserList, UserString, ChainMap, Distribution, SobolEngine,
+    weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet, threading.local,
+)  # fmt: skip
+# Classes of torch whose objects are followed around a module, and those of a user's own that are not.
+AROUND = (Dataset, Sampler, DataLoader, Optimizer, LRScheduler)
+NOT_AROUND = frozenset({"Logger", "Trainer", "Strategy", "SummaryWriter"})
+RESULTS = "_ResultCollection"  # of what is logged, which is muted; it refers to the batch
+ITSELF = __name__.split(".")[0]
+LEFT_ALONE = TRAINING | WRITERS | {ITSELF, "numpy"} | sys.stdlib_module_names
+CONSTANT = (str, int, float, complex, bytes, range, type, types.ModuleType, torch.dtype, torch.device, torch.Size)
 
 
 @dataclass
@@ -51,24 +58,44 @@ class ObjectGraph:
         seen: ids of all visited objects.
         containers: the mutable objects.
         generators: for each random generator, a function and its argument that set its state.
-        tensors: all tensors, parameters included.
-        iterators: objects that cannot be restored: iterators with hidden state, open files.
+        tensors, arrays: all of them, parameters included, but for those in `bulks`.
+        iterators: objects that cannot be restored: iterators with hidden state, open files, queues.
+        others: objects that were not followed and may hold state.
+        bulks: large containers of plain data, which were not walked through.
+        caches: of `functools`.
+        is_whole: whether all was visited.
     """
 
     seen: set[int]
     containers: list[MutableObject] = field(default_factory=list)
     generators: list[tuple[Callable[[Any], Any], Any]] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
-    iterators: list[Iterator[Any]] = field(default_factory=list)
+    arrays: list[np.ndarray[Any, Any]] = field(default_factory=list)
+    iterators: list[Any] = field(default_factory=list)
+    others: list[Any] = field(default_factory=list)
+    bulks: list[Bulk] = field(default_factory=list)
+    caches: list[Any] = field(default_factory=list)
+    is_whole: bool = True
 
 
-def walk(roots: Iterable[Any], packages: frozenset[str], seen: Iterable[int] = ()) -> ObjectGraph:
+def walk(
+    roots: Iterable[Any],
+    packages: frozenset[str],
+    seen: Iterable[int] = (),
+    *,
+    around: bool = False,
+    most: float = math.inf,
+    bulk: Callable[[Any], Bulk | None] = lambda value: None,
+) -> ObjectGraph:
     """Find everything that can be reached from the roots, once.
 
     Args:
         roots: objects to begin with.
         packages: a plain object is followed if its class comes from one of these.
         seen: ids of objects that are not visited again.
+        around: whether objects of all other packages are followed, too, nearest first.
+        most: how many objects are visited.
+        bulk: tells large containers of plain data, which are not walked through.
 
     Raises:
         TypeError: for a TorchScript module.
@@ -78,25 +105,44 @@ def walk(roots: Iterable[Any], packages: frozenset[str], seen: Iterable[int] = (
         [['a', [1, 2]], [1, 2]]
     """
     found = ObjectGraph(set(seen))
-    stack = list(roots)
+    stack, visited = deque(roots), 0
+    take = stack.popleft if around else stack.pop
     while stack:
-        value = stack.pop()
-        if value is None or isinstance(value, str | int | float | type | types.ModuleType) or id(value) in found.seen:
+        value = take()
+        if type(value) in weakref.ProxyTypes:  # says that it is of the class of what it stands for
+            stack.extend(behind(value))
             continue
-        if isinstance(value, tuple | types.MappingProxyType):  # often temporary: its id may be reused
-            stack.extend(value if isinstance(value, tuple) else value.values())
+        if value is None or isinstance(value, CONSTANT) or id(value) in found.seen:
             continue
+        if isinstance(value, tuple | types.MappingProxyType | frozenset):  # often temporary: its id may be reused
+            stack.extend(value.values() if isinstance(value, types.MappingProxyType) else value)
+            continue
+        if visited >= most:
+            found.is_whole = False
+            return found
+        visited += 1
         found.seen.add(id(value))
         if isinstance(value, Tensor):
             found.tensors.append(value)
             stack.extend(vars(value).values())
-        elif (rewind := _rewind(value)) is not None:
-            found.generators.append(rewind)
+        elif isinstance(value, np.ndarray):
+            found.arrays.append(value)
+            stack.extend(value.ravel().tolist() if value.dtype.hasobject else ())
+        elif (large := bulk(value)) is not None:
+            found.bulks.append(large)
+        elif (generator := rewind(value)) is not None:
+            found.generators.append(generator)
+        elif isinstance(value, functools._lru_cache_wrapper):
+            found.caches.append(value)
+        elif is_queue(value):
+            found.iterators.append(value)
         else:
-            containers = _containers(value, packages)
+            containers = _containers(value, packages, around=around)
             found.containers.extend(containers)
             if not containers and isinstance(value, Iterator):
                 found.iterators.append(value)
+            elif not containers:
+                found.others.append(value)
             stack.extend(item for container in containers for item in container.items)
     return found
 
@@ -115,149 +161,73 @@ def restore(containers: Iterable[MutableObject], generators: Iterable[tuple[Call
         raise errors[0]
 
 
-def packages_of(objects: Iterable[object]) -> frozenset[str]:
-    """Packages of the classes of some objects, without `FOREIGN` ones."""
-    return frozenset(_package(cls) for value in objects for cls in type(value).__mro__) - FOREIGN
-
-
-def own_caches(module: nn.Module) -> list[functools._lru_cache_wrapper[Any]]:
+def own_caches(module: nn.Module) -> list[Any]:
     """The `functools.cache`s in a module's classes and in their files."""
-    return [value for value in _own_globals(module) if isinstance(value, functools._lru_cache_wrapper)]
+    return [value for value in own_globals(module) if isinstance(value, functools._lru_cache_wrapper)]
 
 
 def own_generators(module: nn.Module) -> list[Any]:
     """The random generators in a module's classes and in their files."""
-    return [value for value in _own_globals(module) if _rewind(value) is not None]
+    return [value for value in own_globals(module) if rewind(value) is not None]
 
 
-def _own_globals(module: nn.Module) -> list[Any]:
-    classes = {cls for m in module.modules() for cls in type(m).__mro__ if _package(cls) not in FOREIGN}
-    files = {cls.__module__ for cls in classes} & set(sys.modules)
-    places = [*map(vars, classes), *(vars(sys.modules[name]) for name in files)]
-    return [value for place in places for value in list(place.values())]
+def is_queue(value: Any) -> bool:
+    """Whether an object is a queue between threads, processes or tasks."""
+    if isinstance(value, queue.Queue | queue.SimpleQueue):
+        return True
+    kind = type(value).__module__
+    return kind in ("multiprocessing.queues", "torch.multiprocessing.queue", "asyncio.queues")
 
 
-def _package(cls: type) -> str:
-    return cls.__module__.split(".")[0]
+def may_be_watched(value: Any) -> bool:
+    """Whether an object that is not followed is not left alone."""
+    if isinstance(value, (Tensor, nn.Module, types.FunctionType, types.BuiltinFunctionType, *RUNNING, BaseProcess)):
+        return False
+    return package(type(value)) not in LEFT_ALONE and not runs_threads(value)
 
 
-def _containers(value: Any, packages: frozenset[str]) -> list[MutableObject]:
+def _containers(value: Any, packages: frozenset[str], *, around: bool = False) -> list[MutableObject]:
     """A value's containers: items, attributes, both, or none for a constant."""
     if isinstance(value, torch.jit.ScriptModule):
+        if around:
+            return []
         raise TypeError(
             f"module: expected an eager module, got the TorchScript module {type(value).__name__}, whose parameters "
             "cannot be replaced by copies; use the eager one, or pass loss_fn=, a loss without it."
         )
+    if around and type(value).__name__ == RESULTS:
+        return []
     if isinstance(value, types.CellType):
         try:
             contents = value.cell_contents
         except ValueError:  # a variable without a value yet
             return []
-        return [MutableObject([contents], lambda items: setattr(value, "cell_contents", items[0]))]
+        return [_of_cell(value, contents)]
     if isinstance(value, types.MethodType | types.BuiltinMethodType):
         return [MutableObject([value.__self__], lambda items: None)]
-    found = [
-        MutableObject(read(value), functools.partial(fill, value))
-        for kind, read, fill in BUILT_IN
-        if isinstance(value, kind)
-    ]
-    if found or isinstance(value, (nn.Module, *PLAIN)) or _is_own(value, packages):
-        if hasattr(value, "__dict__"):
-            found.append(MutableObject(_read_dict(vars(value)), functools.partial(_fill_dict, vars(value))))
-        found.extend(_of_slots(value))
+    found = [*built_in(value), *in_memory(value)]
+    is_state = isinstance(value, (nn.Module, *PLAIN))
+    if found or is_state or _is_own(value, packages) or (around and _is_around(value)):
+        found.extend(attributes(value))
     return found
 
 
-def _is_own(value: Any, packages: frozenset[str]) -> bool:
+def _of_cell(cell: types.CellType, contents: Any) -> MutableObject:
+    return MutableObject(
+        [contents], lambda items: setattr(cell, "cell_contents", items[0]), lambda: [cell.cell_contents]
+    )
+
+
+def _is_own(value: Any, own: frozenset[str]) -> bool:
     """Whether an object's class is of these packages, not of training's."""
-    if isinstance(value, Dataset):
+    names = package_names(value)
+    return bool(names & own) and not names & TRAINING
+
+
+def _is_around(value: Any) -> bool:
+    """Whether an object around a module is followed."""
+    if isinstance(value, AROUND):
+        return not runs_threads(value)
+    if ITSELF in package_names(value) or any(cls.__name__ in NOT_AROUND for cls in type(value).__mro__):
         return False
-    own = {_package(cls) for cls in type(value).__mro__}
-    return bool(own & packages) and not own & TRAINING
-
-
-def _read_dict(target: dict[Any, Any]) -> list[Any]:
-    return [*target, *target.values()]
-
-
-def _fill_dict(target: dict[Any, Any], items: list[Any]) -> None:
-    keys, values = items[: len(items) // 2], items[len(items) // 2 :]
-    if len(target) != len(keys) or not all(map(is_, target, keys)):
-        target.clear()
-        for key, value in zip(keys, values, strict=True):
-            target[key] = value
-        return
-    # By entry if the keys are unchanged: guards of compiled code look at the dict.
-    for key, old, new in zip(keys, list(target.values()), values, strict=True):
-        if old is not new:
-            target[key] = new
-
-
-def _fill_list(target: list[Any] | deque[Any], items: list[Any]) -> None:
-    if len(items) != len(target) or not all(map(is_, items, target)):
-        target.clear()
-        target.extend(items)
-
-
-def _fill_set(target: set[Any], items: list[Any]) -> None:
-    # Only the difference: the order of iteration depends on how a set was built.
-    target.intersection_update(items)
-    target.update(items)
-
-
-def _fill_partial(target: functools.partial[Any], items: list[Any]) -> None:
-    if target.func is not items[0] or target.args is not items[1]:
-        target.__setstate__((items[0], items[1], target.keywords, vars(target)))  # type: ignore[attr-defined]
-
-
-def _fill_function(target: types.FunctionType, items: list[Any]) -> None:
-    if target.__defaults__ is not items[0]:
-        target.__defaults__ = items[0]
-
-
-# Kinds of built-in containers: how to read their contents, and how to fill them.
-BUILT_IN: Any = (
-    (dict, _read_dict, _fill_dict),
-    ((list, deque), list, _fill_list),
-    (set, list, _fill_set),
-    (functools.partial, lambda target: [target.func, target.args, target.keywords], _fill_partial),
-    (types.FunctionType, lambda f: [f.__defaults__, f.__kwdefaults__, *(f.__closure__ or ())], _fill_function),
-)
-
-
-def _of_slots(target: Any) -> list[MutableObject]:
-    classes = [cls for cls in type(target).__mro__ if "__slots__" in vars(cls)]
-    slots = [d for cls in classes for d in vars(cls).values() if isinstance(d, types.MemberDescriptorType)]
-    filled = {slot: slot.__get__(target) for slot in slots if _has(slot, target)}
-
-    def fill(items: list[Any]) -> None:
-        for slot in slots:
-            if slot not in filled and _has(slot, target):
-                slot.__delete__(target)
-        for slot, item in zip(filled, items, strict=True):
-            slot.__set__(target, item)
-
-    return [MutableObject(list(filled.values()), fill)] if slots else []
-
-
-def _has(slot: types.MemberDescriptorType, target: Any) -> bool:
-    try:
-        slot.__get__(target)
-    except AttributeError:
-        return False
-    return True
-
-
-def _rewind(value: Any) -> tuple[Callable[[Any], Any], Any] | None:
-    """Function and argument that put back a random generator, or None."""
-    if isinstance(value, torch.Generator):
-        return value.set_state, value.get_state()
-    if isinstance(value, np.random.Generator):
-        value = value.bit_generator
-    if isinstance(value, np.random.BitGenerator):
-        return functools.partial(setattr, value, "state"), value.state
-    if isinstance(value, np.random.RandomState):
-        return value.set_state, value.get_state()
-    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
-        return value.setstate, value.getstate()
-    return None
+    return may_be_watched(value)

@@ -1,6 +1,8 @@
-"""Overlaps between the subspaces of all probes, in bounded memory.
+"""Overlaps between the subspaces of a run's probes, in constant memory.
 
-A new sketch is compared with every sketch that is still held, and the results stay as numbers.
+At most `keep` sketches are held, whatever the number of probes, and the overlap of each pair of them. A new one is
+compared with all of these; the one that is dropped for it takes its overlaps along. Those that stay are spread evenly
+over log(step): a matrix of them shows a run at every scale of time.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from lightning_subspace.subspace.sketch import Sketch, sketch_error, sketch_over
 
 @dataclass(eq=False)
 class OverlapHistory:
-    """Sketches and pairwise overlaps of the probes so far.
+    """Sketches and pairwise overlaps of probes, of a bounded number of them.
 
     Raises:
         ValueError: for `keep` below 2.
@@ -31,14 +33,18 @@ class OverlapHistory:
     """
 
     keep: int = 64  # how many sketches are held at most
-    steps: list[int] = field(default_factory=list)  # of all probes, oldest first
     sketches: dict[int, Sketch] = field(default_factory=dict)  # those held, by their steps, oldest first
-    pairs: dict[tuple[int, int], float] = field(default_factory=dict)  # overlaps of two steps, the earlier one first
+    pairs: dict[tuple[int, int], float] = field(default_factory=dict)  # overlaps of two held steps, earlier one first
     reference_step: int | None = None  # whose sketch is always kept
 
     def __post_init__(self) -> None:
         if self.keep < 2:
             raise ValueError(f"keep: expected at least 2 sketches, got {self.keep}.")
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps whose sketches are held, oldest first."""
+        return list(self.sketches)
 
     def compare(self, sketch: Sketch) -> dict[int, float]:
         """The overlaps with all that are held, by their steps."""
@@ -56,22 +62,21 @@ class OverlapHistory:
             The step whose sketch was dropped for it, or None.
         """
         for other, value in (self.compare(sketch) if overlaps is None else overlaps).items():
-            self.pairs[other, step] = value
-        self.steps.append(step)
+            self.pairs[_pair(other, step)] = value
         self.sketches[step] = sketch
         return self._thin() if len(self.sketches) > self.keep else None
 
     def matrix(self) -> tuple[list[int], np.ndarray]:
-        """The steps, and the overlaps between them.
+        """The steps that are held, and the overlaps between them.
 
-        The matrix is (p, p) with entries in [0, 1], or nan where a pair was never compared.
+        The matrix is (h, h), h at most `keep`, with entries in [0, 1], or nan where a pair was never compared.
         """
-        position = {step: i for i, step in enumerate(self.steps)}
+        position = {step: i for i, step in enumerate(self.sketches)}
         matrix = np.full((len(position), len(position)), np.nan)
         for (a, b), value in self.pairs.items():
             matrix[position[a], position[b]] = matrix[position[b], position[a]] = value
         np.fill_diagonal(matrix, 1.0)
-        return list(self.steps), matrix
+        return self.steps, matrix
 
     @property
     def error(self) -> float | None:
@@ -79,13 +84,11 @@ class OverlapHistory:
         return max((sketch_error(sketch) for sketch in self.sketches.values()), default=0.0) or None
 
     def __copy__(self) -> OverlapHistory:
-        return OverlapHistory(self.keep, list(self.steps), dict(self.sketches), dict(self.pairs), self.reference_step)
+        return OverlapHistory(self.keep, dict(self.sketches), dict(self.pairs), self.reference_step)
 
     def forget(self, step: int) -> None:
         """Undo `add` of this step; what it dropped stays dropped."""
-        self.steps.remove(step)
-        del self.sketches[step]
-        self.pairs = {pair: value for pair, value in self.pairs.items() if step not in pair}
+        self._drop(step)
         if self.reference_step == step:
             self.reference_step = None
 
@@ -96,5 +99,14 @@ class OverlapHistory:
         places = [math.log1p(step) for step in held]
         inner = [i for i in range(1, len(held) - 1) if held[i] != self.reference_step]
         crowded = min(inner or [1], key=lambda i: places[i + 1] - places[i - 1])
-        del self.sketches[held[crowded]]
+        self._drop(held[crowded])
         return held[crowded]
+
+    def _drop(self, step: int) -> None:
+        del self.sketches[step]
+        for other in self.sketches:
+            self.pairs.pop(_pair(step, other), None)
+
+
+def _pair(a: int, b: int) -> tuple[int, int]:
+    return min(a, b), max(a, b)

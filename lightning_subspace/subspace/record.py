@@ -1,10 +1,13 @@
-"""Record of one probe."""
+"""Record of one probe, and those of a run."""
 
 from __future__ import annotations
 
+import sys
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from lightning_subspace._arguments import require_instance, require_instances, require_integer
 from lightning_subspace.subspace.sketch import Sketch
 from lightning_subspace.subspace.subspace import Subspace
 
@@ -19,6 +22,9 @@ class Record:
             (`"gradient_fraction"`, `"solver/seconds"`, `"eigenvalues/01"` ...). Untrusted values are absent.
         subspace: the eigenspace; without its eigenvectors in `SubspaceMonitor.history`; None for k = 0.
         sketch: the compressed eigenspace, from which overlaps with every other probe are computed.
+
+    Raises:
+        ValueError: for an attribute of another type, or a negative step.
     """
 
     step: int
@@ -26,16 +32,48 @@ class Record:
     subspace: Subspace | None = None
     sketch: Sketch | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        require_integer("step", self.step, 0)
+        require_instance("metrics", self.metrics, Mapping, "a mapping from keys to numbers")
+        require_instance("subspace", self.subspace, Subspace, "a Subspace or None", optional=True)
+        require_instance("sketch", self.sketch, Sketch, "a Sketch or None", optional=True)
+
     def without_eigenvectors(self) -> Record:
         """The record as a history keeps it."""
         return self if self.subspace is None else replace(self, subspace=self.subspace.without_eigenvectors())
+
+
+class History(list[Record]):
+    """Records of a run, in the order of their steps.
+
+    Example:
+        >>> history = History()
+        >>> history.keep(Record(3, {"sharpness": 2.0}))
+        >>> history[0].metrics
+        {'sharpness': 2.0}
+    """
+
+    def keep(self, record: Record) -> None:
+        """Append a record, without its eigenvectors."""
+        # The same key is the same object in all records: a run may have very many.
+        metrics = {sys.intern(key): value for key, value in record.metrics.items()}
+        self.append(replace(record, metrics=metrics).without_eigenvectors())
+
+    def drop_sketch(self, step: int | None) -> None:
+        """Drop the sketch of this step's record, if it is here."""
+        place = len(self) if step is None else bisect_left(self, step, key=lambda record: record.step)
+        if place < len(self) and self[place].step == step:
+            self[place] = replace(self[place], sketch=None)
 
 
 def to_rows(records: Iterable[Record]) -> list[dict[str, float]]:
     """Flatten records into one dict a probe, all with the same keys.
 
     Absent values are nan. The rows go as they are into `csv.DictWriter`, `pandas.DataFrame` or a printed table.
+
+    Raises:
+        ValueError: for anything but records.
     """
-    records = list(records)
+    records = require_instances("records", records, Record, "a list of instances of lightning_subspace.Record")
     keys = list(dict.fromkeys(key for record in records for key in record.metrics))
     return [{"step": r.step, **{key: r.metrics.get(key, float("nan")) for key in keys}} for r in records]

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_subspace._arguments import is_integer, require_flag, require_instance, require_shape, wrong
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.subspace.subspace import overlap
 
@@ -48,6 +49,10 @@ class Sketch:
     basis: Tensor  # (k, d) orthonormal rows, float32 on the CPU
     exact: bool  # whether no hashing was needed, so that overlaps are exact
 
+    def __post_init__(self) -> None:
+        require_shape("basis", self.basis, ["k", "d"], "basis vectors are rows")
+        require_flag("exact", self.exact)
+
 
 def sketch(basis: Tensor, partition: Partition, cells: int = CELLS) -> Sketch:
     """Sketch a subspace of the parameter space.
@@ -60,7 +65,7 @@ def sketch(basis: Tensor, partition: Partition, cells: int = CELLS) -> Sketch:
         cells: d, a multiple of 4 in [4, 131072].
 
     Raises:
-        ValueError: for other `cells`, where n is larger.
+        ValueError: for other `cells`, or a basis of another shape.
 
     Example:
         >>> from lightning_subspace.parallel.parameters import ParameterSpace
@@ -68,6 +73,9 @@ def sketch(basis: Tensor, partition: Partition, cells: int = CELLS) -> Sketch:
         >>> sketch(torch.eye(8)[:2], partition).exact
         True
     """
+    require_instance("partition", partition, Partition, "a Partition")
+    require_shape("basis", basis, ["k", partition.local_n], "basis vectors are rows")
+    _require_cells(cells)
     if partition.n <= cells:
         return Sketch(_whole(basis, partition).to("cpu", torch.float32, copy=True), exact=True)
     orthonormal, _ = torch.linalg.qr(count_sketch(basis, partition, cells).cpu().double().T)
@@ -113,8 +121,7 @@ def count_sketch(vectors: Tensor, partition: Partition, cells: int = CELLS) -> T
     Raises:
         ValueError: when `cells` is not a multiple of 4 in [4, 131072].
     """
-    if cells % TABLES or not TABLES <= cells <= TABLES << 15:
-        raise ValueError(f"cells: expected a multiple of {TABLES} in [{TABLES}, {TABLES << 15}], got {cells!r}.")
+    _require_cells(cells)
     image = torch.zeros(len(vectors), cells, dtype=vectors.dtype, device=vectors.device)
     tables = torch.split(image, cells // TABLES, dim=1)
     for name, offset, place in partition.locate():
@@ -127,6 +134,11 @@ def count_sketch(vectors: Tensor, partition: Partition, cells: int = CELLS) -> T
                 sign = ((bits >> 15) & 1).to(block.dtype).mul_(2).sub_(1)
                 table.index_add_(1, (bits & 0x7FFF).remainder(cells // TABLES), block * sign)
     return partition.ranks.all_reduce(image) / math.sqrt(TABLES)
+
+
+def _require_cells(cells: int) -> None:
+    if not is_integer(cells) or cells % TABLES or not TABLES <= cells <= TABLES << 15:
+        raise wrong("cells", f"a multiple of {TABLES} in [{TABLES}, {TABLES << 15}]", cells)
 
 
 def _whole(vectors: Tensor, partition: Partition) -> Tensor:

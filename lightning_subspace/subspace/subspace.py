@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_subspace._arguments import require_instance, require_shape
 from lightning_subspace.linalg import EigshResult, Outcome
 from lightning_subspace.linalg.stopping import CLAIMED_ERROR, VALUE_ERROR
 from lightning_subspace.parallel.partition import Partition
@@ -71,6 +72,8 @@ class Subspace:
         Raises:
             SubspaceIntegrityError: when the eigenvectors are not orthonormal to 1e-4.
         """
+        require_instance("result", result, EigshResult, "an EigshResult")
+        require_instance("partition", partition, Partition, "a Partition or None", optional=True)
         defect = orthonormality_defect(result.eigenvectors, ALONE if partition is None else partition.ranks)
         if not defect < ORTHONORMALITY:
             raise SubspaceIntegrityError(
@@ -231,6 +234,8 @@ def fraction(basis: Tensor, vector: Tensor, ranks: Ranks = ALONE) -> float:  # (
         >>> fraction(torch.eye(4)[:2], torch.tensor([3.0, 0.0, 4.0, 0.0]))
         0.36
     """
+    require_shape("basis", basis, ["k", "n"], "basis vectors are rows")
+    require_shape("vector", vector, basis.shape[1:], "it has a number for each column of the basis")
     norm = math.sqrt(float(inner_products(vector[None], vector[None], ranks)))
     if not 0.0 < norm < math.inf:
         return math.nan
@@ -251,6 +256,7 @@ def overlap(basis: Tensor, other: Tensor, ranks: Ranks = ALONE) -> float:  # (k,
         >>> overlap(torch.eye(4)[:2], torch.eye(4)[1:3])
         0.5
     """
+    _require_pair(basis, other)
     cosines = inner_products(basis, other, ranks)
     return _in_unit_interval(float(cosines.square().sum()) / min(cosines.shape), "overlap")
 
@@ -265,11 +271,17 @@ def principal_angles(basis: Tensor, other: Tensor) -> Tensor:  # (k, n), (m, n) 
         >>> principal_angles(torch.eye(4)[:2], torch.eye(4)[1:3])
         tensor([0.0000, 1.5708], dtype=torch.float64)
     """
+    _require_pair(basis, other)
     small, large = sorted((_exact(basis), _exact(other.to(basis.device))), key=len)
     cosines = torch.linalg.svdvals(small @ large.T).clamp(max=1.0)  # descending
     # The part of the smaller space outside the larger one; the other way round, m - k sines would be 1.
     sines = torch.linalg.svdvals(small - small @ large.T @ large).flip(0).clamp(max=1.0)  # ascending, the same pairs
     return torch.where(cosines.square() > 0.5, sines.asin(), cosines.acos())
+
+
+def _require_pair(basis: Tensor, other: Tensor) -> None:
+    require_shape("basis", basis, ["k", "n"], "basis vectors are rows")
+    require_shape("other", other, ["m", *basis.shape[1:]], "both are of the same space, basis vectors as rows")
 
 
 def _exact(tensor: Tensor) -> Tensor:

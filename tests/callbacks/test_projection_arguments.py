@@ -53,7 +53,7 @@ WRONG = {
     "on_check_fail": [("one of 'warn', 'raise', 'finite-difference', 'omit'", ["ignore"])],
     "on_failure": [("one of 'warn', 'raise'", ["ignore"])],
     "name": [("an ASCII word", ["", "a b", None])],
-    "seed": [("an integer of at least 0", [-1, None])],
+    "seed": [("an integer from 0 to 2**63 - 1", [-1, None])],
 }
 CASES = [(name, expected, value) for name, rows in WRONG.items() for expected, values in rows for value in values]
 
@@ -122,7 +122,7 @@ def fit(*callbacks, namespace=pl, module=None, **options):
 
 REFUSED = {
     "k": ({"k": 100}, {}, "SubspaceProjection: k: expected 0..43, the number of parameters, got 100."),
-    "params": ({"params": ["tail.*"]}, {}, "SubspaceProjection: params: the pattern 'tail.*' matches no trainable"),
+    "params": ({"params": ["tail.*"]}, {}, "SubspaceProjection: params: expected patterns of parameter names, got one"),
     "manual": ({}, {"automatic_optimization": False}, "SubspaceProjection: Net optimizes manually"),
     "sample": ({"sample": [(torch.zeros(3), "x")], "weight": lambda batch: 0.0}, {}, "SubspaceProjection: weight: "),
 }

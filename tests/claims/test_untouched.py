@@ -27,6 +27,7 @@ from lightning_subspace.loss import training_loss
 from lightning_subspace.measurements import Measurement
 from lightning_subspace.measurements.base import Needs
 from lightning_subspace.report import Publisher
+from lightning_subspace.state import containers as contents
 from lightning_subspace.state import object_graph as containers
 from tests.modules import (
     BATCH,
@@ -361,10 +362,14 @@ def without_kind(kind: type) -> Callable:
     def remove(patch):
         found = containers._containers
         empty = containers.MutableObject([], lambda items: None)
-        patch.setattr(containers, "_containers", lambda v, p: [empty] if isinstance(v, kind) else found(v, p))
+        patch.setattr(
+            containers,
+            "_containers",
+            lambda v, p, **options: [empty] if isinstance(v, kind) else found(v, p, **options),
+        )
         if kind is dict:  # that of an object's attributes, too
-            patch.setattr(containers, "_fill_dict", nothing)
-            patch.setattr(containers, "_read_dict", lambda target: [])
+            patch.setattr(contents, "fill_dict", nothing)
+            patch.setattr(contents, "read_dict", lambda target: [])
 
     return remove
 
@@ -379,15 +384,31 @@ def not_copied(kind: Callable) -> Callable:
     return remove
 
 
+def followed_by_nobody(patch):
+    """Objects are followed neither as a module's own nor as something around it."""
+    for name in ("_is_own", "_is_around"):
+        patch.setattr(containers, name, lambda *args: False)
+
+
 def both_batch_copies(patch):
     for place in (micro_batch, training_loss):
         patch.setattr(place, "copied", lambda data, *args: data)
 
 
+def caches_as_they_are(patch):
+    opened = containment.Shadow._open
+
+    def without(self):
+        opened(self)
+        self._caches = []
+
+    patch.setattr(containment.Shadow, "_open", without)
+
+
 # piece: how to take it away, the project that needs it, and how it is monitored
 PIECES = {
     "random state": (lambda p: p.setattr(training_loss, "preserved_random_state", nothing), "Randomness", {}),
-    "generators": (without("_rewind", None), "Randomness", {}),
+    "generators": (without("rewind", None), "Randomness", {}),
     "tensors": (lambda p: p.setattr(containment.Shadow, "_copy_tensor", unchanged), "Statistics", {}),
     "arrays": (lambda p: p.setattr(containment.np, "ndarray", ()), "Attributes", {}),
     "frozen parameters": (not_copied(lambda p: not p.requires_grad), "Teacher", {}),
@@ -397,11 +418,11 @@ PIECES = {
     "sets": (without_kind(set), "Attributes", {}),
     "tuples": (lambda p: p.setattr(containment.Shadow, "_copy_immutable", unchanged), "Attributes", {}),
     "partials": (without_kind(functools.partial), "Attributes", {}),
-    "slots": (without("_of_slots", []), "Attributes", {}),
+    "slots": (lambda p: p.setattr(contents, "in_slots", lambda target: []), "Attributes", {}),
     "functions": (without_kind(types.FunctionType), "Hooks", {}),
     "closures": (without_kind(types.CellType), "Hooks", {}),
-    "plain objects": (without("_is_own", False), "Attributes", {}),
-    "caches": (lambda p: p.setattr(containment, "own_caches", lambda module: []), "Cached", {"sample": "all"}),
+    "plain objects": (followed_by_nobody, "Attributes", {}),
+    "caches": (caches_as_they_are, "Cached", {"sample": "all", "dtype": "float64"}),
     "extra_roots": (lambda p: p.setattr(training_loss, "extra_roots", lambda module: []), "Conductor", {}),
     "self.log": (lambda p: p.setattr(_lightning, "_cover", nothing), "Metrics", {}),
     "loggers": (lambda p: p.setattr(_lightning, "Silent", lambda logger: logger), "Writers", {}),

@@ -124,7 +124,7 @@ def test_on_a_quadratic_it_is_the_curvature_along_the_gradient(k):
         assert found["critical_sharpness"] == pytest.approx(found["gradient_curvature"], rel=1e-3)
         if measurement.direction == "update":
             assert found["critical_step"] == pytest.approx(2.0 / (0.07 * found["gradient_curvature"]), rel=1e-3)
-            assert measurement._start == pytest.approx(found["critical_step"])
+            assert measurement.state_dict()["found"] == pytest.approx(found["critical_step"])
         else:
             assert "critical_step" not in found
 

@@ -230,7 +230,7 @@ def test_the_number_of_angles_is_a_positive_integer(given):
 
 @kinds
 def test_the_checks_can_be_left_out(kind):
-    with pytest.raises(ValueError, match="validate_args: expected a bool, got 'no'"):
+    with pytest.raises(ValueError, match="validate_args: expected True or False, got 'no'"):
         make(kind, validate_args="no")
     metric = make(kind, validate_args=False)
     metric.update(*pair(kind, 0))

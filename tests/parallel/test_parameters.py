@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.parallel.storage import overlapping
 
 
 class Tied(nn.Module):
@@ -248,3 +249,37 @@ def test_the_number_of_tensors_must_agree(count):
         space.flatten([torch.ones(2)] * count)
     with pytest.raises(RuntimeError, match="split"):
         space.unflatten(torch.ones(5))
+
+
+def test_parts_of_one_buffer_are_parameters_of_their_own():
+    flat = torch.zeros(10)
+    module = nn.Module()
+    module.a, module.b = nn.Parameter(flat[:4].view(2, 2)), nn.Parameter(flat[4:])
+    assert ParameterSpace.of(module).n == 10
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "overlap"),
+    [
+        (lambda w: w, lambda w: w.T, True),
+        (lambda w: w[:2], lambda w: w[2:], False),
+        (lambda w: w[:3], lambda w: w[2:], True),
+        (lambda w: w[:, :3], lambda w: w[:, 3:], False),
+        (lambda w: w[:, :4], lambda w: w[:, 3:], True),
+        (lambda w: w.view(-1)[::2], lambda w: w.view(-1)[1::2], False),
+        (lambda w: w.view(-1)[::2], lambda w: w.view(-1)[1::3], True),
+        (lambda w: w[:1], lambda w: w[3:], False),
+        (lambda w: w.view(torch.int32)[0, :2].view(torch.float32), lambda w: w[0, 1:3], True),
+        (lambda w: w[:, 0], lambda w: w.view(torch.int16)[:, 2:4], False),
+        (lambda w: w[:, 0], lambda w: w.view(torch.int16)[:, 1:3], True),
+    ],
+)
+def test_overlap_of_two_views(one, other, overlap):
+    whole = torch.zeros(4, 6)
+    apart = torch.zeros(3)
+    tensors = {"one": one(whole), "apart": apart, "other": other(whole)}
+    assert overlapping(tensors) in ((("one", "other"), ("other", "one")) if overlap else (None,))
+    marked = torch.zeros(4, 6)  # by writing
+    one(marked).fill_(1)
+    before = other(marked).clone()
+    assert bool(before.any()) == overlap

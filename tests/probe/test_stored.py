@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace import CheckpointError, SubspaceMonitor, SubspaceProjection, read_history
+from lightning_subspace import CheckpointError, Control, Density, SubspaceMonitor, SubspaceProjection, read_history
 from lightning_subspace.probe import checkpoint
 from tests.probe import stored_run as stored
 
@@ -76,7 +76,7 @@ def test_a_file_with_two_monitors_wants_a_name(tmp_path):
     torch.save(state, tmp_path / "two.ckpt")
     with pytest.raises(CheckpointError, match="got None; it has 'subspace', 'head'"):
         read_history(tmp_path / "two.ckpt")
-    with pytest.raises(CheckpointError, match="format: expected 2, got 7; it was written by another version"):
+    with pytest.raises(CheckpointError, match="format: expected 3, got 7; it was written by another version"):
         read_history(tmp_path / "two.ckpt", "head")
     assert len(read_history(tmp_path / "two.ckpt", "subspace")) == 3
 
@@ -169,13 +169,34 @@ STATES = {key: saved()["callbacks"][key] for key in (MONITOR, PROJECTION)}
 FEW = {"k": 2, "sample": 16, "gradient_sample": 16, "batch_size": 16, "on_failure": "raise"}
 
 
-def resume(key, state, folder):
+def measurements():
+    """Those that remember."""
+    return [Control(), Density(steps=4, vectors=1)]
+
+
+@pytest.fixture(scope="module")
+def of_today(tmp_path_factory):
+    """The state that the same run leaves today, with measurements that remember."""
+    path = tmp_path_factory.mktemp("today") / "a.ckpt"
+    monitor = SubspaceMonitor(
+        every_n_steps=3,
+        reference_step=3,
+        max_overhead=None,
+        measurements=measurements(),
+        **{**FEW, "sample": [next(iter(stored.loader()))]},
+    )
+    stored.train(stored.Net(6), monitor, stored.Save(path))
+    return torch.load(path, weights_only=True)["callbacks"][MONITOR]
+
+
+def resume(key, state, folder, measurements=None):
     """Take one step from a checkpoint with this state: the callback, and what was warned of."""
     whole = saved()
     whole["callbacks"] = {key: state}
     torch.save(whole, folder / "damaged.ckpt")
     if key == MONITOR:
-        callback = SubspaceMonitor(every_n_steps=7, reference_step=3, max_overhead=None, **FEW)
+        settings = {**FEW, "measurements": measurements}
+        callback = SubspaceMonitor(every_n_steps=7, reference_step=3, max_overhead=None, **settings)
     else:
         callback = SubspaceProjection("bulk", refresh_every_n_steps=2, start_when=stored.START, **FEW)
     with warnings.catch_warnings(record=True) as caught:
@@ -198,21 +219,68 @@ PLAUSIBLE = {
 }  # fmt: skip
 
 
-def test_whatever_is_damaged_in_the_state_of_a_monitor_is_found_and_named():
+def judged(state):
+    """The numbers of single changes that are refused, and the paths of those that pass."""
     refused, passed = 0, set()
-    for path, state in damaged(STATES[MONITOR]):
+    for path, damaged_one in damaged(state):
         message = ""
         try:
-            checkpoint.decode(state)
+            checkpoint.decode(damaged_one)
         except CheckpointError as error:
             message, refused = str(error), refused + 1
         else:
             passed.add(path)
-        # Sizes are held against what is of that size.
-        other = {"names": "shapes", "k": "overlaps.sketches", "shapes": "overlaps.sketches"}.get(path[0], "format")
-        assert path in passed or message.startswith((str(path[0]), "state", other)), (path, message)
+        # Sizes are held against what is of that size, and the steps of sketches against those of the records.
+        others = {"names": "shapes", "k": "overlaps.sketches", "shapes": "overlaps.sketches", "history": "overlaps"}
+        start = (str(path[0]), "state", others.get(path[0], "format"))
+        assert path in passed or message.startswith(start), (path, message)
+    return refused, passed
+
+
+AHEAD = {("schedule", "last_step", "huge"), ("schedule", "num_passed_over", "huge")}  # refused where they are resumed
+
+
+def test_whatever_is_damaged_in_the_state_of_a_monitor_is_found_and_named():
+    refused, passed = judged(STATES[MONITOR])
     assert refused > 900
-    assert passed - PLAUSIBLE <= {("schedule", "last_step", "huge"), ("schedule", "num_passed_over", "huge")}
+    assert passed - PLAUSIBLE <= AHEAD
+
+
+def test_whatever_is_damaged_in_a_state_of_today_is_found_and_named(of_today):
+    assert of_today["format"] == checkpoint.FORMAT
+    assert of_today["measurements"].keys() == {"Control", "Density"}
+    refused, passed = judged(of_today)
+    assert refused > 900
+    apart = {path for path in passed if path[0] != "measurements"}  # which judge for themselves
+    # Keys of metrics, of which there are more than then.
+    kinds = {path for path in apart if path[:2] == ("history", "keys") and path[-1] in ("text", "backwards")}
+    absent = {("complex_names", "absent"), ("sample", "None")}  # it is None, as batches were given
+    assert apart - PLAUSIBLE - AHEAD - kinds - absent == set()
+
+
+def test_a_run_that_is_resumed_from_any_change_in_a_measurement_measures(of_today, tmp_path):
+    """At each place of what they remember: one of the two goes on, the other one goes on or says that it does not."""
+    whole = {**of_today, "measurements": of_today["measurements"]}
+    changes = [(path, state) for path, state in damaged(whole["measurements"]) if path[-1] in ("None", "nan", "scaled")]
+    assert len(changes) > 20
+    for path, states in changes:
+        callback, warned = resume(MONITOR, {**whole, "measurements": states}, tmp_path, measurements())
+        is_decoded = isinstance(states, dict) and all(isinstance(state, dict) for state in states.values())
+        assert [record.step for record in callback.history] == ([0, 3, 6, 7] if is_decoded else [6, 7]), path
+        assert {"trace", "gradient_fraction"} <= callback.history[-1].metrics.keys(), path
+        names = [text for text in warned if "is not used" in text]
+        assert len(names) == (path != ("Density", "steps", "scaled")), (path, warned)  # as of another run
+        assert not names or path[0] in names[0] or not is_decoded, (path, names)
+
+
+def test_a_state_with_the_overlaps_of_all_probes_keeps_those_that_are_held():
+    state = copy.deepcopy(STATES[MONITOR])
+    del state["overlaps"]["sketches"][3]
+    state["overlaps"]["reference_step"] = None
+    overlaps = checkpoint.decode(state).overlaps
+    assert (overlaps.steps, list(overlaps.pairs)) == ([0, 6], [(0, 6)])
+    then = dict(zip(map(tuple, state["overlaps"]["pairs"].tolist()), state["overlaps"]["overlaps"], strict=True))
+    assert overlaps.pairs[0, 6] == float(then[0, 6])
 
 
 SAME = {("shapes", 1, "backwards"), ("shapes", 3, "backwards")}  # of vectors

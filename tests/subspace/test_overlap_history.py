@@ -1,4 +1,4 @@
-"""Overlaps between all probes: every number stays, a bounded number of sketches does."""
+"""Overlaps between probes: a bounded number of sketches, and the numbers between them."""
 
 import math
 
@@ -102,20 +102,33 @@ def test_what_is_kept_is_spread_over_the_logarithm_of_the_step():
     assert places[1] - places[0] < 0.35 * (places[-1] - places[0])
 
 
-def test_numbers_stay_when_their_sketches_go():
+def test_overlaps_go_with_their_sketches_and_the_others_stay_what_they_are():
     sketches = exact_sketches(30)
     short, long = OverlapHistory(4), OverlapHistory(100)
     for step, one in enumerate(sketches):
         short.add(step, one)
         long.add(step, one)
-    steps, thinned = short.matrix()
-    known = ~np.isnan(thinned)
-    assert steps == list(range(30))
-    assert known.sum() > 4 * 30
-    assert not known.all()
-    np.testing.assert_array_equal(thinned[known], long.matrix()[1][known])
-    assert known[0].all()  # the first is kept all the time
-    assert all(known[i, i + 1] for i in range(29))  # neighbours have always met
+        held = kept_steps(short)
+        steps, matrix = short.matrix()
+        assert steps == held
+        assert not np.isnan(matrix).any()
+        np.testing.assert_array_equal(matrix, long.matrix()[1][np.ix_(held, held)])
+        assert len(short.pairs) == len(held) * (len(held) - 1) // 2
+    assert steps[-1] == 29
+
+
+def test_a_step_that_is_taken_back_or_given_out_of_order_leaves_no_pair_behind():
+    one, two, three = exact_sketches(3)
+    history = OverlapHistory(3)
+    for step, sketch_ in ((10, one), (0, two), (5, three)):  # as a loop of the user's own may count
+        history.add(step, sketch_)
+    assert sorted(history.pairs) == [(0, 5), (0, 10), (5, 10)]
+    assert history.matrix()[1][0, 1] == overlap(one.basis, two.basis)
+    history.forget(0)
+    assert list(history.pairs) == [(5, 10)]
+    history.add(20, one)
+    history.add(30, one)
+    assert len(history.pairs) == 3
 
 
 def test_keep_is_at_least_two():

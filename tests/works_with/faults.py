@@ -12,6 +12,7 @@ import inspect
 import io
 import logging
 import math
+import signal
 import tempfile
 import time
 import warnings
@@ -37,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lightning_subspace import Measurement, Needs, SubspaceMonitor, SubspaceProjection
 from lightning_subspace import measurements as default
 from lightning_subspace.callbacks import monitor, recorder
-from lightning_subspace.curvature import CurvatureConfig, FiniteDifferenceHessian, Hessian
+from lightning_subspace.curvature import CurvatureConfig, FiniteDifferenceHessian, Hessian, selection
 from lightning_subspace.curvature.differences import DisplacedGradients
 from lightning_subspace.curvature.forward_difference import ForwardDifferenceHessian
 from lightning_subspace.curvature.fsdp_difference import ShardedDifferenceHessian
@@ -82,7 +83,8 @@ class Fault:
     Attributes:
         place: see the top of this file.
         rank: where it happens; None: on all of them.
-        kind: a key of `ERRORS`, "nan" (what the place computes is no number) or "different" (it does something else).
+        kind: a key of `ERRORS`, "nan" (what the place computes is no number), "different" (it does something else) or
+            "signal" (one arrives).
         step: of the probe in which it happens; None: outside of any.
         operation: which of the operations that take memory, where the place is one.
     """
@@ -111,6 +113,7 @@ class _Here:
         self.counts: Counter[str] = Counter()
         self.communicates = False
         self.num_operations = 0
+        self.heard: list[tuple[str, list[str]]] = []
 
     @property
     def phase(self) -> str:
@@ -132,6 +135,9 @@ def reach(place: str) -> bool:
     if fault is None:
         return False
     here.faults.remove(fault)
+    if fault.kind == "signal":
+        signal.raise_signal(signal.SIGUSR2)
+        return False
     if fault.kind in ERRORS:
         raise ERRORS[fault.kind](f"at {place}")
     return True
@@ -177,7 +183,7 @@ def _in_a_probe(what: str) -> Callable[..., str]:
 
 PLACES: list[tuple[Any, str, str | Callable[..., str]]] = [
     (CurvatureConfig, "_compare", "self-check"),
-    (CurvatureConfig, "_evaluate_twice", "second evaluation"),
+    (selection, "require_value", "second evaluation"),
     (GradientField, "of", "diagnosis"),
     (examples, "is_random", "randomness"),
     (screening, "with_loss", "screening"),
@@ -663,6 +669,7 @@ class Fit:
         verified: whether missed copies of eigenvalues were excluded.
         num_probes: how many the tracker has counted.
         overlaps: the matrix.
+        heard: signals that a handler has got, with the phases of a probe that it ran in.
         num_operations: that took memory, in the last probe in which they were counted.
         seconds: that it took.
     """
@@ -676,6 +683,7 @@ class Fit:
     verified: list[bool]
     num_probes: int
     overlaps: Any
+    heard: list[tuple[str, list[str]]]
     num_operations: int
     seconds: float
 
@@ -786,6 +794,10 @@ def _fit(case: Case, alone: Observer, folder: Path) -> Fit:
             train(replace(case, max_steps=1), _monitor(case), folder)
     here.faults, here.step, here.communicates = list(case.faults), None, False
     here.phases.clear()
+    here.heard.clear()
+    signal.signal(
+        signal.SIGUSR2, lambda signum, frame: here.heard.append((signal.Signals(signum).name, [*here.phases]))
+    )
     its_monitor = _monitor(case)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -803,6 +815,7 @@ def _fit(case: Case, alone: Observer, folder: Path) -> Fit:
         verified=[record.subspace is not None and record.subspace.verified for record in records],
         num_probes=0 if its is None else its.num_probes,
         overlaps=its_monitor.overlap_matrix()[1].tolist(),
+        heard=list(here.heard),
         num_operations=here.num_operations,
         seconds=time.monotonic() - start,
     )

@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import time
+import types
 import warnings
 from types import SimpleNamespace
 
@@ -539,17 +540,18 @@ SCHEDULES = {
 
 def ticking(slow, arguments):
     """A monitor with a clock of its own: a step takes a second, and a probe ten times as long on the slow rank."""
-    now = [0.0]
+    clock = types.ModuleType("clock")  # no state of the callbacks, which would be put back
+    clock.now = 0.0
 
     def evaluate(module, batch, batch_idx):
-        now[0] += 1.0 if module.global_rank == slow else 0.1
+        clock.now += 1.0 if module.global_rank == slow else 0.1
         return Net.training_step(module, batch, batch_idx)
 
     def tick(*args):
-        now[0] += 1.0
+        clock.now += 1.0
 
     one = monitor(sample=12, gradient_sample=12, loss_fn=evaluate, **arguments)
-    one._schedule._clock = lambda: now[0]
+    one._schedule._clock = lambda: clock.now
     return one, Net(), [LambdaCallback(on_train_batch_start=tick)]
 
 
@@ -747,3 +749,39 @@ def train_in_tensor_parallel(ranks):
 
 def test_tensor_parallelism_is_refused():
     assert on(2, train_in_tensor_parallel) == [True, True]
+
+
+class WritingOnOne(Net):
+    """The first rank alone writes to state around the module, and all ranks talk to each other in a training step."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if dist.is_initialized():
+            dist.all_reduce(loss.detach().clone())
+            self.seen.append(self.trainer.global_step)
+        if rank_of_this() == 0:
+            self.trainer.callbacks[0].seen[0] += 1.0
+        return loss
+
+
+class Counter(Callback):
+    def __init__(self):
+        self.seen = torch.zeros(1)
+
+
+def written_on_one(ranks, is_watched):
+    module, counter = WritingOnOne(), Counter()
+    watching = [monitor(every_n_steps=1, sample=12, gradient_sample=24)] if is_watched else []
+    fit(module, in_turn(ranks), counter, *watching, ranks=ranks)
+    weights = [p.tolist() for p in module.parameters()]
+    return weights, counter.seen.item(), module.seen, [steps_of(one) for one in watching]
+
+
+def test_an_evaluation_that_writes_on_one_rank_is_taken_again_on_all():
+    alone, watched = (on(2, written_on_one, is_watched) for is_watched in (False, True))
+    assert [one[3] for one in watched] == [[[0, 1, 2, 3, 4]]] * 2
+    assert [one[:3] for one in watched] == [one[:3] for one in alone]

@@ -1,6 +1,8 @@
 """Which parameters are measured: complex ones, sparse gradients, adapters on a frozen backbone, patterns, tied ones."""
 
 import copy
+import warnings
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,7 +18,10 @@ from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.measure import measure_subspace
+from tests.modules import CLASSES
 from tests.oracles import STEP, dense_hessian
+from tests.works_with.numbered import by_index, loader
+from tests.works_with.same_run import Classifier, compare
 
 INPUTS = torch.randn(12, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 TOKENS = torch.randint(6, (12, 3), generator=torch.Generator().manual_seed(1))
@@ -194,3 +199,89 @@ def test_a_trainable_set_that_changes_in_mid_run():
     assert has_overlap <= {1, 2, 3, 5, 6}
     assert {1, 2, 5, 6} & has_overlap
     assert all(step >= 4 for step in monitor.overlap_matrix()[0])
+
+
+class Penalised(Classifier):
+    """A penalty on parameters that are taken from elsewhere than the module."""
+
+    registry: ClassVar[list[nn.Parameter]] = []
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        type(self).registry = list(self.parameters())
+
+    def training_step(self, batch, batch_idx):
+        places = {
+            "self.optimizers()": lambda: [p for group in self.optimizers().param_groups for p in group["params"]],
+            "a class attribute": lambda: self.registry,
+            "the trainer": lambda: self.trainer.lightning_module.parameters(),
+        }
+        return super().training_step(batch, batch_idx) + 0.1 * sum(p.square().sum() for p in places[self.way]())
+
+
+@pytest.mark.parametrize("way", ["self.optimizers()", "a class attribute"])
+def test_parameters_that_the_loss_takes_from_elsewhere_are_refused_and_training_is_unchanged(tmp_path, way):
+    with pytest.warns(UserWarning, match=r"left out.*LossError: loss: expected every .* 'net\.0\.") as told:
+        run = compare(
+            tmp_path,
+            lambda: Penalised(way),
+            loader,
+            monitor={"on_failure": "warn"},
+            accumulate_grad_batches=2,
+        )
+    assert not run.differing
+    assert run.steps == []
+    assert sum("SubspaceMonitor" in str(w.message) for w in told) == 1
+
+
+def test_parameters_by_the_trainer_are_those_of_the_module(tmp_path):
+    run = compare(tmp_path, lambda: Penalised("the trainer"), loader)
+    assert not run.differing
+    assert run.steps == [0, 2, 4, 6, 8]
+
+
+def tied_by_data():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    net[2].weight.data = net[0].weight.data
+    return net
+
+
+def test_two_parameters_over_one_storage_are_refused():
+    with pytest.raises(ValueError, match=r"module: expected parameters .* got '0\.weight' and '2\.weight' over one"):
+        measure_subspace(tied_by_data(), [(INPUTS.float(), LABELS)], k=2, loss_fn=classify)
+
+
+def test_a_frozen_parameter_over_the_storage_of_another_is_a_constant():
+    net = tied_by_data()
+    net[2].weight.requires_grad_(False)
+    found = measure_subspace(net, [(INPUTS.float(), LABELS)], k=2, loss_fn=classify)
+    alone = copy.deepcopy(net)
+    alone[2].weight.data = net[2].weight.data.clone()
+    assert (
+        found.metrics["sharpness"]
+        == measure_subspace(alone, [(INPUTS.float(), LABELS)], k=2, loss_fn=classify).metrics["sharpness"]
+    )
+
+
+class Lazy(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(CLASSES))
+
+
+@pytest.mark.parametrize("data", [loader, by_index])
+@pytest.mark.parametrize("sample", [16, "all", "current"])
+def test_lazy_parameters_are_measured_from_the_first_batch_on(tmp_path, data, sample, caplog):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[lL]azy", module="torch|lightning")
+        with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+            run = compare(tmp_path, Lazy, data, monitor={"sample": sample, "every_n_steps": 1})
+    assert not run.differing
+    assert run.steps == list(range(1, 9))
+    assert caplog.text.count("lazy parameters have no shape before the first batch") == 1
+
+
+def test_lazy_parameters_are_named_where_no_batch_comes_before():
+    with pytest.raises(ValueError, match=r"'net\.0\.weight': expected a shape, got a lazy parameter"):
+        measure_subspace(Lazy(), [(INPUTS.float(), LABELS)], k=2, loss_fn=classify)

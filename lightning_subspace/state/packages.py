@@ -1,0 +1,46 @@
+"""Packages that classes come from: a user's, and others."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+# Objects of these packages, and of classes derived from theirs, manage training itself: they are not followed.
+TRAINING = frozenset({"lightning", "pytorch_lightning", "lightning_fabric", "torch"})
+FOREIGN = TRAINING | sys.stdlib_module_names
+# Objects that only write down what they are told, each in a way of its own.
+WRITERS = frozenset(
+    {"aim", "clearml", "comet_ml", "loguru", "mlflow", "neptune", "rich", "structlog", "tensorboard", "tensorboardX"}
+    | {"tqdm", "wandb"}
+)
+
+
+def package(cls: type) -> str:
+    """The package that a class was defined in."""
+    return str(cls.__module__).split(".")[0]
+
+
+def package_names(value: Any) -> frozenset[str]:
+    """Those of an object's class and of all that it derives from."""
+    return frozenset(map(package, type(value).__mro__))
+
+
+def packages_of(objects: Iterable[object]) -> frozenset[str]:
+    """Packages of the classes of some objects, without `FOREIGN` ones."""
+    return frozenset().union(*map(package_names, objects)) - FOREIGN
+
+
+def own_places(module: nn.Module) -> tuple[list[type], list[dict[str, Any]]]:
+    """A module's own classes, and the globals of their files."""
+    classes = {cls for m in module.modules() for cls in type(m).__mro__ if package(cls) not in FOREIGN}
+    files = {cls.__module__ for cls in classes} & set(sys.modules)
+    return list(classes), [vars(sys.modules[name]) for name in files]
+
+
+def own_globals(module: nn.Module) -> list[Any]:
+    """Values in a module's classes and in the files of these classes."""
+    classes, files = own_places(module)
+    return [value for place in (*map(vars, classes), *files) for value in list(place.values())]

@@ -37,8 +37,8 @@ class Reliability(Measurement):
     Both are scaled down by the share of the training set that was not sampled (finite population correction).
     `tests/measurements/test_reliability.py` measures how often the band covers the truth. Costs two eigensolves on half
     of the sample and a pass over the gradient sample. Left out when a sample is the whole training set, or a single
-    micro-batch. Of a loss that is random beside its examples no sample is the whole; its repeated draws count as
-    micro-batches, and have no random numbers in common.
+    micro-batch, or where the space of a half is not trusted. Of a loss that is random beside its examples no sample is
+    the whole; its repeated draws count as micro-batches, and have no random numbers in common.
 
     Args:
         every: taken at each probe whose number is a multiple of this.
@@ -66,7 +66,7 @@ class Reliability(Measurement):
         count = len(probe.operator.batches)
         even, odd = (probe.operator.part(range(start, count, 2)) for start in (0, 1))
         halves = [probe.solve(half) for half in (even, odd)]
-        if not all(half.converged for half in halves):
+        if not all(half.trusted for half in halves):
             return {}
         measured = probe.top.fraction(probe.gradient)
         spread = max(abs(measured - half.fraction(probe.gradient)) for half in halves)

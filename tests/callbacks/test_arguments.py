@@ -45,6 +45,7 @@ WRONG = {
     "tol": [("a number in (0, 0.1]", [0, 0.2, -1e-3, NAN, "1e-3", None, True])],
     "max_matvecs": [("an integer of at least 10", [9, 1]), ("an integer of at least 1", [0, 50.0, None, True])],
     "ncv": [("an integer of at least 13 or None", [12, 1]), ("an integer of at least 1 or None", [0, 20.0, True])],
+    "verify": [("'always', 'never', or an integer of at least 1", ["sometimes", 0, 2.0, None, True])],
     "params": [("a list of patterns such as ['head.*'], or None", ["head.*", 3, [3], [], {"head.*": 1}])],
     "loss_fn": [("a function or None", [3, "cross_entropy"])],
     "mode": [("one of 'train', 'eval'", ["test", None, True])],
@@ -59,7 +60,10 @@ WRONG = {
     "seed": [("an integer from 0 to 2**63 - 1", [-1, 0.5, None, True, 2**63])],
 }
 # What is added behind the value.
-WAY_OUT = {"tol": "; it is relative to the largest eigenvalue"}
+WAY_OUT = {
+    "tol": "; it is relative to the largest eigenvalue",
+    "verify": "; 10 verifies every tenth probe, and those after one that found copies",
+}
 CASES = [(name, expected, value) for name, rows in WRONG.items() for expected, values in rows for value in values]
 
 
@@ -89,6 +93,7 @@ RIGHT = {
     "tol": [0.1, 1e-9],
     "max_matvecs": [10],
     "ncv": [None, 13],
+    "verify": ["always", "never", 1, 10],
     "params": [None, ["head.*"], ("head.*",)],
     "loss_fn": [None, lambda module, batch, batch_idx: None],
     "mode": ["train", "eval"],

@@ -141,6 +141,12 @@ def test_a_probe_that_did_not_converge_says_so() -> None:
     assert set(select(failed, "default", EXTRA)) == {"solver/converged", "solver/residual", "solver/subspace_error"}
 
 
+def test_the_default_selection_says_which_probes_nobody_verified() -> None:
+    assert "solver/verified" not in select({**PROBE, "solver/converged": 1.0, "solver/verified": 1.0}, "default", EXTRA)
+    unverified = select({**PROBE, "solver/converged": 1.0, "solver/verified": 0.0}, "default", EXTRA)
+    assert unverified["solver/verified"] == 0.0
+
+
 def test_tensorboard_shows_scalars_histogram_and_figure(tensorboard: TensorBoardLogger, figure: Figure) -> None:
     reporter = Reporter()
     reporter.scalars([tensorboard], {"subspace/sharpness": 2.5}, step=3)

@@ -70,7 +70,7 @@ def problems(case: Case, fits: list[Fit], steps: list[int], told: str | None):
                 yield f"{what} on rank {rank}: {getattr(fit, what)}, and on rank 0: {getattr(fits[0], what)}"
         if fit.num_probes != len(steps):
             yield f"num_probes is {fit.num_probes}"
-        if steps and fault.kind != "nan" and fit.verified != [True] + [False] * (len(steps) - 1):
+        if steps and fault.kind != "nan" and fit.verified != [True] * len(steps):
             yield f"verified are the probes {fit.verified}"
         if steps and fit.rows and "gradient_fraction" not in fit.rows[-1]:
             yield f"the last record on rank {rank} is {fit.rows[-1]}"

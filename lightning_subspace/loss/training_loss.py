@@ -222,7 +222,7 @@ class TrainingLoss:
         return Evaluation(value, leaves)
 
     def _is_to_be_repeated(self, *, is_written: bool) -> bool:
-        """Whether an evaluation is taken again, on copies of what it has written to."""
+        """Whether an evaluation is taken again, on copies."""
         if self._ranks.count == 1:
             return is_written
         findings = findings_of(self.module)

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from lightning_subspace.data.assignment import owner_rank
@@ -73,6 +74,7 @@ def are_apart(one: Sequence[float], other: Sequence[float]) -> bool:
 
 def _size(tensor: Tensor) -> float:
     """Root mean square of what is stored; 0 for nothing."""
-    parts = [part.detach().abs().double().square().sum() for part in dense_parts(tensor)]
-    count = sum(part.numel() for part in dense_parts(tensor))
-    return math.sqrt(float(sum(parts)) / count) if count else 0.0
+    parts = [part.detach().resolve_conj() for part in dense_parts(tensor)]
+    count = sum(part.numel() for part in parts)
+    real = [torch.view_as_real(part) if part.is_complex() else part for part in parts]
+    return math.sqrt(float(sum(part.double().square().sum() for part in real)) / count) if count else 0.0

@@ -172,7 +172,7 @@ def test_one_measurement_in_two_monitors_of_a_trainer_is_refused(make):
     words = f"measurements: expected objects of their own .*, got one {name} for 'a' and 'b'; .* make a {name} for each"
     with pytest.raises(MisconfigurationException, match=words):
         both.fit(Net(), loader())
-    with pytest.raises(MisconfigurationException, match=f"got the same {name} twice"):
+    with pytest.raises(MisconfigurationException, match=f"measurements: .* once, got .*{name}.* is there twice"):
         trainer(monitor(shared, shared)).fit(Net(), loader())
 
 

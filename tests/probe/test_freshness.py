@@ -11,7 +11,7 @@ from lightning_subspace.loss.loss_function import NoLossError
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.ranks import Ranks
-from lightning_subspace.probe.freshness import are_apart, differ, traits_of
+from lightning_subspace.probe.freshness import _size, are_apart, differ, traits_of
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 16, 32])
@@ -69,3 +69,19 @@ def test_samples_of_other_structures_are_compared_by_their_losses():
     one, other = [(1.0, 5.0), (1.1, 5.0, 2.0)], [(1.0, 90.0), (1.2, 80.0)]
     assert not differ(one, other)
     assert differ([(value + 50.0, *rest) for value, *rest in one], other)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "size"),
+    [
+        (torch.tensor([True, False, False, False]), 0.5),
+        (torch.tensor([3, -4], dtype=torch.int8), 12.5**0.5),
+        (torch.tensor([200, 200], dtype=torch.uint8), 200.0),
+        (torch.tensor([3 + 4j]), 5.0),
+        (torch.tensor([3 + 4j]).conj(), 5.0),
+        (torch.tensor([0.5], dtype=torch.bfloat16), 0.5),
+        (torch.zeros(0), 0.0),
+    ],
+)
+def test_the_size_of_a_tensor_of_any_type(tensor, size):
+    assert _size(tensor) == pytest.approx(size)

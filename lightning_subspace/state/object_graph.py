@@ -183,7 +183,9 @@ def may_be_watched(value: Any) -> bool:
     """Whether an object that is not followed is not left alone."""
     if isinstance(value, (Tensor, nn.Module, types.FunctionType, types.BuiltinFunctionType, *RUNNING, BaseProcess)):
         return False
-    return package(type(value)) not in LEFT_ALONE and not runs_threads(value)
+    if package(type(value)) in LEFT_ALONE or _is_of_this_package(value):
+        return False
+    return not runs_threads(value)
 
 
 def _containers(value: Any, packages: frozenset[str], *, around: bool = False) -> list[MutableObject]:
@@ -221,13 +223,18 @@ def _of_cell(cell: types.CellType, contents: Any) -> MutableObject:
 def _is_own(value: Any, own: frozenset[str]) -> bool:
     """Whether an object's class is of these packages, not of training's."""
     names = package_names(value)
-    return bool(names & own) and not names & TRAINING
+    return bool(names & own) and not names & TRAINING and not _is_of_this_package(value)
 
 
 def _is_around(value: Any) -> bool:
     """Whether an object around a module is followed."""
     if isinstance(value, AROUND):
         return not runs_threads(value)
-    if ITSELF in package_names(value) or any(cls.__name__ in NOT_AROUND for cls in type(value).__mro__):
+    if any(cls.__name__ in NOT_AROUND for cls in type(value).__mro__):
         return False
     return may_be_watched(value)
+
+
+def _is_of_this_package(value: Any) -> bool:
+    """Whether a class here, as of monitors, is among an object's own."""
+    return ITSELF in package_names(value)

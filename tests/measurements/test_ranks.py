@@ -54,8 +54,8 @@ class ControlTwice(Measurement):
         control.measure(probe)
         held = control._previous
         noise = probe.partition.random(0, 0, F64)
-        top, after = (rows + 0.3 * noise / 57**0.5 * rows for rows in (held.top, held.next))
-        control._previous = replace(held, top=top / 2, next=after / 2)
+        top, after = (rows + 0.3 * noise / 57**0.5 * rows for rows in held.bases)
+        control._previous = replace(held, bases=(top / 2, after / 2))
         return control.measure(replace(probe, number=1))
 
 

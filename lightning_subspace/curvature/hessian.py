@@ -35,6 +35,7 @@ class GradientGraph:
     def build(cls, loss: TrainingLoss, batch: MicroBatch) -> GradientGraph:
         """Evaluate the loss of a micro-batch and its gradient."""
         evaluation = loss(batch)
+        loss.dependence.require_no_reentrant_checkpoint()
         gradients = torch.autograd.grad(evaluation.value, evaluation.leaves, create_graph=True, allow_unused=True)
         return cls(evaluation.leaves, list(gradients))
 

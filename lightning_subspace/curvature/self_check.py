@@ -27,6 +27,7 @@ from lightning_subspace.curvature.hessian import Hessian
 from lightning_subspace.curvature.kinks import KinkObserver
 from lightning_subspace.curvature.widening import Widening
 from lightning_subspace.data.micro_batch import MicroBatch
+from lightning_subspace.loss.loss_function import ElsewhereError
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.state.quiet import quiet
 from lightning_subspace.state.signals import SignalError
@@ -133,6 +134,8 @@ def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfC
                 steps = CHECKED_STEPS if is_wide else NARROW_STEPS
                 differences = [difference(loss, batch, jitter, direction, eps) for eps in steps]
     except SignalError:
+        raise
+    except ElsewhereError:
         raise
     except Exception as failure:  # float64 can fail in any way inside the user's code; that decides nothing
         reason = f"{type(failure).__name__} in {str(loss.dtype).removeprefix('torch.')}: {failure}"

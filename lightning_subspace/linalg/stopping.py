@@ -17,6 +17,7 @@ from lightning_subspace.linalg.selection import Ritz, Which
 
 _COARSE = 0.03  # in units of scale: copies that lie farther beyond the last wanted value change much
 VALUE_ERROR = 0.05  # the largest residual, relative to an eigenvalue, at which anything is known of it
+_FLOOR = 1e-3  # in units of tol * scale: copies closer than that are not looked for
 CLAIMED_ERROR = 0.1  # the largest residual / gap at which an eigenspace is claimed
 # Products that a verification may spend on what is close to the last wanted value: so many, or this share of those
 # before. With fewer, tests/benchmarks/certificate.py gave up spaces that had a gap.
@@ -75,11 +76,13 @@ class Rules:
 
     def fine_margin(self, scale: float, last: float) -> float:
         """Distance at which a missed copy changes an eigenvalue too much."""
-        return min(self.coarse_margin(scale, last), max(self.tol * scale, VALUE_ERROR * abs(last)))
+        # Of a value for which the floor is more, the residual stays far above 5 %: it is left out.
+        floor = max(self.rounding, _FLOOR * self.tol) * scale
+        return min(self.coarse_margin(scale, last), max(floor, VALUE_ERROR * abs(last)))
 
     def least_margin(self, scale: float, last: float) -> float:
         """The distance at which two eigenvalues differ."""
-        return self.tol * scale
+        return min(self.tol * scale, self.fine_margin(scale, last))
 
     def claims_space(self, residual: float, gap: float, scale: float) -> bool:
         """Whether an eigenspace of that residual and gap is claimed.

@@ -19,7 +19,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
 from lightning_subspace._torch import gradient_hook
-from lightning_subspace.loss.loss_function import LossError
+from lightning_subspace.loss.loss_function import ElsewhereError
 
 MESSAGE = (
     "loss: expected every parameter from the module, where a probe puts its copies, got the original of {!r} from "
@@ -30,6 +30,12 @@ MESSAGE = (
 
 # The class of the nodes that a graph ends in, which has no public name.
 ACCUMULATE = type(get_gradient_edge(torch.empty(0, requires_grad=True, device="cpu")).node)
+# The name of those of a reentrant activation checkpoint, torch's or another package's.
+CHECKPOINT = "CheckpointFunctionBackward"
+REENTRANT = (
+    "a part of the loss is an activation checkpoint with use_reentrant=True, inside of which torch.autograd.grad finds "
+    "no parameter; use_reentrant=False is right"
+)
 
 
 class Dependence:
@@ -40,6 +46,7 @@ class Dependence:
 
     Attributes:
         reaches_copies: whether a loss seen so far depends on a copy, or hides what it depends on.
+        is_reentrant: whether a loss has passed through an activation checkpoint with `use_reentrant=True`.
         others: the leaves beside copies that losses depend on, such as another network of the user's.
 
     Example:
@@ -50,14 +57,14 @@ class Dependence:
         ...     print(dependence.reaches_copies)
         ...     try:
         ...         dependence.see((copy * original).sum(), [copy])
-        ...     except LossError as error:
+        ...     except ElsewhereError as error:
         ...         print(str(error)[-90:])
         True
         would be missing; take it from the module there, or pass loss_fn=, a loss that does.
     """
 
     def __init__(self, originals: Mapping[Tensor, str]) -> None:
-        self.reaches_copies = False
+        self.reaches_copies = self.is_reentrant = False
         self.others: dict[int, Tensor] = {}  # by id
         self._originals = tuple(originals.items())
         self._hooks = ExitStack()
@@ -75,17 +82,27 @@ class Dependence:
         """Follow the graph of a loss to its ends.
 
         Raises:
-            LossError: when one of them is an original.
+            ElsewhereError: when one of them is an original.
         """
-        ends, is_hidden = _ends(loss)
+        ends, hidden = _ends(loss)
+        self.is_reentrant = self.is_reentrant or any(type(node).__name__ == CHECKPOINT for node in hidden)
         for original, name in self._originals:
             if id(original) in ends:
-                raise LossError(MESSAGE.format(name))
+                raise ElsewhereError(MESSAGE.format(name))
         reached = [ends.pop(id(copy), None) is not None for copy in copies]
-        self.reaches_copies = self.reaches_copies or is_hidden or any(reached)
+        self.reaches_copies = self.reaches_copies or bool(hidden) or any(reached)
         self.others.update(ends)
-        if is_hidden and not self._is_guarded:
+        if hidden and not self._is_guarded:
             self._guard()
+
+    def require_no_reentrant_checkpoint(self) -> None:
+        """Refuse a loss that `torch.autograd.grad` does not differentiate whole.
+
+        Raises:
+            RuntimeError: as torch does where an inner part alone is such a checkpoint.
+        """
+        if self.is_reentrant:
+            raise RuntimeError(REENTRANT)
 
     @contextmanager
     def preserved_gradients(self) -> Iterator[None]:
@@ -103,19 +120,19 @@ class Dependence:
         """Refuse gradients of originals until the context is left."""
 
         def refuse(_: Tensor, name: str) -> None:
-            raise LossError(MESSAGE.format(name))
+            raise ElsewhereError(MESSAGE.format(name))
 
         self._is_guarded = True
         for original, name in self._originals:
             self._hooks.enter_context(gradient_hook(original, partial(refuse, name=name)))
 
 
-def _ends(loss: Tensor) -> tuple[dict[int, Tensor], bool]:
-    """Leaves of a graph by id, and whether some may be hidden."""
+def _ends(loss: Tensor) -> tuple[dict[int, Tensor], list[Any]]:
+    """Leaves of a graph by id, and nodes that may hide others."""
     if loss.grad_fn is None:  # itself a leaf
-        return {id(loss): loss}, False
+        return {id(loss): loss}, []
     leaves: dict[int, Tensor] = {}
-    is_hidden = False
+    hidden: list[Any] = []
     seen: set[Any] = {loss.grad_fn}  # held, so that no id is used again
     stack: list[Any] = [loss.grad_fn]
     while stack:
@@ -124,9 +141,10 @@ def _ends(loss: Tensor) -> tuple[dict[int, Tensor], bool]:
             leaf = node.variable  # type: ignore[attr-defined]
             leaves[id(leaf)] = leaf
             continue
-        is_hidden = is_hidden or isinstance(node, BackwardCFunction)
+        if isinstance(node, BackwardCFunction):
+            hidden.append(node)
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 stack.append(following)
-    return leaves, is_hidden
+    return leaves, hidden

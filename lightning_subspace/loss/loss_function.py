@@ -24,6 +24,10 @@ class NoLossError(LossError):
     """The training step has returned None: Lightning skips such a batch."""
 
 
+class ElsewhereError(LossError):
+    """A loss depends on an original parameter, beside the copies in the module."""
+
+
 class WrittenError(LossError):
     """An evaluation has written to what is a copy from now on.
 

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from lightning_subspace._lightning import attached_trainer, muted, transfer
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.dependence import Dependence
 from lightning_subspace.loss.findings import findings_of
-from lightning_subspace.loss.loss_function import LossFunction, WrittenError, as_scalar, resolve_loss
+from lightning_subspace.loss.loss_function import LossError, LossFunction, WrittenError, as_scalar, resolve_loss
 from lightning_subspace.loss.precision import eager, twice_differentiable, widened, widened_array
 from lightning_subspace.loss.roots import extra_roots
 from lightning_subspace.loss.shadow import Shadow
@@ -159,6 +159,15 @@ class TrainingLoss:
         return Shadow(
             self.module, self._narrowest, offset, around, replacements=self._replacements, loss_key=self._loss_key
         )
+
+    def refuse(self, text: str) -> NoReturn:
+        """Refuse this loss now, and whenever it is to be evaluated again.
+
+        Raises:
+            LossError: with the text.
+        """
+        findings_of(self.module).refusals[self._loss_key] = text
+        raise LossError(text)
 
     def displace(self, offset: Tensor | None) -> None:
         """Evaluate at theta + offset, (n,), from now on; None: at theta."""

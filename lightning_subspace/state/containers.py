@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import is_
@@ -62,23 +62,31 @@ def with_items(value: Any, items: list[Any]) -> Any:
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
+# A class derived from one of these may do anything in methods of its own, so those of the built-in class are called.
+
+
+def _kind(target: Any) -> Any:
+    return next(kind for kind in (OrderedDict, dict, list, deque, set) if isinstance(target, kind))
+
+
 def read_dict(target: dict[Any, Any]) -> list[Any]:
     """Keys, and behind them the values."""
-    return [*target, *target.values()]
+    kind = _kind(target)
+    return [*kind.keys(target), *kind.values(target)]
 
 
 def fill_dict(target: dict[Any, Any], items: list[Any]) -> None:
     """Set keys and values in this order."""
-    keys, values = items[: len(items) // 2], items[len(items) // 2 :]
-    if len(target) != len(keys) or not all(map(is_, target, keys)):
-        target.clear()
+    kind, keys, values = _kind(target), items[: len(items) // 2], items[len(items) // 2 :]
+    if kind.__len__(target) != len(keys) or not all(map(is_, kind.keys(target), keys)):
+        kind.clear(target)
         for key, value in zip(keys, values, strict=True):
-            target[key] = value
+            kind.__setitem__(target, key, value)
         return
     # By entry if the keys are unchanged: guards of compiled code look at the dict.
-    for key, old, new in zip(keys, list(target.values()), values, strict=True):
+    for key, old, new in zip(keys, list(kind.values(target)), values, strict=True):
         if old is not new:
-            target[key] = new
+            kind.__setitem__(target, key, new)
 
 
 def read_class(target: type) -> list[Any]:
@@ -97,18 +105,24 @@ def fill_class(target: type, items: list[Any]) -> None:
             setattr(target, name, value)
 
 
+def read_items(target: Any) -> list[Any]:
+    """The items of a list, a deque or a set."""
+    return list(_kind(target).__iter__(target))
+
+
 def fill_list(target: list[Any] | deque[Any], items: list[Any]) -> None:
     """Set the items of a list or a deque."""
-    if len(items) != len(target) or not all(map(is_, items, target)):
-        target.clear()
-        target.extend(items)
+    kind = _kind(target)
+    if len(items) != kind.__len__(target) or not all(map(is_, items, kind.__iter__(target))):
+        kind.clear(target)
+        kind.extend(target, items)
 
 
 def fill_set(target: set[Any], items: list[Any]) -> None:
     """Set the items of a set."""
     # Only the difference: the order of iteration depends on how a set was built.
-    target.intersection_update(items)
-    target.update(items)
+    set.intersection_update(target, items)
+    set.update(target, items)
 
 
 def _fill_partial(target: functools.partial[Any], items: list[Any]) -> None:
@@ -124,8 +138,8 @@ def _fill_function(target: types.FunctionType, items: list[Any]) -> None:
 # Kinds of built-in containers: how to read their contents, and how to fill them.
 BUILT_IN: Any = (
     (dict, read_dict, fill_dict),
-    ((list, deque), list, fill_list),
-    (set, list, fill_set),
+    ((list, deque), read_items, fill_list),
+    (set, read_items, fill_set),
     (functools.partial, lambda target: [target.func, target.args, target.keywords], _fill_partial),
     (types.FunctionType, lambda f: [f.__defaults__, f.__kwdefaults__, *(f.__closure__ or ())], _fill_function),
 )

@@ -40,6 +40,8 @@ def quiet() -> Iterator[None]:
 class _ThisThread:
     """Stand-in for a filter's pattern: matches any text of one thread."""
 
+    pattern = ""  # whoever lists the filters asks for it
+
     def __init__(self) -> None:
         self.is_over = False  # in a list that is out of reach
         self._thread = threading.get_ident()

@@ -192,7 +192,7 @@ def test_a_gradient_of_zero_is_no_lack_of_dependence():
 
 def test_a_graph_is_followed_once_a_micro_batch_and_context(monkeypatch):
     seen = []
-    monkeypatch.setattr("lightning_subspace.loss.dependence._ends", lambda loss: (seen.append(loss), ({}, False))[1])
+    monkeypatch.setattr("lightning_subspace.loss.dependence._ends", lambda loss: (seen.append(loss), ({}, []))[1])
     net = Net()
     with TrainingLoss(net, ParameterSpace.of(net), cross_entropy) as opened:
         for index in (0, 1, 0, 1, 1):

@@ -17,7 +17,7 @@ from lightning_subspace.linalg.selection import Ritz, Which
 
 _COARSE = 0.03  # in units of scale: copies that lie farther beyond the last wanted value change much
 VALUE_ERROR = 0.05  # the largest residual, relative to an eigenvalue, at which anything is known of it
-_FLOOR = 1e-3  # in units of tol * scale: copies closer than that are not looked for
+_FLOOR = 1e-3  # in units of tol * scale
 CLAIMED_ERROR = 0.1  # the largest residual / gap at which an eigenspace is claimed
 # Products that a verification may spend on what is close to the last wanted value: so many, or this share of those
 # before. With fewer, tests/benchmarks/certificate.py gave up spaces that had a gap.
@@ -76,9 +76,11 @@ class Rules:
 
     def fine_margin(self, scale: float, last: float) -> float:
         """Distance at which a missed copy changes an eigenvalue too much."""
-        # Of a value for which the floor is more, the residual stays far above 5 %: it is left out.
-        floor = max(self.rounding, _FLOOR * self.tol) * scale
-        return min(self.coarse_margin(scale, last), max(floor, VALUE_ERROR * abs(last)))
+        return min(self.coarse_margin(scale, last), max(self.floor(scale), VALUE_ERROR * abs(last)))
+
+    def floor(self, scale: float) -> float:
+        """The distance below which copies are not looked for."""
+        return max(self.rounding, _FLOOR * self.tol) * scale
 
     def least_margin(self, scale: float, last: float) -> float:
         """The distance at which two eigenvalues differ."""

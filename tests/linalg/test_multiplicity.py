@@ -217,3 +217,16 @@ def test_a_gap_that_costs_too_much_to_certify_is_given_up() -> None:
     assert result.next_residual >= result.gap
     assert result.verified  # the values are right all the same: a copy of 1.2 would have shown at once
     assert result.num_matvecs <= max(2 * plain.num_matvecs, plain.num_matvecs + 20)
+
+
+@pytest.mark.parametrize("outlier", [10.0, 300.0, 1e3, 1e4, 1e6])
+def test_copies_far_below_an_outlier_make_no_value_wrong_that_is_known(outlier):
+    """Closer together than tol * scale, and still 40 % apart: known and verified means right to 5 %."""
+    for seed in range(6):
+        bulk = 0.3 * torch.rand(287, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        values = torch.cat([torch.tensor([outlier, *[1.0] * 4, *[0.6] * 4, *[0.4] * 4], dtype=torch.float64), bulk])
+        result = eigsh(lambda v, values=values: values * v, len(values), 10, seed=seed, dtype=torch.float64)
+        true = values.sort(descending=True).values[:10]
+        known = result.residuals <= 0.05 * result.eigenvalues
+        wrong = (result.eigenvalues - true).abs() > 0.05 * true
+        assert not (result.verified and bool((known & wrong).any()))

@@ -374,3 +374,57 @@ def test_all_ranks_refuse_it_with_the_same_words():
     (first, second), others = run(refused_on_ranks, 2)
     assert first == second
     assert [first, second] == others
+
+
+class FirstCheckpointed(nn.Module):
+    """A reentrant checkpoint around the first parameters: torch.autograd.grad finds a way to the last ones alone."""
+
+    def __init__(self, use_reentrant):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.use_reentrant = nn.Linear(4, 5), nn.Linear(5, 3), use_reentrant
+
+    def forward(self, x):
+        inner = checkpoint(lambda x: torch.tanh(self.first(x)), x.requires_grad_(), use_reentrant=self.use_reentrant)
+        return self.last(inner)
+
+
+def test_a_reentrant_checkpoint_around_the_first_parameters_goes_by_differences():
+    def loss(module, batch, batch_idx):
+        return F.cross_entropy(module(batch[0].clone()), batch[1])
+
+    exact = measure_subspace(FirstCheckpointed(False), [(INPUTS, LABELS)], k=K, loss_fn=loss)
+    with pytest.warns(UserWarning, match="measured with finite differences of float64 gradients instead"):
+        found = measure_subspace(FirstCheckpointed(True), [(INPUTS, LABELS)], k=K, loss_fn=loss)
+    torch.testing.assert_close(found.subspace.eigenvalues, exact.subspace.eigenvalues, rtol=1e-3, atol=1e-5)
+    assert found.metrics["gradient_norm"] == pytest.approx(exact.metrics["gradient_norm"], rel=1e-5)
+
+
+def test_an_original_inside_of_a_reentrant_checkpoint_is_refused():
+    net = FirstCheckpointed(False)
+    kept = net.last.weight
+
+    def loss(module, batch, batch_idx):
+        more = checkpoint(
+            lambda x: (kept * x.sum()).square().sum(), batch[0].clone().requires_grad_(), use_reentrant=True
+        )
+        return F.cross_entropy(module(batch[0].clone()), batch[1]) + more
+
+    with pytest.raises(LossError, match=r"the original of 'last\.weight' from elsewhere"):
+        measure_subspace(net, [(INPUTS, LABELS)], k=K, loss_fn=loss)
+    assert kept.grad is None
+
+
+def test_a_loss_of_two_values_is_evaluated_at_one_probe_only():
+    class Counting:
+        calls = 0
+
+    def loss(module, batch, batch_idx):
+        Counting.calls += 1
+        return module.first(batch[0]).square().mean() * (1 + Counting.calls)
+
+    net = FirstCheckpointed(False)
+    for expected in (2, 2, 2):
+        with pytest.raises(LossError, match="expected one value from two evaluations"):
+            measure_subspace(net, [(INPUTS, LABELS)], k=K, loss_fn=loss)
+        assert Counting.calls <= expected + 1  # eight examples may be tried first

@@ -82,8 +82,8 @@ def eigsh(
         max_matvecs: products that may be spent.
         v0: start vector, shape (n,); by default random.
         verify: "always" excludes missed copies of multiple eigenvalues, for 7 to 19 more matvecs at k = 10 (Hessians of
-            small networks). Close to the k-th eigenvalue it does so for at most as many as before, or 20; if that is too
-            few, the result is not `verified`, or its gap is given up. "never" stops at convergence.
+            small networks). Close to the k-th eigenvalue it does so for at most as many as before, or 20; if that is
+            too few, the result is not `verified`, or its gap is given up. "never" stops at convergence.
         delta: risk that the verification overlooks a copy, in (0, 1).
         seed: of the random vectors, 0 to 2**63 - 1. The global random generators are not touched.
         dtype: float32 or float64, of the basis. Half precision is refused: its Lanczos vectors are not orthogonal.

@@ -25,11 +25,11 @@ class NoLossError(LossError):
 
 
 class ElsewhereError(LossError):
-    """A loss depends on an original parameter, beside the copies in the module."""
+    """A loss depends on an original parameter, beside its copies."""
 
 
 class WrittenError(LossError):
-    """An evaluation has written to what is a copy from now on.
+    """An evaluation has written to what is copied from now on.
 
     It is to be taken again, on all ranks: a training step may have collectives of its own.
     """

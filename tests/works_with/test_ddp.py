@@ -296,8 +296,7 @@ def test_records_are_those_of_one_process(ranks):
         "batch_gradient_fraction",
         "overlap_previous",
         "overlap_reference",
-        "reliability",
-    } <= keys
+    } <= keys  # "reliability" is among those of tests/measurements/test_ranks.py
     assert len(alone["sketched"][0]) == 3
 
 

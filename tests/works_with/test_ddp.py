@@ -296,7 +296,7 @@ def test_records_are_those_of_one_process(ranks):
         "batch_gradient_fraction",
         "overlap_previous",
         "overlap_reference",
-    } <= keys  # "reliability" is among those of tests/measurements/test_ranks.py
+    } <= keys  # "reliability" is among those of tests/probe/test_ranks.py
     assert len(alone["sketched"][0]) == 3
 
 

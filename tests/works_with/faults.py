@@ -15,6 +15,7 @@ import math
 import signal
 import tempfile
 import time
+import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -102,10 +103,11 @@ class Fault:
         return f"{self.place}{f' {self.operation}' if self.operation else ''} on {where}{what}"
 
 
-class _Here:
-    """Where this process is, and what is still to happen to it."""
+class _Here(types.ModuleType):
+    """Where this process is, and what is still to happen to it; a module, as the state of these is not put back."""
 
     def __init__(self) -> None:
+        super().__init__("here")
         self.rank = 0
         self.faults: list[Fault] = []
         self.step: int | None = None

@@ -5,6 +5,7 @@
 
 import copy
 from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
@@ -26,9 +27,9 @@ PRECISIONS = ["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-t
 STORED = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 INPUTS = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
 LABELS = torch.randint(3, (24,), generator=torch.Generator().manual_seed(1))
-seen_types = (
-    set()
-)  # (batch, activations, default type) of the training steps; a global, since a probe puts attributes back
+# A module, as what training steps write to in globals of other kinds is put back.
+SEEN = ModuleType("seen")
+SEEN.types = set()  # (batch, activations, default type) of the training steps
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*precision=.16-mixed. with AMP on CPU is not supported"),
@@ -44,7 +45,7 @@ class Net(LightningModule):
 
     def training_step(self, batch, batch_idx):
         hidden = self.first(batch[0])
-        seen_types.add((batch[0].dtype, hidden.dtype, torch.get_default_dtype()))
+        SEEN.types.add((batch[0].dtype, hidden.dtype, torch.get_default_dtype()))
         return F.cross_entropy(self.head(torch.tanh(self.norm(hidden)) * self.scale), batch[1])
 
     def configure_optimizers(self):
@@ -63,7 +64,7 @@ class At(Callback):
 
 
 def fit(precision, *callbacks):
-    seen_types.clear()
+    SEEN.types.clear()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = Net()
@@ -95,13 +96,13 @@ def test_products_are_those_of_float64(precision, dtype):
 
     def measure(module, batch):
         space = ParameterSpace.of(module)
-        seen_types.clear()
+        SEEN.types.clear()
         with CurvatureConfig(dtype=dtype).loss(module, space) as loss:
             operator = Hessian(loss, sample_of_batches([(INPUTS, LABELS)]).hessian)
             v = torch.randn(space.n, generator=torch.Generator().manual_seed(2), dtype=operator.dtype)
             product = operator.matvec(v)
         wide = torch.float64 if dtype == "float64" or precision == "64-true" else torch.float32
-        assert set(seen_types) == {(wide, wide, wide)}
+        assert set(SEEN.types) == {(wide, wide, wide)}
         assert product.dtype == wide
         expected = reference(module, INPUTS) @ v.double()
         errors.append(float((product.double() - expected).norm() / expected.norm()))
@@ -116,15 +117,15 @@ def test_native_is_the_loss_as_it_is_trained(precision):
     seen = []
 
     def measure(module, batch):
-        trained = set(seen_types)
-        seen_types.clear()
+        trained = set(SEEN.types)
+        SEEN.types.clear()
         for sample in (sample_of_batches([(INPUTS, LABELS)]), sample_of_current(batch)):
             with CurvatureConfig(dtype="native").loss(module, ParameterSpace.of(module)) as loss:
                 operator = Hessian(loss, sample.hessian)
                 product = operator.matvec(torch.ones(operator.n))
             assert product.dtype == (torch.float64 if precision == "64-true" else torch.float32)
             assert bool(product.isfinite().all())
-        assert set(seen_types) == trained
+        assert set(SEEN.types) == trained
         seen.append(trained)
 
     fit(precision, At(measure))
@@ -159,9 +160,9 @@ def test_without_a_trainer_native_means_the_own_types():
         module = Net().bfloat16()
     batches = [(INPUTS.bfloat16(), LABELS)]
     measure = partial(measure_subspace, module, batches, k=0)
-    seen_types.clear()
+    SEEN.types.clear()
     native = measure(dtype="native")
-    assert (torch.bfloat16, torch.bfloat16, torch.float32) in seen_types
+    assert (torch.bfloat16, torch.bfloat16, torch.float32) in SEEN.types
     assert native.metrics["gradient_norm"] == pytest.approx(measure().metrics["gradient_norm"], rel=0.05)
 
 

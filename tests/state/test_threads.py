@@ -80,7 +80,8 @@ def test_a_timer_counts_before_its_time(function, found):
 
 
 def test_what_others_have_running_beside_training_is_passed_over(tmp_path):
-    bar = tqdm(total=2, file=(tmp_path / "bar").open("w"))  # with a monitor
+    file = (tmp_path / "bar").open("w")
+    bar = tqdm(total=2, file=file)  # with a monitor
     writer = SummaryWriter(tmp_path)  # with a queue
     writer.add_scalar("loss", 1.0)
     batches = iter(DataLoader(TensorDataset(torch.arange(64.0)), num_workers=1))  # with the feeder of a queue
@@ -91,4 +92,5 @@ def test_what_others_have_running_beside_training_is_passed_over(tmp_path):
     finally:
         writer.close()
         bar.close()
+        file.close()
         del batches

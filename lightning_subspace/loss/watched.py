@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_subspace._torch import version_of
 from lightning_subspace.loss.findings import Findings
+from lightning_subspace.parallel.bit_sums import as_integers
 from lightning_subspace.parallel.fsdp import local_part
 from lightning_subspace.state.free_memory import free_memory
 from lightning_subspace.state.layouts import bytes_of, dense_parts
@@ -32,7 +33,6 @@ MOST_TENSORS = 4096  # small ones that have a copy in each probe, which takes 10
 MOST_HASHED = 1 << 28  # bytes of arrays once a probe, which take 0.1 s
 
 ZERO = torch.zeros((), dtype=torch.int64)
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class WatchedTensors:
@@ -127,7 +127,7 @@ class WatchedTensors:
     def _is_as_before(self, tensor: Tensor) -> bool:
         now, old = dense_parts(local_part(tensor).detach()), dense_parts(self._backups[id(tensor)])
         return len(now) == len(old) and all(
-            a.shape == b.shape and a.dtype == b.dtype and torch.equal(_as_integers(a), _as_integers(b))
+            a.shape == b.shape and a.dtype == b.dtype and torch.equal(as_integers(a), as_integers(b))
             for a, b in zip(now, old, strict=True)
         )
 
@@ -238,19 +238,12 @@ def _sums(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def _sum(tensor: Tensor) -> Tensor:
-    flat = _as_integers(tensor).reshape(-1)
+    flat = as_integers(tensor).reshape(-1)
     whole = flat.numel() - flat.numel() % (8 // flat.dtype.itemsize)
     if not whole or flat.data_ptr() % 8:
         return flat.sum(dtype=torch.int64)
     # In words of 8 bytes, which takes a twentieth of the time.
     return flat[:whole].view(torch.int64).sum() + flat[whole:].sum(dtype=torch.int64)
-
-
-def _as_integers(tensor: Tensor) -> Tensor:
-    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
-    if real.dtype in INTEGERS.values():
-        return real
-    return real.contiguous().view(INTEGERS[real.dtype.itemsize])
 
 
 def _is_equal(array: np.ndarray[Any, Any], old: np.ndarray[Any, Any]) -> bool:

@@ -23,9 +23,18 @@ def bit_sum(tensor: Tensor) -> Tensor:
         >>> int(bit_sum(torch.ones(2))) == int(bit_sum(torch.ones(2))), int(bit_sum(torch.zeros(3)))
         (True, 0)
     """
-    part = local_part(tensor.detach())
-    real = torch.view_as_real(part.resolve_conj()) if part.is_complex() else part
-    return real.to_dense().view(INTEGERS[real.element_size()]).sum(dtype=torch.int64)
+    return as_integers(local_part(tensor.detach()).to_dense()).sum(dtype=torch.int64)
+
+
+def as_integers(tensor: Tensor) -> Tensor:
+    """Bits of a dense tensor, as integers as wide as its numbers.
+
+    Example:
+        >>> as_integers(torch.tensor([0.0, -0.0])).tolist()
+        [0, -2147483648]
+    """
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return real.resolve_neg().view(INTEGERS[real.element_size()])
 
 
 def require_equal(named: Mapping[str, Tensor], ranks: Ranks) -> None:

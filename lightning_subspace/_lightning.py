@@ -69,6 +69,7 @@ __all__ = [
     "MisconfigurationException",
     "attached_trainer",
     "bare_loader",
+    "combined_loader",
     "given_loaders",
     "is_a",
     "move_data_to_device",
@@ -169,12 +170,17 @@ def training_bar(callback: Any) -> Any:
     return getattr(callback, "_train_progress_bar", None)
 
 
+def combined_loader(trainer: Trainer) -> CombinedLoader | None:
+    """The loaders of training, once they are combined."""
+    return getattr(trainer.fit_loop, "_combined_loader", None)
+
+
 def training_loaders(trainer: Trainer) -> CombinedLoader:
     """The loaders of training, with their mode and their limits.
 
     `trainer.train_dataloader`, which is public, has lost mode and limits: it is what is inside of the CombinedLoader.
     """
-    combined = getattr(trainer.fit_loop, "_combined_loader", None)
+    combined = combined_loader(trainer)
     return CombinedLoader(trainer.train_dataloader, "max_size_cycle") if combined is None else combined
 
 

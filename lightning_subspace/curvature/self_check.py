@@ -133,9 +133,7 @@ def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfC
             with observer:
                 steps = CHECKED_STEPS if is_wide else NARROW_STEPS
                 differences = [difference(loss, batch, jitter, direction, eps) for eps in steps]
-    except SignalError:
-        raise
-    except ElsewhereError:
+    except (ElsewhereError, SignalError):
         raise
     except Exception as failure:  # float64 can fail in any way inside the user's code; that decides nothing
         reason = f"{type(failure).__name__} in {str(loss.dtype).removeprefix('torch.')}: {failure}"

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_subspace._lightning import Trainer, attached_trainer, is_a, undeclared
+from lightning_subspace._lightning import Trainer, attached_trainer, combined_loader, is_a, undeclared
+from lightning_subspace.state.packages import is_ours
 
 
 def extra_roots(module: nn.Module) -> list[Any]:
@@ -19,15 +20,11 @@ def extra_roots(module: nn.Module) -> list[Any]:
     if trainer is None:
         return []
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    callbacks = [c for c in undeclared(trainer, "callbacks") if not is_a(c, "ProgressBar") and not _is_ours(c)]
+    callbacks = [c for c in undeclared(trainer, "callbacks") if not is_a(c, "ProgressBar") and not is_ours(c)]
     datamodule = undeclared(trainer, "datamodule")
     others = [trainer.strategy, *_loops(trainer), *callbacks, *_parts_of_loaders(trainer)]
     found = [trainer, *trainer.optimizers, *schedulers, *([] if datamodule is None else [datamodule]), *others]
     return [value for value in found if hasattr(value, "__dict__")]
-
-
-def _is_ours(callback: Any) -> bool:
-    return any(cls.__module__.split(".")[0] == __name__.split(".")[0] for cls in type(callback).__mro__)
 
 
 def _loops(trainer: Trainer) -> list[Any]:
@@ -40,6 +37,7 @@ def _loops(trainer: Trainer) -> list[Any]:
 
 def _parts_of_loaders(trainer: Trainer) -> list[Any]:
     """Samplers and data sets of the loaders of training."""
-    combined = getattr(trainer.fit_loop, "_combined_loader", None)
+    combined = combined_loader(trainer)
     names = ("sampler", "batch_sampler", "dataset")
-    return [getattr(loader, name, None) for loader in getattr(combined, "flattened", ()) for name in names]
+    loaders = () if combined is None else combined.flattened
+    return [getattr(loader, name, None) for loader in loaders for name in names]

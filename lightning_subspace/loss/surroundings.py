@@ -23,8 +23,8 @@ from lightning_subspace.loss.sealed import is_standard_stream
 from lightning_subspace.loss.watched import WatchedArrays, WatchedBulk, WatchedTensors
 from lightning_subspace.state.bulk import Bulk
 from lightning_subspace.state.containers import MutableObject, fill_class, fill_dict, read_class, read_dict
-from lightning_subspace.state.object_graph import ITSELF, ObjectGraph, may_be_watched, walk
-from lightning_subspace.state.packages import TRAINING, WRITERS, own_places, package
+from lightning_subspace.state.object_graph import ObjectGraph, may_be_watched, walk
+from lightning_subspace.state.packages import ITSELF, TRAINING, WRITERS, own_places, package
 
 MOST_AROUND = 20_000  # objects that are walked, which takes 0.1 s a probe
 MOST_GLOBAL = 2_000  # objects that are walked in the files of the module's classes

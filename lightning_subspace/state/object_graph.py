@@ -33,7 +33,7 @@ from lightning_subspace.state.buffers import behind, in_memory
 from lightning_subspace.state.bulk import Bulk
 from lightning_subspace.state.containers import MutableObject, attributes, built_in
 from lightning_subspace.state.generators import rewind
-from lightning_subspace.state.packages import TRAINING, WRITERS, own_globals, package, package_names
+from lightning_subspace.state.packages import ITSELF, TRAINING, WRITERS, is_ours, own_globals, package, package_names
 from lightning_subspace.state.thread_objects import RUNNING, runs_threads
 
 # Classes of foreign packages that are nothing but state.
@@ -45,7 +45,6 @@ PLAIN = (
 AROUND = (Dataset, Sampler, DataLoader, Optimizer, LRScheduler)
 NOT_AROUND = frozenset({"Logger", "Trainer", "Strategy", "SummaryWriter"})
 RESULTS = "_ResultCollection"  # of what is logged, which is muted; it refers to the batch
-ITSELF = __name__.split(".")[0]
 LEFT_ALONE = TRAINING | WRITERS | {ITSELF, "numpy"} | sys.stdlib_module_names
 CONSTANT = (str, int, float, complex, bytes, range, type, types.ModuleType, torch.dtype, torch.device, torch.Size)
 
@@ -183,7 +182,7 @@ def may_be_watched(value: Any) -> bool:
     """Whether an object that is not followed is not left alone."""
     if isinstance(value, (Tensor, nn.Module, types.FunctionType, types.BuiltinFunctionType, *RUNNING, BaseProcess)):
         return False
-    if package(type(value)) in LEFT_ALONE or _is_of_this_package(value):
+    if package(type(value)) in LEFT_ALONE or is_ours(value):
         return False
     return not runs_threads(value)
 
@@ -223,7 +222,7 @@ def _of_cell(cell: types.CellType, contents: Any) -> MutableObject:
 def _is_own(value: Any, own: frozenset[str]) -> bool:
     """Whether an object's class is of these packages, not of training's."""
     names = package_names(value)
-    return bool(names & own) and not names & TRAINING and not _is_of_this_package(value)
+    return bool(names & own) and not names & TRAINING and not is_ours(value)
 
 
 def _is_around(value: Any) -> bool:
@@ -233,8 +232,3 @@ def _is_around(value: Any) -> bool:
     if any(cls.__name__ in NOT_AROUND for cls in type(value).__mro__):
         return False
     return may_be_watched(value)
-
-
-def _is_of_this_package(value: Any) -> bool:
-    """Whether a class here, as of monitors, is among an object's own."""
-    return ITSELF in package_names(value)

@@ -11,6 +11,7 @@ from torch import nn
 # Objects of these packages, and of classes derived from theirs, manage training itself: they are not followed.
 TRAINING = frozenset({"lightning", "pytorch_lightning", "lightning_fabric", "torch"})
 FOREIGN = TRAINING | sys.stdlib_module_names
+ITSELF = __name__.split(".")[0]
 # Objects that only write down what they are told, each in a way of its own.
 WRITERS = frozenset(
     {"aim", "clearml", "comet_ml", "loguru", "mlflow", "neptune", "rich", "structlog", "tensorboard", "tensorboardX"}
@@ -26,6 +27,11 @@ def package(cls: type) -> str:
 def package_names(value: Any) -> frozenset[str]:
     """Those of an object's class and of all that it derives from."""
     return frozenset(map(package, type(value).__mro__))
+
+
+def is_ours(value: Any) -> bool:
+    """Whether an object is of a class here, or of one derived."""
+    return ITSELF in package_names(value)
 
 
 def packages_of(objects: Iterable[object]) -> frozenset[str]:

@@ -33,7 +33,7 @@ def other_threads() -> list[str]:
         >>> other_threads()
         []
     """
-    frames: dict[int, FrameType] = getattr(sys, "_current_frames")()  # noqa: B009  # documented under this name
+    frames: dict[int, FrameType] = sys._current_frames()  # documented under this name
     own = {threading.main_thread().ident, threading.get_ident()}
     return [
         thread.name

@@ -91,12 +91,12 @@ def check_apart(given: Sequence[tuple[str, Sequence[Measurement] | None]]) -> No
     for name, measurements in given:
         for measurement in measurements or ():
             first = users.setdefault(id(measurement), name)
-            if first != name or sum(one is measurement for one in measurements or ()) > 1:
+            if first != name:
                 kind = type(measurement).__name__
-                shared = f"one {kind} for {first!r} and {name!r}" if first != name else f"the same {kind} twice"
-                advice = f"it remembers the probes of one monitor; make a {kind} for each place"
                 raise ValueError(
-                    f"measurements: expected objects of their own for each monitor, got {shared}; {advice}."
+                    "measurements: expected objects of their own for each monitor, got one "
+                    f"{kind} for {first!r} and {name!r}; it remembers the probes of one monitor; make a {kind} for each "
+                    "place."
                 )
 
 

@@ -94,9 +94,8 @@ def check_apart(given: Sequence[tuple[str, Sequence[Measurement] | None]]) -> No
             if first != name:
                 kind = type(measurement).__name__
                 raise ValueError(
-                    "measurements: expected objects of their own for each monitor, got one "
-                    f"{kind} for {first!r} and {name!r}; it remembers the probes of one monitor; make a {kind} for each "
-                    "place."
+                    f"measurements: expected objects of their own for each monitor, got one {kind} for {first!r} and "
+                    f"{name!r}; it remembers the probes of one monitor; make a {kind} for each place."
                 )
 
 

@@ -222,7 +222,7 @@ class Penalised(Classifier):
 
 @pytest.mark.parametrize("way", ["self.optimizers()", "a class attribute"])
 def test_parameters_that_the_loss_takes_from_elsewhere_are_refused_and_training_is_unchanged(tmp_path, way):
-    with pytest.warns(UserWarning, match=r"left out.*LossError: loss: expected every .* 'net\.0\.") as told:
+    with pytest.warns(UserWarning, match=r"left out.*ElsewhereError: loss: expected every .* 'net\.0\.") as told:
         run = compare(
             tmp_path,
             lambda: Penalised(way),

@@ -4,6 +4,7 @@ import copy
 import functools
 import logging
 import signal
+import types
 from dataclasses import dataclass
 
 import pytest
@@ -29,8 +30,8 @@ def _handlers():
 
 
 @dataclass
-class Counts:
-    """Of evaluations in probes, and where a signal is sent; a global, since a probe puts attributes back."""
+class Counts(types.ModuleType):
+    """Of evaluations in probes, and where a signal is sent; a module, since a probe puts other state back."""
 
     at: int = 0
     backward: int = 0
@@ -39,6 +40,9 @@ class Counts:
     num_backward: int = 0
     num_behind: int = 0
     was_sent: bool = False
+
+    def __post_init__(self):
+        super().__init__("counts")
 
     def see(self, *, is_backward):
         self.num_behind += self.was_sent

@@ -17,6 +17,8 @@ from lightning_subspace.subspace.sketch import Sketch, sketch_error
 
 # Of ModelCheckpoint, which a resumed run does not have here.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+# Of a space that has a gap, and not one that some twenty products certify; told once, as it should be.
+NOT_CERTIFIED = "ignore:SubspaceMonitor. at step 3, .* may occur more often than it was found:UserWarning"
 # Metrics that count products or seconds: those of a resumed run with a cold start are its own.
 SOLVER = "solver/"
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": False}
@@ -82,6 +84,7 @@ def numbers(record):
 
 # 6: a probe is open when the checkpoint is written; 7 and 8: between two; 1: only the start has been probed
 @pytest.mark.parametrize("at", [1, 6, 7, 8, 9])
+@pytest.mark.filterwarnings(NOT_CERTIFIED)
 def test_a_resumed_run_is_the_straight_run(straight, at):
     one, trainer, folder, width = straight
     other = monitor()
@@ -143,7 +146,8 @@ class EveryThird(SubspaceMonitor):
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 def test_a_schedule_of_the_users_is_resumed_at_a_probe_without_a_second_record(tmp_path):
-    settings = {"k": 2, "sample": 48, "gradient_sample": 64, "batch_size": 16, "on_failure": "raise"}
+    # Unverified, so that every probe has a trusted space: a certificate takes more products than this small net is worth.
+    settings = {"k": 2, "sample": 48, "gradient_sample": 64, "batch_size": 16, "on_failure": "raise", "verify": "never"}
     one, other, last = (EveryThird(max_overhead=None, **settings) for _ in range(3))
     run(one, saver(tmp_path / "one"), steps=10)
     run(other, saver(tmp_path / "other"), steps=10, ckpt_path=tmp_path / "one" / "step=6.ckpt")
@@ -200,6 +204,7 @@ def test_a_state_that_no_run_has_taken_up_is_kept_for_the_next_checkpoint(straig
     assert other.state_dict().keys() == one.state_dict().keys()
 
 
+@pytest.mark.filterwarnings(NOT_CERTIFIED)
 def test_two_monitors_keep_two_states(tmp_path):
     def pair():
         return monitor(name="all"), monitor(name="head", k=1, params=["net.2.*"], every_n_steps=[2, 5])

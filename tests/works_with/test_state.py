@@ -146,7 +146,7 @@ class EveryThird(SubspaceMonitor):
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 def test_a_schedule_of_the_users_is_resumed_at_a_probe_without_a_second_record(tmp_path):
-    # Unverified, so that every probe has a trusted space: one of this net has a gap that twenty products do not certify.
+    # Unverified, so that every probe has a trusted space: a gap of this net is not certified within twenty products.
     settings = {"k": 2, "sample": 48, "gradient_sample": 64, "batch_size": 16, "on_failure": "raise", "verify": "never"}
     one, other, last = (EveryThird(max_overhead=None, **settings) for _ in range(3))
     run(one, saver(tmp_path / "one"), steps=10)

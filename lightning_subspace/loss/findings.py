@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_subspace.state.bulk import Bulk
+from lightning_subspace.state.bulk import SMALLEST, Bulk
 
 MANY = 10_000  # entries, before those of tensors that are gone are looked for
 
@@ -36,15 +36,15 @@ class Findings:
         self._most = MANY
         self._bulks: dict[int, Bulk] = {}
 
-    def bulk(self, value: Any) -> Bulk | None:
-        """A value as a large container of plain data, or None."""
+    def bulk(self, value: Any, smallest: int = SMALLEST) -> Bulk | None:
+        """A value as a container of plain data and so many items, or None."""
         if id(value) in self.walked:
             return None
         known = self._bulks.get(id(value))
         if known is not None and known.root is value and not known.has_changed():
             return known
         self._bulks.pop(id(value), None)
-        found = Bulk.of(value)
+        found = Bulk.of(value, smallest)
         if found is not None:
             self._bulks[id(value)] = found
         return found

@@ -1,8 +1,8 @@
 """Objects whose state Python cannot show, noticed where it changes.
 
 An object made in C may tell its state to `pickle`. It is pickled before and behind the first evaluation of a probe, to
-a checksum and up to a size. Of a file the position is looked at. Neither can be put back, except for a file that is
-read.
+a checksum and up to a size. Of a file the position is looked at, and of fields of C the objects that they refer to.
+None can be put back, except for a file that is read.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import itertools
 import operator
 import pickle
+import sqlite3
 import time
 import types
 import zlib
@@ -19,6 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_subspace.state.containers import hidden
 from lightning_subspace.state.object_graph import is_queue
 
 MOST = 1 << 20  # bytes of one object's state
@@ -31,11 +33,14 @@ class WatchedObjects:
 
     Args:
         objects: as they are before an evaluation.
+        mixed: those with attributes, which are followed, and fields of C.
         skipped: types of objects that are not asked, as they told nothing or took too long; added to.
     """
 
-    def __init__(self, objects: Iterable[Any], skipped: set[type]) -> None:
+    def __init__(self, objects: Iterable[Any], mixed: Iterable[Any], skipped: set[type]) -> None:
+        objects = list(objects)
         self._states: list[tuple[Any, Any]] = []
+        self._fields = [(value, fields) for value in (*objects, *mixed) if (fields := hidden(value))]
         end = time.monotonic() + MOST_SECONDS
         for value in objects:
             if _has_position(value):
@@ -53,18 +58,22 @@ class WatchedObjects:
                 self._states.append((value, state))
 
     def begin(self) -> None:
-        """Compare positions with those of now."""
+        """Compare positions and fields with those of now."""
+        self._fields = [(value, hidden(value)) for value, _ in self._fields]
         self._states = [(v, _position(v) if _has_position(v) else old) for v, old in self._states]
 
     def changed(self, *, thorough: bool) -> list[Any]:
         """Those in another state; only the position is looked at unless `thorough`."""
         positions = [v for v, old in self._states if _has_position(v) and _position(v) != old]
+        positions += [v for v, old in self._fields if not {*map(id, old)} <= {*map(id, hidden(v))}]
         if not thorough:
             return positions
         return positions + [v for v, old in self._states if not _has_position(v) and _digest(v) != old]
 
     def verify(self) -> None:
         """Remember nothing: they are looked at in each probe."""
+
+    # A field that was empty before may be filled by a reader, such as one of a cache.
 
     def put_back(self, value: Any) -> bool:
         """Set back the position of a file that is only read."""
@@ -96,6 +105,14 @@ def _position(value: Any) -> Any:
         return None
 
 
+def _changes(connection: sqlite3.Connection) -> Any:
+    """How many rows were written by it, or None for one of another thread."""
+    try:
+        return connection.total_changes, connection.in_transaction
+    except sqlite3.ProgrammingError:
+        return None
+
+
 class _TooLargeError(Exception):
     """The state is larger than what is looked at."""
 
@@ -122,8 +139,12 @@ class _Pickler(pickle.Pickler):
         return id(value) if isinstance(value, Tensor | nn.Module) else None
 
 
-def _digest(value: Any) -> int | None:
-    """A checksum of what pickle is told, or None."""
+def _digest(value: Any) -> Any:
+    """What an object says of its state: a digest, or a checksum of what pickle is told; or None."""
+    if hasattr(type(value), "digest_size") and hasattr(type(value), "hexdigest"):
+        return value.hexdigest()
+    if isinstance(value, sqlite3.Connection):
+        return _changes(value)
     file = _Checksum()
     try:
         _Pickler(file, protocol=4).dump(value)

@@ -9,7 +9,7 @@ undone and taken again on a copy. What cannot be undone ends the measurement of 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -84,7 +84,7 @@ class Surroundings:
         self._watches: list[Any] = [
             WatchedTensors(around.tensors, findings),
             WatchedArrays(around.arrays, findings),
-            WatchedObjects(held, findings.skipped),
+            WatchedObjects(held, [*inside.mixed, *around.mixed], findings.skipped),
         ]
         self._find_globals(module, packages, around.seen | left_alone)
         self._watched_bulks = [
@@ -101,7 +101,7 @@ class Surroundings:
         values = [v for v in values if not isinstance(v, types.FunctionType) or v.__closure__ or v.__module__ in names]
 
         def bulk(value: Any) -> Bulk | None:  # looked through less often than others: for very large ones alone
-            return self._findings.bulk(value) if isinstance(value, Sized) and len(value) > MOST_EACH else None
+            return self._findings.bulk(value, smallest=MOST_EACH + 1)
 
         found = walk(values, packages, seen, around=True, most=MOST_GLOBAL, bulk=bulk)
         places = [MutableObject.of(read_class, fill_class, cls) for cls in classes]
@@ -114,7 +114,7 @@ class Surroundings:
             WatchedTensors(found.tensors, self._findings),
             WatchedArrays(found.arrays, self._findings),
             *(WatchedBulk(bulk.tensors, bulk.arrays, self._findings) for bulk in found.bulks),
-            WatchedObjects([*files_open, *filter(may_be_watched, found.others)], self._findings.skipped),
+            WatchedObjects([*files_open, *filter(may_be_watched, found.others)], found.mixed, self._findings.skipped),
         ]
 
     def begin(self) -> None:

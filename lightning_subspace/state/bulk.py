@@ -55,8 +55,8 @@ class Bulk:
     _is_exact: bool = True  # whether contents are compared by identity, beyond equality
 
     @classmethod
-    def of(cls, root: Any) -> Bulk | None:
-        """A large container; None if it is small, or not plain.
+    def of(cls, root: Any, smallest: int = SMALLEST) -> Bulk | None:
+        """A container of so many items; None if it has fewer, or is not plain.
 
         Example:
             >>> pairs = [(str(i), [i]) for i in range(1000)]
@@ -66,7 +66,7 @@ class Bulk:
             >>> bulk.restore(); pairs[7], Bulk.of([object()] * 1000), Bulk.of([1])
             (('7', [7]), None, None)
         """
-        if (type(root) not in READ and not _is_tuple(type(root))) or len(root) < SMALLEST:
+        if (type(root) not in READ and not _is_tuple(type(root))) or len(root) < smallest:
             return None
         found, level = cls(root), [root]
         types: set[type] = set()

@@ -6,6 +6,7 @@ An object stays the same object: what refers to it sees the other contents. It i
 from __future__ import annotations
 
 import functools
+import gc
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -155,6 +156,16 @@ def attributes(value: Any) -> list[MutableObject]:
     # Asked of the object: that of a `threading.local` is another in each thread, and the present one's is meant.
     found = [MutableObject.of(read_dict, fill_dict, vars(value))] if hasattr(value, "__dict__") else []
     return [*found, *in_slots(value)]
+
+
+def hidden(value: Any) -> list[Any]:
+    """What an object refers to beside its attributes: such as the fields of a class that is made in C.
+
+    They are read from the garbage collector, so that no code of the object runs.
+    """
+    known = {id(type(value)), id(getattr(value, "__dict__", None))}
+    known.update(id(item) for part in attributes(value) for item in part.items)
+    return [item for item in gc.get_referents(value) if id(item) not in known]
 
 
 def in_slots(target: Any) -> list[MutableObject]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import queue
-import sys
 import threading
 import types
 import weakref
@@ -31,9 +30,18 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_subspace.state.buffers import behind, in_memory
 from lightning_subspace.state.bulk import Bulk
-from lightning_subspace.state.containers import MutableObject, attributes, built_in
+from lightning_subspace.state.containers import MutableObject, attributes, built_in, hidden
 from lightning_subspace.state.generators import rewind
-from lightning_subspace.state.packages import ITSELF, TRAINING, WRITERS, is_ours, own_globals, package, package_names
+from lightning_subspace.state.packages import (
+    ITSELF,
+    MACHINERY,
+    TRAINING,
+    WRITERS,
+    is_ours,
+    own_globals,
+    package,
+    package_names,
+)
 from lightning_subspace.state.thread_objects import RUNNING, runs_threads
 
 # Classes of foreign packages that are nothing but state.
@@ -45,7 +53,7 @@ PLAIN = (
 AROUND = (Dataset, Sampler, DataLoader, Optimizer, LRScheduler)
 NOT_AROUND = frozenset({"Logger", "Trainer", "Strategy", "SummaryWriter"})
 RESULTS = "_ResultCollection"  # of what is logged, which is muted; it refers to the batch
-LEFT_ALONE = TRAINING | WRITERS | {ITSELF, "numpy"} | sys.stdlib_module_names
+LEFT_ALONE = TRAINING | WRITERS | MACHINERY | {ITSELF, "numpy"}
 CONSTANT = (str, int, float, complex, bytes, range, type, types.ModuleType, torch.dtype, torch.device, torch.Size)
 
 
@@ -60,6 +68,7 @@ class ObjectGraph:
         tensors, arrays: all of them, parameters included, but for those in `bulks`.
         iterators: objects that cannot be restored: iterators with hidden state, open files, queues.
         others: objects that were not followed and may hold state.
+        mixed: objects that were followed and have more than attributes, in fields of C.
         bulks: large containers of plain data, which were not walked through.
         caches: of `functools`.
         is_whole: whether all was visited.
@@ -72,6 +81,7 @@ class ObjectGraph:
     arrays: list[np.ndarray[Any, Any]] = field(default_factory=list)
     iterators: list[Any] = field(default_factory=list)
     others: list[Any] = field(default_factory=list)
+    mixed: list[Any] = field(default_factory=list)
     bulks: list[Bulk] = field(default_factory=list)
     caches: list[Any] = field(default_factory=list)
     is_whole: bool = True
@@ -131,6 +141,9 @@ def walk(
             found.bulks.append(large)
         elif (generator := rewind(value)) is not None:
             found.generators.append(generator)
+            own = attributes(value)  # of a class of a user's own
+            found.containers.extend(own)
+            stack.extend(item for container in own for item in container.items)
         elif isinstance(value, functools._lru_cache_wrapper):
             found.caches.append(value)
         elif is_queue(value):
@@ -142,7 +155,13 @@ def walk(
                 found.iterators.append(value)
             elif not containers:
                 found.others.append(value)
+            elif _may_be_mixed(value) and (fields := hidden(value)):
+                found.mixed.append(value)
+                found.others.extend(() if around else fields)  # in C nothing can be replaced by a copy
+                stack.extend(fields if around else ())
             stack.extend(item for container in containers for item in container.items)
+            if around and not containers and may_be_watched(value):
+                stack.extend(hidden(value))
     return found
 
 
@@ -185,6 +204,12 @@ def may_be_watched(value: Any) -> bool:
     if package(type(value)) in LEFT_ALONE or is_ours(value):
         return False
     return not runs_threads(value)
+
+
+def _may_be_mixed(value: Any) -> bool:
+    """Whether an object with attributes may have more."""
+    is_known = isinstance(value, (nn.Module, *PLAIN, types.CellType, types.MethodType, types.BuiltinMethodType))
+    return not is_known and may_be_watched(value) and not built_in(value) and not in_memory(value)
 
 
 def _containers(value: Any, packages: frozenset[str], *, around: bool = False) -> list[MutableObject]:

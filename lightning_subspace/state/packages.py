@@ -18,6 +18,16 @@ WRITERS = frozenset(
     | {"tqdm", "wandb"}
 )
 
+# The standard library's that run a program, write what happens down, or never change: the others hold state.
+MACHINERY = frozenset(
+    {"__future__", "_frozen_importlib", "_frozen_importlib_external", "_io", "_thread", "_weakref", "_weakrefset"}
+    | {"abc", "ast", "asyncio", "bdb", "builtins", "cProfile", "concurrent", "contextvars", "ctypes", "datetime"}
+    | {"enum", "fractions", "functools", "gc", "importlib", "inspect", "io", "ipaddress", "itertools", "logging"}
+    | {"multiprocessing", "numbers", "operator", "os", "pathlib", "pdb", "pkgutil", "posix", "profile", "queue", "re"}
+    | {"runpy", "selectors", "signal", "socket", "socketserver", "ssl", "string", "subprocess", "sys", "time"}
+    | {"traceback", "tracemalloc", "types", "typing", "uuid", "warnings", "weakref", "zoneinfo"}
+)
+
 
 def package(cls: type) -> str:
     """The package that a class was defined in."""

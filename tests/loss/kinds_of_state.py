@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import array
 import collections
+import configparser
+import contextlib
 import ctypes
+import decimal
 import enum
 import functools
+import hashlib
 import io
 import itertools
 import queue
 import random
+import sqlite3
 import sys
 import threading
 import types
@@ -19,6 +24,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -104,6 +111,56 @@ class ReadsFrom(io.StringIO):
     """A file in memory with attributes."""
 
     lines = 0
+
+
+class Endless:
+    """Refuses to tell a length or a truth value, as sparse matrices do."""
+
+    n = 0
+
+    def __len__(self):
+        raise TypeError("the length is ambiguous")
+
+    __bool__ = __len__
+
+
+class CountingRandom(random.Random):
+    """A generator with attributes."""
+
+    draws = 0
+
+    def random(self):
+        self.draws += 1
+        return super().random()
+
+
+def configuration():
+    made = configparser.ConfigParser()
+    made.read_dict({"a": {"n": "0"}})
+    return made
+
+
+class Node(ElementTree.Element):
+    """Attributes, and children in fields of C."""
+
+
+def node():
+    made = Node("a", {"w": np.zeros(2)})
+    made.append(ElementTree.Element("b"))
+    made.held = []
+    return made
+
+
+def _exchange(node):
+    node.held.append(1)
+    node[0] = ElementTree.Element(node[0].tag + "b")
+    return node[0].tag, len(node.held)
+
+
+def data_base():
+    made = sqlite3.connect(":memory:", check_same_thread=False)
+    made.execute("create table t (n int)")
+    return made
 
 
 def local():
@@ -289,14 +346,30 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         lambda: [nn.BatchNorm1d(2)],
         lambda v: (v[0](torch.ones(3, 2).to(v[0].weight)), int(v[0].num_batches_tracked))[1],
     ),
+    "python generator with attributes": (lambda: CountingRandom(1), lambda v: (v.random(), v.draws)),
+    "configuration": (configuration, lambda v: (v.set("a", "n", str(v.getint("a", "n") + 1)), v.get("a", "n"))[1]),
+    "exit stack": (contextlib.ExitStack, lambda v: (v.callback(print), len(v._exit_callbacks))[1]),
+    "mock": (mock.Mock, lambda v: (v.called_with(1), v.called_with.call_count)[1]),
+    "semaphore": (lambda: threading.Semaphore(10_000), lambda v: (v.acquire(), v._value)[1]),
+    "array behind a field of C": (node, lambda v: np.add(v.get("w"), 1, out=v.get("w")).tolist()),
+    "container without a length": (Endless, lambda v: (setattr(v, "n", v.n + 1), v.n)[1]),
+    "event": (threading.Event, lambda v: ((v.clear if v.is_set() else v.set)(), v.is_set())[1]),
     # What is refused: it can be neither copied nor put back.
+    "hash": (hashlib.sha256, lambda v: (v.update(b"a"), v.hexdigest())[1]),
+    "tree": (lambda: ElementTree.Element("a"), lambda v: (ElementTree.SubElement(v, "b"), len(v))[1]),
+    "tree with attributes": (node, _exchange),
+    "arithmetic context": (decimal.Context, lambda v: (setattr(v, "prec", v.prec + 1), v.prec)[1]),
+    "data base": (data_base, lambda v: v.execute("insert into t values (1)").lastrowid),
     "queue": (queue.Queue, lambda v: (v.put(1), v.qsize())[1]),
     "simple queue": (queue.SimpleQueue, lambda v: (v.put(1), v.qsize())[1]),
     "iterator": (lambda: iter(range(1000)), next),
     "generator function": (lambda: (i for i in range(1000)), next),
     "count": (itertools.count, next),
 }
-REFUSED = frozenset({"queue", "simple queue", "iterator", "generator function", "count"})
+REFUSED = frozenset(
+    {"queue", "simple queue", "iterator", "generator function", "count", "hash", "tree", "arithmetic context"}
+    | {"data base", "tree with attributes"}
+)
 
 # -- places -----------------------------------------------------------------------------------------------------------
 

@@ -96,6 +96,15 @@ def test_a_tensor_without_a_copy_is_noticed_named_and_refused_from_then_on(monke
     Shadow(module, extra_roots=[state], loss_key="another loss").close()
 
 
+def test_a_field_of_c_that_a_reader_fills_is_no_change():
+    module = Holder(node=table.Node("a"))
+    shadow = Shadow(module)
+    shadow.reset()
+    assert module.node.attrib == {}  # is made when it is asked for
+    assert not shadow.settle()
+    shadow.close()
+
+
 def test_a_large_tensor_is_put_back_at_the_first_evaluation_and_a_copy_from_then_on(monkeypatch):
     monkeypatch.setattr(watched, "MOST_COMPARED", 0)
     module, state = Holder(), types.SimpleNamespace(momentum=torch.zeros(3))

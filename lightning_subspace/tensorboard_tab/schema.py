@@ -1,0 +1,51 @@
+"""The format of what is written for the tab: one JSON object a probe, in a string tensor.
+
+What is absent is not known. Keys may be added; a reader ignores those that it does not know. Where the meaning of one
+changes, `SCHEMA` does, and an older page says that it does not show the newer probes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+PLUGIN = "lightning_subspace"  # in the metadata of each tensor, and in the addresses of the server
+SCHEMA = 1
+
+
+def tag_of(name: str) -> str:
+    """The tag of a monitor's probes.
+
+    Example:
+        >>> tag_of("subspace")
+        'subspace/probes'
+    """
+    return f"{name}/probes"
+
+
+def to_json(probe: Mapping[str, Any]) -> str:
+    """A probe as it is written: shortest numbers, without those that JSON does not have.
+
+    Example:
+        >>> to_json({"step": 3, "metrics": {"sharpness": 2.0000001, "lost": float("nan")}, "values": [1.0, math.inf]})
+        '{"v":1,"step":3,"metrics":{"sharpness":2},"values":[1,null]}'
+    """
+    return json.dumps({"v": SCHEMA, **_short(probe)}, separators=(",", ":"), allow_nan=False)
+
+
+def _short(value: Any) -> Any:
+    """A value with numbers of six digits; in mappings those that are not finite are left out."""
+    if isinstance(value, Mapping):
+        return {key: _short(item) for key, item in value.items() if not _is_lost(item)}
+    if isinstance(value, list | tuple):
+        return [None if _is_lost(item) else _short(item) for item in value]
+    if isinstance(value, float):
+        rounded = float(f"{value:.6g}")
+        return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
+    return value
+
+
+def _is_lost(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -23,6 +23,7 @@ __all__ = [
     "DispatchMode",
     "base_of",
     "default_type_of_thread",
+    "file_writer",
     "gradient_hook",
     "is_of_fsdp",
     "is_operator",
@@ -153,6 +154,11 @@ _lock, _uses, _get_default_dtype = Lock(), 0, torch.get_default_dtype
 
 def _type_of_thread() -> torch.dtype:
     return torch.empty(0, device="cpu").dtype
+
+
+def file_writer(writer: Any) -> Any:
+    """The writer of event files beneath a `SummaryWriter`, for a summary that none of its methods makes."""
+    return writer._get_file_writer()
 
 
 def is_operator(function: Any) -> bool:

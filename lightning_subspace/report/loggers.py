@@ -19,9 +19,12 @@ import torch
 from torch import Tensor
 
 from lightning_subspace._arguments import require_instance, require_word
+from lightning_subspace._torch import file_writer
 from lightning_subspace.parallel.ranks import in_words
 from lightning_subspace.report.guard import Guard
 from lightning_subspace.state.notice import warn
+from lightning_subspace.tensorboard_tab.schema import tag_of
+from lightning_subspace.tensorboard_tab.summary import summary_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,6 +123,11 @@ class Reporter:
             if len(values):
                 self._send(_HISTOGRAMS, loggers, tag, values, step, f"the histogram {tag}")
 
+    def tab(self, loggers: Iterable[Any], name: str, text: str, step: int) -> None:
+        """Write an entry for the tab of TensorBoard, where a logger is TensorBoard's."""
+        with self._guard.of("an entry for the tab of TensorBoard was lost"):
+            self._send(_TABS, loggers, tag_of(name), text, step, "an entry for TensorBoard's tab")
+
     def figure(self, loggers: Iterable[Any], tag: str, figure: Figure, step: int) -> None:
         """Log a matplotlib figure, where a logger can; it is left open."""
         with self._guard.of(f"the figure {tag} was lost"):
@@ -183,6 +191,14 @@ _HISTOGRAMS: Mapping[str, _Sender] = {
         values.numpy(), name=tag, step=step
     ),
 }
+
+
+def _add_summary(logger: Any, tag: str, text: str, step: int) -> None:
+    # What the writer's own methods end in; none of them takes a string tensor with metadata.
+    file_writer(logger.experiment).add_summary(summary_of(text, tag), step)
+
+
+_TABS: Mapping[str, _Sender] = {"TensorBoardLogger": _add_summary}
 
 _FIGURES: Mapping[str, _Sender] = {
     "TensorBoardLogger": lambda logger, tag, figure, step: logger.experiment.add_figure(tag, figure, step, close=False),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence, Set
+from typing import TYPE_CHECKING, Any
 
 from lightning_subspace.report.guard import Guard
 from lightning_subspace.report.loggers import LogLevel, Reporter, logged_name, select
 from lightning_subspace.subspace.overlap_history import OverlapHistory
 from lightning_subspace.subspace.record import Record
+from lightning_subspace.tensorboard_tab.schema import to_json
 
 if TYPE_CHECKING:
     from lightning_subspace._lightning import Trainer
@@ -51,6 +52,12 @@ class Publisher:
                 return
             if len(values := record.subspace.eigenvalues[record.subspace.known]):
                 self._reporter.histogram(trainer.loggers, f"{self._name}/eigenvalues", values, record.step)
+
+    def tell(self, trainer: Trainer, entry: Mapping[str, Any]) -> None:
+        """Write an entry for the tab of TensorBoard."""
+        with self._guard.of("an entry for the tab of TensorBoard was lost"):
+            if trainer.is_global_zero and trainer.loggers:
+                self._reporter.tab(trainer.loggers, self._name, to_json(entry), entry["step"])
 
     def draw(self, trainer: Trainer, history: Sequence[Record], overlaps: OverlapHistory) -> None:
         """Log figures of the last spectrum, once, and the overlaps."""

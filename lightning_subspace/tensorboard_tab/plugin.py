@@ -46,7 +46,7 @@ class SubspacePlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         """The three routes."""
         return {"/static/*": self._serve_file, "/runs": self._serve_runs, "/probes": self._serve_probes}
 
-    @wrappers.Request.application  # type: ignore[type-var]
+    @wrappers.Request.application  # type: ignore[arg-type]
     def _serve_file(self, request: wrappers.Request) -> Any:
         name = request.path.rsplit("/static/", 1)[-1]
         file = self._files.get(name)
@@ -54,7 +54,7 @@ class SubspacePlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             raise errors.NotFoundError(f"static: expected a file of the tab, got {name!r}.")
         return http_util.Respond(request, file.read_bytes(), TYPES[file.suffix])
 
-    @wrappers.Request.application  # type: ignore[type-var]
+    @wrappers.Request.application  # type: ignore[arg-type]
     def _serve_runs(self, request: wrappers.Request) -> Any:
         """Tags by run, each with its schema and last step."""
         found = self._provider.list_tensors(
@@ -68,11 +68,14 @@ class SubspacePlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         }
         return http_util.Respond(request, {"runs": runs, "v": SCHEMA}, "application/json")
 
-    @wrappers.Request.application  # type: ignore[type-var]
+    @wrappers.Request.application  # type: ignore[arg-type]
     def _serve_probes(self, request: wrappers.Request) -> Any:
         """Probes of a run that were written after a time: strings put together to one array, none is parsed.
 
         By time and not by step, since a run that is resumed writes earlier steps again.
+
+        Raises:
+            InvalidArgumentError: for a request without a run or a tag, or with a time that is none.
         """
         try:
             run, tag, after = request.args["run"], request.args["tag"], float(request.args.get("after", 0.0))

@@ -38,7 +38,11 @@ def probes(steps, scale=1.0, k=K, *, header=True, complete=False, density=False)
             probe["eigenvalues"] = [decay * (k - i) for i in range(k)]
             probe["residuals"] = [1e-3 * decay] * k
             probe["threshold"] = 20.0
-            metrics |= {"sharpness": decay * k, "sharpness_over_threshold": decay * k / 20.0, "solver/subspace_error": 0.01}
+            metrics |= {
+                "sharpness": decay * k,
+                "sharpness_over_threshold": decay * k / 20.0,
+                "solver/subspace_error": 0.01,
+            }
             if number % 2:
                 probe["next"] = 0.5 * decay
         if not fine and step == WITHHELD:
@@ -47,7 +51,10 @@ def probes(steps, scale=1.0, k=K, *, header=True, complete=False, density=False)
             share = min(step / 1000, 1.0)
             metrics |= {"gradient_fraction": share, "update_fraction": 0.5}
             if number % 5 == 0:
-                metrics |= {"gradient_fraction_low": max(share - 0.05, 0.0), "gradient_fraction_high": min(share + 0.03, 1.0)}
+                metrics |= {
+                    "gradient_fraction_low": max(share - 0.05, 0.0),
+                    "gradient_fraction_high": min(share + 0.03, 1.0),
+                }
             if held:
                 values = [math.exp(-abs(math.log1p(step) - math.log1p(other)) / 2) for other in held]
                 probe |= {"overlaps": [list(held), values], "overlap_error": 0.004}

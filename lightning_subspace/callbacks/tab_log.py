@@ -1,0 +1,102 @@
+"""Entries of a monitor for the tab of TensorBoard: one a probe, and what was asked for at the first of each fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning_subspace
+from lightning_subspace._lightning import Trainer
+from lightning_subspace.callbacks.runner import ProbeRunner
+from lightning_subspace.data.sample import Sample
+from lightning_subspace.measurements.density import Density
+from lightning_subspace.measurements.optimizer_rules import sgd_threshold
+from lightning_subspace.probe.run import ProbeRun
+from lightning_subspace.report import Publisher
+from lightning_subspace.report.tab_entry import failed_entry, tab_entry
+from lightning_subspace.subspace.record import Record
+
+WANTED = (
+    "k",
+    "which",
+    "tol",
+    "max_matvecs",
+    "verify",
+    "curvature",
+    "mode",
+    "dtype",
+    "reference_step",
+)  # of the settings
+
+
+class TabLog:
+    """Writes an entry for each probe, on the first rank.
+
+    Args:
+        runner: takes the probes.
+        publisher: where entries go.
+    """
+
+    def __init__(self, runner: ProbeRunner, publisher: Publisher) -> None:
+        self._runner = runner
+        self._publisher = publisher
+        self._has_header = False
+        self._now: dict[str, Any] = {}
+
+    def begin(self) -> None:
+        """Another fit begins."""
+        self._has_header, self._now = False, {}
+
+    def open(self, trainer: Trainer) -> None:
+        """Note what belongs to the point of a probe, and is another behind its step."""
+        optimizers = trainer.optimizers
+        if len(optimizers) == 1:
+            rates = [float(group["lr"]) for group in optimizers[0].param_groups if "lr" in group]
+            self._now = {"lr": max(rates, default=None), "threshold": sgd_threshold(optimizers[0])}
+
+    def close(self, trainer: Trainer, run: ProbeRun, record: Record) -> None:
+        """Write the entry of a record."""
+        header = None if self._has_header else self._header(trainer, run)
+        densities = [item.history[-1] for item in run.settings.taken if isinstance(item, Density) and item.history]
+        entry = tab_entry(
+            record,
+            run.overlaps,
+            density=next((found for found in densities if found.step == record.step), None),
+            passed_over=self._runner.schedule.num_passed_over or None,
+            run=header,
+            **self._now,
+        )
+        self._publisher.tell(trainer, entry)
+        self._has_header = True
+
+    def fail(self, trainer: Trainer, step: int) -> None:
+        """Write the entry of a probe that has failed, if it has."""
+        if (text := self._runner.notices.last_failure) is not None:
+            self._publisher.tell(trainer, failed_entry(step, text))
+
+    def _header(self, trainer: Trainer, run: ProbeRun) -> dict[str, Any]:
+        settings = {name: getattr(run.settings, name) for name in WANTED}
+        optimizers = trainer.optimizers
+        return {
+            **{name: value for name, value in settings.items() if value is not None},
+            "n": run.partition.n,
+            "ranks": run.ranks.count,
+            "max_overhead": self._runner.schedule.max_overhead,
+            "optimizer": type(optimizers[0]).__name__ if len(optimizers) == 1 else f"{len(optimizers)} optimizers",
+            "precision": str(getattr(trainer.precision_plugin, "precision", "")),
+            "versions": _versions(),
+            **_sizes(self._runner.source.sample),
+        }
+
+
+def _sizes(sample: Sample | None) -> dict[str, Any]:
+    if sample is None:
+        return {}
+    hessian = sum(batch.weight for batch in sample.hessian)
+    gradient = hessian + sum(batch.weight for batch in sample.extra)
+    return {"sample": round(hessian), "gradient_sample": round(gradient), "share": sample.hessian_share}
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    return {"lightning_subspace": lightning_subspace.__version__, "torch": torch.__version__}

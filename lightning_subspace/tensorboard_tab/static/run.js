@@ -4,6 +4,8 @@
  * A probe that was written twice, as by a run that is resumed, counts once: the later one.
  */
 
+import { extent } from './series.js';
+
 /**
  * @typedef {object} Probe - as it is written; what is absent is not known
  * @property {number} v - version of the schema
@@ -88,7 +90,7 @@ export class Run {
   }
 
   get k() {
-    return this.header.k ?? Math.max(0, ...this.probes.map((probe) => probe.eigenvalues?.length ?? 0));
+    return this.header.k ?? extent([0, ...this.probes.map((probe) => probe.eigenvalues?.length)])[1];
   }
 
   /** @param {number} step */

@@ -70,13 +70,7 @@ export function ticks(kind, low, high, edge = 1) {
   if (low > high) return ticks(kind, high, low, edge).reverse();
   if (kind === 'linear') return linearTicks(low, high);
   if (kind === 'log') return logTicks(low, high);
-  const found = [0];
-  const most = Math.max(Math.abs(low), Math.abs(high));
-  for (let value = edge; value <= most; value *= 10) {
-    if (value <= high) found.push(value);
-    if (-value >= low) found.unshift(-value);
-  }
-  return found;
+  return symlogTicks(low, high, edge);
 }
 
 /** @type {Record<Kind, (edge: number) => {forward: (v: number) => number, backward: (p: number) => number}>} */
@@ -100,6 +94,23 @@ function linearTicks(low, high) {
     found.push(i === 0 ? 0 : Number((i * step).toPrecision(12)));
   }
   return found;
+}
+
+/** @param {number} low @param {number} high @param {number} edge */
+function symlogTicks(low, high, edge) {
+  if (low >= edge) return logTicks(low, high);
+  if (high <= -edge)
+    return logTicks(-high, -low)
+      .map((tick) => -tick)
+      .reverse();
+  const most = Math.max(Math.abs(low), Math.abs(high));
+  const within = most / edge > 500 ? [1] : [1, 2, 5];
+  const sizes = [];
+  for (let power = Math.ceil(Math.log10(edge) - 1e-9); 10 ** power <= most; power++) {
+    sizes.push(...within.map((multiple) => Number((multiple * 10 ** power).toPrecision(3))));
+  }
+  const found = [...sizes.map((size) => -size).reverse(), 0, ...sizes].filter((tick) => tick >= low && tick <= high);
+  return found.length > 1 ? found : linearTicks(low, high);
 }
 
 /** @param {number} low @param {number} high */

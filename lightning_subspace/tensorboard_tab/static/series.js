@@ -49,6 +49,20 @@ export function median(values) {
 }
 
 /**
+ * The least and the largest of those values that are there, of any number; infinite, and crossed, where there are none.
+ * @param {Values} values
+ * @returns {[number, number]}
+ */
+export function extent(values) {
+  let [low, high] = [Infinity, -Infinity];
+  for (const value of present(values)) {
+    if (value < low) low = value;
+    if (value > high) high = value;
+  }
+  return [low, high];
+}
+
+/**
  * Those values that are there.
  * @param {Values} values
  * @returns {number[]}

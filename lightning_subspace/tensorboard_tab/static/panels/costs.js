@@ -2,7 +2,7 @@
 
 import { card } from '../card.js';
 import { duration, number, thousands } from '../format.js';
-import { median, present } from '../series.js';
+import { extent, median, present } from '../series.js';
 import { make } from '../svg.js';
 
 /** @typedef {import('../view.js').View} View */
@@ -111,7 +111,7 @@ function times(run) {
 /** @param {Run} run */
 function errors(run) {
   const known = present(run.metric('solver/subspace_error'));
-  return known.length ? `${number(median(known), 2)}, at most ${number(Math.max(...known), 2)}` : '–';
+  return known.length ? `${number(median(known), 2)}, at most ${number(extent(known)[1], 2)}` : '–';
 }
 
 /** @param {Run} run */

@@ -7,7 +7,7 @@ import { indexColour } from '../colours.js';
 import { number, thousands } from '../format.js';
 import { line } from '../marks.js';
 import { follow } from '../pointer.js';
-import { present } from '../series.js';
+import { extent, present } from '../series.js';
 import { showTip } from '../tip.js';
 
 /** @typedef {import('../view.js').View} View */
@@ -36,7 +36,8 @@ export function eigenvalues(host) {
     const values = runs.flatMap((run) => Array.from({ length: count }, (_, i) => run.eigenvalue(i)).flat());
     const next = runs.filter((run) => count === run.k).flatMap((run) => run.next());
     const known = present([...values, ...next]);
-    const near = (/** @type {number} */ level) => level < FAR * Math.max(...known) && level > Math.min(...known) / FAR;
+    const [least, most] = extent(known);
+    const near = (/** @type {number} */ level) => level < FAR * most && level > least / FAR;
     const levels = runs.map((run) => run.threshold());
     const drawn = levels.map((of) => of.some((value) => value !== null && near(value)));
     const all = [...known, ...levels.filter((_, i) => drawn[i]).flatMap(present)];
@@ -71,7 +72,8 @@ export function eigenvalues(host) {
       if (count === runs[0].k)
         key(note, `λ${count + 1}, estimated`, { colour: indexColour(count - 1, count), dash: 'dotted' });
     } else if (count) note.append(count === 1 ? 'λ₁ of each run' : `the first ${count} of each run`);
-    if (drawn.some(Boolean)) key(note, 'threshold of stability', { colour: 'var(--warn)', dash: 'dashed' });
+    if (drawn.some(Boolean))
+      key(note, 'threshold of stability', { colour: isAlone ? 'var(--warn)' : 'var(--soft)', dash: 'dashed' });
     runs.forEach((run, r) => {
       const level = present(levels[r]).at(-1);
       if (!drawn[r] && level !== undefined)

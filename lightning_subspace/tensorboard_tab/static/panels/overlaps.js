@@ -3,7 +3,7 @@
 import { card } from '../card.js';
 import { css, viridis } from '../colours.js';
 import { number, thousands } from '../format.js';
-import { nearest } from '../series.js';
+import { extent, nearest } from '../series.js';
 import { make, set } from '../svg.js';
 import { hideTip, showTip } from '../tip.js';
 
@@ -34,7 +34,7 @@ export function overlaps(host) {
       held < total ? `Overlaps between ${held} of ${thousands(total)} probes` : 'Overlaps between all probes';
     note.replaceChildren();
     if (held < total) note.append('those whose spaces are held, spread over log(step); any other one: above ');
-    const error = Math.max(0, ...runs.flatMap((run) => run.probes.map((probe) => probe.overlap_error ?? 0)));
+    const error = extent([0, ...runs.flatMap((run) => run.probes.map((probe) => probe.overlap_error))])[1];
     note.append(error ? `from sketches, standard deviation at most ${number(error, 2)}` : 'exact');
     if (view.shown.length > MOST) note.append(`; the first ${MOST} of ${view.shown.length} runs`);
     const room = (Math.max(body.clientWidth, 280) - 18 * (runs.length - 1)) / Math.max(runs.length, 1);

@@ -37,11 +37,9 @@ export function sentences(probe, run) {
   const share = values.gradient_fraction;
   if (share !== undefined) {
     const [low, high] = [values.gradient_fraction_low, values.gradient_fraction_high];
-    const bar = low !== undefined && high !== undefined ? ` (${number(low, 2)} to ${number(high, 2)})` : '';
-    const chance = run.header.n ? `, ${number(run.k / run.header.n, 1)} by chance` : '';
-    found.push(
-      `${number(100 * share, 3)} % of the gradient${bar ? ` ${bar.trim()}` : ''} lies in the ${run.k} sharpest directions${chance}.`,
-    );
+    const bar = low !== undefined && high !== undefined ? ` (${number(100 * low)} to ${number(100 * high)} %)` : '';
+    const chance = run.header.n ? `, ${number((100 * run.k) / run.header.n, 1)} % by chance` : '';
+    found.push(`${number(100 * share)} %${bar} of the gradient lies in the ${run.k} sharpest directions${chance}.`);
   }
   const sharpest = probe.eigenvalues?.[0];
   if (sharpest !== undefined && sharpest !== null) {

@@ -30,14 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         runs = read_runs(options.path)
+        if not runs:
+            told = f"path: expected logs or a checkpoint of a run with SubspaceMonitor, got none in {options.path}"
+            print(f"{told}; train with a TensorBoardLogger, or name another folder.", file=sys.stderr)
+            return 1
+        options.out.write_text(page(runs, title=f"Subspace: {options.path}"), encoding="utf-8")
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    if not runs:
-        told = f"path: expected logs or a checkpoint of a run with SubspaceMonitor, got none in {options.path}"
-        print(f"{told}; train with a TensorBoardLogger, or name another folder.", file=sys.stderr)
-        return 1
-    options.out.write_text(page(runs, title=f"Subspace: {options.path}"), encoding="utf-8")
     count = sum(len(probes) for tags in runs.values() for probes in tags.values())
     print(f"{count} probes of {len(runs)} runs in {options.out}")
     return 0

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_subspace.tensorboard_tab.plugin import STATIC
+from lightning_subspace.tensorboard_tab.static_files import STATIC
 
 IMPORT = re.compile(r"^import (\{[^}]*\}) from '(\.[^']+)';\n", re.MULTILINE)
 EXPORT = re.compile(r"^export (?=(?:async )?(?:function|const|let|class) (\w+))", re.MULTILINE)

@@ -51,6 +51,7 @@ export class ValueAxis {
    */
   fit(values, logarithmic = false) {
     const { kind, domain, edge } = fitted(values, logarithmic);
+    if (kind === 'log' && this.zoom && this.zoom[0] <= 0) this.zoom = null; // of a linear axis: it has no place here
     return (range) => scale(kind, this.zoom ?? domain, range, edge);
   }
 }

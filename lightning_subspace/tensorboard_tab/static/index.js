@@ -34,7 +34,6 @@ export function render() {
   const first = words(content);
   const grid = make('div', { id: 'grid' }, content);
   const panels = [first, ...PANELS.map((build) => build(grid))];
-  let follow = () => {};
   let pending = 0;
   const view = new View({
     redraw,
@@ -43,21 +42,26 @@ export function render() {
       pending = requestAnimationFrame(move);
     },
   });
+  const { fit, follow } = controls(bar, view);
   const from = source();
   const tensorBoard = connect(() => void update());
 
   function redraw() {
     const isEmpty = !view.shown.length;
+    const label = document.activeElement?.getAttribute('aria-label');
     runList(side, view);
     bar.hidden = content.hidden = isEmpty;
     empty.replaceChildren();
     if (isEmpty) emptiness(empty, view);
     else {
       grid.classList.toggle('bare', view.most === 0);
-      follow = controls(bar, view);
+      fit();
       for (const panel of panels) panel.draw(view);
       follow();
     }
+    // An element that was made anew has the focus of the one that it replaces.
+    if (label && document.activeElement === document.body)
+      /** @type {HTMLElement | null} */ (document.querySelector(`[aria-label="${CSS.escape(label)}"]`))?.focus();
     document.body.dataset.ready = String(view.shown.length);
   }
 
@@ -89,7 +93,8 @@ export function render() {
   }
 
   document.addEventListener('keydown', (event) => {
-    if (event.target instanceof HTMLInputElement || event.target instanceof HTMLSelectElement) return;
+    const isRange = event.target instanceof HTMLInputElement && event.target.type === 'range';
+    if (isRange || event.target instanceof HTMLSelectElement) return; // they take these keys themselves
     const places = { ArrowLeft: -1, ArrowRight: 1, PageDown: -10, PageUp: 10, Home: -Infinity, End: Infinity }[
       event.key
     ];

@@ -75,7 +75,7 @@ export const SIGNS = { undetermined: '▲', unconverged: '✕', failed: '■' };
  * A row of signs below the axis, in the colour of the run, for the probes that left something out.
  * @param {Chart} chart
  * @param {import('./run.js').Run} run
- * @param {{row: number, colour: string, says: (event: PointerEvent | null, probe: import('./run.js').Probe) => void}} options
+ * @param {{row: number, colour: string, says: (place: {clientX: number, clientY: number} | null, probe: import('./run.js').Probe) => void}} options
  */
 export function leftOut(chart, run, { row, colour, says }) {
   const y = chart.inner.bottom + 9 + 14 * row;
@@ -88,7 +88,15 @@ export function leftOut(chart, run, { row, colour, says }) {
     const sign = make('text', text, chart.over, SIGNS[state]);
     sign.addEventListener('pointerenter', (/** @type {PointerEvent} */ event) => says(event, probe));
     sign.addEventListener('pointerleave', () => says(null, probe));
+    sign.addEventListener('focus', () => says(middleOf(sign), probe));
+    sign.addEventListener('blur', () => says(null, probe));
   }
+}
+
+/** @param {Element} node */
+function middleOf(node) {
+  const { left, right, top, bottom } = node.getBoundingClientRect();
+  return { clientX: (left + right) / 2, clientY: (top + bottom) / 2 };
 }
 
 /** @param {number} x @param {number} y @param {number} r */

@@ -30,7 +30,7 @@ export function runList(host, view) {
       { class: run === view.focused ? 'run focus' : 'run', title: 'double click: only this one' },
       host,
     );
-    const box = make('input', { type: 'checkbox' }, row);
+    const box = make('input', { type: 'checkbox', 'aria-label': `show ${run.name}` }, row);
     box.checked = view.isVisible(run);
     box.addEventListener('change', () => view.toggle(run));
     make('span', { class: 'name' }, row, run.name);
@@ -49,60 +49,59 @@ export function runList(host, view) {
 }
 
 /**
- * The bar of controls; returns how to follow the step.
+ * The bar of controls, which is built once: an element that is made anew loses the pointer that drags it.
  * @param {HTMLElement} host
  * @param {View} view
+ * @returns {{fit: () => void, follow: () => void}} to be called when anything, and when the step has changed
  */
 export function controls(host, view) {
-  host.replaceChildren();
-  const steps = view.steps;
-  const slider = labelled(host, 'step', { type: 'range', min: 0, max: Math.max(steps.length - 1, 0), id: 'step' });
-  const value = make('b', { id: 'at' }, slider.parentElement);
-  slider.addEventListener('input', () => view.choose(steps[Number(slider.value)]));
-  if (view.most > 1) {
-    const count = labelled(host, 'eigenvalues', {
-      type: 'range',
-      min: 1,
-      max: view.most,
-      value: view.count,
-      class: 'short',
-      id: 'count',
-    });
-    make('b', {}, count.parentElement, view.count < view.most ? `first ${view.count}` : `all ${view.most}`);
-    count.addEventListener('input', () =>
-      view.change(() => {
-        view.limit = Number(count.value);
-      }),
-    );
-  }
+  const slider = labelled(host, 'step', { type: 'range', min: 0, id: 'step' });
+  const at = make('b', { id: 'at' }, slider.parentElement);
+  slider.addEventListener('input', () => view.choose(view.steps[Number(slider.value)]));
+  const count = labelled(host, 'eigenvalues', { type: 'range', min: 1, class: 'short', id: 'count' });
+  const counted = make('b', {}, count.parentElement);
+  count.addEventListener('input', () =>
+    view.change(() => {
+      view.limit = Number(count.value);
+    }),
+  );
   /** @type {[string, 'logarithmic' | 'logSteps' | 'still', string][]} */
-  const boxes = [
+  const properties = [
     ['log eigenvalues', 'logarithmic', 'eigenvalues on a logarithmic axis'],
     ['log steps', 'logSteps', 'steps on a logarithmic axis'],
     ['keep scale', 'still', "the spectrum's axis stays the same over the steps"],
   ];
-  for (const [text, property, says] of boxes) {
+  const boxes = properties.map(([text, property, says]) => {
     const box = labelled(host, text, { type: 'checkbox', title: says });
-    box.checked = view[property];
     box.addEventListener('change', () =>
       view.change(() => {
         view[property] = box.checked;
       }),
     );
-  }
-  if (view.range) {
-    const all = make('button', { type: 'button', class: 'chip' }, host, 'show all steps');
-    all.addEventListener('click', () =>
-      view.change(() => {
-        view.range = null;
-      }),
-    );
-  }
-  return () => {
+    return { box, property };
+  });
+  const all = make('button', { type: 'button', class: 'chip' }, host, 'show all steps');
+  all.addEventListener('click', () =>
+    view.change(() => {
+      view.range = null;
+    }),
+  );
+  const fit = () => {
+    slider.max = String(Math.max(view.steps.length - 1, 0));
+    /** @type {HTMLElement} */ (count.parentElement).hidden = view.most < 2;
+    count.max = String(view.most);
+    count.value = String(view.count);
+    counted.textContent = view.count < view.most ? `first ${view.count}` : `all ${view.most}`;
+    for (const { box, property } of boxes) box.checked = view[property];
+    all.hidden = !view.range;
+  };
+  const follow = () => {
+    const steps = view.steps;
     const index = nearest(steps, view.step);
     slider.value = String(index);
-    value.textContent = steps.length ? `${thousands(view.step)} (${index + 1} of ${thousands(steps.length)})` : '–';
+    at.textContent = steps.length ? `${thousands(view.step)} (${index + 1} of ${thousands(steps.length)})` : '–';
   };
+  return { fit, follow };
 }
 
 /**

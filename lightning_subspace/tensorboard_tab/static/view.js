@@ -136,7 +136,8 @@ export class View {
 
   /** @param {URLSearchParams} pairs */
   _read(pairs) {
-    const words = (/** @type {string} */ key) => pairs.get(key)?.split(',').filter(Boolean) ?? [];
+    // A name may have any sign in it, so each of several has a pair of its own.
+    const words = (/** @type {string} */ key) => pairs.getAll(key).filter(Boolean);
     const step = Number(pairs.get('step') ?? NaN);
     if (Number.isFinite(step)) [this.step, this.follows] = [step, false];
     if (pairs.has('hidden')) this.hidden = new Set(words('hidden'));
@@ -145,29 +146,35 @@ export class View {
     this.tag = pairs.get('monitor') ?? '';
     this.logarithmic = pairs.get('scale') !== 'linear';
     this.logSteps = pairs.get('steps') === 'log';
+    this.still = pairs.get('spectrum') !== 'fitted';
     this.limit = Number(pairs.get('eigenvalues')) || null;
-    const [low, high] = words('range').map(Number);
+    const [low, high] = (pairs.get('range') ?? '').split(',').map(Number);
     if (high > low) this.range = [low, high];
     for (const word of words('numbers')) {
-      const [panel, key] = word.split(':');
-      if (key) this.chosen[panel] = key;
+      const [panel, ...key] = word.split(':');
+      if (key.length) this.chosen[panel] = key.join(':');
     }
   }
 
   _write() {
     const pairs = new URLSearchParams();
     if (!this.follows) pairs.set('step', String(this.step));
-    if (this.hidden) pairs.set('hidden', [...this.hidden].join(','));
-    const shares = [...this.shares].join(',');
-    if (shares !== 'gradient_fraction,update_fraction') pairs.set('shares', shares);
+    const put = (/** @type {string} */ key, /** @type {Iterable<string>} */ words) => {
+      const all = [...words];
+      for (const word of all.length ? all : ['']) pairs.append(key, word);
+    };
+    if (this.hidden) put('hidden', this.hidden);
+    const shares = [...this.shares].sort();
+    if (shares.join() !== 'gradient_fraction,update_fraction') put('shares', shares);
     if (this.focus) pairs.set('focus', this.focus);
     if (this.tags.length > 1) pairs.set('monitor', this.tag);
     if (!this.logarithmic) pairs.set('scale', 'linear');
     if (this.logSteps) pairs.set('steps', 'log');
+    if (!this.still) pairs.set('spectrum', 'fitted');
     if (this.limit) pairs.set('eigenvalues', String(this.limit));
     if (this.range) pairs.set('range', this.range.map((value) => Number(value.toPrecision(6))).join(','));
     const numbers = Object.entries(this.chosen).map(([panel, key]) => `${panel}:${key}`);
-    if (numbers.length) pairs.set('numbers', numbers.join(','));
+    if (numbers.length) put('numbers', numbers);
     writeAddress(pairs);
   }
 }

@@ -123,7 +123,13 @@ function legend(view, note, there, runs) {
     const isOn = view.shares.has(metric);
     const chip = make(
       'button',
-      { class: isOn ? 'chip on' : 'chip', title: says, type: 'button', 'aria-pressed': String(isOn) },
+      {
+        class: isOn ? 'chip on' : 'chip',
+        title: says,
+        type: 'button',
+        'aria-label': text,
+        'aria-pressed': String(isOn),
+      },
       note,
     );
     make('i', { style: `border-top-style:${dash ? 'dashed' : 'solid'}` }, chip);

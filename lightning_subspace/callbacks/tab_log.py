@@ -75,12 +75,12 @@ class TabLog:
 
     def _header(self, trainer: Trainer, run: ProbeRun) -> dict[str, Any]:
         settings = {name: getattr(run.settings, name) for name in WANTED}
+        settings["max_overhead"] = self._runner.schedule.max_overhead
         optimizers = trainer.optimizers
         return {
             **{name: value for name, value in settings.items() if value is not None},
             "n": run.partition.n,
             "ranks": run.ranks.count,
-            "max_overhead": self._runner.schedule.max_overhead,
             "optimizer": type(optimizers[0]).__name__ if len(optimizers) == 1 else f"{len(optimizers)} optimizers",
             "precision": str(getattr(trainer.precision_plugin, "precision", "")),
             "versions": _versions(),

@@ -1,7 +1,9 @@
 """What a monitor writes for the tab: all that its records hold, once a probe, to TensorBoard alone."""
 
+import inspect
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_subspace import SubspaceMonitor
 from lightning_subspace.measurements import Density
+from lightning_subspace.probe.checkpoint import decode
 from lightning_subspace.report.tab_entry import tab_entry
 from lightning_subspace.tensorboard_tab.event_files import read_probes
 from lightning_subspace.tensorboard_tab.schema import to_json
@@ -31,11 +34,10 @@ def near(value):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    monitor = SubspaceMonitor(
-        k=3, every_n_steps=2, dtype="float64", max_overhead=None, measurements=[Density(vectors=2)], log="default"
-    )
-    trainer = fit(folder, monitor, steps=9)
-    return monitor, trainer, entries(folder)
+    density = Density(vectors=2)
+    monitor = SubspaceMonitor(k=3, every_n_steps=2, dtype="float64", max_overhead=None, measurements=[density])
+    fit(folder, monitor, steps=8)
+    return monitor, density, entries(folder)
 
 
 def test_there_is_an_entry_for_every_record(run):
@@ -64,7 +66,7 @@ def test_eigenvalues_come_with_their_residuals_and_the_next_one(run):
 
 def test_overlaps_are_a_row_of_the_matrix(run):
     monitor, _, found = run
-    steps, matrix = monitor.overlap_history.matrix
+    steps, matrix = decode(monitor.state_dict()).overlaps.matrix()
     known = 0
     for entry in found:
         if "overlaps" not in entry:
@@ -78,8 +80,7 @@ def test_overlaps_are_a_row_of_the_matrix(run):
 
 
 def test_the_density_is_that_of_the_measurement(run):
-    monitor, _, found = run
-    [density] = [item for item in monitor.measurements if isinstance(item, Density)]
+    _, density, found = run
     for entry, record in zip(found, density.history, strict=True):
         nodes, values = (np.array(part) for part in entry["density"])
         low, high = record.spectrum.ends
@@ -106,7 +107,7 @@ def test_the_header_says_what_was_asked_for_once_a_fit(tmp_path):
         trainer_of(monitor, logger, steps).fit(net, data())
     found = entries(tmp_path)
     headers = {entry["step"]: entry["run"] for entry in found if "run" in entry}
-    assert len(headers) == 2
+    assert [entry["step"] for entry in found if "run" in entry] == [0, 0]
     for header in headers.values():
         assert (header["k"], header["n"], header["optimizer"], header["ranks"]) == (3, N, "SGD", 1)
         assert (header["dtype"], header["tol"], header["which"]) == ("float64", 1e-3, "LA")
@@ -123,8 +124,9 @@ def test_a_space_that_is_not_determined_comes_with_its_reason(tmp_path):
         for parameter in net.parameters():
             parameter.zero_()
     monitor = SubspaceMonitor(k=1, every_n_steps=1, max_overhead=None, dtype="float64")
-    fit(tmp_path, monitor, steps=1, net=net)
-    [entry], [record] = entries(tmp_path), monitor.history
+    with pytest.warns(UserWarning, match="not determined"):
+        fit(tmp_path, monitor, steps=1, net=net)
+    entry, record = entries(tmp_path)[0], monitor.history[0]
     assert record.subspace.trusted is entry["trusted"] is False
     assert entry["reason"] == record.subspace.verdict
     assert "overlaps" not in entry
@@ -133,9 +135,9 @@ def test_a_space_that_is_not_determined_comes_with_its_reason(tmp_path):
 
 def test_without_convergence_there_are_no_eigenvalues(tmp_path):
     monitor = SubspaceMonitor(k=5, every_n_steps=1, tol=1e-12, max_matvecs=7, max_overhead=None, dtype="float64")
-    with pytest.warns(UserWarning, match="converge"):
+    with pytest.warns(UserWarning, match="products were spent"):
         fit(tmp_path, monitor, steps=1)
-    [entry], [record] = entries(tmp_path), monitor.history
+    entry, record = entries(tmp_path)[0], monitor.history[0]
     assert not record.subspace.converged
     assert entry["outcome"] == record.subspace.outcome.name != "CONVERGED"
     assert entry["reason"] == record.subspace.verdict
@@ -143,7 +145,7 @@ def test_without_convergence_there_are_no_eigenvalues(tmp_path):
 
 
 class Stumbling(Net):
-    """A net whose loss is not finite, or cannot be had, from the second probe on."""
+    """A net whose loss cannot be had by the probe at step 2."""
 
     def training_step(self, batch, index):
         if torch.is_grad_enabled() and self.trainer.global_step == 2 and self.fails():
@@ -151,8 +153,8 @@ class Stumbling(Net):
         return super().training_step(batch, index)
 
     def fails(self):
-        # Training itself goes on: a probe is what calls the step with parameters that are no leaves of the module.
-        return any("probe" in frame.filename for frame in __import__("inspect").stack())
+        # Training itself goes on: it is not called from the package.
+        return any("lightning_subspace/probe/" in frame.filename for frame in inspect.stack())
 
 
 def test_a_probe_that_fails_leaves_its_text(tmp_path):
@@ -160,16 +162,17 @@ def test_a_probe_that_fails_leaves_its_text(tmp_path):
     with pytest.warns(UserWarning, match="no memory for λ"):
         fit(tmp_path, monitor, steps=6, net=Stumbling())
     found = entries(tmp_path)
-    assert [entry["step"] for entry in found] == [0, 2, 4]
+    assert [entry["step"] for entry in found] == [0, 2, 4, 6]
     assert found[1] == {"v": 1, "step": 2, "failed": "RuntimeError: no memory for λ, says the device"}
-    assert [record.step for record in monitor.history] == [0, 4]
+    assert [record.step for record in monitor.history] == [0, 4, 6]
     assert "failed" not in found[2]
 
 
-def test_steps_that_were_passed_over_are_counted(tmp_path):
+def test_steps_that_were_passed_over_are_counted(tmp_path, logged):
     monitor = SubspaceMonitor(k=2, every_n_steps=1, max_overhead=0.01, dtype="float64")
     fit(tmp_path, monitor, steps=12)
     found = entries(tmp_path)
+    assert len(logged) == 1  # which the page says again, with their number
     assert "passed_over" not in found[0]
     counts = [entry.get("passed_over", 0) for entry in found]
     assert counts == sorted(counts)
@@ -180,9 +183,9 @@ def test_steps_that_were_passed_over_are_counted(tmp_path):
 
 def test_a_monitor_of_no_space_writes_its_numbers(tmp_path):
     monitor = SubspaceMonitor(k=0, every_n_steps=2, max_overhead=None, dtype="float64")
-    fit(tmp_path, monitor, steps=3)
+    fit(tmp_path, monitor, steps=4)
     found = entries(tmp_path)
-    assert [entry["step"] for entry in found] == [0, 2]
+    assert [entry["step"] for entry in found] == [0, 2, 4]
     assert found[0]["run"]["k"] == 0
     assert found[0]["metrics"].keys() == monitor.history[0].metrics.keys()
     assert not {"eigenvalues", "trusted", "overlaps"} & found[0].keys()
@@ -190,20 +193,28 @@ def test_a_monitor_of_no_space_writes_its_numbers(tmp_path):
 
 def test_an_entry_of_ten_eigenvalues_is_at_most_two_kilobytes(tmp_path):
     monitor = SubspaceMonitor(k=10, every_n_steps=1, max_overhead=None)
-    fit(tmp_path, monitor, steps=80)
-    sizes = {entry["step"]: len(json.dumps(entry, separators=(",", ":"))) for entry in entries(tmp_path)}
-    headed = sizes.pop(0)  # the first one has the header
-    assert max(sizes.values()) <= 2000
-    assert headed <= 2000
-    assert len(monitor.overlap_history.steps) <= 64
+    fit(tmp_path, monitor, steps=4)
+    state = decode(monitor.state_dict())
+    # As late in a long run, with as many spaces held as ever are: steps and overlaps of as many digits as they can have.
+    for step in range(123_456, 999_999, 10_000):
+        state.overlaps.add(step, next(iter(state.overlaps.sketches.values())))
+    last = state.overlaps.steps[-1]
+    state.overlaps.pairs = dict.fromkeys(state.overlaps.pairs, 0.12344)
+    record = replace(monitor.history[1], step=last)
+    written = entries(tmp_path)
+    beside = {key: written[1][key] for key in ("lr", "threshold")}
+    entry = tab_entry(record, state.overlaps, **beside, passed_over=123_456)
+    assert (len(entry["eigenvalues"]), len(entry["overlaps"][0])) == (10, 63)
+    assert len(to_json(entry)) <= 2000
+    assert len(to_json(written[0])) <= 2000  # with the header
 
 
 def test_other_loggers_get_nothing(tmp_path):
     loggers = [CSVLogger(str(tmp_path), name="csv", version=""), TensorBoardLogger(str(tmp_path), "logs", "")]
     monitor = SubspaceMonitor(k=2, every_n_steps=2, max_overhead=None, dtype="float64")
-    fit(tmp_path, monitor, steps=3, loggers=loggers)
+    fit(tmp_path, monitor, steps=4, loggers=loggers)
     assert "probes" not in (tmp_path / "csv" / "metrics.csv").read_text()
-    assert len(entries(tmp_path)) == 2
+    assert len(entries(tmp_path)) == 3
     assert [path.name for path in (tmp_path / "csv").rglob("*tfevents*")] == []
 
 
@@ -219,8 +230,8 @@ def test_a_writer_that_raises_reaches_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr(FileWriter, "add_summary", broken)
     monitor = SubspaceMonitor(k=2, every_n_steps=2, max_overhead=None, dtype="float64")
     with pytest.warns(UserWarning, match="no space left") as told:
-        trainer = fit(tmp_path, monitor, steps=5)
-    assert (trainer.global_step, len(monitor.history)) == (5, 3)
+        trainer = fit(tmp_path, monitor, steps=4)
+    assert (trainer.global_step, len(monitor.history)) == (4, 3)
     assert len([one for one in told if "no space left" in str(one.message)]) == 1
     assert read_probes(tmp_path) == {}
 

@@ -43,8 +43,8 @@ def test_a_folder_needs_no_torch(tmp_path):
 
 
 def test_a_checkpoint_has_the_probes_that_the_logs_have(tmp_path):
-    monitor = SubspaceMonitor(k=2, every_n_steps=2, name="mine")
-    trainer = fit(tmp_path, monitor, steps=7)
+    monitor = SubspaceMonitor(k=2, every_n_steps=2, max_overhead=None, name="mine")
+    trainer = fit(tmp_path, monitor, steps=6)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     [(run, tags)] = read_runs(tmp_path / "last.ckpt").items()
     assert (run, list(tags)) == ("last", ["mine/probes"])

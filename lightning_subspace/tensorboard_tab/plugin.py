@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from tensorboard import errors, plugin_util  # type: ignore[import-untyped]
@@ -75,6 +76,8 @@ class SubspacePlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         """
         try:
             run, tag, after = request.args["run"], request.args["tag"], float(request.args.get("after", 0.0))
+            if not math.isfinite(after):  # a word that JSON does not have, and the answer tells the time
+                raise ValueError(after)
         except (KeyError, ValueError) as error:
             raise errors.InvalidArgumentError(f"probes: expected run, tag and after, a time, got {error!r}.") from error
         found = self._provider.read_tensors(

@@ -46,7 +46,7 @@ def test_a_number_of_any_size_stays_within_a_relative_error(value):
 
 
 def test_texts_of_any_kind_come_back():
-    text = "RuntimeError: \"λ\" \\ </script>\n\x00 \ud800".encode("utf-8", "ignore").decode()
+    text = 'RuntimeError: "λ" \\ </script>\n\x00 \ud800'.encode("utf-8", "ignore").decode()
     assert strict(to_json({"failed": text}))["failed"] == text
 
 

@@ -103,7 +103,16 @@ def test_a_file_of_the_page_is_served_as_it_is(server, name):
 
 @pytest.mark.parametrize(
     "name",
-    ["none.js", "../plugin.py", "../static/index.js", "%2e%2e/plugin.py", "..%2fplugin.py", "package.json", "panels", ""],
+    [
+        "none.js",
+        "../plugin.py",
+        "../static/index.js",
+        "%2e%2e/plugin.py",
+        "..%2fplugin.py",
+        "package.json",
+        "panels",
+        "",
+    ],
 )
 def test_no_other_file_is(server, name):
     status, _, body = server.fetch(f"{PREFIX}/static/{name}")

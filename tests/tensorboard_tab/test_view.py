@@ -52,7 +52,9 @@ def test_a_checkpoint_has_the_probes_that_the_logs_have(tmp_path):
     kept = ("v", "step", "outcome", "trusted", "verified", "eigenvalues", "residuals", "next", "metrics")
     assert [probe["step"] for probe in tags["mine/probes"]] == [0, 2, 4, 6]
     for saved, written in zip(tags["mine/probes"], logged["mine/probes"], strict=True):
-        assert {key: saved[key] for key in kept if key in saved} == {key: written[key] for key in kept if key in written}
+        assert {key: saved[key] for key in kept if key in saved} == {
+            key: written[key] for key in kept if key in written
+        }
     assert main([str(tmp_path / "last.ckpt"), "--out", str(tmp_path / "page.html")]) == 0
 
 

@@ -26,11 +26,11 @@ import { make } from './svg.js';
  * @param {string} options.name - of the panel, in classes and files
  * @param {string} options.title
  * @param {(() => Line[])} options.lines - its numbers, for CSV
- * @param {boolean} [options.isWide] - as wide as the page
+ * @param {boolean} [options.isTable] - without a drawing
  * @returns {Card}
  */
-export function card(host, { name, title, lines, isWide = false }) {
-  const node = make('section', { class: `card ${name}${isWide ? ' wide' : ''}`, 'aria-label': title }, host);
+export function card(host, { name, title, lines, isTable = false }) {
+  const node = make('section', { class: `card ${name}`, 'aria-label': title }, host);
   const head = make('header', {}, node);
   const heading = make('h3', {}, head, title);
   const body = make('div', { class: 'body' });
@@ -39,10 +39,12 @@ export function card(host, { name, title, lines, isWide = false }) {
     made.addEventListener('click', action);
   };
   const file = (/** @type {string} */ suffix) => `subspace_${name}.${suffix}`;
-  button('SVG', 'download the drawing', () => {
-    const drawings = [...body.querySelectorAll('svg')];
-    if (drawings.length) save(file('svg'), svgText(drawings, heading.textContent), 'image/svg+xml');
-  });
+  if (!isTable) {
+    button('SVG', 'download the drawing', () => {
+      const drawings = [...body.querySelectorAll('svg')];
+      if (drawings.length) save(file('svg'), svgText(drawings, heading.textContent), 'image/svg+xml');
+    });
+  }
   button('CSV', 'download the numbers', () => save(file('csv'), csvText(lines()), 'text/csv'));
   const note = make('div', { class: 'note' }, node);
   node.appendChild(body);

@@ -1,5 +1,7 @@
 /** Files of a panel: its drawing as SVG that stands alone, its numbers as CSV. */
 
+import { make } from './svg.js';
+
 const STYLES = [
   'fill',
   'stroke',
@@ -22,10 +24,15 @@ export function standalone(svg, title) {
   [copy, ...copy.querySelectorAll('*')].forEach((node, i) => {
     const computed = getComputedStyle(originals[i]);
     const styles = STYLES.map((name) => `${name}:${computed.getPropertyValue(name)}`);
+    for (const name of STYLES) node.removeAttribute(name); // which may name a variable of the page
     node.setAttribute('style', styles.join(';'));
   });
   for (const node of copy.querySelectorAll('.hit, .zoom')) node.remove();
   copy.setAttribute('xmlns', 'http://www.w3.org/2000/svg');
+  const card = svg.closest('.card'); // text of the dark mode is not read on white
+  const back = make('rect', { width: '100%', height: '100%' });
+  back.setAttribute('style', `fill:${card ? getComputedStyle(card).backgroundColor : 'white'}`);
+  copy.prepend(back);
   copy.insertAdjacentHTML('afterbegin', '<title></title>');
   /** @type {Element} */ (copy.firstElementChild).textContent = title;
   return copy;

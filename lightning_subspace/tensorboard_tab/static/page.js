@@ -99,7 +99,9 @@ export function controls(host, view) {
     const steps = view.steps;
     const index = nearest(steps, view.step);
     slider.value = String(index);
-    at.textContent = steps.length ? `${thousands(view.step)} (${index + 1} of ${thousands(steps.length)})` : '–';
+    at.textContent = steps.length
+      ? `${thousands(view.step)} (${thousands(index + 1)} of ${thousands(steps.length)})`
+      : '–';
   };
   return { fit, follow };
 }

@@ -65,6 +65,7 @@ export function costs(host) {
     name: 'costs',
     title: 'What it cost, and what it rests on',
     lines: () => lines(shown),
+    isTable: true,
   });
   body.classList.add('scroll');
   /** @param {View} view */

@@ -109,7 +109,7 @@ def test_a_probe_that_left_something_out_says_why(tab, step):
     [mark] = tab.card("shares").locator(f".mark.{state}").all()
     tab.hover(mark)
     assert reason in tab.tip()
-    assert tab.tip().startswith(f"a · step {step}")
+    assert tab.tip().startswith(f"a · step {step} · {state}")
     tab.shot(f"mark_{state}")
     tab.hover(tab.find("#words"))
     mark.focus()  # as the keyboard does

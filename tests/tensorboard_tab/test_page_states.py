@@ -30,7 +30,7 @@ def test_without_a_space_its_panels_are_hidden(alone):
     numbers[0]["run"] = {"k": 0, "n": 1930, "optimizer": "SGD"}
     tab = alone({"a": numbers})
     tab.shot("no_space")
-    for name in ("spectrum", "survival", "overlaps"):
+    for name in ("eigenvalues", "spectrum", "shares", "survival", "overlaps"):
         assert not tab.card(name).is_visible()
     for name in ("others", "costs"):
         assert tab.card(name).is_visible()

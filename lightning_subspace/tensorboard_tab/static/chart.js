@@ -52,21 +52,25 @@ export function chart(host, { x, y, xLabel, yLabel, height = 280, below = 0, xTi
   const size = { width: inner.right - inner.left, height: inner.bottom - inner.top + 4 };
   make('rect', { x: inner.left, y: inner.top - 2, ...size }, make('clipPath', { id: clip }, svg));
   const axes = make('g', { class: 'axes' }, svg);
+  const label = (/** @type {number} */ tick) =>
+    Number.isInteger(tick) && Math.abs(tick) < 1e6 ? thousands(tick) : number(tick);
+  let last = Infinity;
   for (const tick of scaleY.ticks()) {
     const at = scaleY.at(tick);
     if (!(at >= inner.top - 1 && at <= inner.bottom + 1)) continue;
     make('line', { x1: inner.left, x2: inner.right, y1: at, y2: at, class: 'grid' }, axes);
-    make('text', { x: inner.left - 6, y: at + 4, 'text-anchor': 'end' }, axes, number(tick));
+    if (Math.abs(at - last) < 14) continue;
+    last = at;
+    make('text', { x: inner.left - 6, y: at + 4, 'text-anchor': 'end' }, axes, label(tick));
   }
-  let last = -Infinity;
+  last = -Infinity;
   for (const tick of xTicks ?? scaleX.ticks()) {
     const at = scaleX.at(tick);
     if (!(at >= inner.left - 1 && at <= inner.right + 1)) continue;
     make('line', { x1: at, x2: at, y1: inner.top, y2: inner.bottom, class: 'grid' }, axes);
     if (Math.abs(at - last) < (xTicks ? 16 : 44)) continue;
     last = at;
-    const text = Number.isInteger(tick) ? thousands(tick) : number(tick);
-    make('text', { x: at, y: inner.bottom + 16 + below, 'text-anchor': 'middle' }, axes, text);
+    make('text', { x: at, y: inner.bottom + 16 + below, 'text-anchor': 'middle' }, axes, label(tick));
   }
   const middle = (inner.left + inner.right) / 2;
   make('text', { x: middle, y: height - 3, 'text-anchor': 'middle', class: 'label' }, axes, xLabel);

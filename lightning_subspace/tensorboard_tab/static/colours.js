@@ -45,8 +45,12 @@ export function viridis(value) {
 export const css = (rgb) => `rgb(${rgb.join(',')})`;
 
 /**
- * Colour of one of several eigenvalues; the palest end, which cannot be read on white, is left out.
+ * Colour of one of several eigenvalues; the end that cannot be read on white, or in the dark, is left out.
  * @param {number} index - from 0
  * @param {number} count
+ * @param {boolean} dark
  */
-export const indexColour = (index, count) => css(viridis(count > 1 ? (0.85 * index) / (count - 1) : 0.2));
+export function indexColour(index, count, dark) {
+  const [first, last] = dark ? [1, 0.35] : [0, 0.85];
+  return css(viridis(first + (last - first) * (count > 1 ? index / (count - 1) : 0.2)));
+}

@@ -19,6 +19,12 @@ export function number(value, digits = 3) {
 export const thousands = (value) => value.toLocaleString('en-US');
 
 /**
+ * An eigenvalue by its index: λ with a subscript.
+ * @param {number} index - from 1
+ */
+export const lambda = (index) => `λ${[...String(index)].map((digit) => '₀₁₂₃₄₅₆₇₈₉'[Number(digit)]).join('')}`;
+
+/**
  * A time in the unit that suits it.
  * @param {number | null | undefined} seconds
  */

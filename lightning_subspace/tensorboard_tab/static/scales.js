@@ -86,7 +86,7 @@ const MAPS = {
 /** @param {number} low @param {number} high */
 function linearTicks(low, high) {
   if (!(high > low)) return [low];
-  const rough = (high - low) / 5;
+  const rough = (high - low) / 7;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = ([1, 2, 5].find((multiple) => multiple * power >= rough) ?? 10) * power;
   const found = [];

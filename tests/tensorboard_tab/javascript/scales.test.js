@@ -44,8 +44,8 @@ for (const [kind, [low, high], edge] of SCALES) {
 
 test('linear ticks are multiples of 1, 2 or 5 of a power of ten', () => {
   assert.deepEqual(ticks('linear', 0, 1500), [0, 500, 1000, 1500]);
-  assert.deepEqual(ticks('linear', -0.03, 1.03), [0, 0.5, 1]);
-  assert.deepEqual(ticks('linear', 0.1, 0.71), [0.2, 0.4, 0.6]);
+  assert.deepEqual(ticks('linear', -0.03, 1.03), [0, 0.2, 0.4, 0.6, 0.8, 1]);
+  assert.deepEqual(ticks('linear', 0.1, 0.71), [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]);
 });
 
 test('logarithmic ticks are powers of ten over many decades, and those between over few', () => {

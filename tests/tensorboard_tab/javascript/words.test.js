@@ -1,7 +1,13 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 
-import { duration, heading, number, thousands } from '../../../lightning_subspace/tensorboard_tab/static/format.js';
+import {
+  duration,
+  heading,
+  lambda,
+  number,
+  thousands,
+} from '../../../lightning_subspace/tensorboard_tab/static/format.js';
 import { sentences } from '../../../lightning_subspace/tensorboard_tab/static/panels/words.js';
 import { Run } from '../../../lightning_subspace/tensorboard_tab/static/run.js';
 
@@ -41,6 +47,7 @@ test('numbers as a person reads them', () => {
   assert.equal(number(0.5004), '0.5');
   for (const value of [null, undefined, NaN, Infinity]) assert.equal(number(value), '–');
   assert.equal(thousands(1234567), '1,234,567');
+  assert.equal(lambda(10), 'λ₁₀');
   assert.equal(heading('gradient_fraction'), 'gradient fraction');
 });
 

@@ -28,14 +28,20 @@ const ROWS = [
   },
   {
     name: 'products',
-    of: (run) =>
-      `${thousands(sum(run.metric('solver/matvecs')))}, ${number(median(run.metric('solver/matvecs')))} a probe`,
+    of: (run) => {
+      const products = run.metric('solver/matvecs');
+      const middle = median(products);
+      return middle === null ? '–' : `${thousands(sum(products))}, ${number(middle)} a probe`;
+    },
     says: 'Hessian-vector products; the median',
   },
   { name: 'time', of: times, says: 'all probes; the first one; the median of the others' },
   {
     name: 'overhead',
-    of: (run) => `${number(100 * (present(run.metric('solver/overhead')).at(-1) ?? NaN), 2)} % of the wall time`,
+    of: (run) => {
+      const last = present(run.metric('solver/overhead')).at(-1);
+      return last === undefined ? '–' : `${number(100 * last, 2)} % of the wall time`;
+    },
   },
   { name: 'residual/gap', of: errors, says: 'above 0.1 shares and overlaps are left out' },
   {
@@ -45,10 +51,10 @@ const ROWS = [
   { name: 'sample', of: sample },
   {
     name: 'optimizer',
-    of: (run) =>
-      run.header.optimizer
-        ? `${run.header.optimizer}, lr ${number(run.probes.findLast((probe) => probe.lr !== undefined)?.lr)}`
-        : '–',
+    of: (run) => {
+      const rate = run.probes.findLast((probe) => probe.lr !== undefined)?.lr;
+      return [run.header.optimizer, rate === undefined ? '' : `lr ${number(rate)}`].filter(Boolean).join(', ') || '–';
+    },
   },
   {
     name: 'curvature',
@@ -106,7 +112,9 @@ function leftOut(run) {
 /** @param {Run} run */
 function times(run) {
   const seconds = run.metric('solver/seconds');
-  return `${duration(sum(seconds))}: first ${duration(seconds[0])}, later ${duration(median(seconds.slice(1)))}`;
+  if (!present(seconds).length) return '–';
+  const later = seconds.length > 1 ? `, later ${duration(median(seconds.slice(1)))}` : '';
+  return `${duration(sum(seconds))}: first ${duration(seconds[0])}${later}`;
 }
 
 /** @param {Run} run */

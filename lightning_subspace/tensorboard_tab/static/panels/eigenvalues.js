@@ -4,7 +4,7 @@ import { steps, ValueAxis } from '../axis.js';
 import { card, key } from '../card.js';
 import { chart } from '../chart.js';
 import { indexColour } from '../colours.js';
-import { number, thousands } from '../format.js';
+import { lambda, number, thousands } from '../format.js';
 import { line } from '../marks.js';
 import { follow } from '../pointer.js';
 import { extent, present } from '../series.js';
@@ -20,11 +20,12 @@ export function eigenvalues(host) {
   let shown;
   let place = () => {};
   const axis = new ValueAxis();
-  const { note, body } = card(host, {
+  const { node, note, body } = card(host, {
     name: 'eigenvalues',
     title: 'Eigenvalues of the Hessian',
     lines: () => lines(shown),
   });
+  node.classList.add('space');
   /** @param {View} view */
   const draw = (view) => {
     shown = view;
@@ -32,7 +33,7 @@ export function eigenvalues(host) {
     const count = view.count;
     const isAlone = runs.length === 1;
     const colour = (/** @type {any} */ run, /** @type {number} */ i) =>
-      isAlone ? indexColour(i, count) : view.colour(run);
+      isAlone ? indexColour(i, count, view.dark) : view.colour(run);
     const values = runs.flatMap((run) => Array.from({ length: count }, (_, i) => run.eigenvalue(i)).flat());
     const next = runs.filter((run) => count === run.k).flatMap((run) => run.next());
     const known = present([...values, ...next]);
@@ -67,10 +68,10 @@ export function eigenvalues(host) {
     });
     note.replaceChildren();
     if (isAlone) {
-      key(note, 'λ₁', { colour: indexColour(0, count) });
-      if (count > 1) key(note, `λ${count}`, { colour: indexColour(count - 1, count) });
+      key(note, 'λ₁', { colour: colour(runs[0], 0) });
+      if (count > 1) key(note, lambda(count), { colour: colour(runs[0], count - 1) });
       if (count === runs[0].k)
-        key(note, `λ${count + 1}, estimated`, { colour: indexColour(count - 1, count), dash: 'dotted' });
+        key(note, `${lambda(count + 1)}, estimated`, { colour: colour(runs[0], count - 1), dash: 'dotted' });
     } else if (count) note.append(count === 1 ? 'λ₁ of each run' : `the first ${count} of each run`);
     if (drawn.some(Boolean))
       key(note, 'threshold of stability', { colour: isAlone ? 'var(--warn)' : 'var(--soft)', dash: 'dashed' });
@@ -113,7 +114,7 @@ function tell(view, event, step, distance, colour) {
     .filter((other) => other.run === run && Math.abs(other.index - best.index) < 3)
     .map(({ index, value }) => ({
       colour: colour(run, index),
-      label: `λ${index + 1}`,
+      label: lambda(index + 1),
       value: `${number(value, 4)} ± ${number(probe.residuals?.[index], 2)}`,
       strong: index === best.index,
     }));

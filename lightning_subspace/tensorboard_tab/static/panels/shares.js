@@ -51,7 +51,7 @@ export function shares(host) {
   let shown;
   let place = () => {};
   const axis = new ShareAxis();
-  const { note, body } = card(host, {
+  const { node, note, body } = card(host, {
     name: 'shares',
     title: 'Share of the gradient and of the update in the top space',
     lines: () => lines(shown),
@@ -62,6 +62,8 @@ export function shares(host) {
     const runs = view.shown;
     const there = SHARES.filter(({ metric }) => runs.some((run) => run.metric(metric).some((value) => value !== null)));
     const lacking = runs.filter((run) => run.probes.some((probe) => stateOf(probe) !== 'fine'));
+    node.hidden = view.most === 0 && !lacking.length; // its numbers are then among the others
+    if (node.hidden) return;
     const frame = chart(body, {
       x: steps(view),
       y: axis.scale,
@@ -102,7 +104,7 @@ export function shares(host) {
           if (!event) return hideTip();
           const state = /** @type {'undetermined' | 'unconverged' | 'failed'} */ (stateOf(probe));
           const why = probe.failed ?? probe.reason ?? probe.outcome ?? '';
-          showTip(event, `${run.name} · step ${thousands(probe.step)} · ${STATES[state]}`, [{ label: why, value: '' }]);
+          showTip(event, `${run.name} · step ${thousands(probe.step)} · ${state}`, [{ label: why, value: '' }]);
         },
       }),
     );

@@ -3,7 +3,7 @@
 import { ValueAxis } from '../axis.js';
 import { card } from '../card.js';
 import { chart } from '../chart.js';
-import { number, thousands } from '../format.js';
+import { lambda, number, thousands } from '../format.js';
 import { drag } from '../pointer.js';
 import { level } from '../marks.js';
 import { scale } from '../scales.js';
@@ -125,9 +125,9 @@ function says(probe, k) {
   const ratio = error === undefined ? '' : `residual/gap ${number(error, 2)}`;
   const last = probe.eigenvalues[k - 1];
   if (probe.next === undefined || last === null || last === undefined) {
-    return [ratio, `λ${k + 1} is not known to 5 % at this probe`].filter(Boolean).join('; ');
+    return [ratio, `${lambda(k + 1)} is not known to 5 % at this probe`].filter(Boolean).join(', ');
   }
-  return [`gap λ${k} − λ${k + 1} = ${number(last - probe.next, 2)}`, ratio].filter(Boolean).join(', ');
+  return [`gap ${lambda(k)} − ${lambda(k + 1)} = ${number(last - probe.next, 2)}`, ratio].filter(Boolean).join(', ');
 }
 
 /**

@@ -14,13 +14,15 @@ export function words(host) {
     const probe = run?.until(view.step);
     if (!run || !probe) return;
     const name = view.shown.length > 1 ? `${run.name}, ` : '';
-    node.append(`${name}step ${thousands(probe.step)}: `);
+    node.append(`${name}step ${thousands(probe.step)}`);
+    const found = sentences(probe, run);
+    if (found.length || stateOf(probe) !== 'fine') node.append(': ');
     if (probe.failed) {
       make('span', { class: 'warn' }, node, `the probe failed: ${probe.failed}`);
       return;
     }
     if (stateOf(probe) !== 'fine') make('span', { class: 'warn' }, node, `${probe.reason ?? probe.outcome}. `);
-    node.append(...sentences(probe, run).map((text) => `${text} `));
+    node.append(...found.map((text) => `${text} `));
     if (run.isNewer)
       make('span', { class: 'warn' }, node, 'Some probes were written by a newer version and are not shown.');
   };

@@ -15,6 +15,7 @@ from werkzeug import wrappers
 from lightning_subspace.tensorboard_tab.schema import PLUGIN, SCHEMA
 from lightning_subspace.tensorboard_tab.static_files import TYPES, static_files
 
+ASKED = "probes: expected run, tag and after, a time,"
 MOST = 100_000  # probes that are sent of a run
 
 
@@ -76,10 +77,10 @@ class SubspacePlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         """
         try:
             run, tag, after = request.args["run"], request.args["tag"], float(request.args.get("after", 0.0))
-            if not math.isfinite(after):  # a word that JSON does not have, and the answer tells the time
-                raise ValueError(after)
         except (KeyError, ValueError) as error:
-            raise errors.InvalidArgumentError(f"probes: expected run, tag and after, a time, got {error!r}.") from error
+            raise errors.InvalidArgumentError(f"{ASKED} got {error!r}.") from error
+        if not math.isfinite(after):  # a word that JSON does not have, and the answer tells the time
+            raise errors.InvalidArgumentError(f"{ASKED} got {after}.")
         found = self._provider.read_tensors(
             plugin_util.context(request.environ),
             experiment_id=plugin_util.experiment_id(request.environ),

@@ -33,7 +33,7 @@ def data():
     return DataLoader(TensorDataset(x, labels), batch_size=BATCH, shuffle=True)
 
 
-def trainer_of(monitor, loggers, steps):
+def trainer_of(monitor, loggers, steps, **options):
     return Trainer(
         callbacks=[monitor] if monitor else [],
         logger=loggers,
@@ -44,13 +44,14 @@ def trainer_of(monitor, loggers, steps):
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
+        **options,
     )
 
 
-def fit(folder, monitor, steps, *, net=None, loggers=None):
+def fit(folder, monitor, steps, *, net=None, loggers=None, **options):
     """Train, and return the Trainer; the logs are in `folder / "logs"`."""
     seed_everything(0, verbose=False)
     loggers = TensorBoardLogger(str(folder), name="logs", version="") if loggers is None else loggers
-    trainer = trainer_of(monitor, loggers, steps)
+    trainer = trainer_of(monitor, loggers, steps, **options)
     trainer.fit(net or Net(), data())
     return trainer

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from lightning_subspace.probe.checkpoint import decode
 from lightning_subspace.report.tab_entry import tab_entry
 from lightning_subspace.tensorboard_tab.event_files import read_probes
 from lightning_subspace.tensorboard_tab.schema import to_json
+from tests.processes import run as run_in_processes
 from tests.tensorboard_tab.fits import DECAY, EXAMPLES, LR, Net, data, fit, trainer_of
 
 DIGITS = 5e-6  # relative error of a number that is written with six digits
@@ -177,7 +179,7 @@ def test_steps_that_were_passed_over_are_counted(tmp_path, logged):
     counts = [entry.get("passed_over", 0) for entry in found]
     assert counts == sorted(counts)
     # Between two probes every step was passed over.
-    gaps = [b["step"] - a["step"] - 1 for a, b in zip(found, found[1:], strict=False)]
+    gaps = [b["step"] - a["step"] - 1 for a, b in pairwise(found)]
     assert np.diff(counts).tolist() == gaps
 
 
@@ -195,7 +197,7 @@ def test_an_entry_of_ten_eigenvalues_is_at_most_two_kilobytes(tmp_path):
     monitor = SubspaceMonitor(k=10, every_n_steps=1, max_overhead=None)
     fit(tmp_path, monitor, steps=4)
     state = decode(monitor.state_dict())
-    # As late in a long run, with as many spaces held as ever are: steps and overlaps of as many digits as they can have.
+    # As late in a long run, with as many spaces held as ever are, and steps and overlaps of many digits.
     for step in range(123_456, 999_999, 10_000):
         state.overlaps.add(step, next(iter(state.overlaps.sketches.values())))
     last = state.overlaps.steps[-1]
@@ -216,6 +218,21 @@ def test_other_loggers_get_nothing(tmp_path):
     assert "probes" not in (tmp_path / "csv" / "metrics.csv").read_text()
     assert len(entries(tmp_path)) == 3
     assert [path.name for path in (tmp_path / "csv").rglob("*tfevents*")] == []
+
+
+def fit_in_two_processes(folder):
+    logger = TensorBoardLogger(str(folder), name="logs", version="")
+    monitor = SubspaceMonitor(k=2, every_n_steps=2, max_overhead=None, dtype="float64")
+    fit(folder, monitor, steps=4, loggers=logger, strategy="ddp", devices=2)
+    return [record.step for record in monitor.history]
+
+
+def test_of_several_processes_the_first_one_writes(tmp_path):
+    assert run_in_processes(fit_in_two_processes, 2, tmp_path, group=False, timeout=120.0) == [[0, 2, 4]] * 2
+    assert len(list(tmp_path.rglob("*tfevents*"))) == 1
+    found = entries(tmp_path)
+    assert [entry["step"] for entry in found] == [0, 2, 4]
+    assert found[0]["run"]["ranks"] == 2
 
 
 def test_a_writer_that_raises_reaches_nobody(tmp_path, monkeypatch):

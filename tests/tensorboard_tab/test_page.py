@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from tests.tensorboard_tab.browser import at_step, of_one_monitor, write_page, written
-from tests.tensorboard_tab.runs import FAILED, K, REASON, UNCONVERGED, WITHHELD, write
+from tests.tensorboard_tab.runs import FAILED, REASON, UNCONVERGED, WITHHELD, K, write
 from tests.tensorboard_tab.server import Server
 
 STEPS = range(0, 1100, 100)

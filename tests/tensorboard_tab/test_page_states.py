@@ -70,7 +70,7 @@ def test_two_runs_of_different_k(alone):
     tab.find("#count").evaluate("e => { e.value = 12; e.dispatchEvent(new Event('input')); }")
     assert tab.card("eigenvalues").locator(".series").count() >= 2 + 12
     tab.hover(tab.card("spectrum").locator(".hit"), 0.9, 0.5)
-    assert "–" in tab.tip()  # one of the two has no such index
+    assert "\N{EN DASH}" in tab.tip()  # one of the two has no such index
     first = tab.find("#words").inner_text()
     tab.find(".run", has_text="many").locator(".name").click()
     assert "in the 12 sharpest directions" in tab.find("#words").inner_text() != first

@@ -51,6 +51,6 @@ export const css = (rgb) => `rgb(${rgb.join(',')})`;
  * @param {boolean} dark
  */
 export function indexColour(index, count, dark) {
-  const [first, last] = dark ? [1, 0.35] : [0, 0.85];
+  const [first, last] = dark ? [1, 0.5] : [0, 0.85];
   return css(viridis(first + (last - first) * (count > 1 ? index / (count - 1) : 0.2)));
 }

@@ -8,7 +8,11 @@
 export function number(value, digits = 3) {
   if (value === null || value === undefined || !Number.isFinite(value)) return '–';
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(digits - 1).replace('e+', 'e');
+  if (size !== 0 && (size < 1e-3 || size >= 1e6))
+    return value
+      .toExponential(digits - 1)
+      .replace('e+', 'e')
+      .replace(/\.?0+e/, 'e');
   return String(Number(value.toPrecision(digits)));
 }
 

@@ -44,6 +44,7 @@ test('numbers as a person reads them', () => {
   assert.equal(number(0.123456), '0.123');
   assert.equal(number(-1234567), '-1.23e6');
   assert.equal(number(4.2e-7, 2), '4.2e-7');
+  assert.equal(number(1e-10), '1e-10');
   assert.equal(number(0.5004), '0.5');
   for (const value of [null, undefined, NaN, Infinity]) assert.equal(number(value), '–');
   assert.equal(thousands(1234567), '1,234,567');

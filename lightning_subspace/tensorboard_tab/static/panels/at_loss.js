@@ -59,7 +59,7 @@ export function atLoss(host) {
       line(frame, run.loss(), run.metric(chosen), { colour: view.colour(run), width: 1.6 });
     }
     const dots = runs.map((run) =>
-      make('circle', { r: 5, fill: 'none', stroke: view.colour(run), 'stroke-width': 2 }, frame.area),
+      make('circle', { r: 5, fill: 'none', stroke: view.colour(run), 'stroke-width': 2 }, frame.over),
     );
     move = () => runs.forEach((run, r) => mark(frame, dots[r], run, chosen, view.step));
     move();
@@ -129,7 +129,8 @@ function mark(frame, dot, run, key, step) {
   const probe = run.until(step);
   const loss = run.loss()[run.probes.indexOf(probe)];
   const [x, y] = [frame.x.at(loss ?? NaN), frame.y.at(probe?.metrics?.[key] ?? NaN)];
-  const isThere = Number.isFinite(x) && Number.isFinite(y);
+  const { left, right, top, bottom } = frame.inner;
+  const isThere = x >= left - 1 && x <= right + 1 && y >= top - 1 && y <= bottom + 1; // of a NaN: false
   dot.setAttribute('visibility', isThere ? 'visible' : 'hidden');
   if (!isThere) return;
   dot.setAttribute('cx', String(x));

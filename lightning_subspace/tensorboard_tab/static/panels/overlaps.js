@@ -33,7 +33,7 @@ export function overlaps(host) {
     title.textContent =
       held < total ? `Overlaps between ${held} of ${thousands(total)} probes` : 'Overlaps between all probes';
     note.replaceChildren();
-    if (held < total) note.append('those whose spaces are held, spread over log(step); any other one: above ');
+    if (held < total) note.append('those whose spaces are held, spread over log(step); any other one: above; ');
     const error = extent([0, ...runs.flatMap((run) => run.probes.map((probe) => probe.overlap_error))])[1];
     note.append(error ? `from sketches, standard deviation at most ${number(error, 2)}` : 'exact');
     if (view.shown.length > MOST) note.append(`; the first ${MOST} of ${view.shown.length} runs`);

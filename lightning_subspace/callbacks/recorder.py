@@ -124,6 +124,13 @@ class Recorder:
             with self._runner.schedule.aside():
                 self._publisher.draw(trainer, run.history, run.overlaps)
 
+    def finish(self, trainer: Trainer) -> None:
+        """Log the figures of the whole run, and its file."""
+        self.draw(trainer)
+        run = self._runner.run
+        if run is not None and self._has_closed:
+            self._publisher.keep(trainer, run.history, run.overlaps)
+
     def begin(self, *, goes_on: bool) -> None:
         """Another fit begins: forget the open record.
 

@@ -139,6 +139,11 @@ class Reporter:
             self._send(_FILES, loggers, name, text, step, f"the file {name}")
 
     @staticmethod
+    def takes_entries(loggers: Iterable[Any]) -> bool:
+        """Whether any of these loggers is TensorBoard's."""
+        return any(_row(_TABS, logger) is not None for logger in loggers)
+
+    @staticmethod
     def takes_figures(loggers: Iterable[Any]) -> bool:
         """Whether any of these loggers has a place for figures."""
         return any(_row(_FIGURES, logger) is not None for logger in loggers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from lightning_subspace.report.guard import Guard
@@ -54,10 +54,11 @@ class Publisher:
             if len(values := record.subspace.eigenvalues[record.subspace.known]):
                 self._reporter.histogram(trainer.loggers, f"{self._name}/eigenvalues", values, record.step)
 
-    def tell(self, trainer: Trainer, entry: Mapping[str, Any]) -> None:
-        """Write an entry for the tab of TensorBoard."""
+    def tell(self, trainer: Trainer, make: Callable[[], Mapping[str, Any]]) -> None:
+        """Write an entry for the tab of TensorBoard, made where a logger takes it."""
         with self._guard.of("an entry for the tab of TensorBoard was lost"):
-            if trainer.is_global_zero and trainer.loggers:
+            if trainer.is_global_zero and self._reporter.takes_entries(trainer.loggers):
+                entry = make()
                 self._reporter.tab(trainer.loggers, self._name, to_json(entry), entry["step"])
 
     def draw(self, trainer: Trainer, history: Sequence[Record], overlaps: OverlapHistory) -> None:

@@ -79,7 +79,7 @@ def publish(trainer, publisher=None):
     for record in RECORDS:
         publisher.update_callback_metrics(trainer, record)
         publisher.log(trainer, record)
-        publisher.tell(trainer, lambda: {"step": record.step})
+        publisher.tell(trainer, lambda step=record.step: {"step": step})
         publisher.draw(trainer, [record], overlaps())
     publisher.keep(trainer, RECORDS, overlaps())
     return publisher

@@ -13,7 +13,7 @@ from threading import Lock
 
 
 class Joint(AbstractContextManager[None]):
-    """Context that is opened by the first one in and closed by the last one out.
+    """Context that the first one opens and the last one closes.
 
     Args:
         made: makes the context that is shared.

@@ -3,7 +3,7 @@
     H v = |v| (g(theta + eps u) - g(theta)) / eps,    u = v / |v|,
 
 in the precision of training, with g(theta) taken once. A product needs no second derivative and the memory of a
-training step, and leaves fused attention in place. For float32 it is the cheapest product there is, and the least
+training step, and leaves fused attention in place where its rounding is small (`rounding.py`). For float32 it is the cheapest product there is, and the least
 exact. With kinks its error is of the size of H v, whatever eps is. So it is used only where `smoothness_check` finds
 none, by an extrapolation in float64 that is exact to second order for smooth losses:
 

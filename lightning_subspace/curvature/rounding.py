@@ -40,7 +40,7 @@ def kernels_check(
     seed: int = 0,
     first: Callable[[Any], Any] = lambda value: value,
 ) -> SelfCheck:
-    """The rounding check by the kernels of training and, if need be, without fused ones.
+    """Rounding check by the kernels of training, else without fused ones.
 
     Args:
         loss_of: makes a loss for `rounding_check`, of an order.
@@ -57,7 +57,7 @@ def kernels_check(
 
 
 def chosen(check: SelfCheck) -> str:
-    """What is used after such a check, in one sentence with the reason."""
+    """What is used after such a check, and why."""
     if check.outcome is not CheckOutcome.PASSED:
         what = "central ones of float64 gradients"
     elif check.is_plain:

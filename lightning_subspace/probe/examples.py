@@ -114,7 +114,7 @@ class Examples:
         return result
 
     def remark_on(self, *texts: str) -> None:
-        """Add sentences that a user should know, each by itself; "" is none."""
+        """Add sentences that a user should know; "" is none."""
         self.remarks.update({text: text for text in texts if text})
 
     def counted(self, record: Record) -> Record:

@@ -58,9 +58,9 @@ class Dependence:
         ...     try:
         ...         dependence.see((copy * original).sum(), [copy])
         ...     except ElsewhereError as error:
-        ...         print(str(error)[-90:])
+        ...         print(str(error).split("; ")[-1])
         True
-        would be missing; take it from the module there, or pass loss_fn=, a loss that does.
+        take it from the module there, or pass loss_fn=, a loss that does.
     """
 
     def __init__(self, originals: Mapping[Tensor, str]) -> None:

@@ -106,7 +106,7 @@ def _position(value: Any) -> Any:
 
 
 def _changes(connection: sqlite3.Connection) -> Any:
-    """How many rows were written by it, or None for one of another thread."""
+    """Rows that it has written, or None for another thread's."""
     try:
         return connection.total_changes, connection.in_transaction
     except sqlite3.ProgrammingError:

@@ -24,10 +24,13 @@ __all__ = [
     "base_of",
     "default_type_of_thread",
     "gradient_hook",
+    "is_asked_for",
     "is_of_fsdp",
     "is_operator",
+    "is_transformed",
     "mixed_precision_policy",
     "module_hooks",
+    "node_class",
     "storages_of",
     "uncompiled",
     "undispatched",
@@ -158,6 +161,28 @@ def _type_of_thread() -> torch.dtype:
 def is_operator(function: Any) -> bool:
     """Whether a function is one of `torch.ops`: ATen's or a custom one."""
     return type(function).__module__ == "torch._ops"
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or a level of forward-mode derivatives is on.
+
+    An `autograd.Function` without rules for them is refused there. Public functions tell this of one tensor at most.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_asked_for(node: Any) -> bool:
+    """Whether the backward pass that is running goes on to a node.
+
+    Torch's own operations leave out gradients that nobody asks for; a Python function gets to know of tensors that need
+    none, but not what `torch.autograd.grad` was called for. A node that gathers the gradient of a leaf is refused.
+    """
+    return bool(torch._C._will_engine_execute_node(node))
+
+
+def node_class(function: type[torch.autograd.Function]) -> type:
+    """The class of the nodes that a custom function leaves in a graph."""
+    return function._backward_cls
 
 
 def undispatched(function: Any) -> Any:

@@ -1,5 +1,6 @@
-"""Convolutions for second derivatives: equal to torch's own in float64, whatever their arguments, to the third order."""
+"""Convolutions for second derivatives: equal to torch's own in float64, for all arguments, to the third order."""
 
+import contextlib
 import gc
 import itertools
 import warnings
@@ -213,7 +214,9 @@ def test_layouts_are_kept(which, transposed):
 def test_autocast_casts_alike(dtype, stored, enabled):
     types = (torch.float32, dtype, torch.float32) if stored == "mixed" else (stored,) * 3
     shapes = (2, 4, 5, 6), (4, 4, 3, 3), (4,)
-    tensors = [normal(*shape, seed=i, dtype=t).requires_grad_() for i, (shape, t) in enumerate(zip(shapes, types))]
+    tensors = [
+        normal(*shape, seed=i, dtype=t).requires_grad_() for i, (shape, t) in enumerate(zip(shapes, types, strict=True))
+    ]
 
     def function(x, w, b):
         with torch.autocast("cpu", dtype, enabled=enabled):
@@ -226,3 +229,193 @@ def test_autocast_casts_alike(dtype, stored, enabled):
     # What is of two terms is rounded before and behind the sum, to a narrow type where autocast is on.
     narrow = dtype if enabled and stored != torch.float64 else stored
     assert_equal(function, tensors, order=2, tolerance=16 * torch.finfo(narrow).eps)
+
+
+class Counts(TorchDispatchMode):
+    """Convolutions that are asked for, by what they are towards, and the largest kernels among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = dict.fromkeys(("C", "D", "W", "b"), 0)
+        self.kernels = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is aten.convolution.default:
+            self.counts["C"] += 1
+            self.kernels.add(tuple(args[1].shape[2:]))
+        elif func is aten.convolution_backward.default:
+            self.kernels.add(tuple(args[2].shape[2:]))
+            for key, asked in zip("DWb", args[-1], strict=True):
+                self.counts[key] += asked
+        return func(*args, **(kwargs or {}))
+
+
+def counted(function):
+    with Counts() as counts:
+        function()
+    return counts.counts
+
+
+def parts(*, weight=True):
+    """The tensors of a convolution."""
+    shapes = (2, 4, 5, 6), (4, 4, 3, 3), (4,)
+    x, w, b = (normal(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes))
+    return x, w.requires_grad_(weight), b
+
+
+def test_what_nobody_asks_for_costs_nothing():
+    x, w, b = parts()
+    with RegularConvolutions():
+        y = F.conv2d(x, w, b).sin()
+    asked = {"x": x, "w": w, "b": b}
+    for chosen in [*itertools.combinations(asked, 1), *itertools.combinations(asked, 2), tuple(asked)]:
+        found = counted(lambda c=chosen: torch.autograd.grad(y.sum(), [asked[i] for i in c], retain_graph=True))
+        assert found == {"C": 0, "D": int("x" in chosen), "W": int("w" in chosen), "b": int("b" in chosen)}
+    gradients = torch.autograd.grad(y.sum(), [x, w, b], create_graph=True)
+    of_x, of_w, of_b = (g.square().sum() for g in gradients)
+
+    def second(scalar, leaf):
+        return counted(lambda: torch.autograd.grad(scalar, leaf, retain_graph=True))
+
+    # Along dx, by way of g = cos(y) towards x: C(dx, w), then D; towards w: W(dx, g), and by way of g: C and W.
+    assert second(of_x, x) == {"C": 1, "D": 1, "W": 0, "b": 0}
+    assert second(of_x, w) == {"C": 1, "D": 0, "W": 2, "b": 0}
+    assert second(of_w, x) == {"C": 1, "D": 2, "W": 0, "b": 0}
+    assert second(of_w, w) == {"C": 1, "D": 0, "W": 1, "b": 0}
+    assert second(of_b, w) == {"C": 0, "D": 0, "W": 1, "b": 0}
+    assert second(of_b, b) == {"C": 0, "D": 0, "W": 0, "b": 1}
+    with RegularConvolutions():
+        y = F.conv2d(x, w.detach(), b).sin()
+    assert counted(y.sum().backward) == {"C": 0, "D": 1, "W": 0, "b": 1}
+
+
+def test_a_product_has_no_kernel_of_the_size_of_the_image():
+    x, w, b = parts()
+    for replaced in (False, True):
+        with Counts() as counts, RegularConvolutions() if replaced else contextlib.nullcontext():
+            gradient = torch.autograd.grad(F.conv2d(x, w, b).sin().sum(), [x, w], create_graph=True)
+            torch.autograd.grad(sum(g.square().sum() for g in gradient), [x, w])
+        assert (max(counts.kernels) == (3, 3)) == replaced
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        (normal(1, 2, 5, 5).to(torch.complex128), normal(2, 2, 3, 3).to(torch.complex128)),
+        (normal(1, 2, 5, 5).as_subclass(type("Own", (torch.Tensor,), {})), normal(2, 2, 3, 3)),
+    ],
+    ids=["complex", "a class of its own"],
+)
+def test_left_to_torch(tensors):
+    with RegularConvolutions():
+        assert not is_replaced(F.conv2d(tensors[0].requires_grad_(), tensors[1]))
+
+
+def test_left_to_torch_without_a_gradient():
+    x, w, _ = parts()
+    with RegularConvolutions():
+        assert F.conv2d(x.detach(), w.detach()).grad_fn is None
+        with torch.no_grad():
+            assert F.conv2d(x, w).grad_fn is None
+
+
+def test_left_to_torch_on_a_cpu(monkeypatch):
+    monkeypatch.undo()
+    x, w, _ = parts()
+    with RegularConvolutions():
+        assert not is_replaced(F.conv2d(x, w))
+    assert not isinstance(convolution.regular_convolutions(torch.device("cpu")), RegularConvolutions)
+    assert isinstance(convolution.regular_convolutions(torch.device("cuda")), RegularConvolutions)
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ((normal(5, 5), normal(2, 2, 3, 3)), {}),
+        ((normal(1, 3, 5, 5), normal(2, 2, 3, 3)), {}),
+        ((normal(1, 2, 5, 5), normal(2, 2, 3, 3)), {"padding": "both"}),
+        ((normal(1, 2, 5, 5), normal(2, 2, 3, 3)), {"padding": "same", "stride": 2}),
+        ((normal(1, 2, 5, 5), normal(2, 2, 3, 3)), {"padding": -1}),
+        ((normal(1, 2, 5, 5), normal(2, 2, 3, 3)), {"stride": (1, 1, 1)}),
+        ((normal(1, 2, 5, 5), normal(2, 2, 3, 3)), {"stride": 0}),
+        ((normal(1, 2, 2, 2), normal(2, 2, 3, 3)), {}),
+        ((normal(1, 2, 5, 5), normal(2, 2, 3, 3)), {"groups": 3}),
+        ((normal(1, 2, 5, 5), normal(2, 2, 3, 3), normal(3)), {}),
+        ((normal(1, 2, 5, 5), normal(2, 2, 3, 3), None, 1, 0, 1, 1, 1), {}),
+        ((normal(1, 2, 5, 5), normal(2, 2, 3, 3)), {"size": 3}),
+        ((normal(1, 2, 5, 5),), {}),
+    ],
+)
+def test_mistakes_get_the_error_of_torch(args, named):
+    args = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+    with pytest.raises((RuntimeError, TypeError, ValueError)) as expected:
+        F.conv2d(*args, **named)
+    with pytest.raises(expected.type) as actual, RegularConvolutions():
+        F.conv2d(*args, **named)
+    assert str(actual.value) == str(expected.value)
+
+
+# Torch's formulas of forward mode are scripts, which its own import makes.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning", "ignore:`torch.jit.script:DeprecationWarning")
+def test_transforms_and_forward_mode_are_left_to_torch():
+    x, w, b = (t.detach() for t in parts())
+
+    def scalar(x, w):
+        return (F.conv2d(x, w, b) ** 3).sum()
+
+    def all_of_them():
+        forward = torch.func.jvp(scalar, (x, w), (w.new_ones(x.shape), w))
+        batched = torch.func.vmap(torch.func.grad(scalar), (0, None))(torch.stack([x, 2 * x]), w)
+        curved = torch.func.hessian(scalar, argnums=1)(x, w[:1, :, :2, :2].repeat(4, 1, 1, 1))
+        over = torch.func.jvp(torch.func.grad(scalar), (x, w), (x, w))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(w.clone().requires_grad_(), w.flip(0))
+            (gradient,) = torch.autograd.grad(scalar(x.clone().requires_grad_(), dual), dual)
+            tangent = torch.autograd.forward_ad.unpack_dual(gradient).tangent
+        return [*forward, batched, curved, *over, tangent]
+
+    expected = all_of_them()
+    with RegularConvolutions():
+        actual = all_of_them()
+    torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=TOLERANCE * float(expected[-2].abs().max()))
+
+
+# Torch's formulas of forward mode are scripts, which its own import makes.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning", "ignore:`torch.jit.script:DeprecationWarning")
+def test_transforms_of_a_backward_pass():
+    x, w, b = parts()
+    directions = normal(3, 2, 4, 3, 4, seed=5)
+
+    def all_of_them():
+        y = F.conv2d(x, w, b)
+        batched = torch.autograd.grad(y, (x, w), directions, is_grads_batched=True, retain_graph=True)
+        gradients = torch.autograd.grad((y**3).sum(), (x, w), create_graph=True)
+        pair = torch.stack([x.detach(), 2 * x.detach()]), torch.stack([w.detach(), w.detach().flip(1)])
+        product = torch.vmap(lambda v, u: torch.autograd.grad(gradients, (x, w, b), (v, u), retain_graph=True))(*pair)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(directions[0], directions[1])
+            (gradient,) = torch.autograd.grad(y, w, dual)
+            tangent = torch.autograd.forward_ad.unpack_dual(gradient).tangent
+        return [*batched, *product, tangent]
+
+    expected = all_of_them()
+    with RegularConvolutions():
+        actual = all_of_them()
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.0, atol=TOLERANCE * float(theirs.abs().max()))
+
+
+def test_nothing_is_kept_without_a_garbage_collection():
+    x, w, b = parts()
+    gc.disable()
+    try:
+        with RegularConvolutions():
+            image = x.sin()
+            y = F.conv2d(image, w, b)
+            gradients = torch.autograd.grad((y**3).sum(), (x, w, b), create_graph=True)
+            product = torch.autograd.grad(gradients, (x, w), [t.detach() for t in (x, w, b)], create_graph=True)
+        held = [weakref.ref(value) for value in (image, y, y.grad_fn, *gradients, *product)]
+        del image, y, gradients, product
+        assert [ref() for ref in held] == [None] * len(held)
+    finally:
+        gc.enable()

@@ -164,7 +164,7 @@ def is_operator(function: Any) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of `torch.func` or a level of forward-mode derivatives is on.
+    """Whether `torch.func` or forward-mode differentiation is at work.
 
     An `autograd.Function` without rules for them is refused there. Public functions tell this of one tensor at most.
     """
@@ -172,7 +172,7 @@ def is_transformed() -> bool:
 
 
 def is_asked_for(node: Any) -> bool:
-    """Whether the backward pass that is running goes on to a node.
+    """Whether the backward pass at work goes on to a node.
 
     Torch's own operations leave out gradients that nobody asks for; a Python function gets to know of tensors that need
     none, but not what `torch.autograd.grad` was called for. A node that gathers the gradient of a leaf is refused.
@@ -181,7 +181,7 @@ def is_asked_for(node: Any) -> bool:
 
 
 def node_class(function: type[torch.autograd.Function]) -> type:
-    """The class of the nodes that a custom function leaves in a graph."""
+    """The class of a custom function's nodes."""
     return function._backward_cls
 
 

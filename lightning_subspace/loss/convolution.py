@@ -43,7 +43,7 @@ aten: Any = torch.ops.aten
 
 
 def regular_convolutions(device: torch.device) -> AbstractContextManager[object]:
-    """A context for what is differentiated twice, on the device of a module."""
+    """The context for what is differentiated twice on a device."""
     return RegularConvolutions() if device.type in DEVICES else nullcontext()
 
 
@@ -61,7 +61,7 @@ class RegularConvolutions(LastingMode):
 
 
 class Geometry(NamedTuple):
-    """What tells convolutions of the same tensors apart; in the order of ATen."""
+    """What tells convolutions of the same tensors apart, in ATen's order."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -83,7 +83,7 @@ def convolution(x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry) -
 def gradients(
     g: Tensor, x: Tensor, w: Tensor, geometry: Geometry, mask: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """D(g, w), W(x, g) and the sum of g for the bias; None where the mask is False."""
+    """D(g, w), W(x, g) and the sum of g, as masked."""
     if is_transformed():
         return _gradients(g, x, w, geometry, mask)
     by_x, by_w, by_bias = ConvolutionGradient.apply(_inner(g), _inner(x), _inner(w), geometry, mask)
@@ -159,7 +159,7 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(cls, func: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> _Call | None:
-        """The call, or None where it is left to torch, with any mistake in it."""
+        """The call, or None: it is left to torch, like mistakes."""
         names, dims = SIGNATURES[func]
         given = dict(zip(names, args, strict=False)) | named
         x: Any = given.get("input")
@@ -202,7 +202,7 @@ def _gradients(
 
 
 def _is_replaced(x: Any, w: Any, bias: Any) -> bool:
-    """Whether tensors are plain ones of real numbers that need a gradient."""
+    """Whether tensors are plain and real, and need a gradient."""
     tensors = [x, w] if bias is None else [x, w, bias]
     return (
         all(type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided for t in tensors)
@@ -221,7 +221,7 @@ def _sizes(value: Any, dims: int) -> tuple[int, ...] | None:
 
 
 def _cast(tensor: Tensor) -> Tensor:
-    """What autocast, where it is on, makes of an argument of a convolution."""
+    """What autocast, where on, makes of an argument."""
     kind = tensor.device.type
     if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64 or not tensor.is_floating_point():
         return tensor
@@ -229,11 +229,11 @@ def _cast(tensor: Tensor) -> Tensor:
 
 
 def _inner(tensor: Tensor) -> Tensor:
-    """A view of a leaf, so that a node stands between, which `is_asked_for` can tell of."""
+    """A view of a leaf: its node, unlike a leaf's, suits `is_asked_for`."""
     return tensor.view_as(tensor) if tensor.is_leaf and tensor.requires_grad and torch.is_grad_enabled() else tensor
 
 
 def _asked(ctx: Any) -> tuple[bool, bool, bool]:
-    """Which of the first three arguments a backward pass asks a gradient for."""
+    """Which of the first three arguments are asked a gradient for."""
     asked = [node is not None and is_asked_for(node) for node, _ in ctx.next_functions]
     return (*asked, False)[:3]  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Hessian products with the convolutions of `loss/convolution.py`, on the CPU: the same, and what they ask for."""
+"""Products with the convolutions of `loss/convolution.py`, on the CPU: the same, and what they ask for."""
 
 import copy
 import itertools
@@ -15,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_subspace.curvature import FiniteDifferenceHessian, ForwardDifferenceHessian, GaussNewton, Hessian
 from lightning_subspace.curvature.empirical_fisher import EmpiricalFisher
 from lightning_subspace.curvature.gradient_field import GradientField
+from lightning_subspace.curvature.graph_memory import SavedBytes
+from lightning_subspace.curvature.hessian import GradientGraph
 from lightning_subspace.curvature.self_check import CheckOutcome, self_check
 from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss import convolution
@@ -120,12 +122,15 @@ CASES = {
     "gradient penalty": (Blocks, penalised, {}),
     "gradient penalty, checkpointed": (lambda: Blocks(reentrant=False), penalised, {}),
     "some parameters": (Blocks, loss_fn, {"params": ["blocks.1.*", "head.*"]}),
+    "Gauss-Newton": (Blocks, loss_fn, {"operator": GaussNewton}),
+    "Gauss-Newton, checkpointed": (lambda: Blocks(reentrant=False), loss_fn, {"operator": GaussNewton}),
+    "Gauss-Newton, rebuilt": (Blocks, loss_fn, {"operator": GaussNewton, "memory": 0.0}),
     "channels last": (lambda: Blocks().to(memory_format=torch.channels_last), loss_fn, {}),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_hessian_is_that_of_torch(case, monkeypatch):
+def test_products_are_those_of_torch(case, monkeypatch):
     replacements = forced(monkeypatch)
     factory, function, options = CASES[case]
     module = made(factory)
@@ -185,7 +190,7 @@ def test_autocast_of_the_loss(monkeypatch):
 
 @pytest.mark.parametrize(
     "operator",
-    [GaussNewton, FiniteDifferenceHessian, ForwardDifferenceHessian, EmpiricalFisher],
+    [FiniteDifferenceHessian, ForwardDifferenceHessian, EmpiricalFisher],
     ids=lambda o: o.__name__,
 )
 def test_other_matrices_keep_the_convolutions_of_torch(operator, monkeypatch):
@@ -252,10 +257,10 @@ class Convolutions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def asked_for(module, batches, *, params=None):
-    """What one product with the Hessian asks for, its graphs being there."""
+def asked_for(module, batches, *, params=None, operator=Hessian):
+    """What one product asks for, its graphs being there."""
     with TrainingLoss(module, ParameterSpace.of(module, params), loss_fn) as loss:
-        hessian = Hessian(loss, batches)
+        hessian = operator(loss, batches)
         v = hessian.gradient()
         with Convolutions() as found:
             hessian.matvec(v)
@@ -279,8 +284,26 @@ def test_what_a_product_asks_for(monkeypatch):
     assert found.kernels == {(3, 3)}
     found = asked_for(module, batches, params=["4.*"])
     assert found.counts == {"C": 1, "W": 1, "D": 0}
+    found = asked_for(module, batches, operator=GaussNewton)
+    assert found.counts == {"C": 1 + 2 * 2, "D": 2, "W": 3}  # J v, by C alone, and a gradient
+    assert found.kernels == {(3, 3)}
     monkeypatch.setattr(convolution, "DEVICES", frozenset())
     assert max(asked_for(module, batches).kernels) > (3, 3)
+    assert max(asked_for(module, batches, operator=GaussNewton).kernels) > (3, 3)
+
+
+def test_graphs_keep_the_same_tensors(monkeypatch):
+    def saved():
+        module, batches = made(Blocks), sample()
+        memory = SavedBytes()
+        with TrainingLoss(module, ParameterSpace.of(module), loss_fn) as loss, memory:
+            graph = GradientGraph.build(loss, batches[0])
+        return memory.count(graph.held, graph.leaves)
+
+    expected = saved()
+    replacements = forced(monkeypatch)
+    assert saved() == expected > 0
+    assert replacements
 
 
 class Residual(nn.Module):
@@ -310,17 +333,18 @@ def resnet18(width):
     return nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, 10))
 
 
-def test_operations_of_a_product_with_a_resnet(monkeypatch):
+# In convolutions six (or four) of a layer for the three of its gradient, as above, and fewer at the image.
+@pytest.mark.parametrize(("operator", "most"), [(Hessian, 2.0), (GaussNewton, 4 / 3)])
+def test_operations_of_a_product_with_a_resnet(operator, most, monkeypatch):
     replacements = forced(monkeypatch)
     module, (batch, *_) = made(lambda: resnet18(8)), sample(2, 3, 32)
     with TrainingLoss(module, ParameterSpace.of(module), loss_fn) as loss:
         with FlopCounterMode(display=False) as gradient:
-            value = loss(batch)
-            torch.autograd.grad(value.value, value.leaves)
-        hessian = Hessian(loss, [batch])
-        v = hessian.gradient()
+            evaluation = loss(batch)
+            torch.autograd.grad(evaluation.value, evaluation.leaves)
+        matrix = operator(loss, [batch])
+        v = matrix.gradient()
         with FlopCounterMode(display=False) as product:
-            hessian.matvec(v)
+            matrix.matvec(v)
     assert len(replacements) == 20  # the convolutions of the one graph
-    # Six convolutions of a layer for the three of its gradient, see `test_what_a_product_asks_for`; fewer at the image.
-    assert product.get_total_flops() <= 2.0 * gradient.get_total_flops()
+    assert product.get_total_flops() <= most * gradient.get_total_flops()

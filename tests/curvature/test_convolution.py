@@ -333,6 +333,17 @@ def resnet18(width):
     return nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, 10))
 
 
+def test_checkpoints_run_them_again(monkeypatch):
+    replacements = forced(monkeypatch)
+    module, (batch, *_) = made(lambda: Blocks(reentrant=False)), sample()
+    with TrainingLoss(module, ParameterSpace.of(module), loss_fn) as loss:
+        graph = GradientGraph.build(loss, batch)
+        assert len(replacements) == 2 * 4  # in the forward pass, and again in the backward pass
+        replacements.clear()
+        graph.product([torch.ones_like(leaf) for leaf in graph.leaves])
+        assert len(replacements) == 4
+
+
 # In convolutions six (or four) of a layer for the three of its gradient, as above, and fewer at the image.
 @pytest.mark.parametrize(("operator", "most"), [(Hessian, 2.0), (GaussNewton, 4 / 3)])
 def test_operations_of_a_product_with_a_resnet(operator, most, monkeypatch):

@@ -72,6 +72,28 @@ def uncompiled(module: nn.Module) -> nn.Module | None:
     return module._orig_mod if type(module).__name__ == "OptimizedModule" else None  # type: ignore[return-value]
 
 
+def is_transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is at work.
+
+    An `autograd.Function` without rules for them is refused there. Public functions tell this of one tensor at most.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_asked_for(node: Any) -> bool:
+    """Whether the backward pass at work goes on to a node.
+
+    Torch's own operations leave out gradients that nobody asks for; a Python function gets to know of tensors that need
+    none, but not what `torch.autograd.grad` was called for. A node that gathers the gradient of a leaf is refused.
+    """
+    return bool(torch._C._will_engine_execute_node(node))
+
+
+def node_class(function: type[torch.autograd.Function]) -> type:
+    """The class of a custom function's nodes."""
+    return function._backward_cls
+
+
 def module_hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
     """All forward pre-hooks and forward hooks of a module."""
     return module._forward_pre_hooks, module._forward_hooks
@@ -161,28 +183,6 @@ def _type_of_thread() -> torch.dtype:
 def is_operator(function: Any) -> bool:
     """Whether a function is one of `torch.ops`: ATen's or a custom one."""
     return type(function).__module__ == "torch._ops"
-
-
-def is_transformed() -> bool:
-    """Whether `torch.func` or forward-mode differentiation is at work.
-
-    An `autograd.Function` without rules for them is refused there. Public functions tell this of one tensor at most.
-    """
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
-def is_asked_for(node: Any) -> bool:
-    """Whether the backward pass at work goes on to a node.
-
-    Torch's own operations leave out gradients that nobody asks for; a Python function gets to know of tensors that need
-    none, but not what `torch.autograd.grad` was called for. A node that gathers the gradient of a leaf is refused.
-    """
-    return bool(torch._C._will_engine_execute_node(node))
-
-
-def node_class(function: type[torch.autograd.Function]) -> type:
-    """The class of a custom function's nodes."""
-    return function._backward_cls
 
 
 def undispatched(function: Any) -> Any:

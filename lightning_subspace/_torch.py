@@ -26,10 +26,13 @@ __all__ = [
     "default_type_of_thread",
     "fp32_precision",
     "gradient_hook",
+    "is_asked_for",
     "is_of_fsdp",
     "is_operator",
+    "is_transformed",
     "mixed_precision_policy",
     "module_hooks",
+    "node_class",
     "set_fp32_precision",
     "storages_of",
     "uncompiled",
@@ -92,6 +95,28 @@ def uncompiled(module: nn.Module) -> nn.Module | None:
     It has no public reader. The class is told by its name, since importing it takes seconds.
     """
     return module._orig_mod if type(module).__name__ == "OptimizedModule" else None  # type: ignore[return-value]
+
+
+def is_transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is at work.
+
+    An `autograd.Function` without rules for them is refused there. Public functions tell this of one tensor at most.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_asked_for(node: Any) -> bool:
+    """Whether the backward pass at work goes on to a node.
+
+    Torch's own operations leave out gradients that nobody asks for; a Python function gets to know of tensors that need
+    none, but not what `torch.autograd.grad` was called for. A node that gathers the gradient of a leaf is refused.
+    """
+    return bool(torch._C._will_engine_execute_node(node))
+
+
+def node_class(function: type[torch.autograd.Function]) -> type:
+    """The class of a custom function's nodes."""
+    return function._backward_cls
 
 
 def module_hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:

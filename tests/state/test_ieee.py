@@ -161,6 +161,17 @@ def test_every_flag_comes_back(actions, raising):
 
 
 @pytest.mark.parametrize("actions", OLD_STATES.values(), ids=OLD_STATES)
+def test_a_product_inside_has_the_bits_of_ieee_arithmetic(actions):
+    """On a processor with bfloat16 "medium" gives others."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(2, 256, 256, generator=generator)
+    exact = left @ right
+    apply(actions)
+    with ieee_arithmetic:
+        assert torch.equal(left @ right, exact)
+
+
+@pytest.mark.parametrize("actions", OLD_STATES.values(), ids=OLD_STATES)
 def test_without_the_new_properties_the_legacy_flags_are_set_and_come_back(actions, monkeypatch):
     monkeypatch.setattr(ieee, "FP32_PROPERTIES", ())
 

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
 __all__ = [
+    "FP32_PROPERTIES",
     "FSDP",
     "DispatchMode",
     "base_of",
     "default_type_of_thread",
+    "fp32_precision",
     "gradient_hook",
     "is_asked_for",
     "is_of_fsdp",
@@ -31,6 +33,7 @@ __all__ = [
     "mixed_precision_policy",
     "module_hooks",
     "node_class",
+    "set_fp32_precision",
     "storages_of",
     "uncompiled",
     "undispatched",
@@ -41,6 +44,15 @@ __all__ = [
 
 # The package of FSDP2, by which its own functions are told from a user's.
 FSDP = "torch.distributed.fsdp"
+
+# The properties `fp32_precision` of torch.backends by backend and operation, each behind those that it inherits from.
+# torch < 2.9 has none.
+FP32_PROPERTIES = (
+    ("generic", "all"),
+    *((backend, operation) for backend in ("cuda", "mkldnn") for operation in ("all", "matmul", "conv", "rnn")),
+)
+if not hasattr(torch._C, "_get_fp32_precision_getter"):
+    FP32_PROPERTIES = ()
 
 
 def base_of(tensor: Tensor) -> Tensor:
@@ -62,6 +74,19 @@ def storages_of(tensor: Tensor) -> tuple[Tensor, ...]:
 def version_of(tensor: Tensor) -> int:
     """The number of in-place writes, which autograd itself relies on."""
     return tensor._version
+
+
+def fp32_precision(backend: str, operation: str) -> str:
+    """A property of `FP32_PROPERTIES`, or what it inherits where it is "none"."""
+    return torch._C._get_fp32_precision_getter(backend, operation)
+
+
+def set_fp32_precision(backend: str, operation: str, precision: str) -> None:
+    """Set a property of `FP32_PROPERTIES`.
+
+    The public setter of `torch.backends.mkldnn.fp32_precision` sets that of all backends.
+    """
+    torch._C._set_fp32_precision_setter(backend, operation, precision)
 
 
 def uncompiled(module: nn.Module) -> nn.Module | None:

@@ -4,7 +4,8 @@
 
 over the micro-batches b of a fixed sample (Pearlmutter 1994). The graph of the gradient does not depend on v, so it is
 built once a probe and serves every product: 1.5 to 2 gradients each, instead of 2.5 to 3. Graphs beyond the memory
-budget are rebuilt for every product, with the same result to the last bit.
+budget are rebuilt for every product, with the same result to the last bit. On a GPU convolutions have second
+derivatives of their own (`loss/convolution.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from lightning_subspace.curvature.batch_mean import BatchMean
 from lightning_subspace.curvature.gradient import pruned_gradient
 from lightning_subspace.curvature.graph_memory import SavedBytes, memory_budget
 from lightning_subspace.data.micro_batch import MicroBatch
+from lightning_subspace.loss.convolution import regular_convolutions
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.partition import Partition
 
@@ -34,9 +36,10 @@ class GradientGraph:
     @classmethod
     def build(cls, loss: TrainingLoss, batch: MicroBatch) -> GradientGraph:
         """Evaluate the loss of a micro-batch and its gradient."""
-        evaluation = loss(batch)
-        loss.dependence.require_no_reentrant_checkpoint()
-        gradients = torch.autograd.grad(evaluation.value, evaluation.leaves, create_graph=True, allow_unused=True)
+        with regular_convolutions(loss.device):
+            evaluation = loss(batch)
+            loss.dependence.require_no_reentrant_checkpoint()
+            gradients = torch.autograd.grad(evaluation.value, evaluation.leaves, create_graph=True, allow_unused=True)
         return cls(evaluation.leaves, list(gradients))
 
     @property
@@ -52,7 +55,8 @@ class GradientGraph:
             return [None] * len(self.leaves)
         outputs = [g.to_dense() if g.is_sparse else g for g, _ in pairs]
         weights = [v.reshape(g.shape).to(g.dtype) for g, v in pairs]
-        return list(torch.autograd.grad(outputs, self.leaves, weights, retain_graph=True, allow_unused=True))
+        with regular_convolutions(self.leaves[0].device):  # for checkpoints, whose forward pass runs again
+            return list(torch.autograd.grad(outputs, self.leaves, weights, retain_graph=True, allow_unused=True))
 
 
 class RetainedGraphs(BatchMean):

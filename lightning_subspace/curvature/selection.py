@@ -27,9 +27,11 @@ from lightning_subspace.curvature.fsdp_difference import ShardedDifferenceHessia
 from lightning_subspace.curvature.gauss_newton import GaussNewton, gauss_newton_check
 from lightning_subspace.curvature.gradient_mean import GradientMean
 from lightning_subspace.curvature.hessian import Hessian
+from lightning_subspace.curvature.rounding import chosen, kernels_check
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck, self_check
 from lightning_subspace.data.micro_batch import MicroBatch, few_examples
 from lightning_subspace.data.sample import Sample
+from lightning_subspace.linalg.result import Outcome
 from lightning_subspace.loss.fsdp_loss import ShardedLoss
 from lightning_subspace.loss.loss_function import LossError, LossFunction
 from lightning_subspace.loss.training_loss import Mode, TrainingLoss
@@ -37,6 +39,7 @@ from lightning_subspace.parallel.fsdp import fsdp_modules, replacements, unsuppo
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.subspace.subspace import Subspace
 
 Precision = Literal["float32", "float64", "native"]
 Curvature = Literal["hessian", "ggn", "finite-difference", "empirical-fisher"]
@@ -54,7 +57,8 @@ class Row:
     check: Callable[..., SelfCheck] | None = None  # called with (a float64 loss, not open, a few examples, seed=)
     check_order: Order = 2  # how often the loss has to be differentiable there
     check_examples: int = 8  # how many it gets; the code path is the same for eight as for a thousand
-    passed: Row | None = None  # what takes over where the check has passed
+    narrow_check: Callable[..., SelfCheck] | None = None  # called besides, in float32, with losses for what takes over
+    passed: Row | None = None  # what takes over where both have passed
     not_passed: str = ""  # the notice, without its reason, where the check has not passed
     has_differences: bool = False  # whether finite differences measure the same matrix
 
@@ -68,6 +72,7 @@ OPERATORS: dict[str, Row] = {
         check=smoothness_check,
         check_order=1,
         check_examples=64,  # among 64 the networks of ReLU that were tried met some kinks in every direction
+        narrow_check=kernels_check,
         passed=Row(ForwardDifferenceHessian, order=1),
     ),
     "empirical-fisher": Row(
@@ -99,6 +104,8 @@ class CurvatureConfig:
     curvature: str = "hessian"  # a key of `OPERATORS`
     on_check_fail: str = "warn"  # an `OnCheckFail`; see README.md
     has_passed: bool = False  # whether the self-check has passed
+    is_plain: bool = False  # whether that was without fused kernels alone
+    remark: str = ""  # what was chosen, where there was a choice
     omits_products: bool = False  # whether numbers that rest on second derivatives are left out
     marks: tuple[tuple[str, float], ...] = ()  # metrics of every record, by key, that say what the self-check found
 
@@ -184,13 +191,27 @@ class CurvatureConfig:
                 place of what has failed.
         """
         row = OPERATORS[self.curvature]
-        fresh = replace(self, has_passed=check.outcome is CheckOutcome.PASSED, omits_products=False, marks=())
+        has_passed = check.outcome is CheckOutcome.PASSED
+        fresh = replace(self, has_passed=has_passed, is_plain=check.is_plain, omits_products=False, marks=())
         if check.outcome in (CheckOutcome.PASSED, CheckOutcome.SKIPPED):
+            fresh = replace(fresh, remark="" if row.narrow_check is None else chosen(check))
             return fresh, f"{row.not_passed}: {check.reason}." if row.not_passed and not fresh.has_passed else None
         changes, notice = consequence(self.on_check_fail, check, self.curvature, has_differences=row.has_differences)
         if changes.get("curvature") == "finite-difference" and self.dtype == "native":
             changes["dtype"] = "float32"
         return replace(fresh, **changes), notice
+
+    def after_solve(self, found: Subspace | None) -> CurvatureConfig:
+        """The configuration after an eigensolve.
+
+        Forward differences that turned out asymmetric are not used again.
+        """
+        if found is None or found.outcome is not Outcome.ASYMMETRIC or not self.has_passed:
+            return self
+        if OPERATORS[self.curvature].narrow_check is None:
+            return self
+        check = SelfCheck(CheckOutcome.SKIPPED, reason="in a probe the solver has found forward ones asymmetric")
+        return self.after_check(check)[0]
 
     def require_no_obstacle(self, module: nn.Module) -> None:
         """Refuse what cannot be measured on the shards of FSDP2.
@@ -218,6 +239,9 @@ class CurvatureConfig:
                 return SelfCheck(CheckOutcome.SKIPPED, reason=result.reason)
             if result.outcome is CheckOutcome.PASSED and self._widest(module, space) != torch.float32:
                 return SelfCheck(CheckOutcome.SKIPPED, reason="differences of float64 gradients need none")
+            if result.outcome is CheckOutcome.PASSED and row.narrow_check is not None:
+                losses = partial(self._loss, module, space, ranks, torch.float32)
+                return row.narrow_check(losses, batch, seed=self.seed, first=ranks.broadcast_object)
         elif result.outcome in (CheckOutcome.FAILED, CheckOutcome.UNAVAILABLE) and not row.has_differences:
             # What a message advises has been tried: the Hessian has the same faults, or others.
             return replace(result, diagnosis=made(self_check, 2).diagnosis)
@@ -238,7 +262,9 @@ class CurvatureConfig:
         if self.omits_products:
             return WITHOUT_PRODUCTS
         row = OPERATORS[self.curvature]
-        return row.passed if self.has_passed and row.passed is not None else row
+        if not self.has_passed or row.passed is None:
+            return row
+        return replace(row.passed, order=2) if self.is_plain else row.passed
 
     @property
     def _narrowest(self) -> torch.dtype | None:

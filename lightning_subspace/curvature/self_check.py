@@ -66,6 +66,7 @@ class SelfCheck:
     parameter: str = ""  # the name of the tensor where it is largest
     reason: str = ""  # one sentence with the numbers, or why there are none
     diagnosis: Diagnosis | None = None  # of a failure
+    is_plain: bool = False  # whether it has passed without fused kernels, and not with them
 
     @property
     def text(self) -> str:

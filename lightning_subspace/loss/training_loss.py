@@ -5,8 +5,8 @@ depends on the micro-batch alone: two give the same bits, dropout included. On e
 must stay open through every product with the Hessian: hooks and activation checkpoints run in the backward pass.
 Handlers of signals wait until it is closed, and an evaluation that finds one waiting raises a `SignalError`.
 
-Off is what cannot be differentiated twice: compiled code, fused attention, autocast, cuDNN's recurrent kernels; and
-FSDP2, whose shards are replaced by whole parameters.
+Off is what cannot be differentiated twice: compiled code, fused attention, autocast, cuDNN's recurrent kernels; TF32;
+and FSDP2, whose shards are replaced by whole parameters.
 """
 
 from __future__ import annotations

@@ -113,6 +113,10 @@ class Examples:
             self.remarks["no loss"] = self._screening.notice
         return result
 
+    def remark_on(self, *texts: str) -> None:
+        """Add sentences that a user should know; "" is none."""
+        self.remarks.update({text: text for text in texts if text})
+
     def counted(self, record: Record) -> Record:
         """The record with the number of micro-batches without a loss, if any."""
         return self._screening.counted(record)

@@ -150,8 +150,9 @@ class ProbeRun:
         drawn = self.examples.drawn(sample)
         theta, probe, record, kept = self.examples.screened(take, drawn, self._choice, module, self.partition)
         # What changes from here on cannot fail on one rank and not on another.
-        self.num_probes += 1
-        self._resumed = self._resumed.after(record)
+        self.num_probes, self._resumed = self.num_probes + 1, self._resumed.after(record)
+        before, self._choice = self._choice, self._choice.after_solve(record.subspace)
+        self.examples.remark_on(before.remark, self._choice.remark)
         if kept is not None:
             self._remember(record, *kept)
         return OpenRecord(ended(probe), record, theta)
@@ -176,13 +177,12 @@ class ProbeRun:
 
     def state(self, position: Position, opened: OpenRecord | None = None) -> RunState:
         """The state that `resumed` continues from, without eigenvectors."""
-        last = [] if opened is None else [opened.record.without_eigenvectors()]
         return RunState(
             k=self.settings.k,
             which=self.settings.which,
             space=self.space,
             num_probes=self.num_probes,
-            records=(*self.history, *last),
+            records=(*self.history, *([] if opened is None else [opened.record.without_eigenvectors()])),
             is_open=opened is not None,
             overlaps=copy.copy(self.overlaps),
             position=position,

@@ -207,7 +207,10 @@ def _type_of_thread() -> torch.dtype:
 
 
 def file_writer(writer: Any) -> Any:
-    """The writer of event files beneath a `SummaryWriter`, for a summary that none of its methods makes."""
+    """The writer of event files beneath a `SummaryWriter`.
+
+    It takes summaries that none of the public methods makes.
+    """
     return writer._get_file_writer()
 
 

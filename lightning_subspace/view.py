@@ -24,7 +24,7 @@ Runs = dict[str, dict[str, list[dict[str, Any]]]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page; 0 where there was something to show, and 1 otherwise."""
+    """Write the page; 0 where there was something to show."""
     parser = argparse.ArgumentParser("python -m lightning_subspace.view", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("path", type=Path, help="a folder of TensorBoard logs, a checkpoint, or a logger's JSON file")
     parser.add_argument("--out", type=Path, default=Path("subspace.html"), help="the file to write (%(default)s)")
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_runs(path: Path) -> Runs:
-    """Probes by run and tag, of a folder of logs or of a checkpoint.
+    """Probes by run and tag, of logs or a checkpoint.
 
     Raises:
         FileNotFoundError: where it is not there.

@@ -1,4 +1,7 @@
-"""Entries of a monitor for the tab of TensorBoard: one a probe, and what was asked for at the first of each fit."""
+"""Entries of a monitor for the tab of TensorBoard.
+
+There is one a probe; the first of each fit says what was asked for.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ class TabLog:
         self._has_header, self._now = False, {}
 
     def open(self, trainer: Trainer) -> None:
-        """Note what belongs to the point of a probe, and is another behind its step."""
+        """Note what belongs to the point of a probe alone."""
         with self._guard.of("learning rate and threshold are missing in the tab of TensorBoard"):
             self._now = _now(trainer)
 

@@ -1,4 +1,4 @@
-"""Output of a run: scalars, figures, entries for the tab of TensorBoard, progress.
+"""Output of a run: scalars, entries for the tab, figures, progress.
 
 Everything here runs on rank 0 alone and only writes; no failure reaches the training. The figures are loaded on first
 use, since matplotlib takes a while to import.

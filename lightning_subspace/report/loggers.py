@@ -124,7 +124,7 @@ class Reporter:
                 self._send(_HISTOGRAMS, loggers, tag, values, step, f"the histogram {tag}")
 
     def tab(self, loggers: Iterable[Any], name: str, text: str, step: int) -> None:
-        """Write an entry for the tab of TensorBoard, where a logger is TensorBoard's."""
+        """Write an entry for the tab, where a logger is TensorBoard's."""
         with self._guard.of("an entry for the tab of TensorBoard was lost"):
             self._send(_TABS, loggers, tag_of(name), text, step, "an entry for TensorBoard's tab")
 
@@ -134,7 +134,7 @@ class Reporter:
             self._send(_FIGURES, loggers, tag, figure, step, f"the figure {tag}")
 
     def file(self, loggers: Iterable[Any], name: str, text: str, step: int) -> None:
-        """Keep a text under a name such as "subspace_probes.json", where a logger keeps files."""
+        """Keep a text as a file, where a logger keeps files."""
         with self._guard.of(f"the file {name} was lost"):
             self._send(_FILES, loggers, name, text, step, f"the file {name}")
 
@@ -176,7 +176,7 @@ class Reporter:
 
 
 def _row(senders: Mapping[str, _Sender], logger: Any) -> _Sender | None:
-    """The row of a logger in a table, by its most derived known class."""
+    """Row of a logger in a table, by its most derived class."""
     names = [base.__name__ for base in type(logger).__mro__]
     return next((senders[name] for name in names if name in senders), None)
 

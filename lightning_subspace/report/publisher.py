@@ -1,4 +1,4 @@
-"""Output of a monitor: scalars, callback metrics, entries for the tab, histogram, figures, and a file at the end."""
+"""Output of a monitor, to a trainer and to its loggers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Publisher:
                 self._reporter.histogram(trainer.loggers, f"{self._name}/eigenvalues", values, record.step)
 
     def tell(self, trainer: Trainer, make: Callable[[], Mapping[str, Any]]) -> None:
-        """Write an entry for the tab of TensorBoard, made where a logger takes it."""
+        """Write an entry for the tab, made where a logger takes it."""
         with self._guard.of("an entry for the tab of TensorBoard was lost"):
             if trainer.is_global_zero and self._reporter.takes_entries(trainer.loggers):
                 entry = make()
@@ -79,7 +79,10 @@ class Publisher:
                 self._reporter.figure(trainer.loggers, f"{self._name}/overlaps", figure, step)
 
     def keep(self, trainer: Trainer, history: Sequence[Record], overlaps: OverlapHistory) -> None:
-        """Hand all that was measured to loggers that keep files, as the page of `lightning_subspace.view` reads it."""
+        """Hand all entries to loggers that keep files.
+
+        `lightning_subspace.view` reads them.
+        """
         with self._guard.of("the file of all probes was lost"):
             if not history or not trainer.is_global_zero or not self._reporter.takes_files(trainer.loggers):
                 return

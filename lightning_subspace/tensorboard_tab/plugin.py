@@ -1,4 +1,7 @@
-"""The server's part: files of the page, runs that have probes, and probes of a run. No number is computed here."""
+"""Routes of the server: files, runs, and probes of a run.
+
+No number is computed here.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,10 @@ class SubspacePlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         self._files = {file.relative_to(STATIC).as_posix(): file for file in files}
 
     def is_active(self) -> bool:
-        """Whether there are data; TensorBoard asks its provider by the plugin's name before it asks this."""
+        """Whether there are data beyond those of its own name.
+
+        TensorBoard asks its provider by the plugin's name before it asks this.
+        """
         return False
 
     def frontend_metadata(self) -> base_plugin.FrontendMetadata:
@@ -70,7 +76,9 @@ class SubspacePlugin(base_plugin.TBPlugin):  # type: ignore[misc]
 
     @wrappers.Request.application  # type: ignore[arg-type]
     def _serve_probes(self, request: wrappers.Request) -> Any:
-        """Probes of a run that were written after a time: strings put together to one array, none is parsed.
+        """Probes of a run that were written after a time.
+
+        Their texts are put together to one array, and none is parsed.
 
         By time and not by step, since a run that is resumed writes earlier steps again.
 

@@ -1,4 +1,6 @@
-"""The page of the tab as one HTML file that holds its data: for mail, CI artefacts and papers.
+"""Page of the tab as one HTML file with its data.
+
+It is for mail, artefacts of CI, and papers.
 
 The modules of the page are joined in the order of their imports, as a browser refuses to import files from a disk.
 """
@@ -44,7 +46,10 @@ def page(runs: Mapping[str, Mapping[str, list[dict[str, Any]]]], title: str) -> 
 
 
 def joined_modules() -> str:
-    """All modules of the page as one: each a function that is called once and returns what it exports."""
+    """All modules of the page as one.
+
+    Each becomes a function that is called once and returns what the module exports.
+    """
     done: dict[Path, str] = {}
 
     def add(file: Path) -> None:

@@ -6,7 +6,6 @@ No number is computed here.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from tensorboard import errors, plugin_util  # type: ignore[import-untyped]
@@ -15,10 +14,9 @@ from tensorboard.data import provider  # type: ignore[import-untyped]
 from tensorboard.plugins import base_plugin  # type: ignore[import-untyped]
 from werkzeug import wrappers
 
+from lightning_subspace.tensorboard_tab.page_files import TYPES, page_files
 from lightning_subspace.tensorboard_tab.schema import PLUGIN, SCHEMA
 
-STATIC = Path(__file__).with_name("static")
-TYPES = {".js": "text/javascript", ".css": "text/css"}
 MOST = 100_000  # probes that are sent of a run
 
 
@@ -34,8 +32,7 @@ class SubspacePlugin(base_plugin.TBPlugin):  # type: ignore[misc]
     def __init__(self, context: Any) -> None:
         self._provider = context.data_provider
         # A fixed set: no path of a request is ever looked up on the disk.
-        files = [file for file in STATIC.rglob("*") if file.suffix in TYPES]
-        self._files = {file.relative_to(STATIC).as_posix(): file for file in files}
+        self._files = page_files()
 
     def is_active(self) -> bool:
         """Whether there are data beyond those of its own name.

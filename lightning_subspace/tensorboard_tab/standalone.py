@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_subspace.tensorboard_tab.plugin import STATIC
+from lightning_subspace.tensorboard_tab.page_files import STATIC
 
 IMPORT = re.compile(r"^import (\{[^}]*\}) from '(\.[^']+)';\n", re.MULTILINE)
 EXPORT = re.compile(r"^export (?=(?:async )?(?:function|const|let|class) (\w+))", re.MULTILINE)
@@ -62,13 +62,13 @@ def joined_modules() -> str:
         inside = IMPORT.sub(lambda found: f"const {found[1]} = {_name(file.parent / found[2])};\n", text)
         done[file] = f"const {_name(file)} = (() => {{\n{EXPORT.sub('', inside)}\nreturn {{ {names} }};\n}})();\n"
 
-    add((STATIC / "index.js").resolve())
+    add(STATIC / "index.js")
     return "".join(done.values())
 
 
 def _name(file: Path) -> str:
     """Name of a module among all."""
-    return "module_" + re.sub(r"\W", "_", file.resolve().relative_to(STATIC.resolve()).as_posix())
+    return "module_" + re.sub(r"\W", "_", file.resolve().relative_to(STATIC).as_posix())
 
 
 def _escaped(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What TensorBoard's entry point names.
+"""Entry point of TensorBoard's plugins.
 
 TensorBoard ends where this module or `fix_flags` raises, and goes on where `load` does. So the one imports nothing but
 a base class of TensorBoard's, and the plugin itself is imported in the other.

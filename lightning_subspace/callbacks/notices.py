@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
+from lightning_subspace._failure import free_frames
 from lightning_subspace._lightning import rank_zero_info
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.state.notice import warn_on_first_rank
@@ -59,7 +60,11 @@ class Notices:
             Exception: `error`, with on_failure="raise".
         """
         if self._on_failure == "raise":
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # its traceback refers to this frame
+        free_frames(error)
         cause = ranks.describe(error)
         self.warn_once(cause, f"{what}, training goes on. {cause} (on_failure='raise' shows where.)")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from lightning_subspace.curvature.forward_difference import ForwardDifferenceHes
 from lightning_subspace.curvature.fsdp_difference import ShardedDifferenceHessian, check_differences
 from lightning_subspace.curvature.gauss_newton import GaussNewton, gauss_newton_check
 from lightning_subspace.curvature.gradient_mean import GradientMean
+from lightning_subspace.curvature.graph_memory import Footprint
 from lightning_subspace.curvature.hessian import Hessian
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck, self_check
 from lightning_subspace.data.micro_batch import MicroBatch, few_examples
@@ -50,6 +51,7 @@ class Row:
 
     operator: Callable[..., BatchMean]  # called with (loss, batches, partition=), and `dtype=` where it `is_wide`
     order: Order = 2  # how often the loss has to be differentiable
+    keeps_graphs: bool = False  # or gradients: called with `footprint=`, too
     is_wide: bool = False  # whether the loss is evaluated in float64, whatever the solver computes in
     check: Callable[..., SelfCheck] | None = None  # called with (a float64 loss, not open, a few examples, seed=)
     check_order: Order = 2  # how often the loss has to be differentiable there
@@ -60,8 +62,8 @@ class Row:
 
 
 OPERATORS: dict[str, Row] = {
-    "hessian": Row(Hessian, check=self_check, has_differences=True),
-    "ggn": Row(GaussNewton, check=gauss_newton_check),
+    "hessian": Row(Hessian, keeps_graphs=True, check=self_check, has_differences=True),
+    "ggn": Row(GaussNewton, keeps_graphs=True, check=gauss_newton_check),
     "finite-difference": Row(
         FiniteDifferenceHessian,
         is_wide=True,
@@ -73,9 +75,10 @@ OPERATORS: dict[str, Row] = {
     "empirical-fisher": Row(
         partial(EmpiricalFisher, examples=False),
         order=1,
+        keeps_graphs=True,
         check=examples_check,
         check_order=1,
-        passed=Row(EmpiricalFisher, order=1),
+        passed=Row(EmpiricalFisher, order=1, keeps_graphs=True),
         not_passed="The empirical Fisher is taken over micro-batches here, not over single examples, which changes its "
         "scale by about the number of examples in one",
     ),
@@ -127,12 +130,23 @@ class CurvatureConfig:
         dtype = torch.float64 if self._row.is_wide else self._narrowest
         return self._loss(module, space, ranks, dtype, self._row.order)
 
-    def operator(self, loss: TrainingLoss, sample: Sample, partition: Partition | None = None) -> BatchMean:
+    def operator(
+        self,
+        loss: TrainingLoss,
+        sample: Sample,
+        partition: Partition | None = None,
+        footprint: Footprint | None = None,
+    ) -> BatchMean:
         """The operator over the sample's first part; no `partition`: of this process."""
         partition = Partition.even(loss.space) if partition is None else partition
+        footprint = Footprint() if footprint is None else footprint
+        footprint.copies, footprint.itemsize = loss.copied_bytes, loss.dtype.itemsize
         if isinstance(loss, ShardedLoss):
             return ShardedDifferenceHessian(loss, sample.hessian, partition=partition)
-        options = {"dtype": self._widest(loss.module, loss.space)} if self._row.is_wide else {}
+        options: dict[str, Any] = {"footprint": footprint} if self._row.keeps_graphs else {}
+        if self._row.is_wide:
+            options = {"dtype": self._widest(loss.module, loss.space)}
+            footprint.itemsize = options["dtype"].itemsize
         return self._row.operator(loss, sample.hessian, partition=partition, **options)
 
     def check(self, module: nn.Module, sample: Sample, partition: Partition | None = None) -> SelfCheck:

@@ -169,6 +169,18 @@ class TrainingLoss:
         findings_of(self.module).refusals[self._loss_key] = text
         raise LossError(text)
 
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the copies of parameters and buffers in an open context."""
+        kinds = (
+            (widened(torch.empty(0, dtype=t.dtype), self._narrowest, copy=False).dtype, t.numel())
+            for t in self._to_be_copied()
+        )
+        return sum(dtype.itemsize * count for dtype, count in kinds)
+
+    def _to_be_copied(self) -> list[Tensor]:
+        return [*self.module.parameters(), *self.module.buffers()]
+
     def displace(self, offset: Tensor | None) -> None:
         """Evaluate at theta + offset, (n,), from now on; None: at theta."""
         self._is_displaced = offset is not None

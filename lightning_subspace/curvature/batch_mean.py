@@ -80,6 +80,7 @@ class BatchMean(ABC):
         self._together = group_by_round(self.batches, self.partition.ranks)  # what all ranks evaluate in each round
         self._retained: list[Any] = [None] * len(self._assignments)  # what a subclass keeps of each evaluation
         self._mean: Tensor | None = None  # the gradient, once it is known
+        loss.served.add(self)
         if self.raises_after_collectives:  # then no product may take memory between its collectives
             _ = self._buffers
 
@@ -139,7 +140,13 @@ class BatchMean(ABC):
             part._assignments.append(Assignment(batch, weight))
         part._retained = [self._retained[number] for number in kept]
         part._mean = None
+        self._loss.served.add(part)
         return part
+
+    def release(self) -> None:
+        """Free what is kept between products; there are no more, as the loss is closed."""
+        self._retained, self._mean = [None] * len(self._retained), None
+        vars(self).pop("_buffers", None)
 
     @cached_property
     def _buffers(self) -> VectorBuffers:

@@ -31,6 +31,7 @@ from lightning_subspace.curvature.hessian import Hessian
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck, self_check
 from lightning_subspace.data.micro_batch import MicroBatch, few_examples
 from lightning_subspace.data.sample import Sample
+from lightning_subspace.loss.copied_bytes import copied_bytes
 from lightning_subspace.loss.fsdp_loss import ShardedLoss
 from lightning_subspace.loss.loss_function import LossError, LossFunction
 from lightning_subspace.loss.training_loss import Mode, TrainingLoss
@@ -127,8 +128,7 @@ class CurvatureConfig:
             return ShardedLoss(
                 module, space, self.loss_fn, mode=self.mode, seed=self.seed, replacements=buffers, ranks=ranks
             )
-        dtype = torch.float64 if self._row.is_wide else self._narrowest
-        return self._loss(module, space, ranks, dtype, self._row.order)
+        return self._loss(module, space, ranks, self._narrowest_of_loss, self._row.order)
 
     def operator(
         self,
@@ -140,8 +140,10 @@ class CurvatureConfig:
         """The operator over the sample's first part; no `partition`: of this process."""
         partition = Partition.even(loss.space) if partition is None else partition
         footprint = Footprint() if footprint is None else footprint
-        footprint.copies, footprint.itemsize = loss.copied_bytes, loss.dtype.itemsize
-        if isinstance(loss, ShardedLoss):
+        is_on_shards = isinstance(loss, ShardedLoss)
+        footprint.copies = copied_bytes(loss.module, self._narrowest_of_loss, whole=not is_on_shards)
+        footprint.itemsize = loss.dtype.itemsize
+        if is_on_shards:
             return ShardedDifferenceHessian(loss, sample.hessian, partition=partition)
         options: dict[str, Any] = {"footprint": footprint} if self._row.keeps_graphs else {}
         if self._row.is_wide:
@@ -259,6 +261,10 @@ class CurvatureConfig:
         if isinstance(self.dtype, torch.dtype):
             return self.dtype
         return {"float32": torch.float32, "float64": torch.float64}.get(self.dtype)
+
+    @property
+    def _narrowest_of_loss(self) -> torch.dtype | None:
+        return torch.float64 if self._row.is_wide else self._narrowest
 
     def _widest(self, module: nn.Module, space: ParameterSpace) -> torch.dtype:
         """The dtype of the solver's vectors."""

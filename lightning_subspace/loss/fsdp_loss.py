@@ -129,9 +129,6 @@ class ShardedLoss(TrainingLoss):
                     piece.copy_(_real(local_part(gradient)))
             return flat, value
 
-    def _to_be_copied(self) -> list[Tensor]:
-        return [*map(local_part, self.module.parameters()), *self.module.buffers()]
-
     def _local_parts(self) -> list[Tensor]:
         """Views of this rank's shards of the space, flat and real."""
         return [_real(local_part(parameter)) for parameter in self._parameters]

@@ -140,14 +140,14 @@ def batches(fuse, count=3):
 
 
 def probe(net, fuse, **kwargs):
-    return measure_subspace(net, batches(fuse), k=2, measurements=[Curved()], tol=0.1, verify="never", **kwargs)
+    return measure_subspace(net, batches(fuse), k=1, measurements=[Curved()], tol=0.1, verify="never", **kwargs)
 
 
-EARLIER_AND_LATER = [(RuntimeError, 1), (RuntimeError, 3)]
+FAILURES = [(phase, RuntimeError, 2) for phase in PHASES]
+FAILURES += [(phase, kind, 1) for phase in ("graphs", "solve") for kind in KINDS[1:]]
 
 
-@pytest.mark.parametrize(("kind", "number"), [*((kind, 2) for kind in KINDS), *EARLIER_AND_LATER])
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("phase", "kind", "number"), FAILURES)
 def test_nothing_is_alive_after_a_failure(phase, kind, number, monkeypatch):
     fuse = Fuse(phase, kind, number)
     follow(fuse, monkeypatch)
@@ -157,11 +157,11 @@ def test_nothing_is_alive_after_a_failure(phase, kind, number, monkeypatch):
         with pytest.raises(kind, match="on purpose"), made:
             probe(net, fuse)
         assert fuse.left <= 0
-        assert made.memory or (phase, number) == ("sample", 1)
+        assert made.memory
         assert made.num_alive() == 0
 
 
-@pytest.mark.parametrize("kind", [None, *KINDS[:3]])
+@pytest.mark.parametrize("kind", [None, RuntimeError])
 def test_nothing_is_alive_after_a_probe_but_its_record(kind, monkeypatch):
     """Also where the self-check has failed in a way that decides nothing."""
     fuse = Fuse() if kind is None else Fuse("self-check", kind, 8)
@@ -188,8 +188,9 @@ def seen_in_probes(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
-@pytest.mark.parametrize("phase", ["graphs", "solve", "measurement"])
+@pytest.mark.parametrize(
+    ("phase", "kind"), [("graphs", MemoryError), ("solve", MemoryError), ("measurement", torch.OutOfMemoryError)]
+)
 def test_who_catches_that_memory_has_run_out_has_it_back_at_once(phase, kind, monkeypatch):
     """Inside of the `except`, too, where the exception still has its traceback: there one tries again."""
     fuse = Fuse(phase, kind)
@@ -230,8 +231,9 @@ def callback(name):
     ("name", "phase", "kind"),
     [
         *(("monitor", phase, RuntimeError) for phase in PHASES[2:]),
-        *(("monitor", "solve", kind) for kind in KINDS[1:]),
-        *(("projection", phase, RuntimeError) for phase in PHASES[2:4]),
+        ("monitor", "solve", torch.OutOfMemoryError),
+        ("monitor", "solve", KeyboardInterrupt),
+        ("projection", "solve", RuntimeError),
     ],
 )
 def test_nothing_is_alive_when_training_goes_on(name, phase, kind, monkeypatch):

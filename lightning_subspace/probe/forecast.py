@@ -86,7 +86,9 @@ class Forecast:
             basis=num_vectors(solver, partition.n) * partition.local_n * footprint.itemsize,
             graphs=footprint.graphs,
             examples=self._prospect.sample.nbytes,
-            more=(solver.k + VECTORS) * partition.local_n * footprint.itemsize + footprint.largest,
+            # A product is taken to need as much as its graph, beside a graph that is rebuilt for it.
+            more=(solver.k + VECTORS) * partition.local_n * footprint.itemsize
+            + footprint.largest * (1 + (footprint.kept < footprint.rounds)),
         )
         return held.text(footprint.kept, footprint.rounds, self._peak.text, partition.ranks.count)
 
@@ -131,7 +133,7 @@ class Held:
         basis: of the solver.
         graphs: that are kept.
         examples: of the sample.
-        more: for a while: the vectors around a solve, and for a product what one graph takes.
+        more: for a while, at most: the vectors around a solve, and what a product takes.
 
     Example:
         >>> held = Held(copies=8_000_000, basis=248_000_000, graphs=90_000_000, examples=500_000, more=166_000_000)

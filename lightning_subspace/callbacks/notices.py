@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
-from lightning_subspace._failure import free_frames
 from lightning_subspace._lightning import rank_zero_info
 from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.state.failure import free_frames
 from lightning_subspace.state.notice import warn_on_first_rank
 from lightning_subspace.state.signals import SignalError
 from lightning_subspace.state.threads import other_threads

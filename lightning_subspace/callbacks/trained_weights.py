@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace._failure import Waiting
 from lightning_subspace._lightning import Trainer, is_a, undeclared
 from lightning_subspace.callbacks.runner import ProbeRunner
 from lightning_subspace.parallel.fsdp import local_part
+from lightning_subspace.state.failure import Waiting
 from lightning_subspace.state.signals import waiting_signals
 
 LEFT_OUT = "the last probe, of the weights that the last step gave, is left out"

@@ -144,7 +144,7 @@ class BatchMean(ABC):
         return part
 
     def release(self) -> None:
-        """Free what is kept between products; there are no more, as the loss is closed."""
+        """Free what is kept between products: the loss is closed."""
         self._retained, self._mean = [None] * len(self._retained), None
         vars(self).pop("_buffers", None)
 

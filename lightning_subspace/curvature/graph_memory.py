@@ -1,4 +1,4 @@
-"""Memory of retained graphs: what is free, what a graph takes, and what a probe holds."""
+"""Memory of retained graphs: what is free, and what they take."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def memory_budget(device: torch.device, num_ranks: int) -> float:
 
 @dataclass
 class Footprint:
-    """Bytes that the operator of a probe holds on this rank, and how many graphs it may keep.
+    """Bytes that an operator holds, and how many graphs it may.
 
-    One for all probes of a run: where memory runs out, fewer graphs are kept from then on.
+    Of this rank. One for all probes of a run: where memory runs out, fewer graphs are kept from then on.
 
     Attributes:
         most: micro-batches of which a rank may keep the graph (or, for the empirical Fisher, the gradients).
@@ -64,7 +64,7 @@ class Footprint:
         self.kept = self.rounds = self.graphs = self.largest = 0
 
     def see(self, kept: Sequence[int], left: Sequence[int] = ()) -> None:
-        """Take the bytes of what is kept, and of what would be rebuilt."""
+        """Take down the bytes of graphs, kept or to be rebuilt."""
         self.kept, self.rounds = len(kept), len(kept) + len(left)
         self.graphs, self.largest = sum(kept), max((*kept, *left), default=0)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_subspace._failure import Waiting
 from lightning_subspace._lightning import CombinedLoader, Trainer, training_loaders
 from lightning_subspace.data.example_count import ExampleCounter
 from lightning_subspace.data.gathered import Gathered, GatheredSample
@@ -25,6 +24,7 @@ from lightning_subspace.data.training_data import contents, is_to_be_gathered, r
 from lightning_subspace.data.training_hooks import changes_batches, may_write, other_reading, takes_iterator
 from lightning_subspace.data.training_set import batch_size_of, has_epochs
 from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.state.failure import Waiting
 
 
 class SampleSource:

@@ -8,13 +8,12 @@ same path, without another message; only there is the exception raised.
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-
-from lightning_subspace._failure import Waiting
 
 AllSum = Callable[[Tensor], Tensor]
 
@@ -28,7 +27,7 @@ class Agreement:
     def __init__(self, all_sum: AllSum | None = None) -> None:
         self.finite = True  # whether all sums were, so far: equal on all ranks; once it is False the run is over
         self._all_sum = all_sum
-        self._failure = Waiting()
+        self._failure: Exception | None = None
 
     @contextmanager
     def local(self) -> Iterator[None]:
@@ -38,7 +37,10 @@ class Agreement:
         except Exception as error:
             if self._all_sum is None:
                 raise
-            self._failure.keep(error)  # and free the memory, which this rank still needs to keep up with the others
+            if self._failure is None:  # later failures are consequences of the first
+                self._failure = error
+            # The frames hold what filled the memory, which this rank still needs to keep up with the others.
+            traceback.clear_frames(error.__traceback__)
 
     def sum(self, local: Tensor) -> Tensor:
         """Sum a small tensor over ranks, in float64 on the CPU."""
@@ -47,7 +49,7 @@ class Agreement:
         local = local.to(torch.float64)
         if self._all_sum is not None:
             try:
-                local = self._all_sum(torch.full_like(local, math.nan) if self._failure else local)
+                local = self._all_sum(local if self._failure is None else torch.full_like(local, math.nan))
             except Exception:
                 self.settle()  # whatever has become of the others, this rank's own failure came first
                 raise
@@ -57,4 +59,8 @@ class Agreement:
 
     def settle(self) -> None:
         """Raise the exception that was kept: no rank waits any more."""
-        self._failure.end()
+        if self._failure is not None:
+            try:
+                raise self._failure
+            finally:
+                self._failure = None  # or its own traceback would keep it alive, and the basis with it

@@ -1,4 +1,4 @@
-"""Bytes of the copies of a module's state that a probe works on."""
+"""Bytes of the copies that a probe works on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_subspace.parallel.fsdp import local_part
 
 
 def copied_bytes(module: nn.Module, narrowest: torch.dtype | None, *, whole: bool = True) -> int:
-    """Bytes of the copies of parameters and buffers, each of which is copied once.
+    """Bytes of the copies of parameters and buffers.
 
     Args:
         module: what is copied; attributes beside these, such as states of metrics, are not counted.

@@ -1,4 +1,4 @@
-"""Operators that live on graphs of an open loss, and end with it.
+"""Operators on the graphs of an open loss, released with it.
 
 Others may still refer to one by then: a measurement of a user's that keeps its probe, or the traceback of an exception,
 whose functions keep what they close over. So the loss has them drop their graphs when it is closed.

@@ -170,7 +170,7 @@ class Held:
 
 
 def num_vectors(solver: Solver, n: int) -> int:
-    """Vectors of length n for which the solver takes memory: the basis, and the one that is pending."""
+    """Vectors of the solver: the basis and the pending one."""
     return min(n, 2 * solver.k + 10 if solver.ncv is None else solver.ncv) + 1
 
 

@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from lightning_subspace._failure import Waiting
 from lightning_subspace.measurements import Probe
+from lightning_subspace.state.failure import Waiting
 from lightning_subspace.subspace.record import Record
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from lightning_subspace._failure import free_frames, is_out_of_memory
 from lightning_subspace.curvature.graph_memory import Footprint
 from lightning_subspace.data.assignment import assign, owner_rank
 from lightning_subspace.data.micro_batch import MicroBatch, detached_copy
@@ -20,6 +19,7 @@ from lightning_subspace.data.sample import Sample
 from lightning_subspace.loss.loss_function import LossError, NoLossError, WrittenError
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.state.failure import free_frames, is_out_of_memory
 from lightning_subspace.state.free_memory import remember_limits
 from lightning_subspace.subspace.record import Record
 

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_subspace._failure import is_out_of_memory
+from lightning_subspace.state.failure import is_out_of_memory
 from lightning_subspace.state.fields import walk_leaves
 
 

@@ -29,9 +29,10 @@ def free_memory(device: torch.device) -> float:
 
 
 def remember_limits() -> None:
-    """Memory has run out: no GPU gives this process more than it has of it now.
+    """Remember what this process has of GPUs, as memory has run out.
 
-    For versions of torch that cannot tell the limit of a process. One that has been raised since is not noticed.
+    None gives it more. For versions of torch that cannot tell the limit of a process; that one has been raised since
+    is not noticed.
     """
     if _tells_limit() or not torch.cuda.is_initialized():
         return
@@ -44,7 +45,7 @@ def remember_limits() -> None:
 
 
 def _left_on_gpu(device: torch.device) -> float:
-    """What the driver would still give this process, and what torch's allocator holds free.
+    """Bytes that a GPU's driver would give, and that torch holds free.
 
     Untested on a GPU so far: the rules are those of its allocator, which takes the limit for what it has reserved.
     """

@@ -11,7 +11,9 @@ import torch
 
 
 class PeakMemory:
-    """The peak from now on, on a GPU; nothing on a CPU, where nobody counts it.
+    """The peak on a GPU from now on.
+
+    There is none on a CPU, where nobody counts it.
 
     Args:
         device: of the module.
@@ -27,7 +29,7 @@ class PeakMemory:
 
     @property
     def text(self) -> str | None:
-        """The peak in words, of all that is allocated; None on a CPU."""
+        """The peak of all that is allocated; None on a CPU."""
         before, now = self._before, self._read()
         if before is None or now is None:
             return None

@@ -21,7 +21,7 @@ MOST_WORDS = 12
 
 def test_nothing_else_is_in_the_root_of_the_package():
     found = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
-    assert found == FOLDERS | {"__init__.py", "_arguments.py", "_failure.py", "_lightning.py", "_torch.py", "py.typed"}
+    assert found == FOLDERS | {"__init__.py", "_arguments.py", "_lightning.py", "_torch.py", "py.typed"}
 
 
 def test_there_are_no_circles():

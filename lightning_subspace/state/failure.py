@@ -72,9 +72,9 @@ class Waiting:
 
 
 def free_frames(error: BaseException) -> None:
-    """Free what is local in the frames of an exception, and of those behind it.
+    """Free the locals of finished frames, of an exception and its causes.
 
-    Lines and messages stay. Frames that still run are left as they are.
+    Lines and messages stay, and what functions close over. Frames that still run are left as they are.
 
     Example:
         >>> import weakref

@@ -178,8 +178,7 @@ class ProbeRunner:
             self._draw(lambda: self.source.refresh(trainer))
 
         def sample() -> Sample | None:
-            if self.source.failure is not None:
-                raise self.source.failure
+            self.source.failure.end(keeps=True)
             if self.source.sample is None and self.schedule.is_listed and not self.source.is_doubtful:
                 self.notices.info_once(
                     f"no probe at step {trainer.global_step}: the sample is still being gathered from the batches of "

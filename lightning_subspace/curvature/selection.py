@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -26,12 +26,14 @@ from lightning_subspace.curvature.forward_difference import ForwardDifferenceHes
 from lightning_subspace.curvature.fsdp_difference import ShardedDifferenceHessian, check_differences
 from lightning_subspace.curvature.gauss_newton import GaussNewton, gauss_newton_check
 from lightning_subspace.curvature.gradient_mean import GradientMean
+from lightning_subspace.curvature.graph_memory import Footprint
 from lightning_subspace.curvature.hessian import Hessian
 from lightning_subspace.curvature.rounding import chosen, kernels_check
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck, self_check
 from lightning_subspace.data.micro_batch import MicroBatch, few_examples
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.linalg.result import Outcome
+from lightning_subspace.loss.copied_bytes import copied_bytes
 from lightning_subspace.loss.fsdp_loss import ShardedLoss
 from lightning_subspace.loss.loss_function import LossError, LossFunction
 from lightning_subspace.loss.training_loss import Mode, TrainingLoss
@@ -53,6 +55,7 @@ class Row:
 
     operator: Callable[..., BatchMean]  # called with (loss, batches, partition=), and `dtype=` where it `is_wide`
     order: Order = 2  # how often the loss has to be differentiable
+    keeps_graphs: bool = False  # or gradients: called with `footprint=`, too
     is_wide: bool = False  # whether the loss is evaluated in float64, whatever the solver computes in
     check: Callable[..., SelfCheck] | None = None  # called with (a float64 loss, not open, a few examples, seed=)
     check_order: Order = 2  # how often the loss has to be differentiable there
@@ -64,8 +67,8 @@ class Row:
 
 
 OPERATORS: dict[str, Row] = {
-    "hessian": Row(Hessian, check=self_check, has_differences=True),
-    "ggn": Row(GaussNewton, check=gauss_newton_check),
+    "hessian": Row(Hessian, keeps_graphs=True, check=self_check, has_differences=True),
+    "ggn": Row(GaussNewton, keeps_graphs=True, check=gauss_newton_check),
     "finite-difference": Row(
         FiniteDifferenceHessian,
         is_wide=True,
@@ -78,9 +81,10 @@ OPERATORS: dict[str, Row] = {
     "empirical-fisher": Row(
         partial(EmpiricalFisher, examples=False),
         order=1,
+        keeps_graphs=True,
         check=examples_check,
         check_order=1,
-        passed=Row(EmpiricalFisher, order=1),
+        passed=Row(EmpiricalFisher, order=1, keeps_graphs=True),
         not_passed="The empirical Fisher is taken over micro-batches here, not over single examples, which changes its "
         "scale by about the number of examples in one",
     ),
@@ -131,15 +135,27 @@ class CurvatureConfig:
             return ShardedLoss(
                 module, space, self.loss_fn, mode=self.mode, seed=self.seed, replacements=buffers, ranks=ranks
             )
-        dtype = torch.float64 if self._row.is_wide else self._narrowest
-        return self._loss(module, space, ranks, dtype, self._row.order)
+        return self._loss(module, space, ranks, self._narrowest_of_loss, self._row.order)
 
-    def operator(self, loss: TrainingLoss, sample: Sample, partition: Partition | None = None) -> BatchMean:
+    def operator(
+        self,
+        loss: TrainingLoss,
+        sample: Sample,
+        partition: Partition | None = None,
+        footprint: Footprint | None = None,
+    ) -> BatchMean:
         """The operator over the sample's first part; no `partition`: of this process."""
         partition = Partition.even(loss.space) if partition is None else partition
-        if isinstance(loss, ShardedLoss):
+        footprint = Footprint() if footprint is None else footprint
+        is_on_shards = isinstance(loss, ShardedLoss)
+        footprint.copies = copied_bytes(loss.module, self._narrowest_of_loss, whole=not is_on_shards)
+        footprint.itemsize = loss.dtype.itemsize
+        if is_on_shards:
             return ShardedDifferenceHessian(loss, sample.hessian, partition=partition)
-        options = {"dtype": self._widest(loss.module, loss.space)} if self._row.is_wide else {}
+        options: dict[str, Any] = {"footprint": footprint} if self._row.keeps_graphs else {}
+        if self._row.is_wide:
+            options = {"dtype": self._widest(loss.module, loss.space)}
+            footprint.itemsize = options["dtype"].itemsize
         return self._row.operator(loss, sample.hessian, partition=partition, **options)
 
     def check(self, module: nn.Module, sample: Sample, partition: Partition | None = None) -> SelfCheck:
@@ -271,6 +287,10 @@ class CurvatureConfig:
         if isinstance(self.dtype, torch.dtype):
             return self.dtype
         return {"float32": torch.float32, "float64": torch.float64}.get(self.dtype)
+
+    @property
+    def _narrowest_of_loss(self) -> torch.dtype | None:
+        return torch.float64 if self._row.is_wide else self._narrowest
 
     def _widest(self, module: nn.Module, space: ParameterSpace) -> torch.dtype:
         """The dtype of the solver's vectors."""

@@ -28,6 +28,7 @@ from lightning_subspace.loss.findings import findings_of
 from lightning_subspace.loss.loss_function import LossError, LossFunction, WrittenError, as_scalar, resolve_loss
 from lightning_subspace.loss.precision import eager, twice_differentiable, widened, widened_array
 from lightning_subspace.loss.roots import extra_roots
+from lightning_subspace.loss.served import Served
 from lightning_subspace.loss.shadow import Shadow
 from lightning_subspace.parallel.fsdp import reshard, without_fsdp
 from lightning_subspace.parallel.parameters import ParameterSpace
@@ -76,6 +77,7 @@ class TrainingLoss:
             0-dimensional, on its device.
         originals: the module's own parameters of the space, in an open context; not to be written to.
         dependence: what the losses since then depend on.
+        served: the operators that live on its graphs.
 
     Raises:
         TypeError: without `loss_fn`, when the module has no `training_step` that takes a batch.
@@ -120,6 +122,7 @@ class TrainingLoss:
         self._is_displaced = False
         self._displacement: dict[int, Tensor] = {}
         self._stack = ExitStack()
+        self.served = Served()
         self._shadow: Shadow | None = None
         self.dependence = Dependence({})
         self._followed: set[tuple[int, int, int]] = set()  # the micro-batches whose graph was followed
@@ -139,13 +142,14 @@ class TrainingLoss:
             stack.callback(self._shadow.close)
             self.dependence = stack.enter_context(Dependence(dict(zip(originals, self.space.names, strict=True))))
             self._stack = stack.pop_all()
-        self.originals = tuple(originals)
+        self.originals, self.served = tuple(originals), Served()  # also of a copy of this object
         self.values, self._followed = {}, set()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
         if kind is None:
             self._stack.callback(give_up_again)  # what was measured behind a swallowed exception is worth nothing
+        self.served.release()
         try:
             self._stack.close()
         finally:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from torch import nn
 
 from lightning_subspace.curvature import CurvatureConfig
+from lightning_subspace.curvature.graph_memory import Footprint
 from lightning_subspace.data.assignment import assign
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.data.sample import Sample
@@ -51,12 +53,18 @@ class Examples:
         self._wants_error_bar = bool(settings.k and settings.defaults)
         self._screening = Screening()
 
+    @property
+    def footprint(self) -> Footprint:
+        """What the last operator of the run has held, and may keep."""
+        return self._screening.footprint
+
     def are_random(self, choice: CurvatureConfig, module: nn.Module, sample: Sample, partition: Partition) -> bool:
         """Whether to take several draws of a random loss. A collective."""
         if not (isinstance(self._spec.sample, int) or self._spec.sample == "all"):
             return False
         with choice.loss(module, partition.space, partition.ranks) as loss:
-            return is_random(loss, choice.operator, sample.hessian[: partition.ranks.count], partition)
+            operator = partial(choice.operator, footprint=self.footprint)
+            return is_random(loss, operator, sample.hessian[: partition.ranks.count], partition)
 
     def can_be_evaluated(
         self, choice: CurvatureConfig, module: nn.Module, sample: Sample, partition: Partition
@@ -111,6 +119,8 @@ class Examples:
         result = self._screening.run(block, sample, lambda: choice.loss(module, partition.space, ranks), ranks)
         if self._screening.notice is not None:
             self.remarks["no loss"] = self._screening.notice
+        if self.footprint.notice is not None:
+            self.remarks["graphs"] = self.footprint.notice
         return result
 
     def remark_on(self, *texts: str) -> None:

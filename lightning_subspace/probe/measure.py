@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -38,7 +39,7 @@ from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.probe.arguments import check_given, checked_k, ranks_of_group, require_the_same, require_word
 from lightning_subspace.probe.screening import Screening
 from lightning_subspace.probe.settings import ProbeSettings
-from lightning_subspace.state.notice import warn
+from lightning_subspace.state.notice import LOG, warn
 from lightning_subspace.state.signals import waiting_signals
 from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.sketch import sketch
@@ -152,7 +153,7 @@ def measure_subspace(
                 left,
                 solver,
                 chosen,
-                operator=choice.operator,
+                operator=partial(choice.operator, footprint=screening.footprint),
                 partition=partition,
                 verify=verify == "always",
                 optimizer=optimizer,
@@ -169,6 +170,8 @@ def measure_subspace(
     with ranks.agree():
         if screening.notice is not None:
             warn(screening.notice, stacklevel=3)
+        if screening.footprint.notice is not None:
+            LOG.info(screening.footprint.notice)
     return record
 
 
@@ -291,10 +294,6 @@ def _gradient(hessian: Operator, sample: Sample) -> Tensor:
     """Gradient over the gradient sample, which continues the Hessian's."""
     gradient = hessian.gradient()
     if sample.extra:
-        first, rest = _weight(sample.hessian), _weight(sample.extra)
+        first, rest = (sum(batch.weight for batch in part) for part in (sample.hessian, sample.extra))
         gradient.mul_(first / (first + rest)).add_(hessian.mean_gradient(sample.extra), alpha=rest / (first + rest))
     return gradient
-
-
-def _weight(batches: Iterable[MicroBatch]) -> float:
-    return sum(batch.weight for batch in batches)

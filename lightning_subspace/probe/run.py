@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -243,7 +244,7 @@ class ProbeRun:
                 sample,
                 self.settings.solver,
                 self.settings.taken,
-                operator=self._choice.operator,
+                operator=partial(self._choice.operator, footprint=self.examples.footprint),
                 partition=self.partition,
                 step=step,
                 number=number,
@@ -258,9 +259,7 @@ class ProbeRun:
 
     def _after_step(self, opened: OpenRecord, module: nn.Module) -> dict[str, float]:
         """The numbers of the step from an open record's point."""
-        failure, opened.failure = opened.failure, None
-        if failure is not None:
-            raise failure
+        opened.failure.end()
         metrics: dict[str, float] = {}
         probe = opened.probe
         update = probe.partition.flatten(probe.space.tensors(module), like=opened.theta).sub_(opened.theta)

@@ -27,6 +27,7 @@ from lightning_subspace.curvature.fsdp_difference import ShardedDifferenceHessia
 from lightning_subspace.curvature.gauss_newton import GaussNewton, gauss_newton_check
 from lightning_subspace.curvature.gradient_mean import GradientMean
 from lightning_subspace.curvature.hessian import Hessian
+from lightning_subspace.curvature.joining import joined_operator, most_joined
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck, self_check
 from lightning_subspace.data.micro_batch import MicroBatch, few_examples
 from lightning_subspace.data.sample import Sample
@@ -56,12 +57,13 @@ class Row:
     check_examples: int = 8  # how many it gets; the code path is the same for eight as for a thousand
     passed: Row | None = None  # what takes over where the check has passed
     not_passed: str = ""  # the notice, without its reason, where the check has not passed
+    joins: bool = False  # whether micro-batches may be joined for its products, as a `RetainedGraphs`
     has_differences: bool = False  # whether finite differences measure the same matrix
 
 
 OPERATORS: dict[str, Row] = {
-    "hessian": Row(Hessian, check=self_check, has_differences=True),
-    "ggn": Row(GaussNewton, check=gauss_newton_check),
+    "hessian": Row(Hessian, check=self_check, joins=True, has_differences=True),
+    "ggn": Row(GaussNewton, check=gauss_newton_check, joins=True),
     "finite-difference": Row(
         FiniteDifferenceHessian,
         is_wide=True,
@@ -100,6 +102,7 @@ class CurvatureConfig:
     on_check_fail: str = "warn"  # an `OnCheckFail`; see README.md
     has_passed: bool = False  # whether the self-check has passed
     omits_products: bool = False  # whether numbers that rest on second derivatives are left out
+    most_joined: int = 1  # how many micro-batches become one for products, at most
     marks: tuple[tuple[str, float], ...] = ()  # metrics of every record, by key, that say what the self-check found
 
     def __post_init__(self) -> None:
@@ -132,6 +135,8 @@ class CurvatureConfig:
         partition = Partition.even(loss.space) if partition is None else partition
         if isinstance(loss, ShardedLoss):
             return ShardedDifferenceHessian(loss, sample.hessian, partition=partition)
+        if self._row.joins and self.most_joined > 1:
+            return joined_operator(self._row.operator, loss, sample.hessian, partition, self.most_joined)
         options = {"dtype": self._widest(loss.module, loss.space)} if self._row.is_wide else {}
         return self._row.operator(loss, sample.hessian, partition=partition, **options)
 
@@ -184,13 +189,32 @@ class CurvatureConfig:
                 place of what has failed.
         """
         row = OPERATORS[self.curvature]
-        fresh = replace(self, has_passed=check.outcome is CheckOutcome.PASSED, omits_products=False, marks=())
+        fresh = replace(
+            self, has_passed=check.outcome is CheckOutcome.PASSED, omits_products=False, most_joined=1, marks=()
+        )
         if check.outcome in (CheckOutcome.PASSED, CheckOutcome.SKIPPED):
             return fresh, f"{row.not_passed}: {check.reason}." if row.not_passed and not fresh.has_passed else None
         changes, notice = consequence(self.on_check_fail, check, self.curvature, has_differences=row.has_differences)
         if changes.get("curvature") == "finite-difference" and self.dtype == "native":
             changes["dtype"] = "float32"
         return replace(fresh, **changes), notice
+
+    def joining(self, module: nn.Module, sample: Sample, partition: Partition) -> CurvatureConfig:
+        """The configuration that joins micro-batches for products. A collective.
+
+        It is the same where there are few of them, or the operator takes them one by one.
+
+        Raises:
+            JoinError: when they cannot be joined, with the reason.
+            LossError: when the loss cannot be evaluated.
+        """
+        if not self._row.joins:
+            return self
+        space, ranks = partition.space, partition.ranks
+        loss = self._loss(module, space, ranks, self._narrowest, self._row.order)
+        wide = self._loss(module, space, ranks, torch.float64, 1)
+        most = most_joined(loss, wide, sample.hessian, ranks, seed=self.seed)
+        return replace(self, most_joined=most)
 
     def require_no_obstacle(self, module: nn.Module) -> None:
         """Refuse what cannot be measured on the shards of FSDP2.

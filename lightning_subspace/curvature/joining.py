@@ -63,7 +63,7 @@ class Joined(BatchMean):
         return self._whole.matvec(v)
 
     def value(self, offset: Tensor | None) -> float:  # (n,)
-        """Mean loss at theta + offset, by a forward pass of every joined one."""
+        """Mean loss at theta + offset, finite or not."""
         return self._whole.value(offset)
 
     def part(self, positions: Iterable[int]) -> BatchMean:
@@ -90,7 +90,7 @@ def joined_operator(
     partition: Partition,
     most: int,
 ) -> BatchMean:
-    """The operator over the sample, at most so many micro-batches joined. A collective.
+    """The operator over the sample, its micro-batches joined. A collective.
 
     Costs one gradient more than without.
 
@@ -121,9 +121,10 @@ def joined_operator(
 def most_joined(
     loss: TrainingLoss, wide: TrainingLoss, batches: Sequence[MicroBatch], ranks: Ranks, *, seed: int = 0
 ) -> int:
-    """How many micro-batches may be joined, a power of two; 1 where there are too few. A collective.
+    """How many micro-batches may be joined. A collective.
 
-    Costs one graph of a micro-batch, and eight gradients and values of one in float64.
+    A power of two; 1 where there are too few of them. Costs a graph of a micro-batch, and in float64 three gradients,
+    the last one of two in one.
 
     Args:
         loss: of the probe, not open.
@@ -194,9 +195,10 @@ def _largest_graph(device: torch.device, ranks: Ranks) -> float:
 
 
 def _difference_of_pair(loss: TrainingLoss, pair: Sequence[MicroBatch], seed: int) -> float | None:
-    """How far both in one are from the mean of two, relative to these.
+    """How far two in one are from their mean.
 
-    None: two could not be evaluated; infinite: both in one could not.
+    Relative to their own sizes, in value or gradient, the larger one. None: they could not be evaluated; infinite: two
+    in one could not.
 
     Raises:
         SignalError: when a signal has come meanwhile.
@@ -231,7 +233,10 @@ def _at(loss: TrainingLoss, offset: Tensor, batch: MicroBatch) -> tuple[float, T
 
 
 def _difference(loss: TrainingLoss, parts: RetainedGraphs, whole: RetainedGraphs) -> float:
-    """How far joined ones are from single ones, in loss and gradient, relative to their sizes. A collective."""
+    """How far joined ones are from single ones. A collective.
+
+    Relative to their own sizes, in loss or gradient, the larger one.
+    """
     apart = (parts._centre() - whole._centre()).double().square().sum()
     # The gradients may cancel in the mean, and what is left be smaller than their rounding.
     sizes = [

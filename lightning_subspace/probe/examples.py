@@ -75,6 +75,12 @@ class Examples:
         with choice.loss(module, partition.space, partition.ranks) as loss:
             return is_random(loss, choice.operator, sample.hessian[: partition.ranks.count], partition)
 
+    @property
+    def told(self) -> dict[str, str]:
+        """All remarks, by cause, with what became of joining micro-batches."""
+        text = self.joining.remark
+        return self.remarks if text is None else {**self.remarks, text: text}
+
     def can_be_evaluated(
         self, choice: CurvatureConfig, module: nn.Module, sample: Sample, partition: Partition
     ) -> bool:
@@ -128,8 +134,6 @@ class Examples:
         result = self.joining.run(
             ranks, self._screening.run, block, sample, lambda: choice.loss(module, partition.space, ranks), ranks
         )
-        if self.joining.remark is not None:
-            self.remarks[f"joined: {self.joining.remark[:21]}"] = self.joining.remark
         if self._screening.notice is not None:
             self.remarks["no loss"] = self._screening.notice
         return result

@@ -250,9 +250,9 @@ def test_every_probe_compares_the_whole_sample():
     tracker = ProbeRun(ProbeSettings(k=2, loss_fn=late_weights, dtype="float64"), module := made(mlp))
     sample = sample_of_batches(batches)
     tracker.check(module, sample)
-    assert list(tracker.examples.remarks.values()) == ["micro-batches joined for products: 8 -> 2."]
+    assert list(tracker.examples.told.values()) == ["micro-batches joined for products: 8 -> 2."]
     found = tracker.measure(module, sample, 0).record
-    assert list(tracker.examples.remarks.values())[-1].startswith(f"micro-batches not joined: {APART}")
+    assert list(tracker.examples.told.values())[-1].startswith(f"micro-batches not joined: {APART}")
     expected = dense_hessian_of(module, late_weights, batches)
     torch.testing.assert_close(found.subspace.eigenvalues.double(), expected[:2], rtol=1e-5, atol=0.0)
     with mock.patch.object(room, "joined", side_effect=AssertionError):  # and it stays so
@@ -278,9 +278,7 @@ def test_without_memory_for_it_the_probe_is_taken_without():
     with mock.patch.object(room, "joined", short):
         record = tracker.measure(module, sample, 0).record
     assert len(seen) == 1
-    assert list(tracker.examples.remarks.values())[-1] == (
-        "micro-batches not joined: there was not enough memory for it."
-    )
+    assert list(tracker.examples.told.values())[-1] == ("micro-batches not joined: there was not enough memory for it.")
     assert record.subspace.trusted
 
 
@@ -330,7 +328,7 @@ def test_one_rank_without_memory_is_enough():
 
         with mock.patch.object(room, "joined", short):
             record = tracker.measure(module, sample, 0).record
-        return record.metrics["sharpness"], list(tracker.examples.remarks.values())[-1]
+        return record.metrics["sharpness"], list(tracker.examples.told.values())[-1]
 
     assert len({repr(found) for found in run(probed, 2)}) == 1
 

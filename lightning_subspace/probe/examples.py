@@ -57,7 +57,9 @@ class Examples:
     def prepared(
         self, choice: CurvatureConfig, module: nn.Module, sample: Sample, partition: Partition
     ) -> CurvatureConfig:
-        """See whether the loss is random, and join what can be. A collective.
+        """The configuration that joins micro-batches, if they can be. A collective.
+
+        It is seen before whether the loss is random.
 
         Raises:
             LossError: when the loss cannot be evaluated.

@@ -1,6 +1,7 @@
-"""Joined micro-batches along a run: tried before the first probe, given up where they fail.
+"""Joined micro-batches along a run of probes.
 
-Every decision is made of numbers that all ranks have, and is the same on all.
+They are tried before the first probe, and given up where they fail. Every decision is made of numbers that all ranks
+have, and is the same on all.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Joining:
         return made
 
     def run(self, ranks: Ranks, block: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a block, once more without joining if memory was short. A collective."""
+        """Call a block, and again without joining after a lack of memory."""
         try:
             return block(*args, **kwargs)
         except Exception as error:

@@ -209,7 +209,7 @@ class ProbeRunner:
             sample = self._sample(run, module)
             self._prepare(run, module, sample, step)
             opened = run.measure(module, sample, step) if measure is None else measure(run, sample)
-            for cause, text in run.examples.remarks.items():
+            for cause, text in run.examples.told.items():
                 self.notices.info_once(text, cause)
             return opened
         except Exception as error:

@@ -1,8 +1,8 @@
 """Choice of the operator by `curvature=`, its precision, and the self-check.
 
-`OPERATORS` has one row a word; README.md says what each of them is. A run begins as its user asked. Where an operation
-has no second derivative, "hessian" goes on with differences by itself; where the second derivatives are wrong, or could
-not be checked, `on_check_fail` decides.
+`operators.py` has one row a word; README.md says what each of them is. A run begins as its user asked. Where an
+operation has no second derivative, "hessian" goes on with differences by itself; where the second derivatives are
+wrong, or could not be checked, `on_check_fail` decides.
 """
 
 from __future__ import annotations
@@ -16,19 +16,15 @@ import torch
 from torch import nn
 
 from lightning_subspace.curvature.batch_mean import BatchMean
-from lightning_subspace.curvature.central_difference import FiniteDifferenceHessian
 from lightning_subspace.curvature.consequence import CheckError as CheckError
 from lightning_subspace.curvature.consequence import consequence
 from lightning_subspace.curvature.diagnosis import check_in_stages
-from lightning_subspace.curvature.empirical_fisher import EmpiricalFisher, examples_check
 from lightning_subspace.curvature.first_evaluation import can_evaluate, require_value
-from lightning_subspace.curvature.forward_difference import ForwardDifferenceHessian, smoothness_check
 from lightning_subspace.curvature.fsdp_difference import ShardedDifferenceHessian, check_differences
-from lightning_subspace.curvature.gauss_newton import GaussNewton, gauss_newton_check
-from lightning_subspace.curvature.gradient_mean import GradientMean
 from lightning_subspace.curvature.graph_memory import Footprint
-from lightning_subspace.curvature.hessian import Hessian
-from lightning_subspace.curvature.rounding import chosen, kernels_check
+from lightning_subspace.curvature.joining import joined_operator, most_joined
+from lightning_subspace.curvature.operators import OPERATORS, WITHOUT_PRODUCTS, Order, Row
+from lightning_subspace.curvature.rounding import chosen
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck, self_check
 from lightning_subspace.data.micro_batch import MicroBatch, few_examples
 from lightning_subspace.data.sample import Sample
@@ -46,51 +42,6 @@ from lightning_subspace.subspace.subspace import Subspace
 Precision = Literal["float32", "float64", "native"]
 Curvature = Literal["hessian", "ggn", "finite-difference", "empirical-fisher"]
 OnCheckFail = Literal["warn", "raise", "finite-difference", "omit"]
-Order = Literal[1, 2]
-
-
-@dataclass(frozen=True)
-class Row:
-    """The operator of one word for `curvature`, and its self-check."""
-
-    operator: Callable[..., BatchMean]  # called with (loss, batches, partition=), and `dtype=` where it `is_wide`
-    order: Order = 2  # how often the loss has to be differentiable
-    keeps_graphs: bool = False  # or gradients: called with `footprint=`, too
-    is_wide: bool = False  # whether the loss is evaluated in float64, whatever the solver computes in
-    check: Callable[..., SelfCheck] | None = None  # called with (a float64 loss, not open, a few examples, seed=)
-    check_order: Order = 2  # how often the loss has to be differentiable there
-    check_examples: int = 8  # how many it gets; the code path is the same for eight as for a thousand
-    narrow_check: Callable[..., SelfCheck] | None = None  # called besides, in float32, with losses for what takes over
-    passed: Row | None = None  # what takes over where both have passed
-    not_passed: str = ""  # the notice, without its reason, where the check has not passed
-    has_differences: bool = False  # whether finite differences measure the same matrix
-
-
-OPERATORS: dict[str, Row] = {
-    "hessian": Row(Hessian, keeps_graphs=True, check=self_check, has_differences=True),
-    "ggn": Row(GaussNewton, keeps_graphs=True, check=gauss_newton_check),
-    "finite-difference": Row(
-        FiniteDifferenceHessian,
-        is_wide=True,
-        check=smoothness_check,
-        check_order=1,
-        check_examples=64,  # among 64 the networks of ReLU that were tried met some kinks in every direction
-        narrow_check=kernels_check,
-        passed=Row(ForwardDifferenceHessian, order=1),
-    ),
-    "empirical-fisher": Row(
-        partial(EmpiricalFisher, examples=False),
-        order=1,
-        keeps_graphs=True,
-        check=examples_check,
-        check_order=1,
-        passed=Row(EmpiricalFisher, order=1, keeps_graphs=True),
-        not_passed="The empirical Fisher is taken over micro-batches here, not over single examples, which changes its "
-        "scale by about the number of examples in one",
-    ),
-}
-
-WITHOUT_PRODUCTS = Row(GradientMean, order=1)
 
 
 @dataclass(frozen=True)
@@ -111,6 +62,7 @@ class CurvatureConfig:
     is_plain: bool = False  # whether that was without fused kernels alone
     remark: str = ""  # what was chosen, where there was a choice
     omits_products: bool = False  # whether numbers that rest on second derivatives are left out
+    most_joined: int = 1  # how many micro-batches become one for products, at most
     marks: tuple[tuple[str, float], ...] = ()  # metrics of every record, by key, that say what the self-check found
 
     def __post_init__(self) -> None:
@@ -153,6 +105,8 @@ class CurvatureConfig:
         if is_on_shards:
             return ShardedDifferenceHessian(loss, sample.hessian, partition=partition)
         options: dict[str, Any] = {"footprint": footprint} if self._row.keeps_graphs else {}
+        if self._row.joins and self.most_joined > 1:
+            return joined_operator(self._row.operator, loss, sample.hessian, partition, self.most_joined, **options)
         if self._row.is_wide:
             options = {"dtype": self._widest(loss.module, loss.space)}
             footprint.itemsize = options["dtype"].itemsize
@@ -208,7 +162,8 @@ class CurvatureConfig:
         """
         row = OPERATORS[self.curvature]
         has_passed = check.outcome is CheckOutcome.PASSED
-        fresh = replace(self, has_passed=has_passed, is_plain=check.is_plain, omits_products=False, marks=())
+        changed: dict[str, Any] = {"omits_products": False, "most_joined": 1, "marks": ()}
+        fresh = replace(self, has_passed=has_passed, is_plain=check.is_plain, **changed)
         if check.outcome in (CheckOutcome.PASSED, CheckOutcome.SKIPPED):
             fresh = replace(fresh, remark="" if row.narrow_check is None else chosen(check))
             return fresh, f"{row.not_passed}: {check.reason}." if row.not_passed and not fresh.has_passed else None
@@ -228,6 +183,23 @@ class CurvatureConfig:
             return self
         check = SelfCheck(CheckOutcome.SKIPPED, reason="in a probe the solver has found forward ones asymmetric")
         return self.after_check(check)[0]
+
+    def joining(self, module: nn.Module, sample: Sample, partition: Partition) -> CurvatureConfig:
+        """The configuration that joins micro-batches for products. A collective.
+
+        It is the same where there are few of them, or the operator takes them one by one.
+
+        Raises:
+            JoinError: when they cannot be joined, with the reason.
+            LossError: when the loss cannot be evaluated.
+        """
+        if not self._row.joins:
+            return self
+        space, ranks = partition.space, partition.ranks
+        loss = self._loss(module, space, ranks, self._narrowest, self._row.order)
+        wide = self._loss(module, space, ranks, torch.float64, 1)
+        most = most_joined(loss, wide, sample.hessian, ranks, seed=self.seed)
+        return replace(self, most_joined=most)
 
     def require_no_obstacle(self, module: nn.Module) -> None:
         """Refuse what cannot be measured on the shards of FSDP2.

@@ -199,6 +199,14 @@ class TrainingLoss:
                 self._shadow.reset()  # a checkpoint that is recomputed in a later product must meet theta
         return total
 
+    def seed_generators(self, batch: MicroBatch) -> None:
+        """Set the global generators as for an evaluation of a micro-batch."""
+        if self._random_state is not None:
+            self._random_state.restore()
+        else:  # one stream a micro-batch: the stride keeps the seeds of neighbouring monitors and batches apart,
+            # and what is above the 63 bits that every generator takes is cut off
+            seed_generators(((self.seed + 7_919 * batch.draw) * SEED_STRIDE + batch.index) % 2**63)
+
     def __call__(self, batch: MicroBatch) -> Evaluation:
         """Evaluate the loss of one micro-batch.
 
@@ -214,11 +222,7 @@ class TrainingLoss:
         give_up_if_signalled()
         self._shadow.reset()
         leaves = self.space.tensors(self.module)
-        if self._random_state is not None:
-            self._random_state.restore()
-        else:  # one stream a micro-batch: the stride keeps the seeds of neighbouring monitors and batches apart,
-            # and what is above the 63 bits that every generator takes is cut off
-            seed_generators(((self.seed + 7_919 * batch.draw) * SEED_STRIDE + batch.index) % 2**63)
+        self.seed_generators(batch)
         data = self._copied(batch)
         with self._around_step() as convert:
             output = self._step(self.module, convert(data), batch.index if batch.batch_idx is None else batch.batch_idx)

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -37,6 +36,7 @@ from lightning_subspace.measurements.spectrum import solver_metrics
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.probe.arguments import check_given, checked_k, ranks_of_group, require_the_same, require_word
+from lightning_subspace.probe.joining import Joining
 from lightning_subspace.probe.screening import Screening
 from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.state.notice import LOG, warn
@@ -118,8 +118,7 @@ def measure_subspace(
         >>> _ = torch.manual_seed(0)
         >>> net = nn.Linear(4, 3)
         >>> batch = (torch.randn(32, 4), torch.randint(3, (32,)))
-        >>> def loss_fn(module, batch, batch_idx):
-        ...     return nn.functional.cross_entropy(module(batch[0]), batch[1])
+        >>> loss_fn = lambda module, batch, batch_idx: nn.functional.cross_entropy(module(batch[0]), batch[1])
         >>> record = measure_subspace(net, [batch], k=2, loss_fn=loss_fn)
         >>> record.subspace.outcome.name, tuple(record.subspace.eigenvectors.shape)
         ('CONVERGED', (2, 15))
@@ -140,11 +139,11 @@ def measure_subspace(
         partition = Partition.of(space, module, ranks)
         start = _trusted_basis(previous, partition)
     take_over(filter(declares_memory, chosen), object())
-
-    screening = Screening()
+    screening, joining = Screening(), Joining()
 
     def checked(left: Sample) -> tuple[CurvatureConfig, str | None]:
-        return choice.follow(choice.check(module, left, partition), module, left, partition)
+        found, notice = choice.follow(choice.check(module, left, partition), module, left, partition)
+        return joining.begin(found, module, left, partition), notice
 
     def taken(left: Sample) -> Record:
         with choice.loss(module, space, ranks) as loss:
@@ -153,7 +152,7 @@ def measure_subspace(
                 left,
                 solver,
                 chosen,
-                operator=partial(choice.operator, footprint=screening.footprint),
+                operator=joining.operator(choice, screening.footprint),
                 partition=partition,
                 verify=verify == "always",
                 optimizer=optimizer,
@@ -166,7 +165,7 @@ def measure_subspace(
     with ranks.agree():
         if notice is not None:
             warn(notice, stacklevel=3)
-    record = screening.run(taken, sample, lambda: choice.loss(module, space, ranks), ranks)
+    record = joining.run(ranks, screening.run, taken, sample, lambda: choice.loss(module, space, ranks), ranks)
     with ranks.agree():
         if screening.notice is not None:
             warn(screening.notice, stacklevel=3)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -87,20 +86,19 @@ class ProbeRun:
             CheckError: when it has not passed, with `on_check_fail="raise"`, or where nothing else would do.
         """
 
-        def checked(left: Sample) -> tuple[SelfCheck, CurvatureConfig, str | None, bool]:
+        def checked(left: Sample) -> tuple[SelfCheck, CurvatureConfig, str | None]:
             result = self._choice.check(module, left, self.partition)
             try:
                 choice, notice = self._choice.follow(result, module, left, self.partition)
             except CheckError as error:
                 self.self_check, self._refusal = result, str(error)
                 raise
-            return result, choice, notice, self.examples.are_random(choice, module, left, self.partition)
+            return result, self.examples.prepared(choice, module, left, self.partition), notice
 
         few = Sample(sample.hessian)
-        result, choice, notice, is_random = self.examples.screened(checked, few, self._choice, module, self.partition)
+        result, choice, notice = self.examples.screened(checked, few, self._choice, module, self.partition)
         # Not before: after any other failure the check is still to be made.
         self._choice, self.notice, self.self_check, self._refusal = choice, notice, result, None
-        self.examples.is_random = is_random
         return result
 
     def can_evaluate(self, module: nn.Module, sample: Sample) -> bool:
@@ -244,7 +242,7 @@ class ProbeRun:
                 sample,
                 self.settings.solver,
                 self.settings.taken,
-                operator=partial(self._choice.operator, footprint=self.examples.footprint),
+                operator=self.examples.joining.operator(self._choice, self.examples.footprint),
                 partition=self.partition,
                 step=step,
                 number=number,

@@ -74,6 +74,7 @@ class Problem:
         name: for the tables.
         make: the network at its initialisation.
         batches: the sample, on the host.
+        parted: about as much in small batches.
         loss: of the network on a batch.
         k: eigenpairs that are asked for.
         goal: what is aimed for, how many times as long hessian-eigenthings tuned by hand takes; None: no goal.
@@ -82,30 +83,55 @@ class Problem:
     name: str
     make: Callable[[], nn.Module]
     batches: Callable[[], list[Any]]
+    parted: Callable[[], list[Any]]
     loss: Callable[..., Tensor] = cross_entropy
     k: int = 10
     goal: float | None = None
 
 
 LARGE = {
-    "mlp": Problem("MLP, 512 images", partial(mlp, PIXELS, (512, 256)), partial(images, 512), goal=2.0),
-    "cnn": Problem("CNN, 512 images", partial(cnn, (32, 64, 64)), partial(images, 512), goal=2.0),
-    "vit": Problem("ViT, 512 images", partial(ViT, 128, depth=4, patch=4), partial(images, 512), goal=1.5),
-    "resnet": Problem("ResNet-18 (group norm), 256 images", resnet18, partial(images, 256), goal=2.5),
+    "mlp": Problem(
+        "MLP, 512 images", partial(mlp, PIXELS, (512, 256)), partial(images, 512), partial(images, 512, 8), goal=2.0
+    ),
+    "cnn": Problem(
+        "CNN, 512 images", partial(cnn, (32, 64, 64)), partial(images, 512), partial(images, 512, 8), goal=2.0
+    ),
+    "vit": Problem(
+        "ViT, 512 images", partial(ViT, 128, 4, patch=4), partial(images, 512), partial(images, 512, 8), goal=1.5
+    ),
+    "resnet": Problem(
+        "ResNet-18 (group norm), 256 images", resnet18, partial(images, 256), partial(images, 256, 4), goal=2.5
+    ),
     "gpt": Problem(
-        "GPT-2 small, 4 x 256 tokens", partial(GPT, SIZES["small"]), partial(text, 4, 256), next_token, k=5, goal=1.5
+        "GPT-2 small, 4 x 256 tokens",
+        partial(GPT, SIZES["small"]),
+        partial(text, 4, 256),
+        partial(text, 8, 256, 4),
+        next_token,
+        k=5,
+        goal=1.5,
     ),
 }
 SMALL = {
-    "mlp": Problem("MLP, 64 images", partial(mlp, PIXELS, (8, 8)), partial(images, 64)),
-    "cnn": Problem("CNN, 64 images", partial(cnn, (4, 8, 8)), partial(images, 64)),
+    "mlp": Problem("MLP, 64 images", partial(mlp, PIXELS, (8, 8)), partial(images, 64), partial(images, 64, 4)),
+    "cnn": Problem("CNN, 64 images", partial(cnn, (4, 8, 8)), partial(images, 64), partial(images, 64, 4)),
     "cnn with batch-norm": Problem(
-        "CNN with batch-norm, 64 images", partial(cnn, (4, 8, 8), batch_norm=True), partial(images, 64)
+        "CNN with batch-norm, 64 images",
+        partial(cnn, (4, 8, 8), batch_norm=True),
+        partial(images, 64),
+        partial(images, 64, 4),
     ),
-    "vit": Problem("ViT, 64 images", partial(ViT, 32, depth=2), partial(images, 64)),
-    "resnet": Problem("ResNet-18 (group norm) of width 4, 16 images", partial(resnet18, 4, 2), partial(images, 16)),
+    "vit": Problem("ViT, 64 images", partial(ViT, 32, 2), partial(images, 64), partial(images, 64, 4)),
+    "resnet": Problem(
+        "ResNet-18 (group norm) of width 4, 16 images", partial(resnet18, 4, 2), partial(images, 16), partial(images, 16, 4)
+    ),
     "gpt": Problem(
-        "GPT, 4 x 16 tokens", partial(GPT, Size(32, 2, 2, 256)), partial(text, 4, 16), next_token, k=3
+        "GPT, 4 x 16 tokens",
+        partial(GPT, Size(32, 2, 2, 256)),
+        partial(text, 4, 16),
+        partial(text, 8, 16, 4),
+        next_token,
+        k=3,
     ),
 }
 

@@ -21,6 +21,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,11 @@ def main() -> None:
     for heading, kind, made in (
         ("A product with the Hessian", "products", (row for p in problems for row in prices(p, device))),
         (f"The solver's own work, k = {WANTED}, {BASIS} products", "solver", own_work(device, largest)),
-        (f"Whole answers, residuals below {TOL:g} lambda_1, cold start", "answers", answers(problems, device)),
+        (
+            f"Whole answers, residuals below {TOL:g} lambda_1, cold start",
+            "answers",
+            (answer(p, device) for p in problems),
+        ),
     ):
         print(f"## {heading}\n", flush=True)
         for row in made:
@@ -132,7 +137,7 @@ def prices(problem: Problem, device: torch.device) -> Iterator[dict[str, str]]:
     for parted in (False, True):
         batches = on(device, problem.parted() if parted else problem.batches())
         name = problem.name if not parted else f"the same network, {len(batches)} batches of {len_of(batches[0])}"
-        one = seconds(lambda batches=batches: gradient(problem, module, batches), device)
+        one = seconds(partial(gradient, problem, module, batches), device)
         timed = TimedProduct(device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -166,9 +171,9 @@ def own_work(device: torch.device, largest: float) -> Iterator[dict[str, str]]:
     n = 100_000
     while n <= largest:
         spectrum = torch.linspace(0.0, 1.0, n, device=device) ** 8  # not solved in so few products
-        solve = lambda n=n, spectrum=spectrum: solved(n, spectrum, device)  # noqa: E731
+        solve = partial(solved, n, spectrum, device)
         try:
-            matvec = seconds(solve, device, 3) / BASIS - seconds(lambda s=spectrum: s * s, device)
+            matvec = seconds(solve, device, 3) / BASIS - seconds(partial(torch.mul, spectrum, spectrum), device)
             waits = synchronisations(solve, device)
         except torch.OutOfMemoryError:
             yield {"n": f"{n:.0e}", "ms a product": "no memory", "bytes it must move, ms": "", "waits a product": ""}
@@ -213,17 +218,15 @@ def synchronisations(function: Callable[[], object], device: torch.device) -> in
 # Whole answers
 
 
-def answers(problems: list[Problem], device: torch.device) -> Iterator[dict[str, str]]:
+def answer(problem: Problem, device: torch.device) -> dict[str, str]:
     """Time to the eigenpairs of a probe, without certificate, beside the peer."""
-    has_peer = importlib.util.find_spec(PEER) is not None
-    for problem in problems:
-        module, batches = trained(problem, device), on(device, problem.batches())
-        found = ours(problem, module, batches)
-        took = seconds(lambda: ours(problem, module, batches), device, 2)
-        row = {"model": problem.name, "k": str(problem.k), "ours, s": f"{took:.3f}", "products": str(found.num_matvecs)}
-        if has_peer:
-            row |= beside(problem, module, batches, device, took, found.eigenvalues)
-        yield row
+    module, batches = trained(problem, device), on(device, problem.batches())
+    found = ours(problem, module, batches)
+    took = seconds(lambda: ours(problem, module, batches), device, 2)
+    row = {"model": problem.name, "k": str(problem.k), "ours, s": f"{took:.3f}", "products": str(found.num_matvecs)}
+    if importlib.util.find_spec(PEER) is not None:
+        row |= beside(problem, module, batches, device, took, found.eigenvalues)
+    return row
 
 
 def ours(problem: Problem, module: nn.Module, batches: list[Any]) -> Any:

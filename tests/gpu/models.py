@@ -123,7 +123,10 @@ SMALL = {
     ),
     "vit": Problem("ViT, 64 images", partial(ViT, 32, 2), partial(images, 64), partial(images, 64, 4)),
     "resnet": Problem(
-        "ResNet-18 (group norm) of width 4, 16 images", partial(resnet18, 4, 2), partial(images, 16), partial(images, 16, 4)
+        "ResNet-18 (group norm) of width 4, 16 images",
+        partial(resnet18, 4, 2),
+        partial(images, 16),
+        partial(images, 16, 4),
     ),
     "gpt": Problem(
         "GPT, 4 x 16 tokens",

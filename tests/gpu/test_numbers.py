@@ -55,7 +55,7 @@ def test_a_batch_on_the_host_gives_the_same(name, cases):
 
 
 def test_differences_of_a_vision_transformer_converge(cases):
-    """Whichever attention kernel they are taken with. The self-check lets 2e-3 pass, and the solver 1e-3: twice that."""
+    """With whichever attention kernel. The self-check lets 2e-3 pass, and the solver 1e-3: twice that."""
     module, batches, true = cases("vit")
     record = measured("vit", module, on(DEVICE, batches), curvature="finite-difference")
     assert record.subspace.converged

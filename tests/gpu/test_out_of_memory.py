@@ -76,9 +76,7 @@ def trained_under_a_limit():
     gc.disable()  # nothing may wait for it
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        seen = training.fit(
-            training.Classifier(Deep(saving=True)), [limit, watching], data=data, deterministic=False
-        )
+        seen = training.fit(training.Classifier(Deep(saving=True)), [limit, watching], data=data, deterministic=False)
     told = [str(warning.message) for warning in caught if "SubspaceMonitor" in str(warning.message)]
     steps = len({name.split(":")[0] for name in seen})
     return steps, len(watching.history), limit.before, limit.after, limit.step, told

@@ -1,4 +1,4 @@
-"""Strategies of several processes on one card: DDP over nccl, FSDP2, and two processes that measure together over gloo."""
+"""On one card: DDP over nccl, FSDP2, and two processes that measure together over gloo."""
 
 from typing import Any
 

@@ -12,7 +12,7 @@ from tests.gpu.models import SMALL, on, trained
 from tests.gpu.truth import Double
 
 pytestmark = shows_warnings
-NAMES = ["mlp", "cnn", "vit"]
+NAMES = ["mlp", "cnn"]  # products of matrices, and convolutions, which have switches of their own
 # TF32 has ten bits: products are then off by 1e-3 to 1e-2. In IEEE float32 they were within 1e-5 wherever measured.
 ERROR = 2e-5
 
@@ -77,7 +77,7 @@ def all_states():
         enter()
         before, errors, changed = flags.read(), {}, []
         for name, case in cases.items():
-            for fails in (False, True):
+            for fails in (False, True) if name == "cnn" else (False,):
                 errors[name] = max(errors.get(name, 0.0), case.in_a_probe(fails=fails))
                 after = flags.read()
                 changed += [f"{key}: {before[key]} -> {after[key]}" for key in before if before[key] != after[key]]

@@ -28,7 +28,8 @@ class Double:
         self.gradient = sum(_flat(graph) for graph in self.graphs).detach()
 
     def product(self, v: Tensor) -> Tensor:  # (n,)
-        pieces = [part.view_as(p) for part, p in zip(v.split([p.numel() for p in self.parameters]), self.parameters)]
+        parts = v.split([p.numel() for p in self.parameters])
+        pieces = [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
         total = torch.zeros_like(v)
         for graph in self.graphs:
             total += _flat(torch.autograd.grad(graph, self.parameters, pieces, retain_graph=True))

@@ -15,7 +15,7 @@ from tests.gpu import fresh, memory, training
 from tests.gpu.device import DEVICE, IS_CARD, shows_warnings
 
 pytestmark = shows_warnings
-BATCH, WIDTH = (256, 32) if IS_CARD else (8, 4)
+BATCH, WIDTH = (256, 32) if IS_CARD else (32, 4)
 PROBE = 3  # the step, when all that training keeps is there
 # What training itself may come to keep in the steps behind: small beside one activation of this network.
 SLACK = BATCH * WIDTH * 32 * 32
@@ -24,14 +24,16 @@ SLACK = BATCH * WIDTH * 32 * 32
 class Layer(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.convolution = nn.Conv2d(width, width, 3, padding=1)
+        self.convolutions = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(3))
 
     def forward(self, x):
-        return memory.noted(torch.tanh(memory.noted(self.convolution(x))))
+        for convolution in self.convolutions:
+            x = memory.noted(torch.tanh(convolution(x)))
+        return x
 
 
 class Deep(nn.Module):
-    """Eight layers with wide activations and few parameters.
+    """Eight layers of three convolutions each, with wide activations and few parameters.
 
     With `saving` a training step keeps those between the layers alone, while a graph of the gradient needs all of
     them: so there is a limit at which training fits, and a probe does not.

@@ -62,8 +62,8 @@ def vision_transformer() -> Classifier:
     return Classifier(ViT(32, depth=2))
 
 
-def loader(batch: int = BATCH) -> DataLoader[Any]:
-    return DataLoader(TensorDataset(*colour_images(count=batch * STEPS)), batch_size=batch, shuffle=True)
+def loader(batch: int = BATCH, *, shuffle: bool = True) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*colour_images(count=batch * STEPS)), batch_size=batch, shuffle=shuffle)
 
 
 def monitor(*, everything: bool = False, **arguments: Any) -> SubspaceMonitor:

@@ -59,7 +59,8 @@ def _environments(ranks: int | None) -> tuple[Any, list[dict[str, str]]]:
     from tests.processes import environment
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    return store, [environment(rank, ranks) | {"MASTER_PORT": str(store.port)} for rank in range(ranks)]
+    here = {"MASTER_PORT": str(store.port), "NCCL_SOCKET_IFNAME": "lo"}  # one machine, which may have no network
+    return store, [environment(rank, ranks) | here for rank in range(ranks)]
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], timeout: float) -> None:

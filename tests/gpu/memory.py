@@ -1,7 +1,7 @@
 """A limit on the memory of this process, and what is taken of it: of the allocator on a card.
 
-In a rehearsal there is no such limit. There, activations are counted that a network has announced by `noted` and that
-are still alive, and announcing one beyond the limit raises what torch raises on a card.
+In a rehearsal there is no such limit. There, activations are counted that a network has announced by `noted` and whose
+storage is still alive, and announcing one beyond the limit raises what torch raises on a card.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.gpu.device import IS_CARD
 
-_alive: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+_alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}  # with its size, in the order of announcement
 _count, _limit, _peak = 0, math.inf, 0
 
 
@@ -27,7 +27,7 @@ def noted(tensor: Tensor) -> Tensor:
     global _count, _peak
     if not IS_CARD:
         _count += 1
-        _alive[_count] = weakref.ref(tensor), tensor.nbytes
+        _alive[_count] = weakref.ref(tensor.untyped_storage()), tensor.nbytes
         _peak = max(_peak, taken())
         if taken() > _limit:
             raise torch.OutOfMemoryError("CUDA out of memory. (A rehearsal.)")

@@ -15,8 +15,8 @@ from tests.gpu import fresh, memory, training
 from tests.gpu.device import DEVICE, IS_CARD, shows_warnings
 
 pytestmark = shows_warnings
-BATCH, WIDTH = (128, 32) if IS_CARD else (32, 4)
-PARTS = 8  # micro-batches, of which not all graphs shall fit
+BATCH, WIDTH = (128, 32) if IS_CARD else (16, 2)
+PARTS = 6  # micro-batches, of which not all graphs shall fit
 PROBE = 3  # the step, when all that training keeps is there
 # What training itself may come to keep in the steps behind: small beside one activation of this network.
 SLACK = BATCH * WIDTH * 32 * 32
@@ -94,11 +94,14 @@ def test_training_goes_on_after_a_probe_that_had_no_room():
 
 
 def measured_under_a_limit():
-    """Eigenvalues of all micro-batches with all the room there is, then with room for some of their graphs."""
+    """Eigenvalues of all micro-batches with all the room there is, then with room for some of their graphs.
+
+    After a few products they need not have converged: the same products give the same.
+    """
     module = Deep(saving=False).to(DEVICE)
     images, labels = (piece.to(DEVICE) for piece in colour_images(count=PARTS * BATCH))
     batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
-    measure = partial(measure_subspace, module, k=1, tol=1e-5, loss_fn=cross_entropy)
+    measure = partial(measure_subspace, module, k=1, max_matvecs=12, verify="never", loss_fn=cross_entropy)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         measure(batches[:1])  # kernels are chosen
@@ -117,5 +120,5 @@ def measured_under_a_limit():
 
 def test_a_probe_with_room_for_some_graphs_gives_the_same_eigenvalues():
     (((free, limited), before, after, one),) = fresh.run(measured_under_a_limit)
-    torch.testing.assert_close(torch.tensor(limited), torch.tensor(free), rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(torch.tensor(limited), torch.tensor(free), rtol=1e-3, atol=0.0)
     assert after <= before + SLACK < one

@@ -24,9 +24,3 @@ shows_warnings = pytest.mark.filterwarnings("default")
 def name() -> str:
     """The device, for a reader."""
     return torch.cuda.get_device_name() if IS_CARD else "the CPU (a rehearsal)"
-
-
-def synchronise() -> None:
-    """Wait until the device has done what it was given."""
-    if IS_CARD:
-        torch.cuda.synchronize()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -153,10 +152,3 @@ def digest(value: Any) -> str:
         else:
             total.update(repr(leaf).encode())
     return total.hexdigest()
-
-
-def silently(function: Callable[[], Any]) -> Any:
-    """A call whose warnings are of no interest."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return function()

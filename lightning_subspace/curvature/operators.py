@@ -1,4 +1,4 @@
-"""Operators by the words of `curvature`, with what each asks of a loss, and its check."""
+"""Operators by the words of `curvature`, each with its check."""
 
 from __future__ import annotations
 

@@ -153,7 +153,8 @@ class Recorder:
         optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
         settings, notices = run.settings, self._runner.notices
         prospect = Prospect(run.num_probes, settings.solver, run.examples.drawn(sample), optimizer, run.ranks.count)
-        forecast = Forecast(settings, prospect, run.partition, self._runner.schedule.max_overhead)
+        budget, device = self._runner.schedule.max_overhead, next(iter(run.space.tensors(module))).device
+        forecast = Forecast(settings, prospect, run.partition, budget, run.examples.footprint, device)
 
         def on_matvec(count: int, residual: float) -> None:
             if notices.is_new("forecast") and (text := forecast.see(count)) is not None:

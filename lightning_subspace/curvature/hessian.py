@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_subspace.curvature.batch_mean import BatchMean
 from lightning_subspace.curvature.gradient import pruned_gradient
-from lightning_subspace.curvature.graph_memory import SavedBytes, memory_budget
+from lightning_subspace.curvature.graph_memory import Footprint, SavedBytes, memory_budget
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.convolution import regular_convolutions
 from lightning_subspace.loss.training_loss import TrainingLoss
@@ -65,6 +65,7 @@ class RetainedGraphs(BatchMean):
     Args:
         loss: as for `BatchMean`, like `batches` and `partition`.
         memory: bytes that retained graphs may take; None: half of the memory that is free.
+        footprint: bounds the number of graphs, and takes down what is held; None: one of its own.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class RetainedGraphs(BatchMean):
         *,
         memory: float | None = None,
         partition: Partition | None = None,
+        footprint: Footprint | None = None,
     ) -> None:
         super().__init__(loss, batches, partition=partition)
+        self._footprint = Footprint() if footprint is None else footprint
         self._retain(memory_budget(self.device, self.partition.ranks.count) if memory is None else memory)
 
     @abstractmethod
@@ -93,7 +96,9 @@ class RetainedGraphs(BatchMean):
         def images(whole: Tensor) -> Iterator[Tensor]:
             directions = self._loss.space.unflatten(whole)
             for graph in self._graphs():
-                yield self._loss.space.flatten(graph.product(directions), like=whole)
+                image = self._loss.space.flatten(graph.product(directions), like=whole)
+                del graph  # before the next one is rebuilt
+                yield image
 
         return self._product(v, images)
 
@@ -111,22 +116,25 @@ class RetainedGraphs(BatchMean):
 
     def _retain(self, memory: float) -> None:
         """Build every graph once, for the gradient; keep those that fit."""
-        used = 0
+        sizes: list[int] = []
 
         def built() -> Iterator[GradientGraph]:
-            nonlocal used
             for number, (batch, _) in enumerate(self._assignments):
                 saved = SavedBytes()
                 with saved:
                     graph = self._build(batch)
-                used += saved.count(graph.held, graph.leaves)
-                self._retained[number] = graph if used <= memory else None
+                sizes.append(saved.count(graph.held, graph.leaves))
+                is_kept = number < self._footprint.most and sum(sizes) <= memory
+                self._retained[number] = graph if is_kept else None
+                self._footprint.kept = self.num_retained
                 yield graph
+                del graph  # before the next one is built
 
         self._mean = self._mean_of(map(self._flat_gradient, built()))
         # All ranks keep equally many, to rebuild the others together: a training step may have collectives of its own.
         count = self.partition.ranks.all_reduce_min(self.num_retained)
         self._retained[count:] = [None] * (len(self._assignments) - count)
+        self._footprint.see(kept=sizes[:count], left=sizes[count:])
 
     def _graphs(self) -> Iterator[GradientGraph]:
         for (batch, _), graph in zip(self._assignments, self._retained, strict=True):

@@ -86,20 +86,19 @@ class ProbeRun:
             CheckError: when it has not passed, with `on_check_fail="raise"`, or where nothing else would do.
         """
 
-        def checked(left: Sample) -> tuple[SelfCheck, CurvatureConfig, str | None, bool]:
+        def checked(left: Sample) -> tuple[SelfCheck, CurvatureConfig, str | None]:
             result = self._choice.check(module, left, self.partition)
             try:
                 choice, notice = self._choice.follow(result, module, left, self.partition)
             except CheckError as error:
                 self.self_check, self._refusal = result, str(error)
                 raise
-            return result, choice, notice, self.examples.are_random(choice, module, left, self.partition)
+            return result, self.examples.prepared(choice, module, left, self.partition), notice
 
         few = Sample(sample.hessian)
-        result, choice, notice, is_random = self.examples.screened(checked, few, self._choice, module, self.partition)
+        result, choice, notice = self.examples.screened(checked, few, self._choice, module, self.partition)
         # Not before: after any other failure the check is still to be made.
         self._choice, self.notice, self.self_check, self._refusal = choice, notice, result, None
-        self.examples.is_random = is_random
         return result
 
     def can_evaluate(self, module: nn.Module, sample: Sample) -> bool:
@@ -243,7 +242,7 @@ class ProbeRun:
                 sample,
                 self.settings.solver,
                 self.settings.taken,
-                operator=self._choice.operator,
+                operator=self.examples.joining.operator(self._choice, self.examples.footprint),
                 partition=self.partition,
                 step=step,
                 number=number,
@@ -258,9 +257,7 @@ class ProbeRun:
 
     def _after_step(self, opened: OpenRecord, module: nn.Module) -> dict[str, float]:
         """The numbers of the step from an open record's point."""
-        failure, opened.failure = opened.failure, None
-        if failure is not None:
-            raise failure
+        opened.failure.end()
         metrics: dict[str, float] = {}
         probe = opened.probe
         update = probe.partition.flatten(probe.space.tensors(module), like=opened.theta).sub_(opened.theta)

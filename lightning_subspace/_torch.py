@@ -19,16 +19,22 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
 __all__ = [
+    "FP32_PROPERTIES",
     "FSDP",
     "DispatchMode",
     "base_of",
     "default_type_of_thread",
     "file_writer",
+    "fp32_precision",
     "gradient_hook",
+    "is_asked_for",
     "is_of_fsdp",
     "is_operator",
+    "is_transformed",
     "mixed_precision_policy",
     "module_hooks",
+    "node_class",
+    "set_fp32_precision",
     "storages_of",
     "uncompiled",
     "undispatched",
@@ -39,6 +45,15 @@ __all__ = [
 
 # The package of FSDP2, by which its own functions are told from a user's.
 FSDP = "torch.distributed.fsdp"
+
+# The properties `fp32_precision` of torch.backends by backend and operation, each behind those that it inherits from.
+# torch < 2.9 has none.
+FP32_PROPERTIES = (
+    ("generic", "all"),
+    *((backend, operation) for backend in ("cuda", "mkldnn") for operation in ("all", "matmul", "conv", "rnn")),
+)
+if not hasattr(torch._C, "_get_fp32_precision_getter"):
+    FP32_PROPERTIES = ()
 
 
 def base_of(tensor: Tensor) -> Tensor:
@@ -62,12 +77,47 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
+def fp32_precision(backend: str, operation: str) -> str:
+    """A property of `FP32_PROPERTIES`, or what it inherits where it is "none"."""
+    return torch._C._get_fp32_precision_getter(backend, operation)
+
+
+def set_fp32_precision(backend: str, operation: str, precision: str) -> None:
+    """Set a property of `FP32_PROPERTIES`.
+
+    The public setter of `torch.backends.mkldnn.fp32_precision` sets that of all backends.
+    """
+    torch._C._set_fp32_precision_setter(backend, operation, precision)
+
+
 def uncompiled(module: nn.Module) -> nn.Module | None:
     """The module in what `torch.compile` has returned, or None.
 
     It has no public reader. The class is told by its name, since importing it takes seconds.
     """
     return module._orig_mod if type(module).__name__ == "OptimizedModule" else None  # type: ignore[return-value]
+
+
+def is_transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is at work.
+
+    An `autograd.Function` without rules for them is refused there. Public functions tell this of one tensor at most.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_asked_for(node: Any) -> bool:
+    """Whether the backward pass at work goes on to a node.
+
+    Torch's own operations leave out gradients that nobody asks for; a Python function gets to know of tensors that need
+    none, but not what `torch.autograd.grad` was called for. A node that gathers the gradient of a leaf is refused.
+    """
+    return bool(torch._C._will_engine_execute_node(node))
+
+
+def node_class(function: type[torch.autograd.Function]) -> type:
+    """The class of a custom function's nodes."""
+    return function._backward_cls
 
 
 def module_hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
@@ -157,7 +207,10 @@ def _type_of_thread() -> torch.dtype:
 
 
 def file_writer(writer: Any) -> Any:
-    """The writer of event files beneath a `SummaryWriter`, for a summary that none of its methods makes."""
+    """The writer of event files beneath a `SummaryWriter`.
+
+    It takes summaries that none of the public methods makes.
+    """
     return writer._get_file_writer()
 
 

@@ -2,7 +2,8 @@
 
     python -m lightning_subspace.view LOGDIR [--out subspace.html]
 
-LOGDIR is a folder with TensorBoard's event files, of one run or of many, or a checkpoint of a Trainer with a monitor.
+LOGDIR is a folder with TensorBoard's event files, of one run or of many, or a checkpoint of a Trainer with a monitor,
+or a file "subspace_probes.json" that another logger has kept.
 The file holds its data and needs no network: it can be mailed, kept as an artefact of CI, or shown beside a paper.
 """
 
@@ -23,9 +24,9 @@ Runs = dict[str, dict[str, list[dict[str, Any]]]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page; 0 where there was something to show, and 1 otherwise."""
+    """Write the page; 0 where there was something to show."""
     parser = argparse.ArgumentParser("python -m lightning_subspace.view", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("path", type=Path, help="a folder of TensorBoard logs, or a checkpoint")
+    parser.add_argument("path", type=Path, help="a folder of TensorBoard logs, a checkpoint, or a logger's JSON file")
     parser.add_argument("--out", type=Path, default=Path("subspace.html"), help="the file to write (%(default)s)")
     options = parser.parse_args(arguments)
     try:
@@ -44,12 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_runs(path: Path) -> Runs:
-    """Probes by run and tag, of a folder of logs or of a checkpoint.
+    """Probes by run and tag, of logs or a checkpoint.
 
     Raises:
         FileNotFoundError: where it is not there.
         OSError: where it cannot be read.
-        CheckpointError: for a file that is no checkpoint.
+        ValueError: for a file that is none of these.
     """
     if path.is_dir():
         return read_probes(path)
@@ -57,7 +58,20 @@ def read_runs(path: Path) -> Runs:
         raise FileNotFoundError(
             f"path: expected a folder of logs or a checkpoint, got {str(path)!r}, which does not exist."
         )
-    return _of_checkpoint(path)
+    return _of_json(path) if path.suffix == ".json" else _of_checkpoint(path)
+
+
+def _of_json(path: Path) -> Runs:
+    try:
+        runs: Runs = json.loads(path.read_text(encoding="utf-8"))
+        is_fine = all(isinstance(probe["step"], int) for tags in runs.values() for of in tags.values() for probe in of)
+    except (ValueError, AttributeError, TypeError, KeyError):
+        is_fine = False
+    if not is_fine:
+        raise ValueError(
+            f"path: expected the file that a logger has kept of a run, got {str(path)!r}, which is another."
+        )
+    return runs
 
 
 def _of_checkpoint(path: Path) -> Runs:

@@ -26,7 +26,7 @@ class _Raising(logging.Handler):
 
 @pytest.fixture(autouse=True)
 def _notices_are_errors():
-    handler = _Raising()
+    handler = _Raising(logging.WARNING)  # information is none
     NOTICES.addHandler(handler)
     yield
     NOTICES.removeHandler(handler)

@@ -60,7 +60,7 @@ def run(
         try:
             for rank in range(world_size):
                 receiver, sender = context.Pipe(duplex=False)
-                task = (function, args, group, sender, stacks[rank], _environment(rank, world_size), port, is_open)
+                task = (function, args, group, sender, stacks[rank], environment(rank, world_size), port, is_open)
                 process = context.Process(target=_child, args=task)  # no daemon: loaders start workers
                 with warnings.catch_warnings():
                     # Python 3.12 on forking a process that has threads; the process goes on with the other filters
@@ -90,7 +90,8 @@ def run(
     return _unpacked(answers)
 
 
-def _environment(rank: int, world_size: int) -> dict[str, str]:
+def environment(rank: int, world_size: int) -> dict[str, str]:
+    """What `torchrun` gives to a process, but for MASTER_PORT."""
     values = {
         "RANK": rank,
         "LOCAL_RANK": rank,

@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 from lightning_subspace._lightning import rank_zero_info
 from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.state.failure import free_frames
 from lightning_subspace.state.notice import warn_on_first_rank
 from lightning_subspace.state.signals import SignalError
 from lightning_subspace.state.threads import other_threads
@@ -61,7 +62,11 @@ class Notices:
             Exception: `error`, with on_failure="raise".
         """
         if self._on_failure == "raise":
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # its traceback refers to this frame
+        free_frames(error)
         cause = self.last_failure = ranks.describe(error)
         self.warn_once(cause, f"{what}, training goes on. {cause} (on_failure='raise' shows where.)")
 

@@ -124,6 +124,13 @@ class Recorder:
             with self._runner.schedule.aside():
                 self._publisher.draw(trainer, run.history, run.overlaps)
 
+    def finish(self, trainer: Trainer) -> None:
+        """Log the figures of the whole run, and its file."""
+        self.draw(trainer)
+        run = self._runner.run
+        if run is not None and self._has_closed:
+            self._publisher.keep(trainer, run.history, run.overlaps)
+
     def begin(self, *, goes_on: bool) -> None:
         """Another fit begins: forget the open record.
 
@@ -146,7 +153,8 @@ class Recorder:
         optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
         settings, notices = run.settings, self._runner.notices
         prospect = Prospect(run.num_probes, settings.solver, run.examples.drawn(sample), optimizer, run.ranks.count)
-        forecast = Forecast(settings, prospect, run.partition, self._runner.schedule.max_overhead)
+        budget, device = self._runner.schedule.max_overhead, next(iter(run.space.tensors(module))).device
+        forecast = Forecast(settings, prospect, run.partition, budget, run.examples.footprint, device)
 
         def on_matvec(count: int, residual: float) -> None:
             if notices.is_new("forecast") and (text := forecast.see(count)) is not None:

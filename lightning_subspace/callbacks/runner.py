@@ -178,8 +178,7 @@ class ProbeRunner:
             self._draw(lambda: self.source.refresh(trainer))
 
         def sample() -> Sample | None:
-            if self.source.failure is not None:
-                raise self.source.failure
+            self.source.failure.end(keeps=True)
             if self.source.sample is None and self.schedule.is_listed and not self.source.is_doubtful:
                 self.notices.info_once(
                     f"no probe at step {trainer.global_step}: the sample is still being gathered from the batches of "
@@ -210,7 +209,7 @@ class ProbeRunner:
             sample = self._sample(run, module)
             self._prepare(run, module, sample, step)
             opened = run.measure(module, sample, step) if measure is None else measure(run, sample)
-            for cause, text in run.examples.remarks.items():
+            for cause, text in run.examples.told.items():
                 self.notices.info_once(text, cause)
             return opened
         except Exception as error:

@@ -1,4 +1,7 @@
-"""Entries of a monitor for the tab of TensorBoard: one a probe, and what was asked for at the first of each fit."""
+"""Entries of a monitor for the tab of TensorBoard.
+
+There is one a probe; the first of each fit says what was asked for.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from lightning_subspace.measurements.density import Density
 from lightning_subspace.measurements.optimizer_rules import sgd_threshold
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.report import Publisher
+from lightning_subspace.report.guard import Guard
 from lightning_subspace.report.tab_entry import failed_entry, tab_entry
 from lightning_subspace.subspace.record import Record
 
@@ -39,6 +43,7 @@ class TabLog:
     def __init__(self, runner: ProbeRunner, publisher: Publisher) -> None:
         self._runner = runner
         self._publisher = publisher
+        self._guard = Guard()
         self._has_header = False
         self._now: dict[str, Any] = {}
 
@@ -47,14 +52,20 @@ class TabLog:
         self._has_header, self._now = False, {}
 
     def open(self, trainer: Trainer) -> None:
-        """Note what belongs to the point of a probe, and is another behind its step."""
-        optimizers = trainer.optimizers
-        if len(optimizers) == 1:
-            rates = [float(group["lr"]) for group in optimizers[0].param_groups if "lr" in group]
-            self._now = {"lr": max(rates, default=None), "threshold": sgd_threshold(optimizers[0])}
+        """Note what belongs to the point of a probe alone."""
+        with self._guard.of("learning rate and threshold are missing in the tab of TensorBoard"):
+            self._now = _now(trainer)
 
     def close(self, trainer: Trainer, run: ProbeRun, record: Record) -> None:
         """Write the entry of a record."""
+        self._publisher.tell(trainer, lambda: self._entry(trainer, run, record))
+
+    def fail(self, trainer: Trainer, step: int) -> None:
+        """Write the entry of a probe that has failed, if it has."""
+        if (text := self._runner.notices.last_failure) is not None:
+            self._publisher.tell(trainer, lambda: failed_entry(step, text))
+
+    def _entry(self, trainer: Trainer, run: ProbeRun, record: Record) -> dict[str, Any]:
         header = None if self._has_header else self._header(trainer, run)
         densities = [item.history[-1] for item in run.settings.taken if isinstance(item, Density) and item.history]
         entry = tab_entry(
@@ -65,13 +76,8 @@ class TabLog:
             run=header,
             **self._now,
         )
-        self._publisher.tell(trainer, entry)
         self._has_header = True
-
-    def fail(self, trainer: Trainer, step: int) -> None:
-        """Write the entry of a probe that has failed, if it has."""
-        if (text := self._runner.notices.last_failure) is not None:
-            self._publisher.tell(trainer, failed_entry(step, text))
+        return entry
 
     def _header(self, trainer: Trainer, run: ProbeRun) -> dict[str, Any]:
         settings = {name: getattr(run.settings, name) for name in WANTED}
@@ -86,6 +92,14 @@ class TabLog:
             "versions": _versions(),
             **_sizes(self._runner.source.sample),
         }
+
+
+def _now(trainer: Trainer) -> dict[str, Any]:
+    if len(trainer.optimizers) != 1:
+        return {}
+    [optimizer] = trainer.optimizers
+    rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
+    return {"lr": max(rates, default=None), "threshold": sgd_threshold(optimizer)}
 
 
 def _sizes(sample: Sample | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_subspace._lightning import Trainer, is_a, undeclared
 from lightning_subspace.callbacks.runner import ProbeRunner
 from lightning_subspace.parallel.fsdp import local_part
+from lightning_subspace.state.failure import Waiting
 from lightning_subspace.state.signals import waiting_signals
 
 LEFT_OUT = "the last probe, of the weights that the last step gave, is left out"
@@ -66,7 +67,7 @@ class TrainedWeights:
     def __init__(self) -> None:
         self.step = -1
         self._copies: dict[str, Tensor] = {}
-        self._failure: Exception | None = None  # why there are none
+        self._failure = Waiting()  # why there are none
         self._covered: list[tuple[Tensor, Tensor]] = []  # parts of the module, and what they held
 
     def keep(self, module: nn.Module, step: int) -> None:
@@ -76,11 +77,12 @@ class TrainedWeights:
         try:
             self._copies = {name: part.clone() for name, part in _parts(module).items()}
         except Exception as error:  # such as no memory; told if the copy is needed
-            self._failure = error
+            self._failure.keep(error)
 
     def drop(self) -> None:
         """Free the copy: another step comes."""
-        self.step, self._copies, self._failure = -1, {}, None
+        self.step, self._copies = -1, {}
+        self._failure.drop()
 
     @contextmanager
     def lent(self, runner: ProbeRunner, module: nn.Module) -> Iterator[bool]:
@@ -103,8 +105,7 @@ class TrainedWeights:
         return bool(self._covered)
 
     def _put_into(self, module: nn.Module) -> bool:
-        if self._failure is not None:
-            raise self._failure
+        self._failure.end()
         named = dict([*module.named_parameters(), *module.named_buffers()])
         parts = {name: local_part(named[name].detach()) for name in self._copies if name in named}
         for name, copy in self._copies.items():
@@ -118,7 +119,7 @@ class TrainedWeights:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the copy behind."""
-        return {"step": -1, "_copies": {}, "_failure": None, "_covered": []}
+        return {"step": -1, "_copies": {}, "_failure": Waiting(), "_covered": []}
 
 
 def _parts(module: nn.Module) -> dict[str, Tensor]:

@@ -80,6 +80,7 @@ class BatchMean(ABC):
         self._together = group_by_round(self.batches, self.partition.ranks)  # what all ranks evaluate in each round
         self._retained: list[Any] = [None] * len(self._assignments)  # what a subclass keeps of each evaluation
         self._mean: Tensor | None = None  # the gradient, once it is known
+        loss.served.add(self)
         if self.raises_after_collectives:  # then no product may take memory between its collectives
             _ = self._buffers
 
@@ -110,15 +111,16 @@ class BatchMean(ABC):
         A forward pass of every micro-batch, one all-gather, and a sum of one number.
         """
         whole = None if offset is None else self.partition.gather(offset.to(self._loss.dtype))
-        own, failure = math.nan, None
+
+        def summed(own: float) -> float:
+            return float(self.partition.ranks.all_reduce(torch.tensor([own], dtype=torch.float64)))
+
         try:
             own = self._loss.value_at(whole, self._assignments)
-        except Exception as error:
-            failure = error
-        total = float(self.partition.ranks.all_reduce(torch.tensor([own], dtype=torch.float64)))
-        if failure is not None:
-            raise failure
-        return total
+        except Exception:
+            summed(math.nan)  # the other ranks are waiting in this sum
+            raise
+        return summed(own)
 
     def part(self, positions: Iterable[int]) -> BatchMean:
         """The operator over some micro-batches, by their positions in `batches`.
@@ -138,7 +140,13 @@ class BatchMean(ABC):
             part._assignments.append(Assignment(batch, weight))
         part._retained = [self._retained[number] for number in kept]
         part._mean = None
+        self._loss.served.add(part)
         return part
+
+    def release(self) -> None:
+        """Free what is kept between products: the loss is closed."""
+        self._retained, self._mean = [None] * len(self._retained), None
+        vars(self).pop("_buffers", None)
 
     @cached_property
     def _buffers(self) -> VectorBuffers:
@@ -170,19 +178,16 @@ class BatchMean(ABC):
     def _mean_of(self, terms: Iterable[Tensor], assignments: Sequence[Assignment] | None = None) -> Tensor:
         """This rank's part of the mean of one vector an evaluation."""
         total = self._buffers.total.zero_()
-        failure: Exception | None = None
         try:
             for (_, share), term in zip(self._assignments if assignments is None else assignments, terms, strict=True):
                 give_up_if_signalled()  # also where a retained graph or gradient needs no evaluation
                 if share:
                     total.add_(term, alpha=share)
-        except Exception as error:  # it is raised behind the sum, in which the other ranks are waiting
-            failure = error
+        except Exception:  # it goes on behind the sum, in which the other ranks are waiting
             total.fill_(math.nan)
-        local = self._buffers.sum_scatter()
-        if failure is not None:
-            raise failure
-        return local
+            self._buffers.sum_scatter()
+            raise
+        return self._buffers.sum_scatter()
 
     def _by_batch(
         self, rounds: Iterable[Sequence[MicroBatch]], own: Iterable[Tensor]

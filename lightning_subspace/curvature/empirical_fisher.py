@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_subspace.curvature.batch_mean import BatchMean
-from lightning_subspace.curvature.graph_memory import memory_budget
+from lightning_subspace.curvature.graph_memory import Footprint, memory_budget
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck
 from lightning_subspace.data.micro_batch import MicroBatch, single_examples
 from lightning_subspace.loss.training_loss import TrainingLoss
@@ -43,6 +43,7 @@ class EmpiricalFisher(BatchMean):
         examples: over single examples; a micro-batch that cannot be cut counts as one. False: over micro-batches.
         memory: bytes that gradients may take (4 n each; others are taken anew for every product); None: half of the
             memory that is free.
+        footprint: as for `RetainedGraphs`.
 
     Raises:
         LossError: when a loss cannot be evaluated (see `TrainingLoss`).
@@ -65,6 +66,7 @@ class EmpiricalFisher(BatchMean):
         examples: bool = True,
         memory: float | None = None,
         partition: Partition | None = None,
+        footprint: Footprint | None = None,
     ) -> None:
         super().__init__(loss, batches, partition=partition)
         self._examples = examples
@@ -73,8 +75,11 @@ class EmpiricalFisher(BatchMean):
         # A training step may contain collectives of its own, so all ranks evaluate equally often in every round.
         passes = [max(together) for together in zip(*ranks.all_gather_object(counts), strict=True)]
         budget = memory_budget(self.device, ranks.count) if memory is None else memory
-        room = budget / (loss.space.n * loss.dtype.itemsize)
+        size, footprint = loss.space.n * loss.dtype.itemsize, Footprint() if footprint is None else footprint
+        room = budget / size
         kept = ranks.all_reduce_min(sum(needed <= room for needed in accumulate(counts)))
+        kept = int(min(kept, footprint.most))
+        footprint.see(kept=[size * count for count in counts[:kept]], left=[size for _ in counts[kept:]])
         self._retained = [(number, None) for number in passes]
         for turn, (batch, share) in enumerate(self._assignments[:kept]):
             gradients = [g for g in self._gradients(batch, passes[turn]) if share]

@@ -3,9 +3,10 @@
     H v = |v| (g(theta + eps u) - g(theta)) / eps,    u = v / |v|,
 
 in the precision of training, with g(theta) taken once. A product needs no second derivative and the memory of a
-training step, and leaves fused attention in place. For float32 it is the cheapest product there is, and the least
-exact. With kinks its error is of the size of H v, whatever eps is. So it is used only where `smoothness_check` finds
-none, by an extrapolation in float64 that is exact to second order for smooth losses:
+training step, and leaves fused attention in place where its rounding is small (`rounding.py`). For float32 it is the
+cheapest product there is, and the least exact. With kinks its error is of the size of H v, whatever eps is. So it is
+used only where `smoothness_check` finds none, by an extrapolation in float64 that is exact to second order for smooth
+losses:
 
     (3 d(eps) - d(3 eps)) / 2 = H u + O(eps^2),    d(eps) = (g(theta + eps u) - g(theta)) / eps
 """

@@ -35,6 +35,7 @@ from lightning_subspace.curvature.self_check import (
     worst_part,
 )
 from lightning_subspace.data.micro_batch import MicroBatch
+from lightning_subspace.loss.convolution import regular_convolutions
 from lightning_subspace.loss.loss_function import LossError
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.state.signals import SignalError
@@ -70,10 +71,11 @@ class OutputGraph(GradientGraph):
         Raises:
             LossError: where there is no single output that the loss depends on.
         """
-        leaves, output, place, slope = _evaluated(loss, batch, create_graph=True)
-        cotangent = torch.zeros_like(output, requires_grad=True)
-        pullback = torch.autograd.grad(output, leaves, cotangent, create_graph=True, allow_unused=True)
-        gradients = torch.autograd.grad(output, leaves, slope.detach(), retain_graph=True, allow_unused=True)
+        with regular_convolutions(loss.device):
+            leaves, output, place, slope = _evaluated(loss, batch, create_graph=True)
+            cotangent = torch.zeros_like(output, requires_grad=True)
+            pullback = torch.autograd.grad(output, leaves, cotangent, create_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(output, leaves, slope.detach(), retain_graph=True, allow_unused=True)
         return cls(leaves, list(gradients), output, place, slope, cotangent, list(pullback))
 
     @property
@@ -87,13 +89,15 @@ class OutputGraph(GradientGraph):
         pairs = [(p, v) for p, v in zip(self.pullback, direction, strict=True) if p is not None]
         images = [p.to_dense() if p.is_sparse else p for p, _ in pairs]
         weights = [v.reshape(p.shape).to(p.dtype) for p, v in pairs]
-        (forward,) = torch.autograd.grad(images, self.cotangent, weights, retain_graph=True)
-        (curved,) = torch.autograd.grad(self.slope, self.place, forward, retain_graph=True)
+        with regular_convolutions(self.place.device):
+            (forward,) = torch.autograd.grad(images, self.cotangent, weights, retain_graph=True)
+            (curved,) = torch.autograd.grad(self.slope, self.place, forward, retain_graph=True)
         return self.pulled_back(curved)
 
     def pulled_back(self, cotangent: Tensor) -> list[Tensor | None]:
         """J^T w by leaf."""
-        return list(torch.autograd.grad(self.output, self.leaves, cotangent, retain_graph=True, allow_unused=True))
+        with regular_convolutions(self.place.device):
+            return list(torch.autograd.grad(self.output, self.leaves, cotangent, retain_graph=True, allow_unused=True))
 
 
 class GaussNewton(RetainedGraphs):

@@ -1,8 +1,10 @@
-"""Memory of retained graphs: what is free, and what a graph takes."""
+"""Memory of retained graphs: what is free, and what they take."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +21,70 @@ def memory_budget(device: torch.device, num_ranks: int) -> float:
     On a CPU ranks share the memory as if all were on one host.
     """
     return FREE_SHARE * free_memory(device) / (1 if device.type == "cuda" else num_ranks)
+
+
+@dataclass
+class Footprint:
+    """Bytes that an operator holds, and how many graphs it may.
+
+    Of this rank. One for all probes of a run: where memory runs out, fewer graphs are kept from then on.
+
+    Attributes:
+        most: micro-batches of which a rank may keep the graph (or, for the empirical Fisher, the gradients).
+        kept: of how many it does.
+        rounds: of how many it could.
+        graphs: bytes of what is kept.
+        largest: bytes of the largest graph, kept or not: what rebuilding one takes.
+        copies: bytes of the copies of the module's state.
+        itemsize: bytes of a number in the vectors of the operator.
+        notice: what a user should know about it; None where memory has not run out.
+
+    Example:
+        >>> footprint = Footprint()
+        >>> footprint.see(kept=[800, 900], left=[1000])
+        >>> footprint.graphs, footprint.largest, footprint.kept, footprint.rounds
+        (1700, 1000, 2, 3)
+        >>> footprint.lower(footprint.kept), footprint.most
+        (True, 1)
+        >>> footprint.lower(1), footprint.lower(0), footprint.most
+        (True, False, 0)
+    """
+
+    most: float = math.inf
+    kept: int = 0
+    rounds: int = 0
+    graphs: int = 0
+    largest: int = 0
+    copies: int = 0
+    itemsize: int = 4
+    notice: str | None = None
+
+    def begin(self) -> None:
+        """Another operator is made."""
+        self.kept = self.rounds = self.graphs = self.largest = 0
+
+    def see(self, kept: Sequence[int], left: Sequence[int] = ()) -> None:
+        """Take down the bytes of graphs, kept or to be rebuilt."""
+        self.kept, self.rounds = len(kept), len(kept) + len(left)
+        self.graphs, self.largest = sum(kept), max((*kept, *left), default=0)
+
+    def lower(self, kept: int) -> bool:
+        """Memory has run out: keep half as many from now on.
+
+        Args:
+            kept: the largest number that was kept, over all ranks; so `most` is equal on all.
+
+        Returns:
+            Whether any were kept, so that it may be tried again.
+        """
+        if kept == 0:
+            return False
+        self.most = kept // 2
+        self.notice = (
+            f"memory ran out while the graphs of {kept} micro-batches were kept on a rank; at most {self.most} are "
+            "kept from now on, and the others are rebuilt for every product: the same numbers, more slowly."
+        )
+        return True
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):

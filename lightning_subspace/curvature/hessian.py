@@ -4,7 +4,8 @@
 
 over the micro-batches b of a fixed sample (Pearlmutter 1994). The graph of the gradient does not depend on v, so it is
 built once a probe and serves every product: 1.5 to 2 gradients each, instead of 2.5 to 3. Graphs beyond the memory
-budget are rebuilt for every product, with the same result to the last bit.
+budget are rebuilt for every product, with the same result to the last bit. On a GPU convolutions have second
+derivatives of their own (`loss/convolution.py`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from lightning_subspace.curvature.batch_mean import BatchMean
 from lightning_subspace.curvature.gradient import pruned_gradient
-from lightning_subspace.curvature.graph_memory import SavedBytes, memory_budget
+from lightning_subspace.curvature.graph_memory import Footprint, SavedBytes, memory_budget
 from lightning_subspace.data.micro_batch import MicroBatch
+from lightning_subspace.loss.convolution import regular_convolutions
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.partition import Partition
 
@@ -34,9 +36,10 @@ class GradientGraph:
     @classmethod
     def build(cls, loss: TrainingLoss, batch: MicroBatch) -> GradientGraph:
         """Evaluate the loss of a micro-batch and its gradient."""
-        evaluation = loss(batch)
-        loss.dependence.require_no_reentrant_checkpoint()
-        gradients = torch.autograd.grad(evaluation.value, evaluation.leaves, create_graph=True, allow_unused=True)
+        with regular_convolutions(loss.device):
+            evaluation = loss(batch)
+            loss.dependence.require_no_reentrant_checkpoint()
+            gradients = torch.autograd.grad(evaluation.value, evaluation.leaves, create_graph=True, allow_unused=True)
         return cls(evaluation.leaves, list(gradients))
 
     @property
@@ -52,7 +55,8 @@ class GradientGraph:
             return [None] * len(self.leaves)
         outputs = [g.to_dense() if g.is_sparse else g for g, _ in pairs]
         weights = [v.reshape(g.shape).to(g.dtype) for g, v in pairs]
-        return list(torch.autograd.grad(outputs, self.leaves, weights, retain_graph=True, allow_unused=True))
+        with regular_convolutions(self.leaves[0].device):  # for checkpoints, whose forward pass runs again
+            return list(torch.autograd.grad(outputs, self.leaves, weights, retain_graph=True, allow_unused=True))
 
 
 class RetainedGraphs(BatchMean):
@@ -61,6 +65,7 @@ class RetainedGraphs(BatchMean):
     Args:
         loss: as for `BatchMean`, like `batches` and `partition`.
         memory: bytes that retained graphs may take; None: half of the memory that is free.
+        footprint: bounds the number of graphs, and takes down what is held; None: one of its own.
     """
 
     def __init__(
@@ -70,8 +75,10 @@ class RetainedGraphs(BatchMean):
         *,
         memory: float | None = None,
         partition: Partition | None = None,
+        footprint: Footprint | None = None,
     ) -> None:
         super().__init__(loss, batches, partition=partition)
+        self._footprint = Footprint() if footprint is None else footprint
         self._retain(memory_budget(self.device, self.partition.ranks.count) if memory is None else memory)
 
     @abstractmethod
@@ -89,7 +96,9 @@ class RetainedGraphs(BatchMean):
         def images(whole: Tensor) -> Iterator[Tensor]:
             directions = self._loss.space.unflatten(whole)
             for graph in self._graphs():
-                yield self._loss.space.flatten(graph.product(directions), like=whole)
+                image = self._loss.space.flatten(graph.product(directions), like=whole)
+                del graph  # before the next one is rebuilt
+                yield image
 
         return self._product(v, images)
 
@@ -107,22 +116,25 @@ class RetainedGraphs(BatchMean):
 
     def _retain(self, memory: float) -> None:
         """Build every graph once, for the gradient; keep those that fit."""
-        used = 0
+        sizes: list[int] = []
 
         def built() -> Iterator[GradientGraph]:
-            nonlocal used
             for number, (batch, _) in enumerate(self._assignments):
                 saved = SavedBytes()
                 with saved:
                     graph = self._build(batch)
-                used += saved.count(graph.held, graph.leaves)
-                self._retained[number] = graph if used <= memory else None
+                sizes.append(saved.count(graph.held, graph.leaves))
+                is_kept = number < self._footprint.most and sum(sizes) <= memory
+                self._retained[number] = graph if is_kept else None
+                self._footprint.kept = self.num_retained
                 yield graph
+                del graph  # before the next one is built
 
         self._mean = self._mean_of(map(self._flat_gradient, built()))
         # All ranks keep equally many, to rebuild the others together: a training step may have collectives of its own.
         count = self.partition.ranks.all_reduce_min(self.num_retained)
         self._retained[count:] = [None] * (len(self._assignments) - count)
+        self._footprint.see(kept=sizes[:count], left=sizes[count:])
 
     def _graphs(self) -> Iterator[GradientGraph]:
         for (batch, _), graph in zip(self._assignments, self._retained, strict=True):

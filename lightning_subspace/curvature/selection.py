@@ -1,8 +1,8 @@
 """Choice of the operator by `curvature=`, its precision, and the self-check.
 
-`OPERATORS` has one row a word; README.md says what each of them is. A run begins as its user asked. Where an operation
-has no second derivative, "hessian" goes on with differences by itself; where the second derivatives are wrong, or could
-not be checked, `on_check_fail` decides.
+`operators.py` has one row a word; README.md says what each of them is. A run begins as its user asked. Where an
+operation has no second derivative, "hessian" goes on with differences by itself; where the second derivatives are
+wrong, or could not be checked, `on_check_fail` decides.
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from lightning_subspace.curvature.batch_mean import BatchMean
-from lightning_subspace.curvature.central_difference import FiniteDifferenceHessian
 from lightning_subspace.curvature.consequence import CheckError as CheckError
 from lightning_subspace.curvature.consequence import consequence
 from lightning_subspace.curvature.diagnosis import check_in_stages
-from lightning_subspace.curvature.empirical_fisher import EmpiricalFisher, examples_check
 from lightning_subspace.curvature.first_evaluation import can_evaluate, require_value
-from lightning_subspace.curvature.forward_difference import ForwardDifferenceHessian, smoothness_check
 from lightning_subspace.curvature.fsdp_difference import ShardedDifferenceHessian, check_differences
-from lightning_subspace.curvature.gauss_newton import GaussNewton, gauss_newton_check
-from lightning_subspace.curvature.gradient_mean import GradientMean
-from lightning_subspace.curvature.hessian import Hessian
+from lightning_subspace.curvature.graph_memory import Footprint
+from lightning_subspace.curvature.joining import joined_operator, most_joined
+from lightning_subspace.curvature.operators import OPERATORS, WITHOUT_PRODUCTS, Order, Row
+from lightning_subspace.curvature.rounding import chosen
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck, self_check
 from lightning_subspace.data.micro_batch import MicroBatch, few_examples
 from lightning_subspace.data.sample import Sample
+from lightning_subspace.linalg.result import Outcome
+from lightning_subspace.loss.copied_bytes import copied_bytes
 from lightning_subspace.loss.fsdp_loss import ShardedLoss
 from lightning_subspace.loss.loss_function import LossError, LossFunction
 from lightning_subspace.loss.training_loss import Mode, TrainingLoss
@@ -37,51 +37,11 @@ from lightning_subspace.parallel.fsdp import fsdp_modules, replacements, unsuppo
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.subspace.subspace import Subspace
 
 Precision = Literal["float32", "float64", "native"]
 Curvature = Literal["hessian", "ggn", "finite-difference", "empirical-fisher"]
 OnCheckFail = Literal["warn", "raise", "finite-difference", "omit"]
-Order = Literal[1, 2]
-
-
-@dataclass(frozen=True)
-class Row:
-    """The operator of one word for `curvature`, and its self-check."""
-
-    operator: Callable[..., BatchMean]  # called with (loss, batches, partition=), and `dtype=` where it `is_wide`
-    order: Order = 2  # how often the loss has to be differentiable
-    is_wide: bool = False  # whether the loss is evaluated in float64, whatever the solver computes in
-    check: Callable[..., SelfCheck] | None = None  # called with (a float64 loss, not open, a few examples, seed=)
-    check_order: Order = 2  # how often the loss has to be differentiable there
-    check_examples: int = 8  # how many it gets; the code path is the same for eight as for a thousand
-    passed: Row | None = None  # what takes over where the check has passed
-    not_passed: str = ""  # the notice, without its reason, where the check has not passed
-    has_differences: bool = False  # whether finite differences measure the same matrix
-
-
-OPERATORS: dict[str, Row] = {
-    "hessian": Row(Hessian, check=self_check, has_differences=True),
-    "ggn": Row(GaussNewton, check=gauss_newton_check),
-    "finite-difference": Row(
-        FiniteDifferenceHessian,
-        is_wide=True,
-        check=smoothness_check,
-        check_order=1,
-        check_examples=64,  # among 64 the networks of ReLU that were tried met some kinks in every direction
-        passed=Row(ForwardDifferenceHessian, order=1),
-    ),
-    "empirical-fisher": Row(
-        partial(EmpiricalFisher, examples=False),
-        order=1,
-        check=examples_check,
-        check_order=1,
-        passed=Row(EmpiricalFisher, order=1),
-        not_passed="The empirical Fisher is taken over micro-batches here, not over single examples, which changes its "
-        "scale by about the number of examples in one",
-    ),
-}
-
-WITHOUT_PRODUCTS = Row(GradientMean, order=1)
 
 
 @dataclass(frozen=True)
@@ -99,7 +59,10 @@ class CurvatureConfig:
     curvature: str = "hessian"  # a key of `OPERATORS`
     on_check_fail: str = "warn"  # an `OnCheckFail`; see README.md
     has_passed: bool = False  # whether the self-check has passed
+    is_plain: bool = False  # whether that was without fused kernels alone
+    remark: str = ""  # what was chosen, where there was a choice
     omits_products: bool = False  # whether numbers that rest on second derivatives are left out
+    most_joined: int = 1  # how many micro-batches become one for products, at most
     marks: tuple[tuple[str, float], ...] = ()  # metrics of every record, by key, that say what the self-check found
 
     def __post_init__(self) -> None:
@@ -124,15 +87,29 @@ class CurvatureConfig:
             return ShardedLoss(
                 module, space, self.loss_fn, mode=self.mode, seed=self.seed, replacements=buffers, ranks=ranks
             )
-        dtype = torch.float64 if self._row.is_wide else self._narrowest
-        return self._loss(module, space, ranks, dtype, self._row.order)
+        return self._loss(module, space, ranks, self._narrowest_of_loss, self._row.order)
 
-    def operator(self, loss: TrainingLoss, sample: Sample, partition: Partition | None = None) -> BatchMean:
+    def operator(
+        self,
+        loss: TrainingLoss,
+        sample: Sample,
+        partition: Partition | None = None,
+        footprint: Footprint | None = None,
+    ) -> BatchMean:
         """The operator over the sample's first part; no `partition`: of this process."""
         partition = Partition.even(loss.space) if partition is None else partition
-        if isinstance(loss, ShardedLoss):
+        footprint = Footprint() if footprint is None else footprint
+        is_on_shards = isinstance(loss, ShardedLoss)
+        footprint.copies = copied_bytes(loss.module, self._narrowest_of_loss, whole=not is_on_shards)
+        footprint.itemsize = loss.dtype.itemsize
+        if is_on_shards:
             return ShardedDifferenceHessian(loss, sample.hessian, partition=partition)
-        options = {"dtype": self._widest(loss.module, loss.space)} if self._row.is_wide else {}
+        options: dict[str, Any] = {"footprint": footprint} if self._row.keeps_graphs else {}
+        if self._row.joins and self.most_joined > 1:
+            return joined_operator(self._row.operator, loss, sample.hessian, partition, self.most_joined, **options)
+        if self._row.is_wide:
+            options = {"dtype": self._widest(loss.module, loss.space)}
+            footprint.itemsize = options["dtype"].itemsize
         return self._row.operator(loss, sample.hessian, partition=partition, **options)
 
     def check(self, module: nn.Module, sample: Sample, partition: Partition | None = None) -> SelfCheck:
@@ -184,13 +161,45 @@ class CurvatureConfig:
                 place of what has failed.
         """
         row = OPERATORS[self.curvature]
-        fresh = replace(self, has_passed=check.outcome is CheckOutcome.PASSED, omits_products=False, marks=())
+        has_passed = check.outcome is CheckOutcome.PASSED
+        changed: dict[str, Any] = {"omits_products": False, "most_joined": 1, "marks": ()}
+        fresh = replace(self, has_passed=has_passed, is_plain=check.is_plain, **changed)
         if check.outcome in (CheckOutcome.PASSED, CheckOutcome.SKIPPED):
+            fresh = replace(fresh, remark="" if row.narrow_check is None else chosen(check))
             return fresh, f"{row.not_passed}: {check.reason}." if row.not_passed and not fresh.has_passed else None
         changes, notice = consequence(self.on_check_fail, check, self.curvature, has_differences=row.has_differences)
         if changes.get("curvature") == "finite-difference" and self.dtype == "native":
             changes["dtype"] = "float32"
         return replace(fresh, **changes), notice
+
+    def after_solve(self, found: Subspace | None) -> CurvatureConfig:
+        """The configuration after an eigensolve.
+
+        Forward differences that turned out asymmetric are not used again.
+        """
+        if found is None or found.outcome is not Outcome.ASYMMETRIC or not self.has_passed:
+            return self
+        if OPERATORS[self.curvature].narrow_check is None:
+            return self
+        check = SelfCheck(CheckOutcome.SKIPPED, reason="in a probe the solver has found forward ones asymmetric")
+        return self.after_check(check)[0]
+
+    def joining(self, module: nn.Module, sample: Sample, partition: Partition) -> CurvatureConfig:
+        """The configuration that joins micro-batches for products. A collective.
+
+        It is the same where there are few of them, or the operator takes them one by one.
+
+        Raises:
+            JoinError: when they cannot be joined, with the reason.
+            LossError: when the loss cannot be evaluated.
+        """
+        if not self._row.joins:
+            return self
+        space, ranks = partition.space, partition.ranks
+        loss = self._loss(module, space, ranks, self._narrowest, self._row.order)
+        wide = self._loss(module, space, ranks, torch.float64, 1)
+        most = most_joined(loss, wide, sample.hessian, ranks, seed=self.seed)
+        return replace(self, most_joined=most)
 
     def require_no_obstacle(self, module: nn.Module) -> None:
         """Refuse what cannot be measured on the shards of FSDP2.
@@ -218,6 +227,9 @@ class CurvatureConfig:
                 return SelfCheck(CheckOutcome.SKIPPED, reason=result.reason)
             if result.outcome is CheckOutcome.PASSED and self._widest(module, space) != torch.float32:
                 return SelfCheck(CheckOutcome.SKIPPED, reason="differences of float64 gradients need none")
+            if result.outcome is CheckOutcome.PASSED and row.narrow_check is not None:
+                losses = partial(self._loss, module, space, ranks, torch.float32)
+                return row.narrow_check(losses, batch, seed=self.seed, first=ranks.broadcast_object)
         elif result.outcome in (CheckOutcome.FAILED, CheckOutcome.UNAVAILABLE) and not row.has_differences:
             # What a message advises has been tried: the Hessian has the same faults, or others.
             return replace(result, diagnosis=made(self_check, 2).diagnosis)
@@ -238,13 +250,19 @@ class CurvatureConfig:
         if self.omits_products:
             return WITHOUT_PRODUCTS
         row = OPERATORS[self.curvature]
-        return row.passed if self.has_passed and row.passed is not None else row
+        if not self.has_passed or row.passed is None:
+            return row
+        return replace(row.passed, order=2) if self.is_plain else row.passed
 
     @property
     def _narrowest(self) -> torch.dtype | None:
         if isinstance(self.dtype, torch.dtype):
             return self.dtype
         return {"float32": torch.float32, "float64": torch.float64}.get(self.dtype)
+
+    @property
+    def _narrowest_of_loss(self) -> torch.dtype | None:
+        return torch.float64 if self._row.is_wide else self._narrowest
 
     def _widest(self, module: nn.Module, space: ParameterSpace) -> torch.dtype:
         """The dtype of the solver's vectors."""

@@ -66,6 +66,7 @@ class SelfCheck:
     parameter: str = ""  # the name of the tensor where it is largest
     reason: str = ""  # one sentence with the numbers, or why there are none
     diagnosis: Diagnosis | None = None  # of a failure
+    is_plain: bool = False  # whether it has passed without fused kernels, and not with them
 
     @property
     def text(self) -> str:
@@ -120,7 +121,7 @@ def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfC
     jitter, directions = drawn(loss, 1, seed)
     direction = directions[0] / directions[0].norm()
     observer = KinkObserver()
-    refusal: RuntimeError | None = None
+    refusal = ""
     try:
         with checking(loss):
             loss.displace(jitter)
@@ -129,7 +130,7 @@ def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfC
             except RuntimeError as raised:
                 if not REFUSALS.search(str(raised)):
                     raise
-                refusal = raised
+                refusal = f"{type(raised).__name__}: {raised}"  # not itself, whose frames hold the graph
             with observer:
                 steps = CHECKED_STEPS if is_wide else NARROW_STEPS
                 differences = [difference(loss, batch, jitter, direction, eps) for eps in steps]
@@ -138,10 +139,10 @@ def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfC
     except Exception as failure:  # float64 can fail in any way inside the user's code; that decides nothing
         reason = f"{type(failure).__name__} in {str(loss.dtype).removeprefix('torch.')}: {failure}"
         return SelfCheck(CheckOutcome.INCONCLUSIVE, reason=reason)
-    if refusal is not None:
-        reentrant = "use_reentrant" in str(refusal)  # a choice that the user can undo
+    if refusal:
+        reentrant = "use_reentrant" in refusal  # a choice that the user can undo
         outcome = CheckOutcome.FAILED if reentrant else CheckOutcome.UNAVAILABLE
-        return SelfCheck(outcome, float("inf"), reason=f"{type(refusal).__name__}: {refusal}")
+        return SelfCheck(outcome, float("inf"), reason=refusal)
     error, name = min(worst_part(loss, product, difference) for difference in differences)
     # Differences can accuse the product only where they agree with each other, for two eps at least. An operation in
     # float32 makes them noise; one that the loss does not depend on, in a metric or a label, leaves them as they are.

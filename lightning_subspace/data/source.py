@@ -24,6 +24,7 @@ from lightning_subspace.data.training_data import contents, is_to_be_gathered, r
 from lightning_subspace.data.training_hooks import changes_batches, may_write, other_reading, takes_iterator
 from lightning_subspace.data.training_set import batch_size_of, has_epochs
 from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.state.failure import Waiting
 
 
 class SampleSource:
@@ -39,7 +40,7 @@ class SampleSource:
 
     def __init__(self, spec: SampleSpec) -> None:
         self.sample: Sample | None = None
-        self.failure: Exception | None = None
+        self.failure = Waiting()
         self.remark: str | None = None
         self.spec = spec
         self._gathered: GatheredSample | None = None  # what the present sample comes from
@@ -226,13 +227,14 @@ class SampleSource:
     def observe(self, batch: Any, epoch: int, batch_idx: int | None = None) -> None:
         """Copy a batch that training is about to use."""
         if self.spec.sample == "current":
-            self.sample, self.failure, self._has_seen = None, None, True
+            self.sample, self._has_seen = None, True
+            self.failure.drop()
             try:
                 self.sample = sample_of_current(
                     batch, self._ranks, batch_idx
                 )  # a copy: the training step may write into it
             except Exception as error:  # kept, since the ranks do not communicate here: there is one batch a step
-                self.failure = error
+                self.failure.keep(error)
             return
         if self._trial is not None:
             self._trial.add(batch, epoch, batch_idx)
@@ -250,7 +252,8 @@ class SampleSource:
 
     def forget(self) -> None:
         """Drop the sample and gather none: another rank has failed."""
-        self.sample = self.failure = self._gathered = self._next = self._trial = self._doubtful = None
+        self.failure.drop()
+        self.sample = self._gathered = self._next = self._trial = self._doubtful = None
         self._data = []
 
     def release(self) -> None:

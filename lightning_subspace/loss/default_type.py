@@ -3,9 +3,7 @@
 `torch.set_default_dtype` belongs to the process: a thread of the user's that prepares batches would get float64 tensors
 while a probe computes in float64. A `TorchFunctionMode` belongs to its thread. Three kinds of calls go by the default
 type: those that make a tensor (`torch.zeros(3)`), those that infer a type from Python's numbers (`torch.tensor(0.5)`),
-and operations on integers whose result is none (`count / 2`). Autograd hands the mode on to the threads of a backward
-pass, where hooks and activation checkpoints run; but torch sets it aside while `backward` and `grad` begin, so they are
-called in a way that keeps it.
+and operations on integers whose result is none (`count / 2`). The mode stays on in backward passes (`LastingMode`).
 
 Not seen by a mode, and so of the process's type: `torch.Tensor(...)`, and what is made inside of TorchScript or of a
 custom operator.
@@ -18,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from lightning_subspace._torch import is_operator, undispatched
+from lightning_subspace._torch import is_operator
+from lightning_subspace.loss.lasting_mode import LastingMode
 
 # Functions whose result is of the default type unless they are told another.
 MAKING = frozenset({
@@ -37,11 +35,9 @@ CONVERTING = frozenset({
     *(Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.chalf),
     *(Tensor.type, Tensor.to, Tensor.view, Tensor.new_tensor, Tensor.new),
 })  # fmt: skip
-PLAIN: Any = Tensor.__torch_function__
-BACKWARD = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
 
 
-class DefaultType(TorchFunctionMode):
+class DefaultType(LastingMode):
     """Context in which another type is this thread's default.
 
     Args:
@@ -61,14 +57,8 @@ class DefaultType(TorchFunctionMode):
         self._dtype = dtype
         self._wide = {default: dtype, narrow: dtype.to_complex()}
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def called(self, func: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Call a function of torch as if the default type were another."""
-        named = dict(kwargs or {})
-        if func in BACKWARD and all(map(_is_plain, types)):
-            with self:  # for what runs in the backward pass; torch has set it aside for this call
-                return undispatched(func)(*args, **named)
         if func in MAKING:
             return func(*args, **self._told(args, named))
         result = func(*args, **named)
@@ -101,11 +91,6 @@ class DefaultType(TorchFunctionMode):
             return func(*given, **named)
         # The same operation on the same numbers, which are whole: it draws nothing and writes to nothing.
         return func(*(_to(value, wide) for value in args), **{key: _to(value, wide) for key, value in named.items()})
-
-
-def _is_plain(kind: type) -> bool:
-    """Whether a class of tensors leaves torch's functions as they are."""
-    return getattr(getattr(kind, "__torch_function__", None), "__func__", None) is PLAIN.__func__
 
 
 def _says_type(named: Mapping[str, Any]) -> bool:

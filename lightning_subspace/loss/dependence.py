@@ -19,6 +19,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
 from lightning_subspace._torch import gradient_hook
+from lightning_subspace.loss.convolution import NODES
 from lightning_subspace.loss.loss_function import ElsewhereError
 
 MESSAGE = (
@@ -58,9 +59,9 @@ class Dependence:
         ...     try:
         ...         dependence.see((copy * original).sum(), [copy])
         ...     except ElsewhereError as error:
-        ...         print(str(error)[-90:])
+        ...         print(str(error).split("; ")[-1])
         True
-        would be missing; take it from the module there, or pass loss_fn=, a loss that does.
+        take it from the module there, or pass loss_fn=, a loss that does.
     """
 
     def __init__(self, originals: Mapping[Tensor, str]) -> None:
@@ -141,7 +142,7 @@ def _ends(loss: Tensor) -> tuple[dict[int, Tensor], list[Any]]:
             leaf = node.variable  # type: ignore[attr-defined]
             leaves[id(leaf)] = leaf
             continue
-        if isinstance(node, BackwardCFunction):
+        if isinstance(node, BackwardCFunction) and not isinstance(node, NODES):
             hidden.append(node)
         for following, _ in node.next_functions:
             if following is not None and following not in seen:

@@ -37,7 +37,7 @@ class Findings:
         self._bulks: dict[int, Bulk] = {}
 
     def bulk(self, value: Any, smallest: int = SMALLEST) -> Bulk | None:
-        """A value as a container of plain data and so many items, or None."""
+        """A value as a large container of plain data, or None."""
         if id(value) in self.walked:
             return None
         known = self._bulks.get(id(value))

@@ -106,7 +106,7 @@ def _position(value: Any) -> Any:
 
 
 def _changes(connection: sqlite3.Connection) -> Any:
-    """How many rows were written by it, or None for one of another thread."""
+    """Rows that it has written, or None for another thread's."""
     try:
         return connection.total_changes, connection.in_transaction
     except sqlite3.ProgrammingError:
@@ -140,7 +140,7 @@ class _Pickler(pickle.Pickler):
 
 
 def _digest(value: Any) -> Any:
-    """What an object says of its state: a digest, or a checksum of what pickle is told; or None."""
+    """Digest that an object gives, or checksum of its pickle, or None."""
     if hasattr(type(value), "digest_size") and hasattr(type(value), "hexdigest"):
         return value.hexdigest()
     if isinstance(value, sqlite3.Connection):

@@ -14,15 +14,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_subspace._torch import default_type_of_thread
 from lightning_subspace.loss.default_type import DefaultType
+from lightning_subspace.state.cudnn import without_cudnn, without_search
+from lightning_subspace.state.ieee import ieee_arithmetic
 
 
 @contextmanager
 def eager(device: torch.device, narrowest: torch.dtype | None) -> Iterator[None]:
-    """Turn off compiled code, inference mode and, with `narrowest`, autocast."""
-    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+    """Turn off compiled code, inference mode and, with `narrowest`, autocast and TF32."""
+    with torch.inference_mode(False), torch.enable_grad(), without_search, ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and importing it takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if narrowest is not None:
+            stack.enter_context(ieee_arithmetic)
             for kind in {device.type, "cpu"}:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             default = torch.get_default_dtype()
@@ -37,7 +40,7 @@ def twice_differentiable(module: nn.Module) -> Iterator[None]:
     """Turn off kernels without a second derivative: fused attention, cuDNN's RNNs."""
     with sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
         if any(isinstance(m, nn.RNNBase) for m in module.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(without_cudnn)
         yield
 
 

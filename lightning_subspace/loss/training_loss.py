@@ -5,8 +5,8 @@ depends on the micro-batch alone: two give the same bits, dropout included. On e
 must stay open through every product with the Hessian: hooks and activation checkpoints run in the backward pass.
 Handlers of signals wait until it is closed, and an evaluation that finds one waiting raises a `SignalError`.
 
-Off is what cannot be differentiated twice: compiled code, fused attention, autocast, cuDNN's recurrent kernels; and
-FSDP2, whose shards are replaced by whole parameters.
+Off is what cannot be differentiated twice: compiled code, fused attention, autocast, cuDNN's recurrent kernels; TF32;
+and FSDP2, whose shards are replaced by whole parameters.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from lightning_subspace.loss.findings import findings_of
 from lightning_subspace.loss.loss_function import LossError, LossFunction, WrittenError, as_scalar, resolve_loss
 from lightning_subspace.loss.precision import eager, twice_differentiable, widened, widened_array
 from lightning_subspace.loss.roots import extra_roots
+from lightning_subspace.loss.served import Served
 from lightning_subspace.loss.shadow import Shadow
 from lightning_subspace.parallel.fsdp import reshard, without_fsdp
 from lightning_subspace.parallel.parameters import ParameterSpace
@@ -76,6 +77,7 @@ class TrainingLoss:
             0-dimensional, on its device.
         originals: the module's own parameters of the space, in an open context; not to be written to.
         dependence: what the losses since then depend on.
+        served: the operators that live on its graphs.
 
     Raises:
         TypeError: without `loss_fn`, when the module has no `training_step` that takes a batch.
@@ -120,6 +122,7 @@ class TrainingLoss:
         self._is_displaced = False
         self._displacement: dict[int, Tensor] = {}
         self._stack = ExitStack()
+        self.served = Served()
         self._shadow: Shadow | None = None
         self.dependence = Dependence({})
         self._followed: set[tuple[int, int, int]] = set()  # the micro-batches whose graph was followed
@@ -139,13 +142,14 @@ class TrainingLoss:
             stack.callback(self._shadow.close)
             self.dependence = stack.enter_context(Dependence(dict(zip(originals, self.space.names, strict=True))))
             self._stack = stack.pop_all()
-        self.originals = tuple(originals)
+        self.originals, self.served = tuple(originals), Served()  # also of a copy of this object
         self.values, self._followed = {}, set()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
         if kind is None:
             self._stack.callback(give_up_again)  # what was measured behind a swallowed exception is worth nothing
+        self.served.release()
         try:
             self._stack.close()
         finally:
@@ -195,6 +199,14 @@ class TrainingLoss:
                 self._shadow.reset()  # a checkpoint that is recomputed in a later product must meet theta
         return total
 
+    def seed_generators(self, batch: MicroBatch) -> None:
+        """Set the global generators as for an evaluation of a micro-batch."""
+        if self._random_state is not None:
+            self._random_state.restore()
+        else:  # one stream a micro-batch: the stride keeps the seeds of neighbouring monitors and batches apart,
+            # and what is above the 63 bits that every generator takes is cut off
+            seed_generators(((self.seed + 7_919 * batch.draw) * SEED_STRIDE + batch.index) % 2**63)
+
     def __call__(self, batch: MicroBatch) -> Evaluation:
         """Evaluate the loss of one micro-batch.
 
@@ -210,11 +222,7 @@ class TrainingLoss:
         give_up_if_signalled()
         self._shadow.reset()
         leaves = self.space.tensors(self.module)
-        if self._random_state is not None:
-            self._random_state.restore()
-        else:  # one stream a micro-batch: the stride keeps the seeds of neighbouring monitors and batches apart,
-            # and what is above the 63 bits that every generator takes is cut off
-            seed_generators(((self.seed + 7_919 * batch.draw) * SEED_STRIDE + batch.index) % 2**63)
+        self.seed_generators(batch)
         data = self._copied(batch)
         with self._around_step() as convert:
             output = self._step(self.module, convert(data), batch.index if batch.batch_idx is None else batch.batch_idx)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from torch import nn
 
 from lightning_subspace.curvature import CurvatureConfig
+from lightning_subspace.curvature.graph_memory import Footprint
 from lightning_subspace.data.assignment import assign
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.data.sample import Sample
@@ -20,6 +22,7 @@ from lightning_subspace.loss.loss_function import NoLossError
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.probe.freshness import differ, traits_of
+from lightning_subspace.probe.joining import Joining
 from lightning_subspace.probe.randomness import is_random, remark, with_draws
 from lightning_subspace.probe.screening import Screening
 from lightning_subspace.probe.settings import ProbeSettings
@@ -39,11 +42,13 @@ class Examples:
         settings: of the run; they say whether the sample is ours to draw, and how many evaluations it may have.
 
     Attributes:
+        joining: of micro-batches, for products.
         is_random: whether the loss was found random beside its examples.
         remarks: what a user should know about it, by cause.
     """
 
     def __init__(self, settings: ProbeSettings) -> None:
+        self.joining = Joining()
         self.is_random = False
         self.remarks: dict[str, str] = {}
         self._spec = settings.sample_spec
@@ -51,12 +56,40 @@ class Examples:
         self._wants_error_bar = bool(settings.k and settings.defaults)
         self._screening = Screening()
 
-    def are_random(self, choice: CurvatureConfig, module: nn.Module, sample: Sample, partition: Partition) -> bool:
+    @property
+    def footprint(self) -> Footprint:
+        """What the last operator of the run has held, and may keep."""
+        return self._screening.footprint
+
+    def prepared(
+        self, choice: CurvatureConfig, module: nn.Module, sample: Sample, partition: Partition
+    ) -> CurvatureConfig:
+        """The configuration that joins micro-batches, if they can be. A collective.
+
+        It is seen before whether the loss is random.
+
+        Raises:
+            LossError: when the loss cannot be evaluated.
+        """
+        self.is_random = self._are_random(choice, module, sample, partition)
+        if self.is_random:
+            self.joining.refuse("the loss is random")
+            return choice
+        return self.joining.begin(choice, module, sample, partition)
+
+    def _are_random(self, choice: CurvatureConfig, module: nn.Module, sample: Sample, partition: Partition) -> bool:
         """Whether to take several draws of a random loss. A collective."""
         if not (isinstance(self._spec.sample, int) or self._spec.sample == "all"):
             return False
         with choice.loss(module, partition.space, partition.ranks) as loss:
-            return is_random(loss, choice.operator, sample.hessian[: partition.ranks.count], partition)
+            operator = partial(choice.operator, footprint=self.footprint)
+            return is_random(loss, operator, sample.hessian[: partition.ranks.count], partition)
+
+    @property
+    def told(self) -> dict[str, str]:
+        """All remarks, by cause, with what became of joining micro-batches."""
+        text = self.joining.remark
+        return self.remarks if text is None else {**self.remarks, text: text}
 
     def can_be_evaluated(
         self, choice: CurvatureConfig, module: nn.Module, sample: Sample, partition: Partition
@@ -108,10 +141,18 @@ class Examples:
             LossError: when no micro-batch for the Hessian has a loss.
         """
         ranks = partition.ranks
-        result = self._screening.run(block, sample, lambda: choice.loss(module, partition.space, ranks), ranks)
+        result = self.joining.run(
+            ranks, self._screening.run, block, sample, lambda: choice.loss(module, partition.space, ranks), ranks
+        )
         if self._screening.notice is not None:
             self.remarks["no loss"] = self._screening.notice
+        if self.footprint.notice is not None:
+            self.remarks["graphs"] = self.footprint.notice
         return result
+
+    def remark_on(self, *texts: str) -> None:
+        """Add sentences that a user should know; "" is none."""
+        self.remarks.update({text: text for text in texts if text})
 
     def counted(self, record: Record) -> Record:
         """The record with the number of micro-batches without a loss, if any."""

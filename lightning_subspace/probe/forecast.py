@@ -1,24 +1,31 @@
 """Forecast of what a probe costs, told during the first one.
 
 A probe may take as long as hundreds of training steps. So the first one tells, as soon as a few Hessian products have
-shown how long one takes, how many seconds it will take, how many a later one, and what memory is held.
+shown how long one takes, how many seconds it will take, how many a later one, and what memory is held. That is counted:
+the copies of the module's state, the basis of the solver, the graphs that are kept, the examples.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import torch
+
+from lightning_subspace.curvature.graph_memory import Footprint
 from lightning_subspace.measurements import Measurement
 from lightning_subspace.measurements.base import Prospect
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import in_words
 from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.probe.verification import is_scheduled
+from lightning_subspace.state.peak_memory import PeakMemory
+from lightning_subspace.subspace.solver import Solver
 
 # What a forecast is made of: at most so many products, or as many as take so long.
 ENOUGH_PRODUCTS, ENOUGH_SECONDS = 10, 5.0
+VECTORS = 7  # of length n that are held for a while around a solve, beside the basis and k eigenvectors
 LATER = 10  # probes that the mean is taken over, so that it has what is taken at every fifth or tenth
 
 
@@ -30,20 +37,30 @@ class Forecast:
         prospect: what a measurement may base its expectation on.
         partition: how vectors are dealt to ranks.
         max_overhead: the budget, as `Schedule` has it.
+        footprint: what the operator of the probe holds.
+        device: of the module.
     """
 
     def __init__(
-        self, settings: ProbeSettings, prospect: Prospect, partition: Partition, max_overhead: float | None
+        self,
+        settings: ProbeSettings,
+        prospect: Prospect,
+        partition: Partition,
+        max_overhead: float | None,
+        footprint: Footprint,
+        device: torch.device,
     ) -> None:
         self._settings = settings
         self._prospect = prospect
         self._partition = partition
         self._max_overhead = max_overhead
+        self._footprint = footprint
+        self._peak = PeakMemory(device)
         self._times = [time.monotonic()]
 
     def see(self, count: int) -> str | None:
         """Count a product; the forecast in one sentence once there is one."""
-        times = self._times
+        times = self._times = self._times[:count]  # those of a probe that begins again are forgotten
         times.append(time.monotonic())
         if not is_enough(count, self._settings.k, times[-1] - times[1]):
             return None
@@ -56,13 +73,24 @@ class Forecast:
         return forecast(
             n=self._partition.n,
             k=self._settings.k,
-            ncv=self._settings.ncv,
             seconds=later,
             first=first,
-            held=self._prospect.sample.nbytes,
+            memory=self._held(),
             max_overhead=self._max_overhead,
-            num_ranks=self._partition.ranks.count,
         )
+
+    def _held(self) -> str:
+        footprint, partition, solver = self._footprint, self._partition, self._settings.solver
+        held = Held(
+            copies=footprint.copies,
+            basis=num_vectors(solver, partition.n) * partition.local_n * footprint.itemsize,
+            graphs=footprint.graphs,
+            examples=self._prospect.sample.nbytes,
+            # A product is taken to need as much as its graph, beside a graph that is rebuilt for it.
+            more=(solver.k + VECTORS) * partition.local_n * footprint.itemsize
+            + footprint.largest * (1 + (footprint.kept < footprint.rounds)),
+        )
+        return held.text(footprint.kept, footprint.rounds, self._peak.text, partition.ranks.count)
 
 
 def is_enough(count: int, k: int, seconds: float) -> bool:
@@ -96,38 +124,76 @@ def _products_of(measurement: Measurement, prospect: Prospect) -> float:
     return found
 
 
-def forecast(
-    *,
-    n: int,
-    k: int,
-    ncv: int | None,
-    seconds: float,
-    first: float,
-    held: int,
-    max_overhead: float | None,
-    num_ranks: int = 1,
-) -> str:
+@dataclass(frozen=True)
+class Held:
+    """Bytes that a probe holds on one rank.
+
+    Attributes:
+        copies: of the module's parameters and buffers.
+        basis: of the solver.
+        graphs: that are kept.
+        examples: of the sample.
+        more: for a while, at most: the vectors around a solve, and what a product takes.
+
+    Example:
+        >>> held = Held(copies=8_000_000, basis=248_000_000, graphs=90_000_000, examples=500_000, more=166_000_000)
+        >>> held.text(kept=4, rounds=16, peak=None, num_ranks=1)
+        '346.5 MB held (copies 8.0, basis 248.0, 4 of 16 graphs 90.0, examples 0.5), a peak of 512.5 MB (computed)'
+    """
+
+    copies: int
+    basis: int
+    graphs: int
+    examples: int
+    more: int
+
+    @property
+    def total(self) -> int:
+        """Bytes that are held all the time."""
+        return self.copies + self.basis + self.graphs + self.examples
+
+    def text(self, kept: int, rounds: int, peak: str | None, num_ranks: int) -> str:
+        """In words.
+
+        Args:
+            kept: number of graphs that are kept.
+            rounds: number of graphs.
+            peak: in words, where it was measured.
+            num_ranks: processes that share basis, graphs and examples.
+        """
+        parts = [f"copies {_mb(self.copies)}", f"basis {_mb(self.basis)}"]
+        parts += [f"{kept} of {rounds} graphs {_mb(self.graphs)}"] if rounds else []
+        parts += [f"examples {_mb(self.examples)}"]
+        peak = f"a peak of {_mb(self.total + self.more)} MB (computed)" if peak is None else peak
+        each = f" on each of {num_ranks} ranks" if num_ranks > 1 else ""
+        return f"{_mb(self.total)} MB held{each} ({', '.join(parts)}), {peak}"
+
+
+def num_vectors(solver: Solver, n: int) -> int:
+    """Vectors of the solver: the basis and the pending one."""
+    return min(n, 2 * solver.k + 10 if solver.ncv is None else solver.ncv) + 1
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:.1f}"
+
+
+def forecast(*, n: int, k: int, seconds: float, first: float, memory: str, max_overhead: float | None) -> str:
     """One sentence on what a probe will cost.
 
     Args:
         n: number of parameters.
         k: number of eigenpairs.
-        ncv: number of basis vectors held; None for the solver's default.
         seconds: expected for one probe.
         first: expected for the first one, with all that it checks.
-        held: bytes of the examples in the sample.
+        memory: what is held, in words.
         max_overhead: the budget.
-        num_ranks: processes that share basis and examples.
 
     Example:
-        >>> forecast(n=1_930, k=10, ncv=None, seconds=0.5, first=1.5, held=460_000, max_overhead=None)
-        'n = 1,930, k = 10: about 0.50 s a probe, 1.50 s the first, 0.2 MB of basis, 0.5 MB of examples; as scheduled'
+        >>> forecast(n=1_930, k=10, seconds=0.5, first=1.5, memory="0.9 MB held", max_overhead=None)
+        'n = 1,930, k = 10: about 0.50 s a probe, 1.50 s the first; 0.9 MB held; as scheduled'
     """
-    vectors = min(n, 2 * k + 10 if ncv is None else ncv) + 1
     pace = "as scheduled"
     if max_overhead is not None:
         pace = f"at most one every {seconds / max_overhead:.1f} s (max_overhead={max_overhead})"
-    memory = f"{vectors * -(-n // num_ranks) * 4 / 1e6:.1f} MB of basis, {held / 1e6:.1f} MB of examples"
-    if num_ranks > 1:
-        memory += f" on each of {num_ranks} ranks"
-    return f"n = {n:,}, k = {k}: about {seconds:.2f} s a probe, {first:.2f} s the first, {memory}; {pace}"
+    return f"n = {n:,}, k = {k}: about {seconds:.2f} s a probe, {first:.2f} s the first; {memory}; {pace}"

@@ -36,9 +36,10 @@ from lightning_subspace.measurements.spectrum import solver_metrics
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.probe.arguments import check_given, checked_k, ranks_of_group, require_the_same, require_word
+from lightning_subspace.probe.joining import Joining
 from lightning_subspace.probe.screening import Screening
 from lightning_subspace.probe.settings import ProbeSettings
-from lightning_subspace.state.notice import warn
+from lightning_subspace.state.notice import LOG, warn
 from lightning_subspace.state.signals import waiting_signals
 from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.sketch import sketch
@@ -117,8 +118,7 @@ def measure_subspace(
         >>> _ = torch.manual_seed(0)
         >>> net = nn.Linear(4, 3)
         >>> batch = (torch.randn(32, 4), torch.randint(3, (32,)))
-        >>> def loss_fn(module, batch, batch_idx):
-        ...     return nn.functional.cross_entropy(module(batch[0]), batch[1])
+        >>> loss_fn = lambda module, batch, batch_idx: nn.functional.cross_entropy(module(batch[0]), batch[1])
         >>> record = measure_subspace(net, [batch], k=2, loss_fn=loss_fn)
         >>> record.subspace.outcome.name, tuple(record.subspace.eigenvectors.shape)
         ('CONVERGED', (2, 15))
@@ -139,11 +139,11 @@ def measure_subspace(
         partition = Partition.of(space, module, ranks)
         start = _trusted_basis(previous, partition)
     take_over(filter(declares_memory, chosen), object())
-
-    screening = Screening()
+    screening, joining = Screening(), Joining()
 
     def checked(left: Sample) -> tuple[CurvatureConfig, str | None]:
-        return choice.follow(choice.check(module, left, partition), module, left, partition)
+        found, notice = choice.follow(choice.check(module, left, partition), module, left, partition)
+        return joining.begin(found, module, left, partition), notice
 
     def taken(left: Sample) -> Record:
         with choice.loss(module, space, ranks) as loss:
@@ -152,7 +152,7 @@ def measure_subspace(
                 left,
                 solver,
                 chosen,
-                operator=choice.operator,
+                operator=joining.operator(choice, screening.footprint),
                 partition=partition,
                 verify=verify == "always",
                 optimizer=optimizer,
@@ -165,10 +165,12 @@ def measure_subspace(
     with ranks.agree():
         if notice is not None:
             warn(notice, stacklevel=3)
-    record = screening.run(taken, sample, lambda: choice.loss(module, space, ranks), ranks)
+    record = joining.run(ranks, screening.run, taken, sample, lambda: choice.loss(module, space, ranks), ranks)
     with ranks.agree():
         if screening.notice is not None:
             warn(screening.notice, stacklevel=3)
+        if screening.footprint.notice is not None:
+            LOG.info(screening.footprint.notice)
     return record
 
 
@@ -291,10 +293,6 @@ def _gradient(hessian: Operator, sample: Sample) -> Tensor:
     """Gradient over the gradient sample, which continues the Hessian's."""
     gradient = hessian.gradient()
     if sample.extra:
-        first, rest = _weight(sample.hessian), _weight(sample.extra)
+        first, rest = (sum(batch.weight for batch in part) for part in (sample.hessian, sample.extra))
         gradient.mul_(first / (first + rest)).add_(hessian.mean_gradient(sample.extra), alpha=rest / (first + rest))
     return gradient
-
-
-def _weight(batches: Iterable[MicroBatch]) -> float:
-    return sum(batch.weight for batch in batches)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
 from lightning_subspace.measurements import Probe
+from lightning_subspace.state.failure import Waiting
 from lightning_subspace.subspace.record import Record
 
 
@@ -27,16 +28,16 @@ class OpenRecord:
     record: Record
     theta: Tensor
     gradient: Tensor | None = None
-    failure: Exception | None = None
+    failure: Waiting = field(default_factory=Waiting)
 
     def see_gradient(self, module: nn.Module) -> None:
         """Keep the gradient of the first step after the probe. Never raises."""
-        if self.gradient is None and self.failure is None:
+        if self.gradient is None and not self.failure:
             partition = self.probe.partition
             try:
                 self.gradient = partition.flatten([p.grad for p in partition.space.tensors(module)], like=self.theta)
             except Exception as error:  # no memory, or a parameter that has gone: told when the record is closed
-                self.failure = error
+                self.failure.keep(error)
 
 
 def ended(probe: Probe) -> Probe:

@@ -86,20 +86,19 @@ class ProbeRun:
             CheckError: when it has not passed, with `on_check_fail="raise"`, or where nothing else would do.
         """
 
-        def checked(left: Sample) -> tuple[SelfCheck, CurvatureConfig, str | None, bool]:
+        def checked(left: Sample) -> tuple[SelfCheck, CurvatureConfig, str | None]:
             result = self._choice.check(module, left, self.partition)
             try:
                 choice, notice = self._choice.follow(result, module, left, self.partition)
             except CheckError as error:
                 self.self_check, self._refusal = result, str(error)
                 raise
-            return result, choice, notice, self.examples.are_random(choice, module, left, self.partition)
+            return result, self.examples.prepared(choice, module, left, self.partition), notice
 
         few = Sample(sample.hessian)
-        result, choice, notice, is_random = self.examples.screened(checked, few, self._choice, module, self.partition)
+        result, choice, notice = self.examples.screened(checked, few, self._choice, module, self.partition)
         # Not before: after any other failure the check is still to be made.
         self._choice, self.notice, self.self_check, self._refusal = choice, notice, result, None
-        self.examples.is_random = is_random
         return result
 
     def can_evaluate(self, module: nn.Module, sample: Sample) -> bool:
@@ -150,8 +149,9 @@ class ProbeRun:
         drawn = self.examples.drawn(sample)
         theta, probe, record, kept = self.examples.screened(take, drawn, self._choice, module, self.partition)
         # What changes from here on cannot fail on one rank and not on another.
-        self.num_probes += 1
-        self._resumed = self._resumed.after(record)
+        self.num_probes, self._resumed = self.num_probes + 1, self._resumed.after(record)
+        before, self._choice = self._choice, self._choice.after_solve(record.subspace)
+        self.examples.remark_on(before.remark, self._choice.remark)
         if kept is not None:
             self._remember(record, *kept)
         return OpenRecord(ended(probe), record, theta)
@@ -176,13 +176,12 @@ class ProbeRun:
 
     def state(self, position: Position, opened: OpenRecord | None = None) -> RunState:
         """The state that `resumed` continues from, without eigenvectors."""
-        last = [] if opened is None else [opened.record.without_eigenvectors()]
         return RunState(
             k=self.settings.k,
             which=self.settings.which,
             space=self.space,
             num_probes=self.num_probes,
-            records=(*self.history, *last),
+            records=(*self.history, *([] if opened is None else [opened.record.without_eigenvectors()])),
             is_open=opened is not None,
             overlaps=copy.copy(self.overlaps),
             position=position,
@@ -243,7 +242,7 @@ class ProbeRun:
                 sample,
                 self.settings.solver,
                 self.settings.taken,
-                operator=self._choice.operator,
+                operator=self.examples.joining.operator(self._choice, self.examples.footprint),
                 partition=self.partition,
                 step=step,
                 number=number,
@@ -258,9 +257,7 @@ class ProbeRun:
 
     def _after_step(self, opened: OpenRecord, module: nn.Module) -> dict[str, float]:
         """The numbers of the step from an open record's point."""
-        failure, opened.failure = opened.failure, None
-        if failure is not None:
-            raise failure
+        opened.failure.end()
         metrics: dict[str, float] = {}
         probe = opened.probe
         update = probe.partition.flatten(probe.space.tensors(module), like=opened.theta).sub_(opened.theta)

@@ -12,12 +12,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
+from lightning_subspace.curvature.graph_memory import Footprint
 from lightning_subspace.data.assignment import assign, owner_rank
 from lightning_subspace.data.micro_batch import MicroBatch, detached_copy
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.loss.loss_function import LossError, NoLossError, WrittenError
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.state.failure import free_frames, is_out_of_memory
+from lightning_subspace.state.free_memory import remember_limits
 from lightning_subspace.subspace.record import Record
 
 T = TypeVar("T")
@@ -30,17 +33,20 @@ class Screening:
 
     Attributes:
         is_needed: whether a batch without a loss was met.
+        footprint: of the operators in the blocks.
         every, left: how many micro-batches the last block was for, and how many it was given.
     """
 
     def __init__(self) -> None:
         self.is_needed = False
+        self.footprint = Footprint()
         self.every = self.left = 0
 
     def run(self, block: Callable[[Sample], T], sample: Sample, loss: Callable[[], TrainingLoss], ranks: Ranks) -> T:
         """Run a block on what has a loss. A collective.
 
-        It runs again where a rank has found that its evaluations write to state around the module.
+        It runs again where a rank has found that its evaluations write to state around the module, and, with fewer
+        graphs kept, where memory has run out: all ranks then do, so that their collectives stay the same.
 
         Args:
             block: what to do, inside of `ranks.agree()`: it fails on all ranks or on none.
@@ -51,13 +57,26 @@ class Screening:
         Raises:
             LossError: when no micro-batch for the Hessian has a loss.
         """
-        for _ in range(MOST_REPEATS):
+        number = 0
+        while True:
+            self.footprint.begin()
             try:
                 return self._run(block, sample, loss, ranks)
             except Exception as error:
-                if not any(ranks.all_gather_object(isinstance(error, WrittenError))):
+                if not self._is_to_be_repeated(error, ranks, number):
                     raise
-        return self._run(block, sample, loss, ranks)
+            number += 1
+
+    def _is_to_be_repeated(self, error: Exception, ranks: Ranks, number: int) -> bool:
+        """Whether a failed block runs again, on all ranks."""
+        if is_short := is_out_of_memory(error):
+            remember_limits()
+            free_frames(error)  # which hold what has filled the memory, and whoever caught it may try again at once
+        own = isinstance(error, WrittenError), is_short, self.footprint.kept
+        written, short, kept = zip(*ranks.all_gather_object(own), strict=True)
+        if any(short):
+            return self.footprint.lower(max(kept))
+        return any(written) and number < MOST_REPEATS
 
     def _run(self, block: Callable[[Sample], T], sample: Sample, loss: Callable[[], TrainingLoss], ranks: Ranks) -> T:
         self.every = self.left = _count(sample)

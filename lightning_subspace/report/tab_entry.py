@@ -1,4 +1,7 @@
-"""A probe as the tab of TensorBoard shows it: everything that is known of it, in plain numbers and words."""
+"""Entry of a probe for the tab of TensorBoard.
+
+All that is known of it, in plain numbers and words.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def tab_entry(
     density: SpectralDensity | None = None,
     **beside: Any,
 ) -> dict[str, Any]:
-    """The entry of a record; see the README of `tensorboard_tab` for its keys.
+    """The entry of a record; keys as in `tensorboard_tab/README.md`.
 
     Args:
         record: with all of its metrics, whatever is logged.

@@ -56,7 +56,7 @@ class Bulk:
 
     @classmethod
     def of(cls, root: Any, smallest: int = SMALLEST) -> Bulk | None:
-        """A container of so many items; None if it has fewer, or is not plain.
+        """A large container; None if it is small, or not plain.
 
         Example:
             >>> pairs = [(str(i), [i]) for i in range(1000)]

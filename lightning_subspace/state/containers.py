@@ -159,7 +159,7 @@ def attributes(value: Any) -> list[MutableObject]:
 
 
 def hidden(value: Any) -> list[Any]:
-    """What an object refers to beside its attributes: such as the fields of a class that is made in C.
+    """References beside attributes: the fields of a class made in C.
 
     They are read from the garbage collector, so that no code of the object runs.
     """

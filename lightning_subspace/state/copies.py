@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_subspace.state.failure import is_out_of_memory
 from lightning_subspace.state.fields import walk_leaves
 
 
@@ -56,13 +56,15 @@ def copied(
             new = copy.deepcopy(data, memo)
     except Exception as error:
         # Perhaps there is no memory left: not a matter of what the batch holds.
-        if error is mode.failure or isinstance(error, MemoryError | torch.OutOfMemoryError):
+        if error is mode.failure or is_out_of_memory(error):
             raise
         raise CopyError(
             f"batch: expected data that copy.deepcopy can copy, got {type(data).__name__} with an object that cannot "
             f"be ({type(error).__name__}: {error}); leave it out of the batch, or pass sample=, a list of batches "
             "without it, and loss_fn=, the loss of one."
         ) from error
+    finally:
+        mode.failure = None  # its traceback refers to the mode, and to this frame
     mode.complete()
     return new
 

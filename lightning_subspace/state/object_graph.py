@@ -176,7 +176,10 @@ def restore(containers: Iterable[MutableObject], generators: Iterable[tuple[Call
     for set_state, state in generators:
         set_state(state)
     if errors:
-        raise errors[0]
+        try:
+            raise errors[0]
+        finally:
+            errors.clear()  # their tracebacks refer to this frame
 
 
 def own_caches(module: nn.Module) -> list[Any]:

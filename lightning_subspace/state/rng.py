@@ -76,5 +76,23 @@ def seed_generators(seed: int) -> None:
         torch.mps.manual_seed(seed)
 
 
+def next_numbers() -> list[float]:
+    """The next number of every global generator, which moves on by it.
+
+    Example:
+        >>> seed_generators(0)
+        >>> first = next_numbers()
+        >>> seed_generators(0)
+        >>> first == next_numbers(), first == next_numbers()
+        (True, False)
+    """
+    numbers = [float(torch.rand((), dtype=torch.float64)), float(np.random.random()), random.random()]
+    if _cuda_in_use():  # untested: no GPU was available
+        numbers += [float(torch.rand((), device=f"cuda:{i}")) for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():  # untested
+        numbers.append(float(torch.rand((), device="mps")))
+    return numbers
+
+
 def _cuda_in_use() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_initialized()

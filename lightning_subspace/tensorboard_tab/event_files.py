@@ -14,7 +14,9 @@ HEAD, TAIL = 12, 4
 
 
 def read_probes(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Probes by run and tag, in the order in which they were written; runs are named as TensorBoard names them.
+    """Probes by run and tag, in the order they were written.
+
+    Runs are named as TensorBoard names them.
 
     Args:
         folder: of logs, with runs at any depth.

@@ -1,4 +1,4 @@
-"""What TensorBoard's entry point names.
+"""Entry point of TensorBoard's plugins.
 
 TensorBoard ends where this module or `fix_flags` raises, and goes on where `load` does. So the one imports nothing but
 a base class of TensorBoard's, and the plugin itself is imported in the other.
@@ -17,7 +17,10 @@ class Loader(base_plugin.TBLoader):  # type: ignore[misc]
     """Makes the plugin, and has TensorBoard keep every probe."""
 
     def fix_flags(self, flags: Any) -> None:
-        """Keep all tensors of the tab: of a plugin that it does not know TensorBoard keeps ten a tag."""
+        """Keep all tensors of the tab, not ten a tag.
+
+        Ten is what TensorBoard keeps of a plugin that it does not know.
+        """
         try:
             samples = dict(flags.samples_per_plugin or {})
             samples.setdefault(PLUGIN, 0)  # 0: all; what the user asks for stays

@@ -1,4 +1,7 @@
-"""The server's part: files of the page, runs that have probes, and probes of a run. No number is computed here."""
+"""Routes of the server: files, runs, and probes of a run.
+
+No number is computed here.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from tensorboard.data import provider  # type: ignore[import-untyped]
 from tensorboard.plugins import base_plugin  # type: ignore[import-untyped]
 from werkzeug import wrappers
 
+from lightning_subspace.tensorboard_tab.page_files import TYPES, page_files
 from lightning_subspace.tensorboard_tab.schema import PLUGIN, SCHEMA
-from lightning_subspace.tensorboard_tab.static_files import TYPES, static_files
 
 ASKED = "probes: expected run, tag and after, a time,"
 MOST = 100_000  # probes that are sent of a run
@@ -30,10 +33,14 @@ class SubspacePlugin(base_plugin.TBPlugin):  # type: ignore[misc]
 
     def __init__(self, context: Any) -> None:
         self._provider = context.data_provider
-        self._files = static_files()  # a fixed set: no path of a request is ever looked up on the disk
+        # A fixed set: no path of a request is ever looked up on the disk.
+        self._files = page_files()
 
     def is_active(self) -> bool:
-        """Whether there are data; TensorBoard asks its provider by the plugin's name before it asks this."""
+        """Whether there are data beyond those of its own name.
+
+        TensorBoard asks its provider by the plugin's name before it asks this.
+        """
         return False
 
     def frontend_metadata(self) -> base_plugin.FrontendMetadata:
@@ -68,7 +75,9 @@ class SubspacePlugin(base_plugin.TBPlugin):  # type: ignore[misc]
 
     @wrappers.Request.application  # type: ignore[arg-type]
     def _serve_probes(self, request: wrappers.Request) -> Any:
-        """Probes of a run that were written after a time: strings put together to one array, none is parsed.
+        """Probes of a run that were written after a time.
+
+        Their texts are put together to one array, and none is parsed.
 
         By time and not by step, since a run that is resumed writes earlier steps again.
 

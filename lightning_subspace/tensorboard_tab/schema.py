@@ -1,4 +1,6 @@
-"""The format of what is written for the tab: one JSON object a probe, in a string tensor.
+"""Format of the tab's data: one JSON object a probe.
+
+It is kept in a string tensor.
 
 What is absent is not known. Keys may be added; a reader ignores those that it does not know. Where the meaning of one
 changes, `SCHEMA` does, and an older page says that it does not show the newer probes.
@@ -26,7 +28,9 @@ def tag_of(name: str) -> str:
 
 
 def to_json(probe: Mapping[str, Any]) -> str:
-    """A probe as it is written: shortest numbers, without those that JSON does not have.
+    """A probe as it is written, with short numbers.
+
+    Numbers that JSON does not have are left out, or null in a list.
 
     Example:
         >>> to_json({"step": 3, "metrics": {"sharpness": 2.0000001, "lost": float("nan")}, "values": [1.0, math.inf]})
@@ -36,7 +40,7 @@ def to_json(probe: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any) -> Any:
-    """A value with numbers of six digits; in mappings those that are not finite are left out."""
+    """A value with finite numbers of six digits."""
     if isinstance(value, Mapping):
         return {key: _short(item) for key, item in value.items() if not _is_lost(item)}
     if isinstance(value, list | tuple):

@@ -1,4 +1,6 @@
-"""The page of the tab as one HTML file that holds its data: for mail, CI artefacts and papers.
+"""Page of the tab as one HTML file with its data.
+
+It is for mail, artefacts of CI, and papers.
 
 The modules of the page are joined in the order of their imports, as a browser refuses to import files from a disk.
 """
@@ -11,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_subspace.tensorboard_tab.static_files import STATIC
+from lightning_subspace.tensorboard_tab.page_files import STATIC
 
 IMPORT = re.compile(r"^import (\{[^}]*\}) from '(\.[^']+)';\n", re.MULTILINE)
 EXPORT = re.compile(r"^export (?=(?:async )?(?:function|const|let|class) (\w+))", re.MULTILINE)
@@ -44,7 +46,10 @@ def page(runs: Mapping[str, Mapping[str, list[dict[str, Any]]]], title: str) -> 
 
 
 def joined_modules() -> str:
-    """All modules of the page as one: each a function that is called once and returns what it exports."""
+    """All modules of the page as one.
+
+    Each becomes a function that is called once and returns what the module exports.
+    """
     done: dict[Path, str] = {}
 
     def add(file: Path) -> None:
@@ -57,13 +62,13 @@ def joined_modules() -> str:
         inside = IMPORT.sub(lambda found: f"const {found[1]} = {_name(file.parent / found[2])};\n", text)
         done[file] = f"const {_name(file)} = (() => {{\n{EXPORT.sub('', inside)}\nreturn {{ {names} }};\n}})();\n"
 
-    add((STATIC / "index.js").resolve())
+    add(STATIC / "index.js")
     return "".join(done.values())
 
 
 def _name(file: Path) -> str:
     """Name of a module among all."""
-    return "module_" + re.sub(r"\W", "_", file.resolve().relative_to(STATIC.resolve()).as_posix())
+    return "module_" + re.sub(r"\W", "_", file.resolve().relative_to(STATIC).as_posix())
 
 
 def _escaped(text: str) -> str:

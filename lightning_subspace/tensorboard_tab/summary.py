@@ -1,4 +1,7 @@
-"""A probe as a summary for an event file. Needs TensorBoard, and neither torch nor TensorFlow."""
+"""Summaries for event files, with a probe each.
+
+They need TensorBoard, and neither torch nor TensorFlow.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from lightning_subspace.tensorboard_tab.schema import PLUGIN, SCHEMA
 
 
 def summary_of(text: str, tag: str) -> Any:
-    """The protobuf with a string tensor that a tag of the tab holds.
+    """The protobuf with the string tensor of a probe.
 
     Args:
         text: of `schema.to_json`.

@@ -94,7 +94,7 @@ def eigenthings_product(case: Case) -> Tensor:
         return HessianOperator(case.module, [case.batch], cross_entropy).matvec(torch.ones(case.space.n))
 
 
-def smallest_budget(case: Case, k: int, tol: float, product: Product) -> int | None:
+def smallest_budget(n: int, k: int, tol: float, product: Product, device: str = "cpu") -> int | None:
     """The fewest steps after which its own residuals are below tol * lambda_1; None for more than `MOST_MATVECS`."""
     from hessian_eigenthings import LambdaOperator, lanczos
 
@@ -109,7 +109,7 @@ def smallest_budget(case: Case, k: int, tol: float, product: Product) -> int | N
                 seen.append(product(v))
             return seen[place]
 
-        operator = LambdaOperator(replayed, case.space.n)
+        operator = LambdaOperator(replayed, n, device=device)
         found = lanczos(operator, k=k, max_iter=steps, which="LA", seed=0, reorthogonalize=True)
         if float(found.residuals.max()) <= tol * float(found.eigenvalues[0]):
             return steps

@@ -157,7 +157,7 @@ def contestants(case: Case, k: int, tol: float) -> Iterator[tuple[str, Contestan
     with ways.cheap_product(case) as product:
         if has("hessian_eigenthings"):
             rebuilt = peer_operations(lambda: ways.eigenthings_product(case))
-            budget = ways.smallest_budget(case, k, tol, product)
+            budget = ways.smallest_budget(case.space.n, k, tol, product)
             if budget is not None:
                 tuned = partial(ways.eigenthings, case, k, budget, tol, tuned=True)
                 yield "hessian-eigenthings, tuned", Contestant(tuned, rebuilt)

@@ -7,8 +7,9 @@ smooth patterns under random shifts and contrasts, below noise whose spectrum fa
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -54,12 +55,12 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Patches of 8 x 8 pixels, two blocks, the mean over the tokens."""
+    """Patches of an image of 32 x 32 pixels, blocks of attention, the mean over the tokens."""
 
-    def __init__(self, width: int = 64, depth: int = 2, heads: int = 4) -> None:
+    def __init__(self, width: int = 64, depth: int = 2, heads: int = 4, patch: int = 8) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, width, kernel_size=8, stride=8)
-        self.position = nn.Parameter(0.02 * torch.randn(16, width))
+        self.patches = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
+        self.position = nn.Parameter(0.02 * torch.randn((32 // patch) ** 2, width))
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 10))
 
@@ -68,15 +69,20 @@ class ViT(nn.Module):
         return self.head(self.blocks(x).mean(dim=1))
 
 
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
-
-
-def cnn() -> nn.Module:
+def mlp(inputs: int = 784, widths: Sequence[int] = (100, 100)) -> nn.Module:
     layers: list[nn.Module] = []
-    for wide, wider in ((3, 8), (8, 16), (16, 32)):
-        layers += [nn.Conv2d(wide, wider, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 4 * 4, 10))
+    for wide, wider in pairwise((inputs, *widths)):
+        layers += [nn.Linear(wide, wider), nn.ReLU()]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], 10))
+
+
+def cnn(widths: Sequence[int] = (8, 16, 32), *, batch_norm: bool = False) -> nn.Module:
+    """Three layers, for images of 32 x 32 pixels."""
+    layers: list[nn.Module] = []
+    for wide, wider in pairwise((3, *widths)):
+        norm = [nn.BatchNorm2d(wider)] if batch_norm else []
+        layers += [nn.Conv2d(wide, wider, 3, padding=1), *norm, nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * 4 * 4, 10))
 
 
 def digits(path: Path | None = None) -> Batch:

@@ -219,10 +219,8 @@ def test_shares_are_zero_before_anything_has_happened_and_keep_their_value_after
 
 @pytest.mark.parametrize("max_overhead", [0.2, None])
 def test_the_forecast_names_the_size_the_price_and_the_pace(max_overhead):
-    text = forecast(n=1_000_000, k=10, ncv=None, held=0, seconds=3.0, first=9.0, max_overhead=max_overhead)
-    assert text.startswith(
-        "n = 1,000,000, k = 10: about 3.00 s a probe, 9.00 s the first, 124.0 MB of basis, "
-    )  # 31 vectors
+    text = forecast(n=1_000_000, k=10, memory="124.0 MB held", seconds=3.0, first=9.0, max_overhead=max_overhead)
+    assert text.startswith("n = 1,000,000, k = 10: about 3.00 s a probe, 9.00 s the first; 124.0 MB held; ")
     if max_overhead is None:
         assert text.endswith("as scheduled")
     else:
@@ -239,13 +237,6 @@ def test_the_pace_of_the_forecast_is_that_of_the_schedule():
             spend(schedule, clock, 3.0)
     probes = math.floor((clock.now - began) * 0.2 / 3.0)
     pace = float(
-        re.search(r"every ([0-9.]+) s", forecast(n=9, k=1, ncv=None, held=0, seconds=3.0, first=9.0, max_overhead=0.2))[
-            1
-        ]
+        re.search(r"every ([0-9.]+) s", forecast(n=9, k=1, memory="", seconds=3.0, first=9.0, max_overhead=0.2))[1]
     )
     assert (clock.now - began) / probes == pytest.approx(pace, rel=0.02)
-
-
-def test_the_basis_is_never_larger_than_the_space():
-    assert "0.0 MB of basis" in forecast(n=30, k=10, ncv=None, held=0, seconds=1.0, first=1.0, max_overhead=None)
-    assert "84.0 MB of basis" in forecast(n=1_000_000, k=10, ncv=20, held=0, seconds=1.0, first=1.0, max_overhead=None)

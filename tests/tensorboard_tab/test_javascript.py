@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_subspace.tensorboard_tab.static_files import STATIC
+from lightning_subspace.tensorboard_tab.page_files import STATIC
 
 HERE = Path(__file__).with_name("javascript")
 NODE_FROM = 20  # its test runner, and modules without a build step

@@ -13,8 +13,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from lightning_subspace.tensorboard_tab.loader import Loader
+from lightning_subspace.tensorboard_tab.page_files import STATIC, page_files
 from lightning_subspace.tensorboard_tab.schema import PLUGIN, to_json
-from lightning_subspace.tensorboard_tab.static_files import STATIC, static_files
 from tests.tensorboard_tab.runs import START, probes, write
 from tests.tensorboard_tab.server import PREFIX, ROOT, SERVE, Server, environment
 
@@ -94,7 +94,7 @@ def test_a_wrong_request_is_told_to_be_one(server, query):
     assert "probes: expected run, tag and after" in body.decode()
 
 
-@pytest.mark.parametrize("name", sorted(static_files()))
+@pytest.mark.parametrize("name", sorted(page_files()))
 def test_a_file_of_the_page_is_served_as_it_is(server, name):
     status, kind, body = server.fetch(f"{PREFIX}/static/{name}")
     assert (status, body) == (200, (STATIC / name).read_bytes())

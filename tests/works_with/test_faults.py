@@ -104,6 +104,11 @@ def cases(*places: str, kinds: Sequence[str] = ("exception",), ranks: Sequence[i
     return [Case([fault], **options) for fault in faults]
 
 
+def again(cases: Sequence[Case]) -> None:
+    """The probe is taken again with fewer graphs kept, on all ranks: where memory runs out on one, and any are kept."""
+    check(cases, steps=[1, 2], told=None)
+
+
 FROM_THE_START = {"every_n_steps": [0, 1, 2]}
 
 # -- the sample -------------------------------------------------------------------------------------------------------
@@ -141,10 +146,10 @@ def test_what_comes_before_the_eigensolver():
     check(
         [
             *cases("adapt space", "second evaluation forward", "enter", "theta", "build forward", "extra forward"),
-            *cases("build backward", "extra backward", kinds=["device memory"]),
             *cases("build forward", "extra forward", kinds=["nan"]),
         ]
     )
+    again(cases("build backward", "extra backward", kinds=["device memory"]))
 
 
 def test_the_self_check_asks_the_first_rank_and_takes_what_it_can():
@@ -154,7 +159,8 @@ def test_the_self_check_asks_the_first_rank_and_takes_what_it_can():
 def test_whether_the_loss_is_random():
     """A loss whose randomness is not known is measured at the next probe, with several draws."""
     places = ("randomness", "behind randomness", "randomness build forward", "randomness extra forward")
-    check([*cases(*places), *cases(*places[2:], kinds=["nan", "memory"])])
+    check([*cases(*places), *cases(*places[2:], kinds=["nan"])])
+    again(cases(*places[2:], kinds=["memory"]))
 
 
 def test_which_batches_have_a_loss():
@@ -190,6 +196,10 @@ def test_the_eigensolver():
     check(
         [
             *cases(*places, "random vector 0", "random vector 1", "forecast", "progress"),
+        ]
+    )
+    again(
+        [
             *cases(*places[1:], kinds=["memory"]),
             *cases("an operation of restart", kinds=["device memory"], operation=2),
         ]
@@ -234,17 +244,18 @@ def test_the_measurements():
 
 
 def test_what_is_kept_of_a_probe():
-    check(cases("sketch", "compare sketches", "complete", "probe finite", kinds=["memory"]))
+    check(cases("sketch", "compare sketches", "complete", "probe finite"))
+    again(cases("sketch", "compare sketches", "complete", "probe finite", kinds=["memory"]))
 
 
 def test_a_measurement_of_the_users():
     check(
         [
             *cases("measure before", "measure between", "measure behind"),
-            *cases("measure between", kinds=["device memory"], ranks=[1]),
             *cases("text", kinds=["nan"], measurements=lambda: [Text()], ranks=[0]),
         ]
     )
+    again(cases("measure between", kinds=["device memory"], ranks=[1]))
 
 
 def test_an_operator_of_the_users():
@@ -283,9 +294,10 @@ def test_whole_parameters_of_shards():
         [
             *cases("an operation of gather", operation=2, **options),
             *cases("an operation of self-check gather", operation=2, ranks=[1], **options),
-            *cases("matvec 1 backward", "matvec 10 backward", "measure between", ranks=[0], **options),
         ]
     )
+    distinct = {"monitor": {"k": 2, "ncv": 5}, **SHARDED}  # at step 2 the third eigenvalue is one of several
+    again(cases("matvec 1 backward", "matvec 3 backward", "measure between", ranks=[0], **distinct))
 
 
 def test_differences_on_shards():
@@ -324,8 +336,8 @@ def test_a_rank_without_a_gradient():
 
 
 def test_a_logger():
-    for place in ("scalars", "histogram", "figure"):
-        told = f"TensorBoardLogger raised InjectedError: at {place}"
+    for place in ("scalars", "histogram", "figure", "file"):
+        told = f"CometLogger raised InjectedError: at {place}"
         (fits,) = run_cases(cases(place, ranks=[0], project="logged"), 2).values()
         for rank, fit in enumerate(fits):
             assert (fit.changed, fit.error, fit.steps, len(fit.told)) == ([], None, [1, 2], rank == 0)
@@ -436,7 +448,10 @@ def test_three_ranks():
 
 
 def test_memory_that_runs_out_anywhere():
-    """In one run every other probe fails for want of memory: at some operation of it that takes any, on some rank."""
+    """In one run every other probe fails for want of memory: at some operation of it that takes any, on some rank.
+
+    The first of them are taken again with fewer graphs kept, until none are.
+    """
     (fits,) = run_cases([Case([Fault("an operation of probe", None, step=2, operation=10**9)])], 2).values()
     count = fits[0].num_operations
     assert count > 200
@@ -452,6 +467,9 @@ def test_memory_that_runs_out_anywhere():
     assert len(failed) > len(faults) - 10  # not every probe has that many
     for fit in fits:
         assert (fit.changed, fit.error) == ([], None)
-        assert fit.steps == [step for step in range(steps + 1) if step not in failed]
+        again = failed & set(fit.steps)
+        assert 1 <= len(again) <= 4
+        assert fit.steps == [step for step in range(steps + 1) if step not in failed - again]
+        assert fit.steps == fits[0].steps
         assert (fit.rows, fit.verified, fit.num_probes) == (fits[0].rows, fits[0].verified, len(fit.steps))
         assert fit.overlaps == fits[0].overlaps

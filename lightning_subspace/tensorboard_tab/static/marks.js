@@ -6,7 +6,7 @@ import { make } from './svg.js';
 
 /** @typedef {import('./chart.js').Chart} Chart */
 
-const MOST_DOTS = 150; // probes of a line, beyond which only those between two gaps have a dot
+const MOST_DOTS = 150; // probes of a line, beyond which, as on dashes, only those between two gaps have a dot
 
 /**
  * A line through the values that are there. Nothing is drawn across a missing one.
@@ -18,7 +18,7 @@ const MOST_DOTS = 150; // probes of a line, beyond which only those between two 
 export function line(chart, xs, ys, { colour, dash, width = 1.6, opacity = 1 }) {
   const group = make('g', { opacity, class: 'series' }, chart.area);
   const at = ys.map((y, i) => [chart.x.at(xs[i] ?? NaN), chart.y.at(y ?? NaN)]);
-  const radius = xs.length > MOST_DOTS ? 0 : 2.4;
+  const radius = dash || xs.length > MOST_DOTS ? 0 : 2.4;
   let path = '';
   let dots = '';
   for (const [first, last] of segments(at.map(([x, y]) => x + y))) {

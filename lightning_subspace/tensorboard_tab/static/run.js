@@ -64,8 +64,8 @@ export class Run {
     this.header = {};
     this.isNewer = false; // than this page understands
     this.last = 0; // wall time of the last probe
-    /** @type {Map<string, number>} */
-    this._pairs = new Map();
+    /** @type {Map<number, Map<number, number>>} */
+    this._overlaps = new Map(); // by one step and the other, in both orders
   }
 
   /**
@@ -81,9 +81,11 @@ export class Run {
       }
       known.set(probe.step, probe);
       if (probe.run) this.header = probe.run;
-      probe.overlaps?.[0].forEach((other, i) =>
-        this._pairs.set(pair(other, probe.step), /** @type {any} */ (probe.overlaps)[1][i]),
-      );
+      const [others, values] = probe.overlaps ?? [[], []];
+      others.forEach((other, i) => {
+        this._row(probe.step).set(other, values[i]);
+        this._row(other).set(probe.step, values[i]);
+      });
     }
     this.probes = [...known.values()].sort((a, b) => a.step - b.step);
     this.steps = this.probes.map((probe) => probe.step);
@@ -95,8 +97,8 @@ export class Run {
 
   /** @param {number} step */
   at(step) {
-    const index = this.steps.indexOf(step);
-    return index < 0 ? undefined : this.probes[index];
+    const index = before(this.steps, step);
+    return this.steps[index] === step ? this.probes[index] : undefined;
   }
 
   /**
@@ -104,9 +106,7 @@ export class Run {
    * @param {number} step
    */
   until(step) {
-    let found = this.probes[0];
-    for (const probe of this.probes) if (probe.step <= step) found = probe;
-    return found;
+    return this.probes[Math.max(before(this.steps, step), 0)];
   }
 
   /**
@@ -115,8 +115,19 @@ export class Run {
    * @param {number} b
    */
   overlap(a, b) {
-    if (a !== b) return this._pairs.get(pair(a, b));
+    if (a !== b) return this._overlaps.get(a)?.get(b);
     return this.at(a)?.trusted ? 1 : undefined;
+  }
+
+  /**
+   * All overlaps that are known with the space at a step, in the order of the others.
+   * @param {number} step
+   * @returns {[number, number][]}
+   */
+  overlapsWith(step) {
+    /** @type {[number, number][]} */
+    const own = this.at(step)?.trusted ? [[step, 1]] : [];
+    return [...own, ...(this._overlaps.get(step) ?? [])].sort(([a], [b]) => a - b);
   }
 
   /** The steps whose spaces were held at the last probe: between these every pair is known. */
@@ -124,6 +135,13 @@ export class Run {
     const last = this.probes.findLast((probe) => probe.trusted && probe.overlaps);
     const alone = last ?? this.probes.find((probe) => probe.trusted);
     return alone ? [...(alone.overlaps?.[0] ?? []), alone.step].sort((a, b) => a - b) : [];
+  }
+
+  /** @param {number} step */
+  _row(step) {
+    const row = this._overlaps.get(step) ?? new Map();
+    this._overlaps.set(step, row);
+    return row;
   }
 
   /** @param {string} key */
@@ -146,7 +164,7 @@ export class Run {
 
   /** The loss of training at each probe: its running mean, or else that of the sample. */
   loss() {
-    return this.probes.map(({ metrics }) => metrics?.training_loss ?? metrics?.sample_loss ?? null);
+    return this.probes.map(lossOf);
   }
 
   /** @param {State} state */
@@ -160,5 +178,23 @@ export class Run {
   }
 }
 
-/** @param {number} a @param {number} b */
-const pair = (a, b) => (a < b ? `${a},${b}` : `${b},${a}`);
+/**
+ * The loss of training at a probe, or else that of its sample.
+ * @param {Probe} probe
+ */
+export const lossOf = ({ metrics }) => metrics?.training_loss ?? metrics?.sample_loss ?? null;
+
+/**
+ * Index of the last of ascending numbers that is not above a value; -1 where all are.
+ * @param {number[]} numbers
+ * @param {number} value
+ */
+function before(numbers, value) {
+  let [low, high] = [0, numbers.length];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (numbers[middle] <= value) low = middle + 1;
+    else high = middle;
+  }
+  return low - 1;
+}

@@ -35,6 +35,8 @@ export class View {
     /** @type {Record<string, string>} */
     this.chosen = {}; // by panel, the number that is drawn
     this.dark = false;
+    /** @type {number[] | null} */
+    this._steps = null;
     this._read(readAddress());
   }
 
@@ -56,7 +58,8 @@ export class View {
   }
 
   get steps() {
-    return [...new Set(this.shown.flatMap((run) => run.steps))].sort((a, b) => a - b);
+    this._steps ??= [...new Set(this.shown.flatMap((run) => run.steps))].sort((a, b) => a - b);
+    return this._steps;
   }
 
   /** The largest number of eigenvalues of a run that is shown. */
@@ -82,6 +85,7 @@ export class View {
 
   /** Fit what was chosen to the runs that there are now. */
   settle() {
+    this._steps = null;
     if (!this.tags.includes(this.tag)) this.tag = this.tags[0] ?? '';
     const steps = this.steps;
     if (!steps.length) return;

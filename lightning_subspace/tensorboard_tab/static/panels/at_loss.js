@@ -6,6 +6,7 @@ import { chart } from '../chart.js';
 import { heading, number, thousands } from '../format.js';
 import { line } from '../marks.js';
 import { drag } from '../pointer.js';
+import { lossOf } from '../run.js';
 import { fitted, scale } from '../scales.js';
 import { make } from '../svg.js';
 import { showTip } from '../tip.js';
@@ -127,8 +128,7 @@ function closest(frame, runs, key, x, y) {
  */
 function mark(frame, dot, run, key, step) {
   const probe = run.until(step);
-  const loss = run.loss()[run.probes.indexOf(probe)];
-  const [x, y] = [frame.x.at(loss ?? NaN), frame.y.at(probe?.metrics?.[key] ?? NaN)];
+  const [x, y] = [frame.x.at(probe ? (lossOf(probe) ?? NaN) : NaN), frame.y.at(probe?.metrics?.[key] ?? NaN)];
   const { left, right, top, bottom } = frame.inner;
   const isThere = x >= left - 1 && x <= right + 1 && y >= top - 1 && y <= bottom + 1; // of a NaN: false
   dot.setAttribute('visibility', isThere ? 'visible' : 'hidden');

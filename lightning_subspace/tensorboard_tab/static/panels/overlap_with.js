@@ -73,15 +73,8 @@ function chosen(run, step) {
  * Overlaps that are known with the space at a step.
  * @param {import('../run.js').Run} run
  * @param {number | undefined} base
- * @returns {[number, number][]}
  */
-function series(run, base) {
-  if (base === undefined) return [];
-  return run.steps.flatMap((step) => {
-    const value = run.overlap(base, step);
-    return value === undefined ? [] : [/** @type {[number, number]} */ ([step, value])];
-  });
-}
+const series = (run, base) => (base === undefined ? [] : run.overlapsWith(base));
 
 /** @param {View} view */
 const lines = (view) =>

@@ -16,21 +16,29 @@ import { showTip } from '../tip.js';
 export function spectrum(host) {
   /** @type {View} */
   let shown;
+  /** @type {(number | null | undefined)[]} */
+  let still = [];
   const axis = new ValueAxis();
   const { node, title, note, body } = card(host, { name: 'spectrum', title: 'Spectrum', lines: () => lines(shown) });
   node.classList.add('space');
   /** @param {View} view */
   const draw = (view) => {
+    // Over all steps, which are looked through only when they are others.
+    const probes = view.still ? view.shown.flatMap((run) => run.probes) : [];
+    still = probes.flatMap((probe) => [...(probe.eigenvalues ?? []), probe.next]);
+    move(view);
+  };
+  /** @param {View} view */
+  const move = (view) => {
     shown = view;
     const runs = view.shown;
     const at = runs.map((run) => run.until(view.step));
     const most = view.most;
     title.textContent = `Spectrum at step ${thousands(view.step)}`;
-    const probes = view.still ? runs.flatMap((run) => run.probes) : at;
-    const all = probes.flatMap((probe) => [...(probe?.eigenvalues ?? []), probe?.next]);
+    const now = at.flatMap((probe) => [...(probe?.eigenvalues ?? []), probe?.next]);
     const frame = chart(body, {
       x: (range) => scale('linear', [0.4, most + 1.6], range),
-      y: axis.fit(all, view.logarithmic),
+      y: axis.fit(view.still ? still : now, view.logarithmic),
       xLabel: 'index',
       yLabel: 'eigenvalue',
       height: 320,
@@ -88,15 +96,15 @@ export function spectrum(host) {
       click: () => {},
       zoom: (_, ys) => {
         if (ys) axis.zoom = [frame.y.invert(ys[1]), frame.y.invert(ys[0])];
-        draw(view);
+        move(view);
       },
       reset: () => {
         axis.zoom = null;
-        draw(view);
+        move(view);
       },
     });
   };
-  return { draw, move: draw };
+  return { draw, move };
 }
 
 /**

@@ -1,0 +1,88 @@
+"""Joined micro-batches along a run of probes.
+
+They are tried before the first probe, and given up where they fail. Every decision is made of numbers that all ranks
+have, and is the same on all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import ParamSpec, TypeVar
+
+from torch import nn
+
+from lightning_subspace.curvature import CurvatureConfig, Operator
+from lightning_subspace.curvature.graph_memory import Footprint
+from lightning_subspace.curvature.joining import JoinError
+from lightning_subspace.data.joined import grouped
+from lightning_subspace.data.sample import Sample
+from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.parallel.partition import Partition
+from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.state.failure import is_out_of_memory
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Joining:
+    """Joins the micro-batches of a run's probes; see `curvature/joining.py`.
+
+    Attributes:
+        remark: what became of it, for the user; None where there is nothing to join.
+    """
+
+    def __init__(self) -> None:
+        self.remark: str | None = None
+        self._may_join = False
+
+    def begin(
+        self, choice: CurvatureConfig, module: nn.Module, sample: Sample, partition: Partition
+    ) -> CurvatureConfig:
+        """The configuration that joins micro-batches, if they can be. A collective.
+
+        Raises:
+            LossError: when the loss cannot be evaluated.
+        """
+        self.remark, self._may_join = None, False
+        try:
+            found = choice.joining(module, sample, partition)
+        except JoinError as error:
+            self.refuse(str(error))
+            return choice
+        if found.most_joined > 1:
+            self._may_join = True
+            count = len(grouped(sample.hessian, partition.ranks, found.most_joined))
+            self.remark = f"micro-batches joined for products: {len(sample.hessian)} -> {count}."
+        return found
+
+    def operator(
+        self, choice: CurvatureConfig, footprint: Footprint
+    ) -> Callable[[TrainingLoss, Sample, Partition], Operator]:
+        """What makes the operator of a probe, on all ranks at once."""
+
+        def made(loss: TrainingLoss, sample: Sample, partition: Partition) -> Operator:
+            if self._may_join:
+                try:
+                    return choice.operator(loss, sample, partition, footprint)
+                except JoinError as error:
+                    self.refuse(str(error))
+            return replace(choice, most_joined=1).operator(loss, sample, partition, footprint)
+
+        return made
+
+    def run(self, ranks: Ranks, block: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a block, and again without joining after a lack of memory."""
+        try:
+            return block(*args, **kwargs)
+        except Exception as error:
+            is_short = is_out_of_memory(error)
+            if not self._may_join or not any(ranks.all_gather_object(is_short)):
+                raise
+            self.refuse("there was not enough memory for it")
+        return block(*args, **kwargs)  # not above, where the exception still holds what was built
+
+    def refuse(self, reason: str) -> None:
+        """Join none from now on."""
+        self._may_join, self.remark = False, f"micro-batches not joined: {reason}."

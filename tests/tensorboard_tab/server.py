@@ -28,13 +28,14 @@ class Server:
     `broken` names what is wrong on purpose, see `serve.py`; `root` is where the package is imported from.
     """
 
-    def __init__(self, logdir, *flags, broken="none", root=ROOT, has_data=True):
+    def __init__(self, logdir, *flags, broken="none", root=ROOT, has_data=True, prefix=""):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://127.0.0.1:{port}{prefix}"
         self._told = Path(logdir).with_name(f"tensorboard_{port}.log")
         where = ["--logdir", str(logdir), "--host", "127.0.0.1", "--port", str(port), "--reload_interval", "1"]
+        where += ["--path_prefix", prefix] if prefix else []
         with self._told.open("w") as told:
             self.process = subprocess.Popen(
                 [sys.executable, str(SERVE), broken, *where, *flags],

@@ -1,5 +1,6 @@
 """States of the page that two plain runs do not show: other spaces, many probes, darkness, and a run that goes on."""
 
+import html
 import math
 import re
 import shutil
@@ -7,7 +8,7 @@ import time
 
 import pytest
 
-from tests.tensorboard_tab.browser import FRAME, at_step, of_one_monitor, write_page, written
+from tests.tensorboard_tab.browser import FRAME, Tab, at_step, of_one_monitor, write_page, written
 from tests.tensorboard_tab.runs import K, write
 from tests.tensorboard_tab.server import ROOT, Server
 
@@ -81,6 +82,35 @@ def test_a_single_probe_is_drawn(alone):
     tab.shot("single")
     assert tab.steps() == "0 (1 of 1)"
     assert "no two spaces to compare yet" in tab.card("overlaps").inner_text()
+
+
+@pytest.mark.parametrize("frame", ["sandbox='allow-scripts' src", "src", "srcdoc"])
+def test_a_page_that_stands_alone_works_in_a_frame_of_another(tmp_path, opened, browser, frame):
+    """As it does in a notebook, or in a viewer of artefacts."""
+    address = write_page(tmp_path, of_one_monitor({"a": written(STEPS)}))
+    value = html.escape((tmp_path / "runs.html").read_text()) if frame == "srcdoc" else address
+    (tmp_path / "outer.html").write_text(f'<iframe width="1000" height="900" {frame}="{value}"></iframe>')
+    tab = Tab(browser, (tmp_path / "outer.html").as_uri())
+    try:
+        inside = tab.page.frame_locator("iframe")
+        inside.locator("body[data-ready]").wait_for()
+        inside.locator(".shares .hit").click()
+        inside.locator("h3", has_text="Spectrum at step 500").wait_for()
+        assert tab.said == []
+    finally:
+        tab.close()
+
+
+def test_behind_a_prefix_of_its_address(tmp_path, browser):
+    write(tmp_path / "logs" / "a", STEPS).close()
+    server = Server(tmp_path / "logs", prefix="/board")
+    tab = Tab(browser, f"{server.url}/#lightning_subspace")
+    try:
+        tab.wait()
+        assert tab.steps() == "1,000 (11 of 11)"
+    finally:
+        tab.close()
+        server.close()
 
 
 def test_one_of_several_monitors_is_chosen(tmp_path, opened):
@@ -209,12 +239,10 @@ def broken_copy(folder, name, old, new):
 def test_broken_on_purpose_without_the_message_of_a_reload(tmp_path, opened):
     copy = broken_copy(tmp_path, "host.js", "if (message.type === 'experimental.DataReloaded') onReload();", "")
     with pytest.raises(Exception, match="Timeout"):
-        see_new_probes(tmp_path, opened, copy, patience=6_000)
+        see_new_probes(tmp_path, opened, copy, patience=4_000)
 
 
 def test_broken_on_purpose_with_a_script_from_elsewhere(tmp_path, browser):
-    from tests.tensorboard_tab.browser import Tab
-
     first = "import { connect, onDark } from './host.js';"
     copy = broken_copy(tmp_path, "index.js", first, f"import 'https://cdn.example/plot.js';\n{first}")
     write(tmp_path / "logs" / "a", STEPS).close()

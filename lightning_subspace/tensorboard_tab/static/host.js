@@ -2,8 +2,11 @@
  * The page around the tab: TensorBoard's messages, its dark mode, and the part of the address behind "#".
  *
  * A tab of TensorBoard is a frame of the same origin. The messages are experimental, so everything works without an
- * answer; a page that stands alone has no host, and uses its own address.
+ * answer; a page that stands alone has no host, and uses its own address, also in a frame of somebody else's page.
  */
+
+/** The window of TensorBoard; null for a page that holds its data. */
+const host = window.parent === window || document.getElementById('probes') ? null : window.parent;
 
 /**
  * Ask TensorBoard for its runs, and hear when it has read its logs again.
@@ -26,12 +29,12 @@ export function connect(onReload) {
     post({ type: message.type, id: message.id, payload: null, isReply: true });
     if (message.type === 'experimental.DataReloaded') onReload();
   };
-  if (window.parent !== window) window.parent.postMessage('experimental.bootstrap', '*', [channel.port2]);
+  host?.postMessage('experimental.bootstrap', '*', [channel.port2]);
   return {
     /** Names of all runs, ours or not, in the order in which TensorBoard deals colours; none without an answer. */
     runs: () =>
       new Promise((/** @type {(names: string[]) => void} */ resolve) => {
-        if (window.parent === window) {
+        if (!host) {
           resolve([]);
           return;
         }
@@ -47,8 +50,8 @@ export function connect(onReload) {
  * @param {(dark: boolean) => void} callback
  */
 export function onDark(callback) {
-  if (window.parent !== window) {
-    const body = window.parent.document.body;
+  if (host) {
+    const body = host.document.body;
     const look = () => callback(body.classList.contains('dark-mode'));
     new MutationObserver(look).observe(body, { attributes: true, attributeFilter: ['class'] });
     look();
@@ -64,10 +67,10 @@ export function onDark(callback) {
  * @returns {URLSearchParams}
  */
 export function readAddress() {
-  const [, ...rest] = window.parent.location.hash
+  const [, ...rest] = (host ?? window).location.hash
     .replace(/^#/, '&')
     .split('&')
-    .slice(window.parent === window ? 0 : 1);
+    .slice(host ? 1 : 0);
   return new URLSearchParams(rest.join('&'));
 }
 
@@ -76,8 +79,12 @@ export function readAddress() {
  * @param {URLSearchParams} pairs
  */
 export function writeAddress(pairs) {
-  const { location, history } = window.parent;
-  const tab = window.parent === window ? '' : location.hash.replace(/^#/, '').split('&')[0];
+  const { location, history } = host ?? window;
+  const tab = host ? location.hash.replace(/^#/, '').split('&')[0] : '';
   const hash = [tab, pairs.toString()].filter(Boolean).join('&');
-  history.replaceState(history.state, '', `${location.pathname}${location.search}${hash ? `#${hash}` : ''}`);
+  try {
+    history.replaceState(history.state, '', `${location.pathname}${location.search}${hash ? `#${hash}` : ''}`);
+  } catch {
+    // A page within a mail or a notebook may have an address that cannot be changed; it works without.
+  }
 }

@@ -10,14 +10,13 @@ The file holds its data and needs no network: it can be mailed, kept as an artef
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_subspace.tensorboard_tab.event_files import read_probes
-from lightning_subspace.tensorboard_tab.schema import tag_of, to_json
+from lightning_subspace.tensorboard_tab.schema import from_json, tag_of, to_json
 from lightning_subspace.tensorboard_tab.standalone import page
 
 Runs = dict[str, dict[str, list[dict[str, Any]]]]
@@ -63,7 +62,7 @@ def read_runs(path: Path) -> Runs:
 
 def _of_json(path: Path) -> Runs:
     try:
-        runs: Runs = json.loads(path.read_text(encoding="utf-8"))
+        runs: Runs = from_json(path.read_text(encoding="utf-8"))
         is_fine = all(isinstance(probe["step"], int) for tags in runs.values() for of in tags.values() for probe in of)
     except (ValueError, AttributeError, TypeError, KeyError):
         is_fine = False
@@ -80,7 +79,7 @@ def _of_checkpoint(path: Path) -> Runs:
     from lightning_subspace.report.tab_entry import tab_entry
 
     tags = {
-        tag_of(name): [json.loads(to_json(tab_entry(record, state.overlaps))) for record in state.records]
+        tag_of(name): [from_json(to_json(tab_entry(record, state.overlaps))) for record in state.records]
         for name, state in read_states(path).items()
         if state.records
     }

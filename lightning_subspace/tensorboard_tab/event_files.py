@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lightning_subspace.tensorboard_tab.schema import PLUGIN
+from lightning_subspace.tensorboard_tab.schema import PLUGIN, from_json
 
 # A record is framed by its length (8 bytes), a checksum of that (4), and one of itself (4).
 HEAD, TAIL = 12, 4
@@ -30,16 +29,11 @@ def read_probes(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
         run = file.parent.relative_to(folder).as_posix()
         for tag, text in _strings(file):
             try:
-                probe = json.loads(text, parse_constant=_no_number)
+                probe = from_json(text)
             except ValueError as error:
                 raise ValueError(_damaged(file, f"{tag} with {error}")) from error
             runs.setdefault(run, {}).setdefault(tag, []).append(probe)
     return runs
-
-
-def _no_number(word: str) -> None:
-    """What Python reads as JSON and no browser does."""
-    raise ValueError(f"the number {word}")
 
 
 def _damaged(file: Path, what: str) -> str:

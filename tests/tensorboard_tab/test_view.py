@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_subspace import SubspaceMonitor
 from lightning_subspace.tensorboard_tab.event_files import read_probes
@@ -56,6 +57,29 @@ def test_a_checkpoint_has_the_probes_that_the_logs_have(tmp_path):
             key: written[key] for key in kept if key in written
         }
     assert main([str(tmp_path / "last.ckpt"), "--out", str(tmp_path / "page.html")]) == 0
+
+
+def test_the_file_of_another_logger_has_them_too(tmp_path):
+    loggers = [CSVLogger(str(tmp_path), "csv", ""), TensorBoardLogger(str(tmp_path), "logs", "")]
+    monitor = SubspaceMonitor(k=2, every_n_steps=2, max_overhead=None, name="mine")
+    fit(tmp_path, monitor, steps=4, loggers=loggers)
+    [file] = (tmp_path / "csv").rglob("*_probes.json")
+    [tags] = read_runs(file).values()
+    [logged] = read_probes(tmp_path / "logs").values()
+    assert list(tags) == list(logged) == ["mine/probes"]
+    for saved, written in zip(*tags.values(), *logged.values(), strict=True):
+        assert saved["metrics"] == written["metrics"]
+        assert saved["eigenvalues"] == written["eigenvalues"]
+    assert main([str(file), "--out", str(tmp_path / "page.html")]) == 0
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", '{"a": {"b": [{"v": 1}]}}', '{"a": {"b": [{"step": 1, "lr": NaN}]}}'])
+def test_a_file_that_is_no_loggers_is_told_in_one_line(tmp_path, capsys, text):
+    (tmp_path / "other.json").write_text(text)
+    assert main([str(tmp_path / "other.json"), "--out", str(tmp_path / "page.html")]) == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "other.json" in told
 
 
 def test_without_a_probe_there_is_no_page(tmp_path, capsys):

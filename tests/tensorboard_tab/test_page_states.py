@@ -214,8 +214,18 @@ def see_new_probes(folder, opened, root=ROOT, patience=None):
         # Another run that begins is listed, too.
         write(folder / "logs" / "later", STEPS).close()
         server.wait_for(lambda: "later" in server.runs())
-        stays.page.locator("app-header-reload button, button[title^='Reload']").first.click()
+        # It waits for a drag that is being made, which the page would lose.
+        hit = stays.card("eigenvalues").locator(".hit")
+        stays.page.mouse.move(*stays.place(hit, 0.2, 0.5))
+        stays.page.mouse.down()
+        with stays.page.expect_response(lambda answer: "run=later" in answer.url):
+            stays.page.locator("app-header-reload button, button[title^='Reload']").first.evaluate("e => e.click()")
+        stays.drawn()
+        assert stays.find(".run", has_text="later").count() == 0
+        stays.page.mouse.move(*stays.place(hit, 0.8, 0.5), steps=3)
+        stays.page.mouse.up()
         stays.find(".run", has_text="later").wait_for()
+        assert stays.find("text=show all steps").is_visible()
     finally:
         writer.close()
         server.close()

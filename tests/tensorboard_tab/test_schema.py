@@ -51,5 +51,5 @@ def test_a_summary_holds_the_text_and_the_schema():
 
 @pytest.mark.parametrize("text", ["NaN", '{"a":Infinity}', "[-Infinity]", "", "{"])
 def test_what_a_browser_does_not_read_is_refused(text):
-    with pytest.raises(ValueError, match="the number|Expecting"):
+    with pytest.raises(ValueError, match=r"the number|Expecting"):
         from_json(text)

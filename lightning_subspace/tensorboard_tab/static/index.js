@@ -72,6 +72,21 @@ export function render() {
     document.body.dataset.step = String(view.step);
   }
 
+  // New probes wait for a pointer that is pressed: what it drags would be made anew under it.
+  let [isPressed, isLate] = [false, false];
+  function refresh() {
+    if (isPressed) isLate = true;
+    else redraw();
+  }
+  document.addEventListener('pointerdown', () => (isPressed = true), true);
+  for (const end of ['pointerup', 'pointercancel']) {
+    document.addEventListener(end, () => {
+      isPressed = false;
+      if (isLate) setTimeout(redraw); // when the panel has taken the end of the drag
+      isLate = false;
+    });
+  }
+
   async function update() {
     try {
       const [listed, order] = await Promise.all([from.runs(), tensorBoard.runs()]);
@@ -86,7 +101,7 @@ export function render() {
       const isNew = await Promise.all(runs.map((run) => from.update(run)));
       [view.runs, view.order] = [runs, order];
       view.settle();
-      if (isOther || isNew.some(Boolean) || !document.body.dataset.ready) redraw();
+      if (isOther || isNew.some(Boolean) || !document.body.dataset.ready) refresh();
     } catch (error) {
       make('p', { class: 'warn' }, side, `The data could not be read: ${error}`);
     }

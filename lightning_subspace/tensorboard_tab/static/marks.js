@@ -1,7 +1,7 @@
 /** Marks in a chart: lines with gaps, error bars, levels, and what a probe left out. */
 
 import { stateOf } from './run.js';
-import { segments } from './series.js';
+import { outline, segments } from './series.js';
 import { make } from './svg.js';
 
 /** @typedef {import('./chart.js').Chart} Chart */
@@ -17,12 +17,13 @@ const MOST_DOTS = 150; // probes of a line, beyond which, as on dashes, only tho
  */
 export function line(chart, xs, ys, { colour, dash, width = 1.6, opacity = 1 }) {
   const group = make('g', { opacity, class: 'series' }, chart.area);
+  /** @type {[number, number][]} */
   const at = ys.map((y, i) => [chart.x.at(xs[i] ?? NaN), chart.y.at(y ?? NaN)]);
   const radius = dash || xs.length > MOST_DOTS ? 0 : 2.4;
   let path = '';
   let dots = '';
   for (const [first, last] of segments(at.map(([x, y]) => x + y))) {
-    for (let i = first; i <= last; i++) {
+    for (const i of radius ? whole(first, last) : outline(at, first, last)) {
       path += `${i === first ? 'M' : 'L'}${at[i][0].toFixed(1)} ${at[i][1].toFixed(1)}`;
       if (radius || first === last) dots += dot(at[i][0], at[i][1], radius || 1.6);
     }
@@ -98,6 +99,9 @@ function middleOf(node) {
   const { left, right, top, bottom } = node.getBoundingClientRect();
   return { clientX: (left + right) / 2, clientY: (top + bottom) / 2 };
 }
+
+/** @param {number} first @param {number} last */
+const whole = (first, last) => Array.from({ length: last - first + 1 }, (_, i) => first + i);
 
 /** @param {number} x @param {number} y @param {number} r */
 const dot = (x, y, r) =>

@@ -23,6 +23,30 @@ export function segments(values) {
 }
 
 /**
+ * Indices of those points of a line that make its picture: of many within a column of pixels the first, the last, the
+ * lowest and the highest (Jugel et al. 2014, M4). Nothing else of them is seen.
+ * @param {[number, number][]} points - in pixels
+ * @param {number} first - index
+ * @param {number} last - index
+ * @returns {number[]}
+ */
+export function outline(points, first, last) {
+  const kept = [];
+  for (let i = first; i <= last; i++) {
+    const column = Math.floor(points[i][0]);
+    let [low, high, end] = [i, i, i];
+    while (end < last && Math.floor(points[end + 1][0]) === column) {
+      end++;
+      if (points[end][1] < points[low][1]) low = end;
+      if (points[end][1] > points[high][1]) high = end;
+    }
+    kept.push(...new Set([i, Math.min(low, high), Math.max(low, high), end]));
+    i = end;
+  }
+  return kept;
+}
+
+/**
  * Index of the entry nearest to a value in ascending numbers; -1 where there are none.
  * @param {number[]} numbers
  * @param {number} value

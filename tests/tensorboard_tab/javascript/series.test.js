@@ -5,6 +5,7 @@ import {
   extent,
   median,
   nearest,
+  outline,
   present,
   segments,
 } from '../../../lightning_subspace/tensorboard_tab/static/series.js';
@@ -30,6 +31,43 @@ test('the nearest entry is that of a search through all', () => {
   }
   assert.equal(nearest([], 3), -1);
   assert.equal(nearest([7], -1e9), 0);
+});
+
+test('the outline of a line has the same ends and extremes in every column of pixels, and few points', () => {
+  /** @type {[number, number][]} */
+  const points = Array.from({ length: 10_000 }, (_, i) => [58 + i / 16.1, 100 * Math.sin(i * i) + Math.cos(i / 900)]);
+  const kept = outline(points, 7, 9_990);
+  assert.ok(kept.length <= 4 * 622);
+  assert.deepEqual([kept[0], kept.at(-1)], [7, 9_990]);
+  assert.ok(kept.every((index, i) => i === 0 || index > kept[i - 1]));
+  /** @param {number[]} indices */
+  const columns = (indices) => {
+    /** @type {Map<number, number[]>} */
+    const found = new Map();
+    for (const i of indices) {
+      const [x, y] = [Math.floor(points[i][0]), points[i][1]];
+      const [first, low, high] = found.get(x) ?? [y, y, y];
+      found.set(x, [first, Math.min(low, y), Math.max(high, y), y]);
+    }
+    return [...found];
+  };
+  assert.deepEqual(columns(kept), columns(points.map((_, i) => i).slice(7, 9_991)));
+});
+
+test('a line of few points is its own outline', () => {
+  assert.deepEqual(
+    outline(
+      [
+        [0, 1],
+        [20, 3],
+        [40, 2],
+      ],
+      0,
+      2,
+    ),
+    [0, 1, 2],
+  );
+  assert.deepEqual(outline([[3, 3]], 0, 0), [0]);
 });
 
 test('the median counts what is there', () => {

@@ -16,8 +16,8 @@ import { showTip } from '../tip.js';
 export function spectrum(host) {
   /** @type {View} */
   let shown;
-  /** @type {(number | null | undefined)[]} */
-  let still = [];
+  /** @type {((range: [number, number]) => import('../scales.js').Scale) | null} */
+  let still = null;
   const axis = new ValueAxis();
   const { node, title, note, body } = card(host, { name: 'spectrum', title: 'Spectrum', lines: () => lines(shown) });
   node.classList.add('space');
@@ -25,7 +25,8 @@ export function spectrum(host) {
   const draw = (view) => {
     // Over all steps, which are looked through only when they are others.
     const probes = view.still ? view.shown.flatMap((run) => run.probes) : [];
-    still = probes.flatMap((probe) => [...(probe.eigenvalues ?? []), probe.next]);
+    const values = probes.flatMap((probe) => [...(probe.eigenvalues ?? []), probe.next]);
+    still = view.still ? axis.fit(values, view.logarithmic) : null;
     move(view);
   };
   /** @param {View} view */
@@ -38,7 +39,7 @@ export function spectrum(host) {
     const now = at.flatMap((probe) => [...(probe?.eigenvalues ?? []), probe?.next]);
     const frame = chart(body, {
       x: (range) => scale('linear', [0.4, most + 1.6], range),
-      y: axis.fit(view.still ? still : now, view.logarithmic),
+      y: still ?? axis.fit(now, view.logarithmic),
       xLabel: 'index',
       yLabel: 'eigenvalue',
       height: 320,

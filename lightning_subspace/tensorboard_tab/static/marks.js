@@ -25,7 +25,7 @@ export function line(chart, xs, ys, { colour, dash, width = 1.6, opacity = 1 }) 
   for (const [first, last] of segments(at.map(([x, y]) => x + y))) {
     for (const i of radius ? whole(first, last) : outline(at, first, last)) {
       path += `${i === first ? 'M' : 'L'}${at[i][0].toFixed(1)} ${at[i][1].toFixed(1)}`;
-      if (radius || first === last) dots += dot(at[i][0], at[i][1], radius || 1.6);
+      if (radius || first === last) dots += dot(at[i][0], at[i][1], radius || (xs.length > MOST_DOTS ? 1.6 : 2.4));
     }
   }
   const stroke = { stroke: colour, 'stroke-width': width, 'stroke-dasharray': dash, 'stroke-linejoin': 'round' };

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_subspace.linalg.normals import mixed_
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.subspace import sketch as sketch_module

@@ -35,7 +35,7 @@ def is_one_call(rows: Tensor) -> bool:
 
 
 def _in_blocks(rows: Tensor, *, normed: bool) -> Tensor:
-    """Block after block, in their own precision, and their sum in the widest."""
+    """Block after block, in their own precision, added in the widest."""
     rows, vector = rows[:-1], rows[-1]
     found = torch.zeros(len(rows) + normed, dtype=exact(rows), device=rows.device)
     pieces = zip(rows.split(_chunk(rows), dim=1), vector.split(_chunk(rows)), strict=True)
@@ -46,7 +46,7 @@ def _in_blocks(rows: Tensor, *, normed: bool) -> Tensor:
 
 
 def _in_one_call(rows: Tensor, *, normed: bool) -> Tensor:
-    """All pieces of columns in one batched product, and those left over in another."""
+    """All pieces in one batched product; columns left over in another."""
     vector, rows = rows[-1], rows if normed else rows[:-1]
     count, length = rows.shape[1] // _PIECE, rows.shape[1] // _PIECE * _PIECE
     # Views: piece by piece, the rows keep their distance in memory.
@@ -88,7 +88,7 @@ def _chunk(matrix: Tensor) -> int:
 
 
 def _allows_tf32() -> bool:
-    """Whether CUDA may multiply float32 matrices as TF32, by either interface of torch."""
+    """Whether CUDA may multiply float32 as TF32, by either interface of torch."""
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)  # torch >= 2.9, where the older one raises if both were used
     return bool(matmul.allow_tf32) if precision is None else precision not in ("none", "ieee")

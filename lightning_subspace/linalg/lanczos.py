@@ -217,9 +217,9 @@ class Lanczos:
         return vectors, self.agreement.sum(gram)
 
     def _orthogonalise(self, last: int, near: int | None = None) -> tuple[float, Tensor, float]:
-        """Subtract from a row of the basis, in place, its part along those before it.
+        """Subtract from a row its part along those before it.
 
-        In the first pass from the `near` rows before it only, if that is not None. One sum over ranks a pass. Returns
+        In the first pass that along the `near` rows before it only, if that is not None. One sum over ranks a pass. Returns
         the norm before (zero with `near`), the coefficients of the part subtracted, (last,), and the norm after; they
         mean nothing if a sum was not finite.
         """

@@ -93,7 +93,7 @@ def _stream(seed: int, number: int) -> tuple[int, int]:
 
 
 def _box_muller(word: Tensor, out: Tensor) -> None:  # (pairs,), (pairs, 2)
-    """Write two normal numbers for each word: 32 bits for the radius, 32 for the angle."""
+    """Write two numbers a word: 32 bits for radius and angle each."""
     # radius^2 = -2 log(u / 2^32) with u = m 2^e, m between sqrt(1/2) and sqrt(2): log m = 2 atanh((m - 1) / (m + 1)).
     bits = (word & 0xFFFFFFFF).to(torch.float64).add_(0.5).view(torch.int64)
     exponent = bits.sub(_ROOT_HALF).bitwise_right_shift_(52)

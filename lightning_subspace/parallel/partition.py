@@ -116,7 +116,7 @@ class Partition:
     def random(  # (local_n,)
         self, seed: int, number: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """This rank's part of a standard normal vector, the same on any device."""
+        """This rank's part of a standard normal vector; see `normals`."""
         return normals(seed, number, self.local_ranges, dtype, device)
 
     def locate(self) -> list[tuple[str, int, range]]:

@@ -219,9 +219,9 @@ class Lanczos:
     def _orthogonalise(self, last: int, near: int | None = None) -> tuple[float, Tensor, float]:
         """Subtract from a row its part along those before it.
 
-        In the first pass that along the `near` rows before it only, if that is not None. One sum over ranks a pass. Returns
-        the norm before (zero with `near`), the coefficients of the part subtracted, (last,), and the norm after; they
-        mean nothing if a sum was not finite.
+        In the first pass that along the `near` rows before it only, if that is not None. One sum over ranks a pass.
+        Returns the norm before (zero with `near`), the coefficients of the part subtracted, (last,), and the norm
+        after; they mean nothing if a sum was not finite.
         """
         # Two passes are always made: a device is waited for after both of them.
         count = last if near is None else near

@@ -268,7 +268,7 @@ def test_budget_that_is_too_small_is_an_outcome(budget: int) -> None:
 @pytest.mark.parametrize("ncv", [None, 15])
 def test_budget_that_ends_in_a_verification_leaves_the_converged_pairs(ncv: int | None) -> None:
     operator = Operator(spectra(N)["power law"])
-    arguments: dict[str, Any] = {"seed": 1, "ncv": ncv, "dtype": torch.float64}
+    arguments: dict[str, Any] = {"seed": 4, "ncv": ncv, "dtype": torch.float64}
     plain = eigsh(operator, N, 10, verify="never", **arguments)
     for extra in range(3):
         result = eigsh(operator, N, 10, max_matvecs=plain.num_matvecs + extra, **arguments)

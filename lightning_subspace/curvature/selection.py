@@ -240,7 +240,7 @@ class CurvatureConfig:
         with self.loss(module, partition.space, partition.ranks) as loss:
             assert isinstance(loss, ShardedLoss)
             operator = ShardedDifferenceHessian(loss, sample.hessian[: partition.ranks.count], partition=partition)
-            result = check_differences(operator, partition.random(self.seed, 0).to(loss.device))
+            result = check_differences(operator, partition.random(self.seed, 0, device=loss.device))
         if result.outcome is CheckOutcome.FAILED:
             raise LossError(result.reason)
         return result

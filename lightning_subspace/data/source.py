@@ -280,7 +280,7 @@ class SampleSource:
         """The choice alone, since the examples can be drawn again."""
         left: dict[str, Any] = {
             "sample": None,
-            "failure": None,
+            "failure": Waiting(),
             "_gathered": None,
             "_next": None,
             "_trial": None,

@@ -21,13 +21,13 @@ from lightning_subspace._arguments import (
     wrong,
 )
 from lightning_subspace.linalg.agreement import Agreement, AllSum
+from lightning_subspace.linalg.normals import normals
 from lightning_subspace.linalg.selection import WHICH
 
 RandomVector = Callable[[int, int], Tensor]
 
 # Below these the residual estimates go on falling, but the true residuals do not.
 SMALLEST_TOL = {torch.float32: 1e-5, torch.float64: 1e-12}
-_SEED_STRIDE = 1_000_003  # so that neighbouring seeds share no vectors
 
 
 def check_functions(matvec: object, all_sum: object, random: object, on_matvec: object = None) -> None:
@@ -51,7 +51,7 @@ def usable_device(device: torch.device | str) -> torch.device:
 
 
 def random_vectors(
-    all_sum: AllSum | None, random: RandomVector | None, n: int, seed: int, dtype: torch.dtype
+    all_sum: AllSum | None, random: RandomVector | None, n: int, seed: int, dtype: torch.dtype, device: torch.device
 ) -> Callable[[int], Tensor]:
     """A function i -> this rank's slice of the i-th random vector."""
     if all_sum is not None and random is None:
@@ -63,8 +63,7 @@ def random_vectors(
     seed = require_seed("seed", seed)
 
     def own(seed: int, i: int) -> Tensor:
-        generator = torch.Generator("cpu").manual_seed((seed * _SEED_STRIDE + i) % 2**63)
-        return torch.randn(n, generator=generator, dtype=dtype, device="cpu")
+        return normals(seed, i, [range(n)], dtype, device)
 
     source = own if random is None else random
     return lambda i: vector("random", source(seed, i), n, dtype)

@@ -44,6 +44,13 @@ class Agreement:
 
     def sum(self, local: Tensor) -> Tensor:
         """Sum a small tensor over ranks, in float64 on the CPU."""
+        return self.read(self.reduce(local))
+
+    def reduce(self, local: Tensor) -> Tensor:
+        """Sum a small tensor over ranks, in float64, unread.
+
+        One that lies on a device is not waited for.
+        """
         if local.device.type == "mps":  # has no float64
             local = local.cpu()
         local = local.to(torch.float64)
@@ -53,7 +60,14 @@ class Agreement:
             except Exception:
                 self.settle()  # whatever has become of the others, this rank's own failure came first
                 raise
-        total = local.cpu()
+        return local
+
+    def read(self, *totals: Tensor) -> Tensor:  # (m,), ... to (sum of m,)
+        """Sums of `reduce` on the CPU: the one wait for a device."""
+        try:
+            total = (totals[0] if len(totals) == 1 else torch.cat(totals)).cpu()
+        except RuntimeError:  # no memory for it there, or one of them, of a failure, lies elsewhere
+            total = torch.cat([each.cpu() for each in totals])
         self.finite = self.finite and bool(torch.isfinite(total).all())
         return total
 

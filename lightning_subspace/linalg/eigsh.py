@@ -114,9 +114,9 @@ def eigsh(
         (True, True)
     """
     arguments.check_functions(matvec, all_sum, random, on_matvec)
-    draw = arguments.random_vectors(all_sum, random, n, seed, dtype)
-    agreement = Agreement(all_sum)
     device = arguments.usable_device(device)
+    draw = arguments.random_vectors(all_sum, random, n, seed, dtype, device)
+    agreement = Agreement(all_sum)
     dimension = arguments.global_dimension(dimension, n, agreement, device)
     arguments.check(k, which, dimension, max_matvecs, verify, delta, dtype, max_asymmetry)
     tol, tightest = arguments.tolerances(tol, subspace_tol, dtype)

@@ -139,7 +139,7 @@ class Lanczos:
         self.coupling = _zeros(self.size)
         with self.agreement.local():
             self.pending.copy_(source())
-        before, _, after = self._orthogonalise(self.pending, self.vectors)
+        before, _, after = self._orthogonalise(self.size)
         self.invariant = not after > _BREAKDOWN * torch.finfo(self.basis.dtype).eps * before
         if not self.invariant:
             self._divide(self.pending, after)
@@ -152,17 +152,14 @@ class Lanczos:
             What was added; None, and the factorisation is as before, if the image of the vector was not finite.
         """
         m = self.size
-        vectors, image = self.basis[: m + 1], self.basis[m + 1]
+        image = self.basis[m + 1]
         with self.agreement.local():
             image.copy_(_checked(self._matvec(self.basis[m]), image))
         # All that is large of A q lies along q and what is coupled to it: one vector, but all of them after a restart.
         near = m + 1 if self.coupling[:-1].any() else min(m + 1, 2)
-        column = _zeros(m + 1)
-        column[-near:] = self._subtract(image, vectors[-near:], normed=False)[0]
-        _, rest, norm = self._orthogonalise(image, vectors, done=1)
+        _, column, norm = self._orthogonalise(m + 1, near)
         if not self.agreement.finite:
             return None
-        column += rest
         # b predicted v_i . A q when v_i was expanded, up to what has been dropped since.
         surprise = (column[:m] - self.coupling).abs() - self._dropped.abs().sum(dim=0)
         self.asymmetry = max(self.asymmetry, float(surprise.max())) if m else self.asymmetry
@@ -219,38 +216,43 @@ class Lanczos:
             gram = blocked.gram(vectors)
         return vectors, self.agreement.sum(gram)
 
-    def _orthogonalise(self, vector: Tensor, rows: Tensor, done: int = 0) -> tuple[float, Tensor, float]:
-        """Subtract from a vector, in place, its part along orthonormal rows.
+    def _orthogonalise(self, last: int, near: int | None = None) -> tuple[float, Tensor, float]:
+        """Subtract from a row its part along those before it.
 
-        One sum over ranks a pass, of which `done` were made before. Returns the norm before, the coefficients of the
-        part subtracted and the norm after; they mean nothing if a sum was not finite.
+        In the first pass that along the `near` rows before it only, if that is not None. One sum over ranks a pass.
+        Returns the norm before (zero with `near`), the coefficients of the part subtracted, (last,), and the norm
+        after; they mean nothing if a sum was not finite.
         """
-        coefficients = _zeros(rows.shape[0])
-        initial = remaining = 0.0
-        for num_pass in range(done + 1, _MAX_PASSES + 1):
-            part, square = self._subtract(vector, rows)
-            if not self.agreement.finite:
-                break
-            if num_pass == done + 1:
-                initial = square**0.5
+        # Two passes are always made: a device is waited for after both of them.
+        count = last if near is None else near
+        first = self._subtract(last, count, normed=near is None)
+        sums = self.agreement.read(first, self._subtract(last, last))
+        first, sums = sums[: len(first)], sums[len(first) :]
+        initial = float(first[-1]) ** 0.5 if near is None else 0.0
+        coefficients = torch.nn.functional.pad(first[:count], (last - count, 0))
+        for num_pass in range(_MIN_PASSES, _MAX_PASSES + 1):
+            part, square = sums[:-1], float(sums[-1])
             coefficients += part
             # By Pythagoras: accurate in the last pass, which takes away little.
             remaining = max(0.0, square - float(part.square().sum())) ** 0.5
-            if num_pass >= _MIN_PASSES and remaining >= _SHRINKAGE * square**0.5:
+            if not self.agreement.finite or remaining >= _SHRINKAGE * square**0.5 or num_pass == _MAX_PASSES:
                 break
+            sums = self.agreement.read(self._subtract(last, last))
         return initial, coefficients, remaining
 
-    def _subtract(self, vector: Tensor, rows: Tensor, *, normed: bool = True) -> tuple[Tensor, float]:
-        """One pass: the coefficients subtracted, and |vector|^2 before (zero if not `normed`)."""
-        products = _zeros(rows.shape[0] + 1)
+    def _subtract(self, last: int, count: int, *, normed: bool = True) -> Tensor:
+        """One pass over the `count` rows before row `last`.
+
+        Returns the coefficients subtracted, and |row|^2 before if `normed`: summed over ranks, and not yet read.
+        """
+        rows, row = self.basis[last - count : last], self.basis[last]
+        products = _zeros(count + normed)
         with self.agreement.local():
-            products = blocked.products(rows, vector, normed=normed)
-        products = self.agreement.sum(products)
-        part = products[:-1]
-        if self.agreement.finite:
-            with self.agreement.local():
-                vector.addmv_(rows.T, part.to(vector), alpha=-1)
-        return part, float(products[-1])
+            products = blocked.products(self.basis[last - count : last + 1], normed=normed)
+        products = self.agreement.reduce(products)
+        with self.agreement.local():  # if a sum is not finite, the row becomes so, too, and nobody uses it
+            row.addmv_(rows.T, products[:count].to(row), alpha=-1)
+        return products
 
     def _divide(self, vector: Tensor, norm: float) -> None:
         with self.agreement.local():

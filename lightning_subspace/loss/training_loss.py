@@ -32,13 +32,14 @@ from lightning_subspace.loss.served import Served
 from lightning_subspace.loss.shadow import Shadow
 from lightning_subspace.parallel.fsdp import reshard, without_fsdp
 from lightning_subspace.parallel.parameters import ParameterSpace
-from lightning_subspace.parallel.partition import SEED_STRIDE
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.state.copies import copied
 from lightning_subspace.state.rng import RandomState, preserved_random_state, seed_generators
 from lightning_subspace.state.signals import give_up_again, give_up_if_signalled, waiting_signals
 
 Mode = Literal["train", "eval"]
+
+SEED_STRIDE = 1_000_003  # keeps the draws of neighbouring seeds apart
 
 
 @dataclass(frozen=True)

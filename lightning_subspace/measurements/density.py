@@ -176,6 +176,6 @@ def spectrum_of(probe: Probe, steps: int, vectors: int, seed: int) -> Quadrature
             dtype=operator.dtype,
             device=operator.device,
             all_sum=partition.ranks.all_reduce if partition.ranks.count > 1 else None,
-            random=lambda seed, number: partition.random(seed, FIRST_VECTOR + number, operator.dtype),
+            random=lambda seed, i: partition.random(seed, FIRST_VECTOR + i, operator.dtype, operator.device),
             dimension=partition.n,
         )

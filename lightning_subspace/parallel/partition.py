@@ -16,12 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_subspace.linalg.normals import normals
 from lightning_subspace.parallel.fsdp import is_dim0_sharded, is_sharded, sharded_parameters
 from lightning_subspace.parallel.parameters import ParameterSpace, flat_values
 from lightning_subspace.parallel.ranks import Ranks
-
-BLOCK = 1 << 20  # random numbers are drawn in blocks of this length, so that no rank holds a whole vector
-SEED_STRIDE = 1_000_003  # keeps the vectors of neighbouring seeds apart
 
 
 @dataclass(frozen=True)
@@ -115,16 +113,11 @@ class Partition:
                 local[place.start : place.stop] = values if is_sharded(tensor) else values[offset : offset + len(place)]
         return local
 
-    def random(self, seed: int, number: int, dtype: torch.dtype = torch.float32) -> Tensor:  # (local_n,)
-        """This rank's part of a standard normal vector, on the CPU."""
-        # All ranks draw the whole vector, so that it is the same for any number of them.
-        generator = torch.Generator().manual_seed((seed * SEED_STRIDE + number) % 2**63)
-        local = torch.empty(self.local_n, dtype=dtype)
-        for start in range(0, self.n, BLOCK):
-            block = torch.randn(min(BLOCK, self.n - start), generator=generator, dtype=dtype)
-            for offset, place in self._overlaps(start, start + len(block)):
-                local[place.start : place.stop] = block[offset : offset + len(place)]
-        return local
+    def random(  # (local_n,)
+        self, seed: int, number: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """This rank's part of a standard normal vector; see `normals`."""
+        return normals(seed, number, self.local_ranges, dtype, device)
 
     def locate(self) -> list[tuple[str, int, range]]:
         """Local coordinates by parameter: name, offset in it, local range."""

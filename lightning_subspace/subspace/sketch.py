@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from lightning_subspace._arguments import is_integer, require_flag, require_instance, require_shape, wrong
+from lightning_subspace.linalg.normals import mixed_
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.subspace.subspace import overlap
 
@@ -154,12 +155,4 @@ def _whole(vectors: Tensor, partition: Partition) -> Tensor:
 def _words(name: str, start: int, block: Tensor) -> Tensor:
     """64 random bits a column of a block at offset `start`."""
     digest = hashlib.blake2b(name.encode(), digest_size=7).digest()  # 56 bits: adding an offset cannot overflow
-    return _mix(torch.arange(start, start + block.shape[1], device=block.device) + int.from_bytes(digest, "big"))
-
-
-def _mix(word: Tensor) -> Tensor:
-    """The finaliser of splitmix64, on int64."""
-    # int64 wraps as uint64 does; the masks make its shifts logical.
-    word = (word ^ ((word >> 30) & ((1 << 34) - 1))) * -0x40A7B892E31B1A47
-    word = (word ^ ((word >> 27) & ((1 << 37) - 1))) * -0x6B2FB644ECCEEE15
-    return word ^ ((word >> 31) & ((1 << 33) - 1))
+    return mixed_(torch.arange(start, start + block.shape[1], device=block.device) + int.from_bytes(digest, "big"))

@@ -98,7 +98,7 @@ class Solver:
                 dtype=operator.dtype,
                 device=operator.device,
                 all_sum=partition.ranks.all_reduce if partition.ranks.count > 1 else None,
-                random=partial(partition.random, dtype=operator.dtype),
+                random=partial(partition.random, dtype=operator.dtype, device=operator.device),
                 on_matvec=on_matvec,
                 dimension=partition.n,
                 max_asymmetry=operator.max_asymmetry,
@@ -106,7 +106,7 @@ class Solver:
         return Subspace.of(result, partition)
 
     def _warm_start(self, operator: Operator, vectors: Tensor) -> Tensor:
-        noise = operator.partition.random(self.seed, WARM_START, operator.dtype).to(operator.device)
+        noise = operator.partition.random(self.seed, WARM_START, operator.dtype, operator.device)
         # Rounding decides the signs of eigenvectors: taken towards the noise, they are those of any number of ranks.
         towards = inner_products(vectors, noise[None], operator.partition.ranks)[:, 0]
         total = (torch.where(towards < 0.0, -1.0, 1.0).to(vectors) @ vectors).to(noise)

@@ -1,7 +1,8 @@
 """What a probe costs, in what no machine changes: products, evaluations of the loss and sums over ranks, never seconds.
 
 The counts are upper bounds. Where a residual falls just below or just above its tolerance the rounding of a platform
-can move a single probe by one product: so bounds on one probe leave one more than was measured, and medians leave none.
+can move a single probe by one product: so bounds on one probe leave one more than was measured, and means over probes
+and random starts a few tenths.
 """
 
 import itertools
@@ -26,6 +27,7 @@ from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.subspace.solver import Solver
 
 FIRST, LAST, EVERY = 300, 500, 20
+SEEDS = range(4)  # of the solver's start
 
 
 def digits():
@@ -43,7 +45,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def products():
-    """Products of every probe from step 300 on: cold, warm from the probe before, and warm with the certificate."""
+    """Products of probes from step 300 on, by seeds: cold, warm from the one before, and warm with the certificate."""
     images, labels = digits()
     sample = sample_of_batches([(images[:1024], labels[:1024])])
     counts = {"cold": [], "warm": [], "verified": []}
@@ -51,22 +53,23 @@ def products():
         torch.manual_seed(0)
         net = network()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        previous = None
+        previous = {}
         for step in range(LAST + 1):
             if step >= FIRST - EVERY and step % EVERY == 0:
                 with TrainingLoss(net, ParameterSpace.of(net), cross_entropy) as loss:
                     hessian = Hessian(loss, sample.hessian)
-                    solver = Solver(k=10, tol=1e-3)
-                    cold = solver.solve(hessian, verify=False)
-                    assert cold.trusted
-                    if previous is not None:
-                        warm = solver.solve(hessian, start=previous, verify=False)
-                        verified = solver.solve(hessian, start=previous, verify=True)
-                        assert warm.trusted
-                        assert verified.verified
-                        for way, found in (("cold", cold), ("warm", warm), ("verified", verified)):
-                            counts[way].append(found.num_matvecs)
-                    previous = cold.basis
+                    for seed in SEEDS:
+                        solver = Solver(k=10, tol=1e-3, seed=seed)
+                        cold = solver.solve(hessian, verify=False)
+                        assert cold.trusted
+                        if seed in previous:
+                            warm = solver.solve(hessian, start=previous[seed], verify=False)
+                            verified = solver.solve(hessian, start=previous[seed], verify=True)
+                            assert warm.trusted
+                            assert verified.verified
+                            for way, found in (("cold", cold), ("warm", warm), ("verified", verified)):
+                                counts[way].append(found.num_matvecs)
+                        previous[seed] = cold.basis
             picked = torch.randint(len(labels), (64,))
             optimizer.zero_grad()
             cross_entropy(net, (images[picked], labels[picked]), 0).backward()
@@ -74,9 +77,9 @@ def products():
     return counts
 
 
-@pytest.mark.parametrize(("way", "median", "most"), [("warm", 16, 19), ("verified", 25, 28), ("cold", 20, 24)])
-def test_products_of_a_probe_on_digits(products, way, median, most):
-    assert statistics.median(products[way]) <= median
+@pytest.mark.parametrize(("way", "mean", "most"), [("warm", 17.0, 19), ("verified", 26.0, 31), ("cold", 20.5, 28)])
+def test_products_of_a_probe_on_digits(products, way, mean, most):
+    assert statistics.mean(products[way]) <= mean
     assert max(products[way]) <= most
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lightning_subspace import measure_subspace
 from lightning_subspace.curvature import CurvatureConfig, GaussNewton, Hessian
 from lightning_subspace.curvature import joining as room
+from lightning_subspace.curvature.graph_memory import Footprint
 from lightning_subspace.curvature.joining import Joined, JoinError, joined_operator
 from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss.training_loss import TrainingLoss
@@ -209,7 +210,7 @@ def test_what_is_no_mean_over_examples_is_refused_and_measured_as_before(case):
     choice = joins.begin(CurvatureConfig(loss_fn, dtype="float64"), module, sample, partition)
     assert joins.remark.startswith(f"micro-batches not joined: {reason}")
     with choice.loss(module, partition.space) as loss:
-        assert type(joins.operator(choice)(loss, sample, partition)) is Hessian
+        assert type(joins.operator(choice, Footprint())(loss, sample, partition)) is Hessian
 
 
 def test_numbers_of_tokens_as_weights_make_a_mean():

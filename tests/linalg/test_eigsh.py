@@ -1,6 +1,7 @@
 """What eigsh promises, against dense oracles."""
 
 import math
+from typing import Any
 
 import pytest
 import scipy.sparse.linalg
@@ -128,8 +129,8 @@ def test_record_describes_the_answer() -> None:
 def test_space_is_accurate_where_the_gap_is_small() -> None:
     eigenvalues = torch.cat([torch.tensor([1.0, 0.5, 0.3, 0.29]), 0.2 * uniform(N, 0).float()]).double()
     operator = Operator(eigenvalues)
-    loose = eigsh(operator, operator.n, 3, subspace_tol=None, dtype=torch.float64)
-    tight = eigsh(operator, operator.n, 3, dtype=torch.float64)
+    loose = eigsh(operator, operator.n, 3, subspace_tol=None, seed=1, dtype=torch.float64)
+    tight = eigsh(operator, operator.n, 3, seed=1, dtype=torch.float64)
     assert tight.subspace_error <= 0.035
     assert tight.subspace_error < loose.subspace_error
     assert tight.num_matvecs <= loose.num_matvecs + 5
@@ -267,9 +268,10 @@ def test_budget_that_is_too_small_is_an_outcome(budget: int) -> None:
 @pytest.mark.parametrize("ncv", [None, 15])
 def test_budget_that_ends_in_a_verification_leaves_the_converged_pairs(ncv: int | None) -> None:
     operator = Operator(spectra(N)["power law"])
-    plain = eigsh(operator, N, 10, verify="never", ncv=ncv, dtype=torch.float64)
+    arguments: dict[str, Any] = {"seed": 4, "ncv": ncv, "dtype": torch.float64}
+    plain = eigsh(operator, N, 10, verify="never", **arguments)
     for extra in range(3):
-        result = eigsh(operator, N, 10, max_matvecs=plain.num_matvecs + extra, ncv=ncv, dtype=torch.float64)
+        result = eigsh(operator, N, 10, max_matvecs=plain.num_matvecs + extra, **arguments)
         assert result.outcome is Outcome.CONVERGED
         assert not result.verified
         torch.testing.assert_close(result.eigenvalues, plain.eigenvalues)
@@ -376,12 +378,12 @@ def test_outcomes_are_sentences(outcome: Outcome) -> None:
 
 
 PINNED = {
-    ("power law", "LA"): [28, 29, 34],
-    ("outliers", "LA"): [17, 17, 19],
-    ("indefinite", "LA"): [26, 26, 29],
-    ("indefinite", "BE"): [36, 33, 32],
-    ("indefinite", "LM"): [31, 31, 30],
-    ("heavy tail", "LA"): [44, 35, 37],
+    ("power law", "LA"): [30, 30, 32],
+    ("outliers", "LA"): [17, 17, 18],
+    ("indefinite", "LA"): [27, 28, 28],
+    ("indefinite", "BE"): [34, 33, 32],
+    ("indefinite", "LM"): [31, 31, 31],
+    ("heavy tail", "LA"): [37, 38, 37],
     ("softmax model", "LA"): [32, 32, 32],
 }
 

@@ -221,7 +221,7 @@ def test_one_reduction_for_each_pass() -> None:
     sizes.clear()
     for m in range(1, 9):
         lanczos.expand()
-        assert sizes == [min(m, 2) + 1, m + 1]  # first the vectors that the image is coupled to, then all
+        assert sizes == [min(m, 2), m + 1]  # first the vectors that the image is coupled to, then all
         sizes.clear()
 
 

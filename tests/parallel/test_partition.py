@@ -10,9 +10,9 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_subspace.parallel import partition as partition_module
+from lightning_subspace.linalg import normals
 from lightning_subspace.parallel.parameters import ParameterSpace
-from lightning_subspace.parallel.partition import BLOCK, Partition, VectorBuffers
+from lightning_subspace.parallel.partition import Partition, VectorBuffers
 from lightning_subspace.parallel.ranks import Ranks
 from tests.processes import run
 
@@ -161,9 +161,9 @@ def test_whole_vectors_and_dealt_ones_agree(partitions, seed):
     space = partitions[0].space
     wholes = vectors(len(partitions), space.n, seed)
 
-    for block in (3, BLOCK):
-        with mock.patch.object(partition_module, "BLOCK", block):
-            check(partitions, wholes)
+    check(partitions, wholes)
+    with mock.patch.object(normals, "_BLOCK", 3):
+        check(partitions, wholes)
 
 
 @given(worlds())
@@ -257,15 +257,15 @@ def test_flatten_refuses_what_has_another_shape():
             partition.flatten(wrong, torch.zeros(1))
 
 
-def test_random_numbers_beyond_a_block_are_the_same_for_any_number_of_ranks():
-    space = ParameterSpace(("p",), (torch.Size([BLOCK + 7]),))
+def test_random_numbers_are_the_same_for_any_number_of_ranks():
+    n = 100_003
+    space = ParameterSpace(("p",), (torch.Size([n]),))
     whole = Partition.even(space).random(1, 2)
     for count in (2, 3):
         parts = [Partition.even(space, FakeRanks(rank, count, {})).random(1, 2) for rank in range(count)]
         assert torch.equal(torch.cat(parts), whole)
-    assert not torch.equal(whole[:7], whole[BLOCK:])
-    assert abs(float(whole.mean())) < 5 / BLOCK**0.5
-    assert abs(float(whole.var()) - 1) < 10 / BLOCK**0.5
+    assert abs(float(whole.mean())) < 5 / n**0.5
+    assert abs(float(whole.var()) - 1) < 10 / n**0.5
 
 
 def test_random_vectors_of_different_seeds_and_numbers_differ_and_disturb_nothing():

@@ -19,6 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_p
 MONITOR, PROJECTION = "SubspaceMonitor{'name': 'subspace'}", "SubspaceProjection{'name': 'projection'}"
 # Numbers of the solver that depend on where it starts: a resumed run with sketches for a basis starts cold.
 SOLVER = "solver/"
+# The value behind the k-th is left out where it is not known to 5 %, which depends on that start, too; and the largest
+# ratio of two values is one of those that are there.
+BEHIND, OF_IT = "eigenvalues/03", ("eigenvalues/03", "gap_index")
 ERRORS = {6: {"overlap": 1e-3, "fraction": 1e-3}, 400: {"overlap": 0.04, "fraction": 0.02}}
 
 
@@ -34,10 +37,10 @@ def test_a_stored_checkpoint_is_resumed_as_on_the_day_it_was_written(width):
     rows = [{key: value for key, value in row.items() if math.isfinite(value)} for row in monitor.to_rows()]
     assert [row["step"] for row in rows] == [row["step"] for row in expected["rows"]] == [0, 3, 6, 9, 10]
     for found, then in zip(rows, expected["rows"], strict=True):
-        later = {"sample_loss", "training_loss"}  # keys that came after that day
-        assert {key for key in found if SOLVER not in key} - later == {key for key in then if SOLVER not in key}
+        later = {"sample_loss", "training_loss", BEHIND}  # keys that came after that day
+        assert {key for key in found if SOLVER not in key} - later == {key for key in then if SOLVER not in key} - later
         for key, value in then.items():
-            if SOLVER not in key:
+            if SOLVER not in key and (key not in OF_IT or (BEHIND in found) is (BEHIND in then)):
                 # .0085 is the standard deviation of an estimate with k = 2, .02 the error that is claimed of a space
                 kind = next((kind for kind in ERRORS[width] if kind in key), "")
                 error = ERRORS[width].get(kind, 1e-4)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_subspace.linalg.normals import mixed_
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.subspace import sketch as sketch_module
@@ -75,7 +76,7 @@ def cells_and_signs(name, n, table):
 
 def test_the_mixer_is_splitmix64():
     values = [0, 1, -1, 2**40 + 7, -(2**63), 2**63 - 1]
-    mixed = sketch_module._mix(torch.tensor(values)).tolist()
+    mixed = mixed_(torch.tensor(values)).tolist()
     assert [m % 2**64 for m in mixed] == [splitmix64(v) for v in values]
 
 

@@ -193,7 +193,7 @@ def test_a_monitor_of_no_space_writes_its_numbers(tmp_path):
     assert not {"eigenvalues", "trusted", "overlaps"} & found[0].keys()
 
 
-def test_an_entry_of_ten_eigenvalues_is_at_most_two_kilobytes(tmp_path):
+def test_an_entry_of_ten_eigenvalues_is_at_most_two_kilobytes(tmp_path, logged):
     monitor = SubspaceMonitor(k=10, every_n_steps=1, max_overhead=None)
     fit(tmp_path, monitor, steps=4)
     state = decode(monitor.state_dict())
@@ -202,7 +202,9 @@ def test_an_entry_of_ten_eigenvalues_is_at_most_two_kilobytes(tmp_path):
         state.overlaps.add(step, next(iter(state.overlaps.sketches.values())))
     last = state.overlaps.steps[-1]
     state.overlaps.pairs = dict.fromkeys(state.overlaps.pairs, 0.12344)
-    record = replace(monitor.history[1], step=last)
+    # Whether ten are a space of this net is another question: a record that leaves nothing out is the longest.
+    fine = next(record for record in monitor.history if record.subspace.trusted)
+    record = replace(fine, step=last)
     written = entries(tmp_path)
     beside = {key: written[1][key] for key in ("lr", "threshold")}
     entry = tab_entry(record, state.overlaps, **beside, passed_over=123_456)

@@ -24,6 +24,7 @@ __all__ = [
     "DispatchMode",
     "base_of",
     "default_type_of_thread",
+    "file_writer",
     "fp32_precision",
     "gradient_hook",
     "is_asked_for",
@@ -203,6 +204,14 @@ _lock, _uses, _get_default_dtype = Lock(), 0, torch.get_default_dtype
 
 def _type_of_thread() -> torch.dtype:
     return torch.empty(0, device="cpu").dtype
+
+
+def file_writer(writer: Any) -> Any:
+    """The writer of event files beneath a `SummaryWriter`.
+
+    It takes summaries that none of the public methods makes.
+    """
+    return writer._get_file_writer()
 
 
 def is_operator(function: Any) -> bool:

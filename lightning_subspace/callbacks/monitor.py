@@ -42,7 +42,6 @@ from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss.training_loss import Mode
 from lightning_subspace.measurements import Measurement
 from lightning_subspace.probe.arguments import (
-    require_flag,
     require_name,
     require_number,
     require_steps,
@@ -53,7 +52,7 @@ from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.schedule import Schedule
 from lightning_subspace.probe.settings import ProbeSettings, require_sizes
 from lightning_subspace.probe.verification import Verify
-from lightning_subspace.report import Publisher, add_layout
+from lightning_subspace.report import Publisher
 from lightning_subspace.report.loggers import LogLevel
 from lightning_subspace.subspace.record import Record
 
@@ -103,7 +102,6 @@ class SubspaceMonitor(Measured):
             trains is no gradient. Where they cannot be checked, "raise" raises, and the others warn.
         measurements: more measurements, beside the default ones.
         log: "default" for what a person looks at, "all" for everything.
-        layout: add a page of combined charts to TensorBoard's custom scalars.
         on_failure: "warn" or "raise" when a probe fails.
         name: prefix of all keys, to be chosen where there are several monitors.
         seed: of the sample, the dropout masks and the start vectors, 0 to 2**63 - 1.
@@ -144,7 +142,6 @@ class SubspaceMonitor(Measured):
         on_check_fail: OnCheckFail = "warn",
         measurements: Sequence[Measurement] | None = None,
         log: LogLevel = "default",
-        layout: bool = False,
         on_failure: OnFailure = "warn",
         name: str = "subspace",
         seed: int = 0,
@@ -157,12 +154,10 @@ class SubspaceMonitor(Measured):
                 share = "a number between 0 and 1 or None"
                 max_overhead = require_number("max_overhead", max_overhead, share, lambda x: 0.0 < x < 1.0)
             require_word("log", log, get_args(LogLevel))
-            require_flag("layout", layout)
             require_sizes(self._settings)
             require_word("on_failure", on_failure, get_args(OnFailure))
             require_name("name", name)
         self.name = name
-        self._layout = layout
         self._schedule = Schedule(every_n_steps, max_overhead)
         self._notices = Notices(SPEAKER, on_failure)
         self._runner = ProbeRunner(self._settings, self._schedule, self._notices)
@@ -227,8 +222,6 @@ class SubspaceMonitor(Measured):
         self._probed_step = step if continues and saved is None and last == step else -1
         self._awaits_first = True
         self._runner.begin(trainer, pl_module, ranks, continues=continues, anew=saved is not None)
-        if self._layout and trainer.is_global_zero:
-            add_layout(trainer.loggers, self.name, self._settings.k)
         if saved is not None and self._runner.run is not None:
             self._resume(trainer, self._runner.run, saved, step)
         self._take_first_probe(trainer, pl_module)
@@ -285,7 +278,7 @@ class SubspaceMonitor(Measured):
                 self._recorder.close(trainer)
             self._runner.remember_end(pl_module)
         self._trained.drop()
-        self._recorder.draw(trainer)
+        self._recorder.finish(trainer)
         self._runner.end(trainer)
         self._schedule.end()
         if (schedule := self._schedule).misses_what_was_asked:

@@ -27,10 +27,12 @@ class Notices:
         self.speaker = speaker
         self._on_failure = on_failure
         self._told: set[str] = set()
+        self.last_failure: str | None = None  # its exception and text, until the next one or a new run
 
     def begin(self) -> None:
         """A new run begins."""
         self._told.clear()
+        self.last_failure = None
 
     def is_new(self, cause: str) -> bool:
         """Whether nothing has been told of it in this run."""
@@ -65,7 +67,7 @@ class Notices:
             finally:
                 del error  # its traceback refers to this frame
         free_frames(error)
-        cause = ranks.describe(error)
+        cause = self.last_failure = ranks.describe(error)
         self.warn_once(cause, f"{what}, training goes on. {cause} (on_failure='raise' shows where.)")
 
     def is_of_signal(self, step: int, error: Exception, ranks: Ranks) -> bool:

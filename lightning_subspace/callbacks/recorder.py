@@ -15,6 +15,7 @@ from lightning_subspace._lightning import Trainer
 from lightning_subspace.callbacks.keeper import Keeper
 from lightning_subspace.callbacks.loss_comparison import LossComparison
 from lightning_subspace.callbacks.runner import ProbeRunner
+from lightning_subspace.callbacks.tab_log import TabLog
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.measurements.base import Prospect
 from lightning_subspace.probe.forecast import Forecast
@@ -44,6 +45,7 @@ class Recorder:
         self.losses = LossComparison(runner)
         self.keeper = Keeper(runner.settings, runner.notices)
         self._has_closed = False  # a record of this fit; one without has no figures to draw
+        self._tab = TabLog(runner, publisher)
         self._runner = runner
         self._publisher = publisher
         self._name = name
@@ -53,11 +55,14 @@ class Recorder:
         """Probe and open a record, on all ranks or on none."""
         ranks, schedule = self._runner.ranks, self._runner.schedule
         moved = ranks.bytes_moved
+        self._runner.notices.last_failure = None
+        self._tab.open(trainer)
         with schedule.probing(), ProgressLine(trainer) as line:
             opened = self._runner.probe(
                 module, step, lambda run, sample: self._measure(run, trainer, module, sample, step, line)
             )
         if opened is None:
+            self._tab.fail(trainer, step)
             return
         costs = {"solver/seconds": schedule.last_seconds, "solver/overhead": schedule.overhead}
         if ranks.count > 1:
@@ -106,6 +111,7 @@ class Recorder:
                 record = run.close(opened)
             self._publisher.update_callback_metrics(trainer, record)
             self._publisher.log(trainer, record)
+            self._tab.close(trainer, run, record)
         self._has_closed = True
         count = len(run.history)
         if count & (count - 1) == 0:  # 1, 2, 4, 8, ...: TensorBoard keeps ten images a tag
@@ -118,6 +124,13 @@ class Recorder:
             with self._runner.schedule.aside():
                 self._publisher.draw(trainer, run.history, run.overlaps)
 
+    def finish(self, trainer: Trainer) -> None:
+        """Log the figures of the whole run, and its file."""
+        self.draw(trainer)
+        run = self._runner.run
+        if run is not None and self._has_closed:
+            self._publisher.keep(trainer, run.history, run.overlaps)
+
     def begin(self, *, goes_on: bool) -> None:
         """Another fit begins: forget the open record.
 
@@ -126,6 +139,7 @@ class Recorder:
         """
         self.open, self._has_closed = None, False
         self.losses.begin()
+        self._tab.begin()
         self.keeper.begin(goes_on=goes_on)
 
     def __getstate__(self) -> dict[str, Any]:

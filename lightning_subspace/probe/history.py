@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
 from lightning_subspace.probe.arguments import require_instance
-from lightning_subspace.probe.checkpoint import decode
+from lightning_subspace.probe.checkpoint import RunState, decode
 from lightning_subspace.probe.entries import CheckpointError, Entries
 from lightning_subspace.subspace.record import Record
 
@@ -37,6 +38,27 @@ def read_history(path: str | os.PathLike[str], name: str | None = None) -> list[
     """
     require_instance("path", path, (str, os.PathLike), "the path of a checkpoint")
     require_instance("name", name, str, "the name of a monitor or None", optional=True)
+    found = _saved(path)
+    if name is None and len(found) == 1:
+        name = next(iter(found))
+    if name not in found:
+        names = ", ".join(map(repr, found)) or "none"
+        raise CheckpointError(f"name: expected a monitor of the checkpoint, got {name!r}; it has {names}")
+    return list(decode(found[name]).records)
+
+
+def read_states(path: str | os.PathLike[str]) -> dict[str, RunState]:
+    """The runs of all monitors in a checkpoint, by their names.
+
+    Raises:
+        CheckpointError: for a damaged state, or a file that is no checkpoint.
+        OSError: when there is no such file.
+    """
+    return {name: decode(state) for name, state in _saved(path).items()}
+
+
+def _saved(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """States of monitors as they are in a checkpoint, by their names."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -49,14 +71,8 @@ def read_history(path: str | os.PathLike[str], name: str | None = None) -> list[
     saved = Entries(loaded, "checkpoint")
     states = saved.below("callbacks").values if "callbacks" in saved else {}
     prefix, suffix = "SubspaceMonitor{'name': ", "}"  # as Lightning makes the key of a state
-    found = {
+    return {
         key.removeprefix(prefix).removesuffix(suffix)[1:-1]: state
         for key, state in states.items()
         if str(key).startswith(prefix)
     }
-    if name is None and len(found) == 1:
-        name = next(iter(found))
-    if name not in found:
-        names = ", ".join(map(repr, found)) or "none"
-        raise CheckpointError(f"name: expected a monitor of the checkpoint, got {name!r}; it has {names}")
-    return list(decode(found[name]).records)

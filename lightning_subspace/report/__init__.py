@@ -1,4 +1,4 @@
-"""Output of a run: scalars, figures, a TensorBoard page, progress.
+"""Output of a run: scalars, entries for the tab, figures, progress.
 
 Everything here runs on rank 0 alone and only writes; no failure reaches the training. The figures are loaded on first
 use, since matplotlib takes a while to import.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_subspace.report.layout import add_layout as add_layout
 from lightning_subspace.report.loggers import Reporter as Reporter
 from lightning_subspace.report.loggers import logged_name as logged_name
 from lightning_subspace.report.loggers import select as select

@@ -1,6 +1,6 @@
-"""Scalars, histograms and figures to any Lightning logger.
+"""Scalars, histograms, figures and files to any Lightning logger.
 
-Scalars go to every logger through `log_metrics`. Histograms and figures have no common interface: each known logger has
+Scalars go to every logger through `log_metrics`. Everything else has no common interface: each known logger has
 a row in a table, found by the *names* of the logger's classes, so that nothing here imports wandb, MLflow or Comet, and
 loggers of `lightning` and `pytorch_lightning` look alike. An unknown logger gets the scalars alone.
 
@@ -19,9 +19,12 @@ import torch
 from torch import Tensor
 
 from lightning_subspace._arguments import require_instance, require_word
+from lightning_subspace._torch import file_writer
 from lightning_subspace.parallel.ranks import in_words
 from lightning_subspace.report.guard import Guard
 from lightning_subspace.state.notice import warn
+from lightning_subspace.tensorboard_tab.schema import tag_of
+from lightning_subspace.tensorboard_tab.summary import summary_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,18 +123,41 @@ class Reporter:
             if len(values):
                 self._send(_HISTOGRAMS, loggers, tag, values, step, f"the histogram {tag}")
 
+    def tab(self, loggers: Iterable[Any], name: str, text: str, step: int) -> None:
+        """Write an entry for the tab, where a logger is TensorBoard's."""
+        with self._guard.of("an entry for the tab of TensorBoard was lost"):
+            self._send(_TABS, loggers, tag_of(name), text, step, "an entry for TensorBoard's tab")
+
     def figure(self, loggers: Iterable[Any], tag: str, figure: Figure, step: int) -> None:
         """Log a matplotlib figure, where a logger can; it is left open."""
         with self._guard.of(f"the figure {tag} was lost"):
             self._send(_FIGURES, loggers, tag, figure, step, f"the figure {tag}")
 
+    def file(self, loggers: Iterable[Any], name: str, text: str, step: int) -> None:
+        """Keep a text as a file, where a logger keeps files."""
+        with self._guard.of(f"the file {name} was lost"):
+            self._send(_FILES, loggers, name, text, step, f"the file {name}")
+
+    @staticmethod
+    def takes_entries(loggers: Iterable[Any]) -> bool:
+        """Whether any of these loggers is TensorBoard's."""
+        return any(_row(_TABS, logger) is not None for logger in loggers)
+
+    @staticmethod
+    def takes_figures(loggers: Iterable[Any]) -> bool:
+        """Whether any of these loggers has a place for figures."""
+        return any(_row(_FIGURES, logger) is not None for logger in loggers)
+
+    @staticmethod
+    def takes_files(loggers: Iterable[Any]) -> bool:
+        """Whether any of these loggers keeps files."""
+        return any(_row(_FILES, logger) is not None for logger in loggers)
+
     def _send(
         self, senders: Mapping[str, _Sender], loggers: Iterable[Any], tag: str, value: Any, step: int, lost: str
     ) -> None:
         for logger in loggers:
-            names = [base.__name__ for base in type(logger).__mro__]  # the most derived class first
-            send = next((senders[name] for name in names if name in senders), None)
-            if send is not None:
+            if (send := _row(senders, logger)) is not None:
                 self._attempt(logger, send, tag, value, step=step, lost=lost)
 
     def _attempt(self, logger: Any, send: Callable[..., None], *values: Any, step: int, lost: str) -> None:
@@ -149,6 +175,12 @@ class Reporter:
             )
 
 
+def _row(senders: Mapping[str, _Sender], logger: Any) -> _Sender | None:
+    """Row of a logger in a table, by its most derived class."""
+    names = [base.__name__ for base in type(logger).__mro__]
+    return next((senders[name] for name in names if name in senders), None)
+
+
 def _log_scalars(logger: Any, metrics: Mapping[str, float], step: int) -> None:
     # A dict for each, since loggers add keys to the one they are given.
     logger.log_metrics(dict(metrics), step=step)
@@ -159,18 +191,28 @@ def _numbered(tag: str, step: int, suffix: str) -> str:
     return f"{tag}_{step:06d}.{suffix}"
 
 
-def _save_beside_csv(logger: Any, tag: str, figure: Figure, step: int) -> None:
+def _folder_of_csv(logger: Any, name: str = "") -> Path:
     # The experiment claims the folder when it is made, and warns about one that is not empty: it has to come first.
     _ = logger.experiment
-    folder = Path(logger.log_dir) / "figures"
+    folder = Path(logger.log_dir) / name
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / _numbered(tag.replace("/", "_"), step, "png"))
+    return folder
+
+
+def _save_beside_csv(logger: Any, tag: str, figure: Figure, step: int) -> None:
+    figure.savefig(_folder_of_csv(logger, "figures") / _numbered(tag.replace("/", "_"), step, "png"))
+
+
+def _keep_in_wandb(logger: Any, name: str, text: str, step: int) -> None:
+    artifact = importlib.import_module("wandb").Artifact(name.removesuffix(".json"), type="subspace")
+    with artifact.new_file(name) as file:
+        file.write(text)
+    logger.experiment.log_artifact(artifact)
 
 
 _Sender: TypeAlias = Callable[[Any, str, Any, int], None]  # logger, tag, value, step
 
 _HISTOGRAMS: Mapping[str, _Sender] = {
-    "TensorBoardLogger": lambda logger, tag, values, step: logger.experiment.add_histogram(tag, values.numpy(), step),
     # The user's logger has imported wandb already.
     "WandbLogger": lambda logger, tag, values, step: logger.log_metrics(
         {tag: importlib.import_module("wandb").Histogram(values.numpy())}, step=step
@@ -184,8 +226,15 @@ _HISTOGRAMS: Mapping[str, _Sender] = {
     ),
 }
 
+
+def _add_summary(logger: Any, tag: str, text: str, step: int) -> None:
+    # What the writer's own methods end in; none of them takes a string tensor with metadata.
+    file_writer(logger.experiment).add_summary(summary_of(text, tag), step)
+
+
+_TABS: Mapping[str, _Sender] = {"TensorBoardLogger": _add_summary}
+
 _FIGURES: Mapping[str, _Sender] = {
-    "TensorBoardLogger": lambda logger, tag, figure, step: logger.experiment.add_figure(tag, figure, step, close=False),
     "WandbLogger": lambda logger, tag, figure, step: logger.log_image(tag, [figure], step=step),
     "MLFlowLogger": lambda logger, tag, figure, step: logger.experiment.log_figure(
         logger.run_id, figure, _numbered(tag, step, "png")
@@ -195,3 +244,14 @@ _FIGURES: Mapping[str, _Sender] = {
     ),
     "CSVLogger": _save_beside_csv,
 }
+
+_FILES: Mapping[str, _Sender] = {
+    "WandbLogger": _keep_in_wandb,
+    "MLFlowLogger": lambda logger, name, text, step: logger.experiment.log_text(logger.run_id, text, name),
+    "CometLogger": lambda logger, name, text, step: logger.experiment.log_asset_data(text, name=name, step=step),
+    "CSVLogger": lambda logger, name, text, step: _write(_folder_of_csv(logger) / name, text),
+}
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")

@@ -1,14 +1,16 @@
-"""Output of a monitor for each record: scalars, callback metrics, histogram, figures."""
+"""Output of a monitor, to a trainer and to its loggers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import TYPE_CHECKING, Any
 
 from lightning_subspace.report.guard import Guard
 from lightning_subspace.report.loggers import LogLevel, Reporter, logged_name, select
+from lightning_subspace.report.tab_entry import tab_entry
 from lightning_subspace.subspace.overlap_history import OverlapHistory
 from lightning_subspace.subspace.record import Record
+from lightning_subspace.tensorboard_tab.schema import tag_of, to_json
 
 if TYPE_CHECKING:
     from lightning_subspace._lightning import Trainer
@@ -52,10 +54,17 @@ class Publisher:
             if len(values := record.subspace.eigenvalues[record.subspace.known]):
                 self._reporter.histogram(trainer.loggers, f"{self._name}/eigenvalues", values, record.step)
 
+    def tell(self, trainer: Trainer, make: Callable[[], Mapping[str, Any]]) -> None:
+        """Write an entry for the tab, made where a logger takes it."""
+        with self._guard.of("an entry for the tab of TensorBoard was lost"):
+            if trainer.is_global_zero and self._reporter.takes_entries(trainer.loggers):
+                entry = make()
+                self._reporter.tab(trainer.loggers, self._name, to_json(entry), entry["step"])
+
     def draw(self, trainer: Trainer, history: Sequence[Record], overlaps: OverlapHistory) -> None:
         """Log figures of the last spectrum, once, and the overlaps."""
         with self._guard.of("the figures could not be drawn"):
-            if not trainer.is_global_zero or not trainer.loggers:
+            if not trainer.is_global_zero or not self._reporter.takes_figures(trainer.loggers):
                 return
             last = next((r for r in reversed(history) if r.subspace is not None and r.subspace.converged), None)
             if last is None or last is self._drawn:
@@ -68,3 +77,15 @@ class Publisher:
             if len(steps) > 1:
                 figure = overlap_figure(steps, matrix, overlaps.error)
                 self._reporter.figure(trainer.loggers, f"{self._name}/overlaps", figure, step)
+
+    def keep(self, trainer: Trainer, history: Sequence[Record], overlaps: OverlapHistory) -> None:
+        """Hand all entries to loggers that keep files.
+
+        `lightning_subspace.view` reads them.
+        """
+        with self._guard.of("the file of all probes was lost"):
+            if not history or not trainer.is_global_zero or not self._reporter.takes_files(trainer.loggers):
+                return
+            entries = ",".join(to_json(tab_entry(record, overlaps)) for record in history)
+            text = f'{{"{self._name}":{{"{tag_of(self._name)}":[{entries}]}}}}'
+            self._reporter.file(trainer.loggers, f"{self._name}_probes.json", text, history[-1].step)

@@ -78,6 +78,13 @@ class OverlapHistory:
         np.fill_diagonal(matrix, 1.0)
         return self.steps, matrix
 
+    def row(self, step: int) -> dict[int, float]:
+        """The overlaps of one held step with the others, by their steps."""
+        if step not in self.sketches:
+            return {}
+        pairs = {other: self.pairs.get(_pair(other, step)) for other in self.sketches if other != step}
+        return {other: value for other, value in pairs.items() if value is not None}
+
     @property
     def error(self) -> float | None:
         """Largest standard deviation of an entry; None where all are exact."""

@@ -27,6 +27,7 @@ BENCHMARKS = {
     "overhead": "overhead --ranks 1",
     "overhead, two ranks": "overhead --ranks 2",
     "sample_size": "sample_size",
+    "tab": "tab",
     "big": "big --out {out}/big.json",
 }
 

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import json
 import logging
 import pickle
 import re
@@ -200,26 +201,41 @@ def test_a_measurement_declares_which_of_its_keys_are_extra(tmp_path, options, i
     assert all(record.metrics["aside"] == 2.0 for record in monitor.history)
 
 
-def test_histograms_at_every_probe_and_figures_at_probes_1_2_4_8_and_at_the_end(tmp_path):
+def pictures(folder):
+    return sorted(file.stem for file in (folder / "lightning_logs/version_0/figures").iterdir())
+
+
+def test_figures_at_probes_1_2_4_8_and_at_the_end(tmp_path):
+    fit(probing(1), logger=CSVLogger(tmp_path), max_steps=10)
+    spectra = [f"subspace_spectrum_{step:06d}" for step in (0, 1, 3, 7, 10)]
+    assert pictures(tmp_path) == [*(f"subspace_overlaps_{step:06d}" for step in (1, 3, 7, 10)), *spectra]
+
+
+def test_tensorboard_gets_an_entry_a_probe_and_no_pictures(tmp_path):
+    fit(probing(1), logger=TensorBoardLogger(tmp_path), max_steps=10)
+    tags = read_events(tmp_path / "lightning_logs/version_0").Tags()
+    assert tags["tensors"] == ["subspace/probes"]
+    assert tags["images"] == tags["histograms"] == []
+
+
+def test_other_loggers_keep_all_entries_in_a_file_at_the_end(tmp_path):
     monitor = probing(1)
-    fit(monitor, logger=TensorBoardLogger(tmp_path), max_steps=10)
-    events = read_events(tmp_path / "lightning_logs/version_0")
-    assert [e.step for e in events.Histograms("subspace/eigenvalues")] == list(range(11))
-    assert [e.step for e in events.Images("subspace/spectrum")] == [0, 1, 3, 7, 10]
-    assert [e.step for e in events.Images("subspace/overlaps")] == [1, 3, 7, 10]
-    assert "custom_scalars__config__" not in events.Tags()["tensors"]
+    fit(monitor, logger=CSVLogger(tmp_path), max_steps=10)
+    kept = json.loads((tmp_path / "lightning_logs/version_0/subspace_probes.json").read_text())
+    probes = kept["subspace"]["subspace/probes"]
+    assert [probe["step"] for probe in probes] == list(range(11))
+    for probe, record in zip(probes, monitor.history, strict=True):
+        assert probe["metrics"] == pytest.approx(
+            {key: value for key, value in record.metrics.items() if not key.startswith("eigenvalues/")}, rel=1e-5
+        )
 
 
 def test_a_figure_is_not_drawn_twice_when_the_run_ends_at_a_power_of_two(tmp_path):
     monitor = probing(1)
-    fit(monitor, logger=TensorBoardLogger(tmp_path), max_steps=3)
-    events = read_events(tmp_path / "lightning_logs/version_0")
-    assert [e.step for e in events.Images("subspace/spectrum")] == [0, 1, 3]
-
-
-def test_the_layout_is_written_on_request(tmp_path):
-    fit(probing(layout=True), logger=TensorBoardLogger(tmp_path), max_steps=1)
-    assert "custom_scalars__config__" in read_events(tmp_path / "lightning_logs/version_0").Tags()["tensors"]
+    fit(monitor, logger=CSVLogger(tmp_path), max_steps=3)
+    assert [name for name in pictures(tmp_path) if "spectrum" in name] == [
+        f"subspace_spectrum_{step:06d}" for step in (0, 1, 3)
+    ]
 
 
 class ThrowingLogger(TensorBoardLogger):
@@ -697,7 +713,7 @@ def test_a_time_limit_ends_a_run_with_a_last_probe():
 
 
 def test_a_fast_development_run_works():
-    monitor = probing(layout=True)
+    monitor = probing()
     trainer = make(monitor, fast_dev_run=True)
     trainer.fit(net(Validated), data(), data())
     assert steps(monitor) == [0, 1]

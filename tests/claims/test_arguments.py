@@ -61,7 +61,7 @@ NOW = 1_764_130_000_000_000_000  # as `time.time_ns` gives
 
 # Names without a row, and why.
 MADE_HERE = {"EigshResult", "Estimate", "Probe", "Prospect", "Quadrature", "SpectralDensity", "Subspace"}  # only read
-DRIVEN = {"Publisher", "ProgressLine", "Reporter", "add_layout"}  # called by the callbacks alone, and never raise
+DRIVEN = {"Publisher", "ProgressLine", "Reporter"}  # called by the callbacks alone, and never raise
 # What the package calls, and users override or leave alone.
 CALLED = {"after_step", "expected_products", "is_due", "measure", "record_at", "refusal", "should_measure"}
 UNCHECKED = {"kwargs", "ranks"}  # torchmetrics checks its own; a process group is made by the package
@@ -216,7 +216,6 @@ TABLE = {
         reference_step=integers(0, none=True),
         measurements=[*LISTS, [SAME, SAME]],
         log=WORDS,
-        layout=FLAGS,
         **SETTINGS,
     ),
     "SubspaceProjection": callback(

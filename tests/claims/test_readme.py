@@ -25,6 +25,7 @@ FOLDERS = ("lightning_subspace", "tests", "examples")
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in [README, *sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("README.md"))]
+    if "node_modules" not in path.parts
 }
 CI = (ROOT / ".ci" / "run").read_text()
 MOST_LINES = 200

@@ -119,7 +119,7 @@ def test_whatever_the_sample_the_mode_and_the_accumulation(name, size, accumulat
 
 
 def test_figures_and_all_measurements_change_nothing(alone, tmp_path):
-    callback = monitor(log="all", reference_step=4, layout=True)
+    callback = monitor(log="all", reference_step=4)
     assert differences(alone("Metrics"), watched("Metrics", tmp_path, callback)) == []
 
 

@@ -48,17 +48,17 @@ def many(monkeypatch):
     monitor = SubspaceMonitor(k=K, every_n_steps=1, max_overhead=None, loss_fn=lambda m, b, i: m(b).sum(), log="all")
     logged = SimpleNamespace(scalars=0, histograms=0, figures=[])
 
-    class TensorBoardLogger:
+    class CometLogger:
         experiment = SimpleNamespace(
-            add_histogram=lambda tag, values, step: setattr(logged, "histograms", logged.histograms + 1),
-            add_figure=lambda tag, figure, step, close: logged.figures.append((tag, step)),
+            log_histogram_3d=lambda values, name, step: setattr(logged, "histograms", logged.histograms + 1),
+            log_figure=lambda figure_name, figure, step: logged.figures.append((figure_name, step)),
         )
 
         def log_metrics(self, metrics, step):
             logged.scalars += len(metrics)
 
     trainer = SimpleNamespace(
-        is_global_zero=True, loggers=[TensorBoardLogger()], callback_metrics={}, optimizers=[], lightning_module=module,
+        is_global_zero=True, loggers=[CometLogger()], callback_metrics={}, optimizers=[], lightning_module=module,
         progress_bar_callback=None, accumulate_grad_batches=1,
     )  # fmt: skip
     sample = sample_of_batches([torch.ones(2, 2)])

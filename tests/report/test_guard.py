@@ -12,7 +12,6 @@ import torch
 from lightning_subspace.linalg import Outcome
 from lightning_subspace.report import Publisher, Reporter, figures
 from lightning_subspace.report.guard import Guard
-from lightning_subspace.report.layout import add_layout
 from lightning_subspace.subspace.overlap_history import OverlapHistory
 from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.sketch import Sketch
@@ -44,17 +43,15 @@ def overlaps():
     return history
 
 
-class TensorBoardLogger:
+class CometLogger:
     """Fails at one place, or nowhere."""
 
     def __init__(self, error=None, at=""):
         self.error, self.at, self.got = error, at, []
         self.experiment = SimpleNamespace(
-            add_histogram=lambda *args: self.take("histogram"),
-            add_figure=lambda *args, **kwargs: self.take("figure"),
-            flush=lambda: self.take("flush"),
-            get_logdir=lambda: self.take("logdir") or "nowhere",
-            add_custom_scalars=lambda layout: self.take("layout"),
+            log_histogram_3d=lambda *args, **kwargs: self.take("histogram"),
+            log_figure=lambda *args, **kwargs: self.take("figure"),
+            log_asset_data=lambda *args, **kwargs: self.take("file"),
         )
 
     def take(self, what):
@@ -82,29 +79,31 @@ def publish(trainer, publisher=None):
     for record in RECORDS:
         publisher.update_callback_metrics(trainer, record)
         publisher.log(trainer, record)
+        publisher.tell(trainer, lambda step=record.step: {"step": step})
         publisher.draw(trainer, [record], overlaps())
+    publisher.keep(trainer, RECORDS, overlaps())
     return publisher
 
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("at", ["scalars", "histogram", "figure"])
+@pytest.mark.parametrize("at", ["scalars", "histogram", "figure", "file"])
 @pytest.mark.parametrize("action", ["always", "error"])
 def test_a_logger_may_raise_anything_at_any_call(at, error, action, logged):
-    bad, good = TensorBoardLogger(error, at), TensorBoardLogger()
+    bad, good = CometLogger(error, at), CometLogger()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter(action)
         publish(trainer(bad, good))
-    assert good.got == ["scalars", "histogram", "figure", "figure"] * 3
+    assert good.got == ["scalars", "histogram", "figure", "figure"] * 3 + ["file"]
     assert bad.got == [what for what in good.got if what != at]
     [text] = logged if action == "error" else [str(w.message) for w in told]
-    assert f"TensorBoardLogger raised {type(error).__name__}" in text
+    assert f"CometLogger raised {type(error).__name__}" in text
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)], ids=repr)
-@pytest.mark.parametrize("at", ["scalars", "histogram", "figure"])
+@pytest.mark.parametrize("at", ["scalars", "histogram", "figure", "file"])
 def test_what_ends_the_process_passes(at, error):
     with pytest.raises(type(error)):
-        publish(trainer(TensorBoardLogger(error, at)))
+        publish(trainer(CometLogger(error, at)))
 
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
@@ -120,7 +119,7 @@ def test_a_picture_may_fail_at_any_place(monkeypatch, place, error):
         "matplotlib": (matplotlib.figure.Figure, "add_subplot"),
     }[place]
     monkeypatch.setattr(owner, name, fail)
-    logger = TensorBoardLogger()
+    logger = CometLogger()
     with pytest.warns(UserWarning, match=f"the figures could not be drawn: {type(error).__name__}") as told:
         publish(trainer(logger))
     assert len(told) == 1  # of three records
@@ -133,20 +132,30 @@ def test_without_a_logger_no_matrix_is_built(monkeypatch):
 
 
 def test_values_for_other_callbacks_may_fail():
-    logger = TensorBoardLogger()
+    logger = CometLogger()
     with pytest.warns(UserWarning, match="ModelCheckpoint and EarlyStopping could not be set: MemoryError") as told:
         publish(trainer(logger, callback_metrics=Metrics()))
     assert len(told) == 1
     assert logger.got.count("scalars") == 3
 
 
-@pytest.mark.parametrize("at", ["flush", "logdir", "layout"])
-def test_a_layout_may_fail_with_warnings_as_errors(at, logged):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        add_layout([TensorBoardLogger(MemoryError("no room"), at)], "subspace", 3)
-    assert logged
-    assert all("the TensorBoard layout" in text for text in logged)
+class TensorBoardLogger(CometLogger):
+    """One whose event file cannot be written."""
+
+    def __init__(self, error=None):
+        super().__init__()
+        writer = SimpleNamespace(add_summary=lambda summary, step: self.take("entry"))
+        self.experiment._get_file_writer = lambda: writer
+        self.error, self.at = error, "entry"
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+def test_an_entry_for_the_tab_may_fail(error):
+    logger = TensorBoardLogger(error)
+    with pytest.warns(UserWarning, match="an entry for TensorBoard's tab") as told:
+        publish(trainer(logger))
+    assert len(told) == 1
+    assert logger.got.count("scalars") == 3
 
 
 def test_a_guard_tells_each_kind_of_failure_once_and_where_warnings_are_errors_it_is_logged(logged):
@@ -176,6 +185,6 @@ def test_a_guard_tells_each_kind_of_failure_once_and_where_warnings_are_errors_i
 
 def test_a_publisher_that_has_failed_can_be_copied():
     with pytest.warns(UserWarning, match="raised MemoryError"):
-        publisher = publish(trainer(TensorBoardLogger(MemoryError(), "scalars")))
+        publisher = publish(trainer(CometLogger(MemoryError(), "scalars")))
     publish(trainer(), pickle.loads(pickle.dumps(copy.deepcopy(publisher))))
-    Reporter().scalars([TensorBoardLogger()], {"a": float("nan")}, step=1)
+    Reporter().scalars([CometLogger()], {"a": float("nan")}, step=1)

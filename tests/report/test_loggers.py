@@ -147,18 +147,17 @@ def test_the_default_selection_says_which_probes_nobody_verified() -> None:
     assert unverified["solver/verified"] == 0.0
 
 
-def test_tensorboard_shows_scalars_histogram_and_figure(tensorboard: TensorBoardLogger, figure: Figure) -> None:
+def test_tensorboard_shows_scalars_and_entries(tensorboard: TensorBoardLogger, figure: Figure) -> None:
     reporter = Reporter()
     reporter.scalars([tensorboard], {"subspace/sharpness": 2.5}, step=3)
     reporter.histogram([tensorboard], "subspace/spectrum", torch.tensor([1.0, 2.0, float("nan")]), step=3)
     reporter.figure([tensorboard], "subspace/overlap", figure, step=3)
+    reporter.tab([tensorboard], "subspace", '{"v":1,"step":3}', step=3)
     events = read(tensorboard)
     assert [(event.step, event.value) for event in events.Scalars("subspace/sharpness")] == [(3, 2.5)]
-    (histogram,) = events.Histograms("subspace/spectrum")
-    assert (histogram.step, histogram.histogram_value.num) == (3, 2)
-    (image,) = events.Images("subspace/overlap")
-    assert image.step == 3
-    assert image.width == 2 * figure.dpi
+    (entry,) = events.Tensors("subspace/probes")
+    assert (entry.step, entry.tensor_proto.string_val) == (3, [b'{"v":1,"step":3}'])
+    assert events.Tags()["images"] == events.Tags()["histograms"] == []
 
 
 def test_csv_gets_scalars_and_image_files(tmp_path: Path, figure: Figure) -> None:

@@ -560,7 +560,7 @@ class Deciding(SubspaceMonitor):
         return reach("should_measure") or super().should_measure(step)
 
 
-class TensorBoardLogger(Logger):
+class CometLogger(Logger):
     """What of a logger's is asked for by its name."""
 
     name, version = "name", "0"
@@ -576,11 +576,14 @@ class TensorBoardLogger(Logger):
     def experiment(self) -> Any:
         return self
 
-    def add_histogram(self, *args: Any) -> None:
+    def log_histogram_3d(self, *args: Any, **kwargs: Any) -> None:
         reach("histogram")
 
-    def add_figure(self, *args: Any, **kwargs: Any) -> None:
+    def log_figure(self, *args: Any, **kwargs: Any) -> None:
         reach("figure")
+
+    def log_asset_data(self, *args: Any, **kwargs: Any) -> None:
+        reach("file")
 
 
 class Hiding(Callback):
@@ -618,7 +621,7 @@ def project(name: str, folder: Path) -> dict[str, Any]:
         "behind": [Hiding(kept, takes=False)] if name == "hidden gradient" else [],
         "options": {
             "strategy": fsdp if name == "sharded" else "ddp",
-            "logger": TensorBoardLogger() if name == "logged" else False,
+            "logger": CometLogger() if name == "logged" else False,
             "enable_checkpointing": name == "saved",
             "callbacks": [ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1)] if name == "saved" else [],
         },

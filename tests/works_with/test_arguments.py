@@ -91,7 +91,6 @@ VALID = {
     "on_check_fail": st.sampled_from(["warn", "finite-difference", "omit"]),
     "measurements": st.sampled_from([None, [Reliability(2)], [GradientCurvature()]]),
     "log": st.sampled_from(["default", "all"]),
-    "layout": st.booleans(),
     "on_failure": st.just("warn"),
     "name": st.sampled_from(["subspace", "2nd-run"]),
     "seed": st.sampled_from([0, 7]),

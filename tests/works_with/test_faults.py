@@ -336,8 +336,8 @@ def test_a_rank_without_a_gradient():
 
 
 def test_a_logger():
-    for place in ("scalars", "histogram", "figure"):
-        told = f"TensorBoardLogger raised InjectedError: at {place}"
+    for place in ("scalars", "histogram", "figure", "file"):
+        told = f"CometLogger raised InjectedError: at {place}"
         (fits,) = run_cases(cases(place, ranks=[0], project="logged"), 2).values()
         for rank, fit in enumerate(fits):
             assert (fit.changed, fit.error, fit.steps, len(fit.told)) == ([], None, [1, 2], rank == 0)

@@ -1,0 +1,84 @@
+"""Cost of an entry for the tab of TensorBoard: time and bytes a probe, written to a real event file.
+
+    python -m tests.benchmarks.tab
+
+The record is one late in a run: 64 spaces are held, and the entry has the overlaps with 63 of them. Ends in an error
+above 2,000 bytes at k = 10, or where the median time is above 1 ms, which is some times that of a quiet machine.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_subspace.linalg import Outcome
+from lightning_subspace.report.loggers import Reporter
+from lightning_subspace.report.tab_entry import tab_entry
+from lightning_subspace.subspace.overlap_history import OverlapHistory
+from lightning_subspace.subspace.record import Record
+from lightning_subspace.subspace.sketch import Sketch
+from lightning_subspace.subspace.subspace import Subspace
+from lightning_subspace.tensorboard_tab.schema import to_json
+
+PROBES = 1000
+MOST_BYTES, MOST_SECONDS = 2000, 1e-3
+KEYS = 24  # metrics of a probe with its defaults and one measurement
+
+
+def record_of(k: int, step: int) -> Record:
+    """A record with numbers of all digits."""
+    values = torch.rand(k, dtype=torch.float64).sort(descending=True).values * 20
+    space = Subspace(
+        eigenvalues=values,
+        eigenvectors=None,
+        residuals=torch.rand(k, dtype=torch.float64) * 1e-3,
+        next_eigenvalue=0.01234567,
+        error=0.01234567,
+        outcome=Outcome.CONVERGED,
+        verified=True,
+        num_matvecs=34,
+    )
+    metrics = {f"gradient_fraction_of_{i:02d}": float(torch.rand((), dtype=torch.float64)) for i in range(KEYS)}
+    return Record(step, metrics, subspace=space)
+
+
+def held() -> OverlapHistory:
+    """As many spaces as are ever held, of steps of six digits."""
+    overlaps = OverlapHistory()
+    basis = torch.linalg.qr(torch.randn(4096, 10)).Q.T
+    for step in range(100_000, 100_000 + 64 * 7, 7):
+        overlaps.add(step, Sketch(basis, exact=True))
+    return overlaps
+
+
+def main() -> int:
+    torch.manual_seed(0)
+    overlaps, failed = held(), 0
+    print("| k | bytes | median | largest of 1,000 |\n| --- | --- | --- | --- |")
+    for k in (10, 50):
+        record, taken, size = record_of(k, overlaps.steps[-1]), [], 0
+        with tempfile.TemporaryDirectory() as folder:
+            logger, reporter = TensorBoardLogger(folder), Reporter()
+            for _ in range(PROBES):
+                begin = time.perf_counter()
+                text = to_json(tab_entry(record, overlaps, lr=0.1, threshold=20.0))
+                reporter.tab([logger], "subspace", text, record.step)
+                taken.append(time.perf_counter() - begin)
+                size = len(text)
+            logger.finalize("success")
+            written = sum(file.stat().st_size for file in Path(folder).rglob("*tfevents*"))
+        assert written > PROBES * size, "some entries were not written"
+        median = statistics.median(taken)
+        print(f"| {k} | {size:,} | {median * 1e3:.2f} ms | {max(taken) * 1e3:.1f} ms |")
+        failed += (k == 10 and size > MOST_BYTES) or median > MOST_SECONDS
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+
+import {
+  duration,
+  heading,
+  lambda,
+  number,
+  thousands,
+} from '../../../lightning_subspace/tensorboard_tab/static/format.js';
+import { sentences } from '../../../lightning_subspace/tensorboard_tab/static/panels/words.js';
+import { Run } from '../../../lightning_subspace/tensorboard_tab/static/run.js';
+
+/** @param {object} probe */
+function said(probe) {
+  const run = new Run('a', 'subspace/probes');
+  const whole = { v: 1, step: 0, trusted: true, outcome: 'CONVERGED', verified: true, ...probe };
+  run.add([{ ...whole, run: { k: 10, n: 2000 } }]);
+  return sentences(run.probes[0], run);
+}
+
+test('the share is told in percent, as its error bar and chance are', () => {
+  const metrics = { gradient_fraction: 0.712, gradient_fraction_low: 0.69, gradient_fraction_high: 0.735 };
+  assert.deepEqual(said({ metrics }), [
+    '71.2 % (69 to 73.5 %) of the gradient lies in the 10 sharpest directions, 0.5 % by chance.',
+  ]);
+});
+
+test('the sharpness is told with its threshold, where there is one', () => {
+  assert.deepEqual(said({ eigenvalues: [21.4, 3], threshold: 20 }), [
+    'λ₁ = 21.4, 1.1 of the threshold of stability 20.',
+  ]);
+  assert.deepEqual(said({ eigenvalues: [21.4, 3] }), ['λ₁ = 21.4.']);
+  assert.deepEqual(said({ eigenvalues: [null, 3] }), []);
+});
+
+test('what has not been looked for is said', () => {
+  assert.match(said({ verified: false }).join(), /missed/);
+  assert.deepEqual(said({}), []);
+});
+
+test('numbers as a person reads them', () => {
+  assert.equal(number(0), '0');
+  assert.equal(number(0.123456), '0.123');
+  assert.equal(number(-1234567), '-1.23e6');
+  assert.equal(number(4.2e-7, 2), '4.2e-7');
+  assert.equal(number(1e-10), '1e-10');
+  assert.equal(number(0.5004), '0.5');
+  for (const value of [null, undefined, NaN, Infinity]) assert.equal(number(value), '–');
+  assert.equal(thousands(1234567), '1,234,567');
+  assert.equal(lambda(10), 'λ₁₀');
+  assert.equal(heading('gradient_fraction'), 'gradient fraction');
+});
+
+test('times in the unit that suits them', () => {
+  assert.equal(duration(0.123), '0.12 s');
+  assert.equal(duration(600), '10 min');
+  assert.equal(duration(7200), '2 h');
+  assert.equal(duration(null), '–');
+});

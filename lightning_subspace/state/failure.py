@@ -157,7 +157,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _callers(error: BaseException) -> set[int]:
-    """Ids of the frames that have called, directly or not, all that an exception came through."""
+    """Ids of the frames that have called those of an exception."""
     frame = None if error.__traceback__ is None else error.__traceback__.tb_frame
     found: set[int] = set()
     while frame is not None:
@@ -175,7 +175,7 @@ def _frames(error: BaseException) -> Iterator[FrameType]:
 
 
 def _frames_of_generators(frames: list[FrameType]) -> set[int]:
-    """Ids of those frames that belong to a generator or a coroutine which has not ended.
+    """Ids of those frames whose generator or coroutine has not ended.
 
     A frame does not tell its generator: the garbage collector knows what refers to it, which takes a pass over all.
     """

@@ -63,7 +63,7 @@ def _left_on_gpu(device: torch.device) -> float:
 
 
 def _remembered_limit(index: int, reserved: int, total: int) -> float:
-    """Bytes of a remembered limit at least; by default all of the GPU."""
+    """Bytes of a remembered limit at least; otherwise all there are."""
     least, most = _limits.get(index, (total, total))
     if reserved > most:
         del _limits[index]

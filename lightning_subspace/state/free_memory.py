@@ -35,9 +35,9 @@ def free_memory(device: torch.device) -> float:
 
 
 def remember_limits(error: BaseException) -> None:
-    """Remember the limit of this process on a GPU, where an exception tells it.
+    """Remember the limit on a GPU that an exception tells.
 
-    For versions of torch that do not tell it otherwise. It is forgotten once more is reserved: it has been raised.
+    That of this process, for versions of torch that do not tell it otherwise. It is forgotten once more is reserved: it has been raised.
     """
     for one in chain(error):
         if isinstance(one, torch.OutOfMemoryError) and (found := ALLOWED.search(str(one))):
@@ -66,7 +66,7 @@ def _remembered_limit(index: int, reserved: int, total: int) -> float:
     """Bytes of a remembered limit at least; otherwise all there are."""
     least, most = _limits.get(index, (total, total))
     if reserved > most:
-        del _limits[index]
+        _limits.pop(index, None)
         return float(total)
     return float(least)
 

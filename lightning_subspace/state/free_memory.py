@@ -37,7 +37,8 @@ def free_memory(device: torch.device) -> float:
 def remember_limits(error: BaseException) -> None:
     """Remember the limit on a GPU that an exception tells.
 
-    That of this process, for versions of torch that do not tell it otherwise. It is forgotten once more is reserved: it has been raised.
+    That of this process, for versions of torch that do not tell it otherwise. It is forgotten once more is reserved: it
+    has been raised.
     """
     for one in chain(error):
         if isinstance(one, torch.OutOfMemoryError) and (found := ALLOWED.search(str(one))):

@@ -70,12 +70,12 @@ class Screening:
     def _is_to_be_repeated(self, error: Exception, ranks: Ranks, number: int) -> bool:
         """Whether a failed block runs again, on all ranks."""
         if is_short := is_out_of_memory(error):
-            remember_limits()
+            remember_limits(error)
             free_frames(error)  # which hold what has filled the memory, and whoever caught it may try again at once
         own = isinstance(error, WrittenError), is_short, self.footprint.kept
         written, short, kept = zip(*ranks.all_gather_object(own), strict=True)
-        if any(short):
-            return self.footprint.lower(max(kept))
+        if any(short) and self.footprint.lower(max(kept)):
+            return True
         return any(written) and number < MOST_REPEATS
 
     def _run(self, block: Callable[[Sample], T], sample: Sample, loss: Callable[[], TrainingLoss], ranks: Ranks) -> T:

@@ -3,17 +3,24 @@
 A traceback refers to the frames that an exception came through, and they to all that is local in them: batches,
 activations, graphs. So an exception that is kept keeps the memory of what has failed. And where one of its frames
 refers to the exception, the two are a cycle, which waits for a garbage collection. Nobody runs one where a GPU is full.
+
+Python makes what is being handled the context of all that is raised meanwhile: also of a failure here, where the user
+calls this in a handler of their own. That exception and its frames are theirs, and a chain ends before it.
 """
 
 from __future__ import annotations
 
-import traceback
+import gc
 from collections.abc import Iterator
+from contextlib import suppress
+from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
+from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
 
 import torch
 
 # What torch says where an allocation fails without an exception class of its own: on a CPU, and in CUDA's libraries.
 NO_MEMORY = ("not enough memory", "DefaultCPUAllocator", "out of memory", "_STATUS_ALLOC_FAILED")
+OF_GENERATOR = CO_GENERATOR | CO_COROUTINE | CO_ASYNC_GENERATOR
 
 
 class Waiting:
@@ -74,7 +81,8 @@ class Waiting:
 def free_frames(error: BaseException) -> None:
     """Free the locals of finished frames, of an exception and its causes.
 
-    Lines and messages stay, and what functions close over. Frames that still run are left as they are.
+    Lines and messages stay, and what functions close over. Frames that still run are left as they are, and those of
+    generators and coroutines that wait to go on, which `traceback.clear_frames` would close before Python 3.13.
 
     Example:
         >>> import weakref
@@ -90,14 +98,18 @@ def free_frames(error: BaseException) -> None:
         ...     print(seen[0]() is None)
         True
     """
-    for one in _chain(error):
-        traceback.clear_frames(one.__traceback__)
+    frames = [frame for one in chain(error) for frame in _frames(one)]
+    waiting = _frames_of_generators(frames)
+    for frame in frames:
+        if id(frame) not in waiting:
+            with suppress(RuntimeError):  # it still runs
+                frame.clear()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory has run out, of a device or of the host.
 
-    Also where somebody has made another exception of it.
+    Also where somebody has made another exception of it; not where a handler of such an exception has called this.
 
     Example:
         >>> is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory.")), is_out_of_memory(ValueError("memory"))
@@ -106,17 +118,74 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(
         isinstance(one, (MemoryError, torch.OutOfMemoryError))
         or (isinstance(one, RuntimeError) and any(text in str(one) for text in NO_MEMORY))
-        for one in _chain(error)
+        for one in chain(error)
     )
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception, and all that it came of."""
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """An exception, and all that it came of.
+
+    Without what a caller of the code that caught it was handling already.
+
+    Yields:
+        Each exception once, the given one first.
+
+    Example:
+        >>> def handle():
+        ...     try:
+        ...         int("x")
+        ...     except ValueError as error:
+        ...         return len(list(chain(error)))
+        >>> try:
+        ...     1 / 0
+        ... except ZeroDivisionError:
+        ...     handle()
+        1
+    """
+    around = _callers(error)
     seen: set[int] = set()
     left: list[BaseException | None] = [error]
     while left:
         one = left.pop()
-        if one is not None and id(one) not in seen:
-            seen.add(id(one))
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        # A traceback begins with the frame that caught the exception.
+        if one is error or one.__traceback__ is None or id(one.__traceback__.tb_frame) not in around:
             yield one
             left += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+
+
+def _callers(error: BaseException) -> set[int]:
+    """Ids of the frames that have called those of an exception."""
+    frame = None if error.__traceback__ is None else error.__traceback__.tb_frame
+    found: set[int] = set()
+    while frame is not None:
+        found.add(id(frame))
+        frame = frame.f_back
+    return found - set(map(id, _frames(error)))  # a context manager's frame catches what has left its caller's
+
+
+def _frames(error: BaseException) -> Iterator[FrameType]:
+    """The frames that an exception came through."""
+    entry = error.__traceback__
+    while entry is not None:
+        yield entry.tb_frame
+        entry = entry.tb_next
+
+
+def _frames_of_generators(frames: list[FrameType]) -> set[int]:
+    """Ids of those frames whose generator or coroutine has not ended.
+
+    A frame does not tell its generator: the garbage collector knows what refers to it, which takes a pass over all.
+    """
+    some = [frame for frame in frames if frame.f_code.co_flags & OF_GENERATOR]
+    found: set[int] = set()
+    for one in gc.get_referrers(*some) if some else ():
+        if isinstance(one, GeneratorType):
+            found.add(id(one.gi_frame))
+        elif isinstance(one, CoroutineType):
+            found.add(id(one.cr_frame))
+        elif isinstance(one, AsyncGeneratorType):
+            found.add(id(one.ag_frame))
+    return found

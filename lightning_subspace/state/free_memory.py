@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import suppress
+import re
 from pathlib import Path
 
 import torch
 
+from lightning_subspace.state.failure import chain
+
 CGROUP = Path("/sys/fs/cgroup")  # the limit and the use of a container (cgroup v2)
 MEMINFO = Path("/proc/meminfo")
-# A block of torch's allocator for large tensors has 20 MiB or more: where less is free, the GPU itself is full.
-SMALLEST_LEFT = 20 << 20
-_limits: dict[int, int] = {}  # bytes by the index of the GPU, where memory has run out before
+# How torch's allocator tells the limit of a process where memory runs out: it names one only where one was set.
+ALLOWED = re.compile(
+    r"^(?:CUDA|HIP) out of memory\..*?GPU (\d+) .*?(\d+(?:\.\d+)?) (bytes|KiB|MiB|GiB) allowed;", re.DOTALL
+)
+UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+ROUNDING = 0.005  # of a unit, as the text has two decimals
+_limits: dict[int, tuple[float, float]] = {}  # by the index of the GPU: bytes between which its limit is
 
 
 def free_memory(device: torch.device) -> float:
@@ -28,20 +34,16 @@ def free_memory(device: torch.device) -> float:
     return min(_left_on_host(), _left_in_container())
 
 
-def remember_limits() -> None:
-    """Remember what this process has of GPUs, as memory has run out.
+def remember_limits(error: BaseException) -> None:
+    """Remember the limit on a GPU that an exception tells.
 
-    None gives it more. For versions of torch that cannot tell the limit of a process; that one has been raised since
-    is not noticed.
+    That of this process, for versions of torch that do not tell it otherwise. It is forgotten once more is reserved: it
+    has been raised.
     """
-    if _tells_limit() or not torch.cuda.is_initialized():
-        return
-    for index in range(torch.cuda.device_count()):
-        free = torch.cuda.mem_get_info(index)[0]
-        with suppress(RuntimeError):  # an allocator of somebody else's has no statistics
-            reserved = torch.cuda.memory_reserved(index)
-            if reserved and free > SMALLEST_LEFT:  # otherwise the GPU is full, which it may not be later
-                _limits[index] = reserved
+    for one in chain(error):
+        if isinstance(one, torch.OutOfMemoryError) and (found := ALLOWED.search(str(one))):
+            limit, unit = float(found[2]), UNITS[found[3]]
+            _limits[int(found[1])] = (limit - ROUNDING) * unit, (limit + ROUNDING) * unit
 
 
 def _left_on_gpu(device: torch.device) -> float:
@@ -54,10 +56,20 @@ def _left_on_gpu(device: torch.device) -> float:
         reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
     except RuntimeError:  # an allocator of somebody else's has no statistics
         return float(free)
-    limit = float(_limits.get(_index(device), total))
     if _tells_limit():
         limit = torch.cuda.get_per_process_memory_fraction(device) * total
+    else:
+        limit = _remembered_limit(_index(device), reserved, total)
     return max(0.0, min(free, limit - reserved)) + reserved - allocated
+
+
+def _remembered_limit(index: int, reserved: int, total: int) -> float:
+    """Bytes of a remembered limit at least; otherwise all there are."""
+    least, most = _limits.get(index, (total, total))
+    if reserved > most:
+        _limits.pop(index, None)
+        return float(total)
+    return float(least)
 
 
 def _tells_limit() -> bool:

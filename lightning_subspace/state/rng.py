@@ -76,8 +76,10 @@ def seed_generators(seed: int) -> None:
         torch.mps.manual_seed(seed)
 
 
-def next_numbers() -> list[float]:
+def next_numbers() -> list[Any]:
     """The next number of every global generator, which moves on by it.
+
+    Of one on a GPU its state, which fixes the number: a draw would start every GPU, also those of other ranks.
 
     Example:
         >>> seed_generators(0)
@@ -86,11 +88,11 @@ def next_numbers() -> list[float]:
         >>> first == next_numbers(), first == next_numbers()
         (True, False)
     """
-    numbers = [float(torch.rand((), dtype=torch.float64)), float(np.random.random()), random.random()]
+    numbers: list[Any] = [float(torch.rand((), dtype=torch.float64)), float(np.random.random()), random.random()]
     if _cuda_in_use():  # untested: no GPU was available
-        numbers += [float(torch.rand((), device=f"cuda:{i}")) for i in range(torch.cuda.device_count())]
+        numbers += [state.tolist() for state in torch.cuda.get_rng_state_all()]
     if torch.backends.mps.is_available():  # untested
-        numbers.append(float(torch.rand((), device="mps")))
+        numbers.append(torch.mps.get_rng_state().tolist())
     return numbers
 
 

@@ -18,6 +18,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor, measure_subspace
 from lightning_subspace.curvature.graph_memory import Footprint
+from lightning_subspace.data.sample import Sample
+from lightning_subspace.loss.loss_function import WrittenError
+from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.probe.screening import Screening
 from tests.processes import run
 
 EXAMPLES, BATCHES = 8, 6
@@ -202,3 +206,55 @@ def test_half_as_many_each_time_until_there_are_none():
         kept = footprint.most
         seen.append(kept)
     assert seen == [5, 2, 1, 0]
+
+
+@pytest.mark.parametrize("around", [None, torch.OutOfMemoryError, MemoryError])
+def test_a_lack_of_memory_that_the_user_handles_is_not_the_probes(around, told):
+    """As where training is tried again in the handler of the first trial's failure."""
+
+    def broken():
+        failing, calls = Room(), []
+
+        def fail_late(where):
+            calls.append(where)
+            if len(calls) > 60:  # in the solver
+                raise ValueError("a bug of the user's")
+
+        failing.require = fail_late
+        with pytest.raises(ValueError, match="a bug of the user's"):
+            measure_subspace(Net(failing), batches(), k=2)
+        return len(calls)
+
+    def first_trial():
+        local = "the user's"
+        raise around(local)
+
+    expected = broken()
+    if around is not None:
+        try:
+            first_trial()
+        except around as error:
+            frame = error.__traceback__.tb_next.tb_frame
+            assert broken() == expected
+            with pytest.raises(torch.OutOfMemoryError):
+                measure_subspace(Net(Room(forward=0)), batches(), k=2)
+            assert frame.f_locals["local"] == "the user's"
+    assert told() == []
+
+
+def test_what_an_evaluation_writes_is_put_back_also_beside_a_rank_without_memory():
+    """Which keeps no graphs, so that fewer help nobody; the other rank knows now what has to be put back."""
+
+    def in_a_process():
+        screening, runs = Screening(), []
+
+        def block(sample):
+            runs.append(sample)
+            if len(runs) == 1:
+                raise WrittenError("written to") if dist.get_rank() == 0 else MemoryError
+            return "measured"
+
+        ranks = Ranks(dist.group.WORLD)
+        return screening.run(block, Sample(()), lambda: None, ranks), len(runs)
+
+    assert run(in_a_process, 2) == [("measured", 2)] * 2

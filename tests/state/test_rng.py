@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_subspace.state import rng as random_state
-from lightning_subspace.state.rng import preserved_random_state, seed_generators
+from lightning_subspace.state.rng import next_numbers, preserved_random_state, seed_generators
 from tests.modules import fingerprint, random_bytes
 
 
@@ -95,3 +95,26 @@ def test_gpu_generators_are_kept_where_a_gpu_is_in_use(monkeypatch):
     with preserved_random_state():
         pass
     assert kept == ["state"]
+
+
+def test_generators_of_gpus_are_compared_without_drawing(monkeypatch):
+    """A draw would start every GPU that is visible, also those of other ranks."""
+    states, asked, rand = [torch.zeros(16, dtype=torch.uint8) for _ in range(2)], [], torch.rand
+
+    def watched(*size, device=None, **arguments):
+        asked.append(device)
+        return rand(*size, **arguments)
+
+    monkeypatch.setattr(random_state, "_cuda_in_use", lambda: True)
+    monkeypatch.setattr(torch, "rand", watched)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [state.clone() for state in states])
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: states[1].zero_())
+    seed_generators(0)
+    before = next_numbers()
+    assert asked == [None]
+    seed_generators(0)
+    assert next_numbers() == before
+    seed_generators(0)
+    states[1][8] += 4  # a draw on the second
+    assert next_numbers() != before

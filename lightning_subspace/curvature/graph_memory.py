@@ -66,7 +66,7 @@ class Footprint:
         self.kept = self.rounds = self.graphs = self.largest = self.joined = 0
 
     def forget(self) -> None:
-        """Other graphs are kept from now on: where memory ran out says nothing."""
+        """Other graphs are to be kept: begin without a bound."""
         self.most, self.notice = math.inf, None
 
     def see(self, kept: Sequence[int], left: Sequence[int] = ()) -> None:

@@ -207,7 +207,7 @@ def most_joined(
 
 
 def _pairs(batches: Sequence[MicroBatch], ranks: Ranks, nbytes: float = math.inf) -> list[list[MicroBatch]]:
-    """Two that would be joined on this rank, by their order. A collective."""
+    """Pairs that this rank would join, in order. A collective."""
     groups = [[batches[i] for i in group] for group in grouped(batches, ranks, 2, nbytes)]
     return [group for group in groups if len(group) == 2 and owner_rank(group[0], ranks) == ranks.index]
 
@@ -236,7 +236,7 @@ def _largest_graph(device: torch.device, ranks: Ranks) -> float:
 
 
 def _difference_of_pair(loss: TrainingLoss, pair: Sequence[MicroBatch], seed: int) -> float | str:
-    """How far two in one are from their mean, or why that is not known.
+    """Distance of two in one from their mean, or why none.
 
     Relative to their own sizes, in value or gradient, the larger one.
 

@@ -97,7 +97,7 @@ class Joining:
 
 
 def _reason(error: Exception) -> str | None:
-    """Why to join none from now on; None: the exception has another cause."""
+    """Why to join none from now on; None: something else failed."""
     if is_out_of_memory(error):
         return SHORT
     return str(error) if isinstance(error, JoinedLossError) else None

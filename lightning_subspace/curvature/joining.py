@@ -43,7 +43,6 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 CPU_BYTES = 24 << 20
 CUDA_SHARE = 1 / 8  # of all memory on the card; untested: no GPU was available
 
-
 SHORT = "there was not enough memory for it"
 PAIR = "the loss of two in one cannot be evaluated"
 NO_MEAN = "the loss of {} is not the mean of theirs: value or gradient are apart by {:.1e}"

@@ -24,9 +24,10 @@ from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.state.copies import tensors_of
 from lightning_subspace.state.fields import fields, with_fields
+from lightning_subspace.state.layouts import bytes_of
 
 Structure = tuple[Any, ...]
-NUMBER = 8  # bytes of a number in a list
+NUMBER = 8  # bytes of a number, and of what else has no parts
 
 
 def grouped(batches: Sequence[MicroBatch], ranks: Ranks, most: int, nbytes: float = math.inf) -> list[tuple[int, ...]]:
@@ -113,11 +114,19 @@ def data_bytes(value: Any) -> int:
         >>> data_bytes({"x": torch.zeros(2, 3), "names": ["a", "bcd"]})
         28
     """
-    if isinstance(value, Tensor | np.ndarray):
-        return int(value.nbytes)
-    if isinstance(value, PLAIN):
-        return len(value) if isinstance(value, str | bytes) else NUMBER
-    return sum(map(data_bytes, fields(value).values()))
+    total, left, seen = 0, [value], dict[int, Any]()  # examples may be objects that refer to each other
+    while left:
+        item = left.pop()
+        if isinstance(item, Tensor):
+            total += bytes_of(item)
+        elif isinstance(item, np.ndarray | str | bytes):
+            total += int(item.nbytes) if isinstance(item, np.ndarray) else len(item)
+        elif not (inner := fields(item)):
+            total += NUMBER
+        elif id(item) not in seen:
+            seen[id(item)] = item  # kept, so that no id is used again
+            left.extend(inner.values())
+    return total
 
 
 def _kind(batch: MicroBatch) -> str | None:

@@ -36,6 +36,7 @@ class Footprint:
         graphs: bytes of what is kept.
         largest: bytes of the largest graph, kept or not: what rebuilding one takes.
         copies: bytes of the copies of the module's state.
+        joined: bytes of the data of joined micro-batches, which are copies.
         itemsize: bytes of a number in the vectors of the operator.
         notice: what a user should know about it; None where memory has not run out.
 
@@ -56,12 +57,17 @@ class Footprint:
     graphs: int = 0
     largest: int = 0
     copies: int = 0
+    joined: int = 0
     itemsize: int = 4
     notice: str | None = None
 
     def begin(self) -> None:
         """Another operator is made."""
-        self.kept = self.rounds = self.graphs = self.largest = 0
+        self.kept = self.rounds = self.graphs = self.largest = self.joined = 0
+
+    def forget(self) -> None:
+        """Other graphs are to be kept: begin without a bound."""
+        self.most, self.notice = math.inf, None
 
     def see(self, kept: Sequence[int], left: Sequence[int] = ()) -> None:
         """Take down the bytes of graphs, kept or to be rebuilt."""
@@ -92,12 +98,16 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
     Each storage counts once, by autograd's hooks on saved tensors. Parameters are left out, and views of them (the
     transposed weight of a linear layer): the graphs of all micro-batches share them.
+
+    Attributes:
+        narrow: a type narrower than float32 that something saved has; None: nothing has.
     """
 
     def __init__(self) -> None:
         super().__init__(self._pack, lambda tensor: tensor)
         self._storages: dict[int, int] = {}  # bytes by address; what takes the place of something freed counts alone
         self._parameters: set[int] = set()
+        self.narrow: torch.dtype | None = None
 
     def count(self, held: Iterable[Tensor], leaves: Iterable[Tensor]) -> int:
         """Bytes of what autograd has saved and of the tensors `held` beside."""
@@ -107,6 +117,8 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         return sum(size for address, size in self._storages.items() if address not in shared)
 
     def _pack(self, tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() and tensor.dtype.itemsize < torch.float32.itemsize:
+            self.narrow = tensor.dtype
         base = base_of(tensor)
         if isinstance(base, torch.nn.Parameter):
             self._parameters.add(base.untyped_storage().data_ptr())

@@ -23,11 +23,14 @@ from lightning_subspace.curvature.gradient import pruned_gradient
 from lightning_subspace.curvature.graph_memory import Footprint, SavedBytes, memory_budget
 from lightning_subspace.curvature.hessian import GradientGraph, RetainedGraphs
 from lightning_subspace.curvature.self_check import checking, drawn
-from lightning_subspace.data.joined import grouped, joined
+from lightning_subspace.data.assignment import owner_rank
+from lightning_subspace.data.joined import data_bytes, grouped, joined
 from lightning_subspace.data.micro_batch import MicroBatch
+from lightning_subspace.loss.loss_function import ElsewhereError, WrittenError
 from lightning_subspace.loss.training_loss import TrainingLoss, place_of
 from lightning_subspace.parallel.partition import Partition
-from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.parallel.ranks import PeerError, Ranks, in_words
+from lightning_subspace.state.failure import is_out_of_memory
 from lightning_subspace.state.rng import next_numbers
 from lightning_subspace.state.signals import SignalError
 
@@ -40,9 +43,19 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 CPU_BYTES = 24 << 20
 CUDA_SHARE = 1 / 8  # of all memory on the card; untested: no GPU was available
 
+SHORT = "there was not enough memory for it"
+PAIR = "the loss of two in one cannot be evaluated"
+NO_MEAN = "the loss of {} is not the mean of theirs: value or gradient are apart by {:.1e}"
+# What says nothing about the joined ones: others answer it.
+NOT_OF_THE_SIZE = (ElsewhereError, PeerError, SignalError, WrittenError)
+
 
 class JoinError(RuntimeError):
     """Micro-batches that cannot be joined, on any rank."""
+
+
+class JoinedLossError(RuntimeError):
+    """A loss of joined micro-batches that cannot be evaluated, on one rank."""
 
 
 class Joined(BatchMean):
@@ -90,6 +103,8 @@ def joined_operator(
     partition: Partition,
     most: int,
     footprint: Footprint | None = None,
+    *,
+    nbytes: float = math.inf,
 ) -> BatchMean:
     """The operator over the sample, its micro-batches joined. A collective.
 
@@ -102,32 +117,43 @@ def joined_operator(
         partition: how vectors are dealt to ranks.
         most: how many become one, at most.
         footprint: of what the joined ones hold.
+        nbytes: what the data of one may have, at most.
 
     Raises:
         JoinError: where the gradient of the joined ones is not that of the single ones.
+        JoinedLossError: where theirs cannot be evaluated on this rank.
     """
-    groups = grouped(batches, partition.ranks, most)
+    groups = grouped(batches, partition.ranks, most, nbytes)
     if len(groups) == len(batches):
         return operator(loss, batches, partition=partition, footprint=footprint)
     parts = operator(loss, batches, partition=partition, memory=0.0)
-    together = [joined([batches[i] for i in group]) for group in groups]
-    whole = operator(loss, together, partition=partition, footprint=footprint)
-    vars(whole)["_buffers"] = parts._buffers  # one pair of vectors is enough: products are taken one by one
-    assert isinstance(parts, RetainedGraphs)
-    assert isinstance(whole, RetainedGraphs)
-    difference = _difference(loss, parts, whole)
+    try:
+        together = [joined([batches[i] for i in group]) for group in groups]
+        whole = operator(loss, together, partition=partition, footprint=footprint)
+        vars(whole)["_buffers"] = parts._buffers  # one pair of vectors is enough: products are taken one by one
+        assert isinstance(parts, RetainedGraphs)
+        assert isinstance(whole, RetainedGraphs)
+        difference = _difference(loss, parts, whole)
+    except Exception as error:  # the user's code may fail in any way on a batch of another size
+        if isinstance(error, NOT_OF_THE_SIZE) or is_out_of_memory(error):
+            raise
+        raise JoinedLossError(f"the loss of joined ones cannot be evaluated ({in_words(error)})") from error
     if not difference <= ROUNDING[loss.dtype]:
-        raise JoinError(NO_MEAN.format(difference))
+        raise JoinError(NO_MEAN.format("joined ones, over the whole sample,", difference))
+    if footprint is not None:
+        copies = (one.data for one, group in zip(together, groups, strict=True) if len(group) > 1 and one.is_local)
+        footprint.joined = sum(map(data_bytes, copies))
     return Joined(parts, whole, groups)
 
 
 def most_joined(
     loss: TrainingLoss, wide: TrainingLoss, batches: Sequence[MicroBatch], ranks: Ranks, *, seed: int = 0
-) -> int:
-    """How many micro-batches may be joined. A collective.
+) -> tuple[int, float]:
+    """How many micro-batches may be joined, and bytes of data. A collective.
 
-    A power of two; 1 where there are too few of them. Costs a graph of a micro-batch, and in float64 three gradients,
-    the last one of two in one.
+    A power of two, which is 1 where there are too few of them; and what the data of a joined one may have, at most, so
+    that its graph is not too large. Costs a graph of the largest one, and in float64 three gradients, the last one of
+    two in one.
 
     Args:
         loss: of the probe, not open.
@@ -141,37 +167,48 @@ def most_joined(
         LossError: when a loss cannot be evaluated.
     """
     if len(batches) < 3 * ranks.count:  # one half each is what the error bar needs
-        return 1
-    pairs = [group for group in grouped(batches, ranks, most=2) if len(group) == 2]
-    pair = next(
-        ([batches[i] for i in group] for group in pairs if batches[group[0]].index % ranks.count == ranks.index), None
-    )
-    if pair is None:  # on all ranks: whole rounds are joined
+        return 1, math.inf
+    pairs = _pairs(batches, ranks)
+    if not pairs:  # on all ranks: whole rounds are joined
         raise JoinError("no two have data of one structure")
+    sizes = [data_bytes(batch.data) for pair in pairs for batch in pair]
     with loss:
-        if any(ranks.all_gather_object(_draws(loss, pair[0]))):
+        if any(ranks.all_gather_object(_draws(loss, pairs[0][0]))):
             raise JoinError("the loss draws random numbers, which would be others")
         saved = SavedBytes()
         with saved:
-            graph = GradientGraph.build(loss, pair[0])
-        size = max(ranks.all_gather_object(saved.count([], graph.leaves)))  # the gradients beside it are shared
+            largest = max((batch for pair in pairs for batch in pair), key=lambda batch: data_bytes(batch.data))
+            graph = GradientGraph.build(loss, largest)
+        # The gradients beside it are shared.
+        found = ranks.all_gather_object((max(sizes), saved.count([], graph.leaves), min(sizes), saved.narrow))
         del graph
         room = min(ranks.all_gather_object(_largest_graph(loss.device, ranks)))
-    most = 1 << int(math.log2(max(room / size, 1.0)))
-    if most == 1:
-        raise JoinError(f"they are large enough, with graphs of {size / 1e6:.0f} MB")
-    differences = ranks.all_gather_object(_difference_of_pair(wide, pair, seed))
+    if (narrow := next((one[-1] for one in found if one[-1] is not None), None)) is not None:
+        raise JoinError(f"rounding of {str(narrow).removeprefix('torch.')} would hide a difference")
+    # A graph has as many bytes in proportion to its data as the largest one, or fewer: attention grows by the square.
+    size, of_graph = max(one[:2] for one in found)
+    nbytes = room * size / max(of_graph, 1)
+    most = 1 << int(math.log2(max(nbytes / max(min(one[2] for one in found), 1), 1.0)))
+    pairs = _pairs(batches, ranks, nbytes)
+    if most == 1 or not pairs:
+        raise JoinError(f"they are large enough, with graphs of {of_graph / 1e6:.0f} MB")
+    differences = ranks.all_gather_object(_difference_of_pair(wide, pairs[0], seed))
     limit = ROUNDING[wide.dtype]
-    if None in differences:  # float64 can fail in any way inside the user's code
-        differences = ranks.all_gather_object(_difference_of_pair(loss, pair, seed))
+    if any(isinstance(one, str) and one != PAIR for one in differences):  # float64 can fail in any way
+        differences = ranks.all_gather_object(_difference_of_pair(loss, pairs[0], seed))
         limit = ROUNDING[loss.dtype]
-    if not all(difference is not None and difference <= limit for difference in differences):
-        worst = max(math.inf if difference is None else difference for difference in differences)
-        raise JoinError(NO_MEAN.format(worst) if math.isfinite(worst) else "the loss of two in one cannot be evaluated")
-    return most
+    for one in sorted(differences, key=lambda one: isinstance(one, float)):  # reasons first
+        if isinstance(one, str):
+            raise JoinError(one)
+        if not one <= limit:
+            raise JoinError(NO_MEAN.format("two in one", one))
+    return most, nbytes
 
 
-NO_MEAN = "the loss of two in one is not the mean of theirs: value or gradient are apart by {:.1e}"
+def _pairs(batches: Sequence[MicroBatch], ranks: Ranks, nbytes: float = math.inf) -> list[list[MicroBatch]]:
+    """Pairs that this rank would join, in order. A collective."""
+    groups = [[batches[i] for i in group] for group in grouped(batches, ranks, 2, nbytes)]
+    return [group for group in groups if len(group) == 2 and owner_rank(group[0], ranks) == ranks.index]
 
 
 def _draws(loss: TrainingLoss, batch: MicroBatch) -> bool:
@@ -197,13 +234,13 @@ def _largest_graph(device: torch.device, ranks: Ranks) -> float:
     return room
 
 
-def _difference_of_pair(loss: TrainingLoss, pair: Sequence[MicroBatch], seed: int) -> float | None:
-    """How far two in one are from their mean.
+def _difference_of_pair(loss: TrainingLoss, pair: Sequence[MicroBatch], seed: int) -> float | str:
+    """Distance of two in one from their mean, or why none.
 
-    Relative to their own sizes, in value or gradient, the larger one. None: they could not be evaluated; infinite: two
-    in one could not.
+    Relative to their own sizes, in value or gradient, the larger one.
 
     Raises:
+        LossError: when the loss depends on parameters elsewhere, or is to be evaluated again.
         SignalError: when a signal has come meanwhile.
     """
     jitter, _ = drawn(loss, 0, seed)
@@ -215,10 +252,12 @@ def _difference_of_pair(loss: TrainingLoss, pair: Sequence[MicroBatch], seed: in
                 found.append(_at(loss, jitter, batch))
             one = joined(pair)
             value, gradient = _at(loss, jitter, one)
-    except SignalError:
+    except NOT_OF_THE_SIZE:
         raise
-    except Exception:  # what else the user's code does with a batch of another size decides nothing but this
-        return None if one is None else math.inf
+    except Exception as error:  # what else the user's code does with a batch of another size decides nothing but this
+        if is_out_of_memory(error):
+            return SHORT
+        return "their loss cannot be evaluated" if one is None else PAIR
     shares = [batch.weight / total for batch in pair]
     mean = sum(share * part for share, (part, _) in zip(shares, found, strict=True))
     size = sum(share * abs(part) for share, (part, _) in zip(shares, found, strict=True))

@@ -7,6 +7,7 @@ wrong, or could not be checked, `on_check_fail` decides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -63,6 +64,7 @@ class CurvatureConfig:
     remark: str = ""  # what was chosen, where there was a choice
     omits_products: bool = False  # whether numbers that rest on second derivatives are left out
     most_joined: int = 1  # how many micro-batches become one for products, at most
+    joined_bytes: float = math.inf  # what the data of such a one may have, at most
     marks: tuple[tuple[str, float], ...] = ()  # metrics of every record, by key, that say what the self-check found
 
     def __post_init__(self) -> None:
@@ -106,6 +108,7 @@ class CurvatureConfig:
             return ShardedDifferenceHessian(loss, sample.hessian, partition=partition)
         options: dict[str, Any] = {"footprint": footprint} if self._row.keeps_graphs else {}
         if self._row.joins and self.most_joined > 1:
+            options["nbytes"] = self.joined_bytes
             return joined_operator(self._row.operator, loss, sample.hessian, partition, self.most_joined, **options)
         if self._row.is_wide:
             options = {"dtype": self._widest(loss.module, loss.space)}
@@ -198,8 +201,8 @@ class CurvatureConfig:
         space, ranks = partition.space, partition.ranks
         loss = self._loss(module, space, ranks, self._narrowest, self._row.order)
         wide = self._loss(module, space, ranks, torch.float64, 1)
-        most = most_joined(loss, wide, sample.hessian, ranks, seed=self.seed)
-        return replace(self, most_joined=most)
+        most, nbytes = most_joined(loss, wide, sample.hessian, ranks, seed=self.seed)
+        return replace(self, most_joined=most, joined_bytes=nbytes)
 
     def require_no_obstacle(self, module: nn.Module) -> None:
         """Refuse what cannot be measured on the shards of FSDP2.

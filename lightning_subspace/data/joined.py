@@ -8,6 +8,7 @@ question (`curvature/joining.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -23,11 +24,13 @@ from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.state.copies import tensors_of
 from lightning_subspace.state.fields import fields, with_fields
+from lightning_subspace.state.layouts import bytes_of
 
 Structure = tuple[Any, ...]
+NUMBER = 8  # bytes of a number, and of what else has no parts
 
 
-def grouped(batches: Sequence[MicroBatch], ranks: Ranks, most: int) -> list[tuple[int, ...]]:
+def grouped(batches: Sequence[MicroBatch], ranks: Ranks, most: int, nbytes: float = math.inf) -> list[tuple[int, ...]]:
     """Positions of the micro-batches that become one, in order. A collective.
 
     Whole rounds are joined, in which each rank evaluates one, so that any number of ranks has as many evaluations as
@@ -37,16 +40,20 @@ def grouped(batches: Sequence[MicroBatch], ranks: Ranks, most: int) -> list[tupl
         batches: the sample, of all ranks.
         ranks: the process group.
         most: how many become one, at most.
+        nbytes: what the data of one may have, at most, by `data_bytes`.
 
     Example:
         >>> sample = [MicroBatch(torch.zeros(2, 3), 2.0, i, size=2) for i in range(6)]
         >>> grouped(sample, Ranks(), most=8), grouped(sample, Ranks(), most=2)
         ([(0, 2, 4), (1, 3, 5)], [(0, 2), (1, 3), (4,), (5,)])
     """
-    own = {b.key: kind for b in batches if owner_rank(b, ranks) == ranks.index and (kind := _kind(b)) is not None}
+    own = [batch for batch in batches if owner_rank(batch, ranks) == ranks.index]
     kinds: dict[tuple[int, int], str] = {}
-    for found in ranks.all_gather_object(own):
-        kinds.update(found)
+    sizes: dict[tuple[int, int], int] = {}
+    told = {batch.key: (kind, data_bytes(batch.data)) for batch in own if (kind := _kind(batch)) is not None}
+    for found in ranks.all_gather_object(told):
+        kinds.update({key: kind for key, (kind, _) in found.items()})
+        sizes.update({key: size for key, (_, size) in found.items()})
     positions = {batch.key: position for position, batch in enumerate(batches)}
     open_groups: dict[Any, list[list[int]]] = {}  # one list a rank, of what may still be joined
     groups: list[list[int]] = []
@@ -56,7 +63,14 @@ def grouped(batches: Sequence[MicroBatch], ranks: Ranks, most: int) -> list[tupl
         alike = tuple((place % 2, kinds.get(batch.key)) for place, batch in zip(places, by_rank, strict=True))
         can_join = len(together) == ranks.count and all(kind is not None for _, kind in alike)
         group = open_groups.get(alike) if can_join else None
-        if group is None or len(group[0]) == most:
+        if (
+            group is None
+            or len(group[0]) == most
+            or any(
+                sum(sizes[batches[member].key] for member in (*members, place)) > nbytes
+                for members, place in zip(group, places, strict=True)
+            )
+        ):
             group = [[] for _ in places]
             groups.extend(group)
             if can_join:
@@ -69,8 +83,8 @@ def grouped(batches: Sequence[MicroBatch], ranks: Ranks, most: int) -> list[tupl
 def joined(members: Sequence[MicroBatch]) -> MicroBatch:
     """One micro-batch of several whose data have one structure.
 
-    Index, `batch_idx` and random seed are those of the first; weights and sizes add up. One that is not on this rank is
-    not made.
+    Index, `batch_idx` and random seed are those of the first; weights and numbers of examples add up. One that is not
+    on this rank is not made.
 
     Example:
         >>> both = joined([MicroBatch(torch.zeros(2, 3), 2.0, 4, size=2), MicroBatch(torch.ones(3, 3), 3.0, 6, size=3)])
@@ -84,11 +98,35 @@ def joined(members: Sequence[MicroBatch]) -> MicroBatch:
     one = replace(first, weight=total, size=size, checksum=0)
     if not all(batch.is_local for batch in members):
         return replace(one, data=None, is_local=False)
+    # By their sizes values of the joined one and of its first member are told apart (`place_of`).
+    size = sum(batch.size or _length(batch) for batch in members)
     data = _concatenated([batch.data for batch in members], _structure(first.data, _length(first)))
     off_cpu = first.off_cpu
     if off_cpu and len(set(off_cpu)) == 1:
         off_cpu = off_cpu[:1] * len(tensors_of(data))
-    return replace(one, data=data, off_cpu=off_cpu)
+    return replace(one, data=data, size=size, off_cpu=off_cpu)
+
+
+def data_bytes(value: Any) -> int:
+    """Bytes of the examples, roughly for what is no array.
+
+    Example:
+        >>> data_bytes({"x": torch.zeros(2, 3), "names": ["a", "bcd"]})
+        28
+    """
+    total, left, seen = 0, [value], dict[int, Any]()  # examples may be objects that refer to each other
+    while left:
+        item = left.pop()
+        if isinstance(item, Tensor):
+            total += bytes_of(item)
+        elif isinstance(item, np.ndarray | str | bytes):
+            total += int(item.nbytes) if isinstance(item, np.ndarray) else len(item)
+        elif not (inner := fields(item)):
+            total += NUMBER
+        elif id(item) not in seen:
+            seen[id(item)] = item  # kept, so that no id is used again
+            left.extend(inner.values())
+    return total
 
 
 def _kind(batch: MicroBatch) -> str | None:

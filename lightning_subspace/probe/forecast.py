@@ -85,7 +85,7 @@ class Forecast:
             copies=footprint.copies,
             basis=num_vectors(solver, partition.n) * partition.local_n * footprint.itemsize,
             graphs=footprint.graphs,
-            examples=self._prospect.sample.nbytes,
+            examples=self._prospect.sample.nbytes + footprint.joined,
             # A product is taken to need as much as its graph, beside a graph that is rebuilt for it.
             more=(solver.k + VECTORS) * partition.local_n * footprint.itemsize
             + footprint.largest * (1 + (footprint.kept < footprint.rounds)),
@@ -132,7 +132,7 @@ class Held:
         copies: of the module's parameters and buffers.
         basis: of the solver.
         graphs: that are kept.
-        examples: of the sample.
+        examples: of the sample, and of their copies in joined micro-batches.
         more: for a while, at most: the vectors around a solve, and what a product takes.
 
     Example:

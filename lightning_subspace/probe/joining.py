@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_subspace.curvature import CurvatureConfig, Operator
 from lightning_subspace.curvature.graph_memory import Footprint
-from lightning_subspace.curvature.joining import JoinError
+from lightning_subspace.curvature.joining import SHORT, JoinedLossError, JoinError
 from lightning_subspace.data.joined import grouped
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.loss.training_loss import TrainingLoss
@@ -36,6 +36,7 @@ class Joining:
     def __init__(self) -> None:
         self.remark: str | None = None
         self._may_join = False
+        self._footprint = Footprint()  # of the run's operators
 
     def begin(
         self, choice: CurvatureConfig, module: nn.Module, sample: Sample, partition: Partition
@@ -53,7 +54,7 @@ class Joining:
             return choice
         if found.most_joined > 1:
             self._may_join = True
-            count = len(grouped(sample.hessian, partition.ranks, found.most_joined))
+            count = len(grouped(sample.hessian, partition.ranks, found.most_joined, found.joined_bytes))
             self.remark = f"micro-batches joined for products: {len(sample.hessian)} -> {count}."
         return found
 
@@ -61,6 +62,7 @@ class Joining:
         self, choice: CurvatureConfig, footprint: Footprint
     ) -> Callable[[TrainingLoss, Sample, Partition], Operator]:
         """What makes the operator of a probe, on all ranks at once."""
+        self._footprint = footprint
 
         def made(loss: TrainingLoss, sample: Sample, partition: Partition) -> Operator:
             if self._may_join:
@@ -73,16 +75,29 @@ class Joining:
         return made
 
     def run(self, ranks: Ranks, block: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a block, and again without joining after a lack of memory."""
+        """Call a block, and again without joining where that has failed.
+
+        For lack of memory, or since a loss of joined ones cannot be evaluated, on any rank. A collective.
+        """
         try:
             return block(*args, **kwargs)
         except Exception as error:
-            is_short = is_out_of_memory(error)
-            if not self._may_join or not any(ranks.all_gather_object(is_short)):
+            reasons = ranks.all_gather_object(_reason(error)) if self._may_join else []
+            reason = SHORT if SHORT in reasons else next(filter(None, reasons), None)
+            if reason is None:
                 raise
-            self.refuse("there was not enough memory for it")
+            self.refuse(reason)
+            if reason == SHORT:
+                self._footprint.forget()  # graphs of single ones may fit where those of joined ones did not
         return block(*args, **kwargs)  # not above, where the exception still holds what was built
 
     def refuse(self, reason: str) -> None:
         """Join none from now on."""
         self._may_join, self.remark = False, f"micro-batches not joined: {reason}."
+
+
+def _reason(error: Exception) -> str | None:
+    """Why to join none from now on; None: something else failed."""
+    if is_out_of_memory(error):
+        return SHORT
+    return str(error) if isinstance(error, JoinedLossError) else None

@@ -169,8 +169,8 @@ def measure_subspace(
     with ranks.agree():
         if screening.notice is not None:
             warn(screening.notice, stacklevel=3)
-        if screening.footprint.notice is not None:
-            LOG.info(screening.footprint.notice)
+        for text in filter(None, (screening.footprint.notice, joining.remark, choice.remark)):
+            LOG.info(text)
     return record
 
 

@@ -14,10 +14,14 @@ from lightning_subspace.curvature import joining as room
 from lightning_subspace.curvature.graph_memory import Footprint
 from lightning_subspace.curvature.joining import Joined, JoinError, joined_operator
 from lightning_subspace.data.given import sample_of_batches
+from lightning_subspace.data.joined import grouped
+from lightning_subspace.data.micro_batch import MicroBatch
+from lightning_subspace.loss.loss_function import ElsewhereError, WrittenError
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.measurements import Reliability
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
+from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.probe.joining import Joining
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.settings import ProbeSettings
@@ -253,7 +257,8 @@ def test_every_probe_compares_the_whole_sample():
     tracker.check(module, sample)
     assert list(tracker.examples.told.values()) == ["micro-batches joined for products: 8 -> 2."]
     found = tracker.measure(module, sample, 0).record
-    assert list(tracker.examples.told.values())[-1].startswith(f"micro-batches not joined: {APART}")
+    reason = "the loss of joined ones, over the whole sample, is not the mean of theirs"
+    assert list(tracker.examples.told.values())[-1].startswith(f"micro-batches not joined: {reason}")
     expected = dense_hessian_of(module, late_weights, batches)
     torch.testing.assert_close(found.subspace.eigenvalues.double(), expected[:2], rtol=1e-5, atol=0.0)
     with mock.patch.object(room, "joined", side_effect=AssertionError):  # and it stays so
@@ -314,8 +319,6 @@ def test_ranks_measure_what_one_process_measures(count):
 
 def test_one_rank_without_memory_is_enough():
     def probed():
-        from lightning_subspace.parallel.ranks import Ranks
-
         ranks = Ranks(dist.group.WORLD)
         sample = sample_of_batches(images(4), ranks=ranks)
         tracker = ProbeRun(ProbeSettings(k=2, loss_fn=classify, dtype="float64"), module := made(mlp), ranks)
@@ -342,3 +345,137 @@ def test_single_precision_differs_by_rounding():
         expected = measure_subspace(module, batches, k=2, loss_fn=classify)
     for key in ("sharpness", "eigenvalues/02", "gradient_fraction", "gradient_norm", "sample_loss"):
         assert found.metrics[key] == pytest.approx(expected.metrics[key], rel=1e-5), key
+
+
+def bounded(module, batch, batch_idx):
+    """A mean over examples of a loss that takes eight at most, as the pair of the check has."""
+    if len(batch[1]) > 8:
+        raise AssertionError("a buffer of 8 rows")
+    return classify(module, batch, batch_idx)
+
+
+def probe(loss_fn, batches, ranks=None, **settings):
+    """A probe whose micro-batches seemed joinable; its run and its record."""
+    settings = {"k": 2, "loss_fn": loss_fn, "dtype": "float64", "tol": 1e-8, **settings}
+    tracker = ProbeRun(ProbeSettings(**settings), module := made(mlp), ranks)
+    sample = sample_of_batches(batches, ranks=ranks)
+    tracker.check(module, sample)
+    assert tracker.examples.joining.remark.startswith("micro-batches joined")
+    return tracker, tracker.measure(module, sample, 0).record
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_loss_that_fails_on_larger_batches_is_measured_as_before(count):
+    def probed(with_group):
+        ranks = Ranks(dist.group.WORLD) if with_group else None
+        fails = not with_group or ranks.index == 1  # on one rank alone
+        tracker, record = probe(bounded if fails else classify, images(4, sizes=(4,) * 12), ranks)
+        return tracker.examples.joining.remark, record.metrics["sharpness"]
+
+    expected = float(dense_hessian_of(made(mlp), classify, images(4, sizes=(4,) * 12))[0])
+    for remark, found in run(probed, count, True) if count > 1 else [probed(False)]:
+        assert remark == (
+            "micro-batches not joined: the loss of joined ones cannot be evaluated "
+            "(AssertionError: a buffer of 8 rows)."
+        )
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_bound_of_a_graph_holds_for_the_longest_texts(monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randint(11, (2, length), generator=generator) for length in (4, 16) for _ in range(8)]
+    module, most = made(GPT), 200_000
+    monkeypatch.setattr(room, "CPU_BYTES", most)
+    choice = CurvatureConfig(language, dtype="float64")
+    sample, partition = sample_of_batches(batches), Partition.even(ParameterSpace.of(module))
+    choice = choice.joining(module, sample, partition)
+    counts = {
+        length: max(
+            len(group)
+            for group in grouped(sample.hessian, Ranks(), choice.most_joined, choice.joined_bytes)
+            if batches[group[0]].shape[1] == length
+        )
+        for length in (4, 16)
+    }
+    assert counts[4] > counts[16]
+    with choice.loss(module, partition.space) as loss:
+        footprint = Footprint()
+        assert isinstance(choice.operator(loss, sample, partition, footprint), Joined)
+        assert footprint.largest <= most + sum(8 * p.numel() for p in module.parameters())  # its gradients beside
+
+
+def test_graphs_of_single_ones_are_kept_where_those_of_joined_ones_did_not_fit():
+    calls = []
+
+    def short(module, batch, batch_idx):
+        if len(batch[1]) > 8:
+            calls.append(batch_idx)
+            if len(calls) % 2 == 0:  # one is kept, and there is no room for the second
+                raise torch.OutOfMemoryError("out of memory")
+        return classify(module, batch, batch_idx)
+
+    tracker, record = probe(short, images(4, sizes=(4,) * 12))
+    assert calls
+    assert tracker.examples.joining.remark == "micro-batches not joined: there was not enough memory for it."
+    footprint = tracker.examples.footprint
+    assert (footprint.kept, footprint.rounds, footprint.notice) == (12, 12, None)
+    assert record.subspace.trusted
+
+
+def test_too_little_memory_for_two_is_said_as_such():
+    def short(module, batch, batch_idx):
+        if len(batch[1]) > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return classify(module, batch, batch_idx)
+
+    with pytest.raises(JoinError, match="there was not enough memory for it"):
+        tried(made(mlp), short, images(4))
+
+
+@pytest.mark.parametrize("kind", [ElsewhereError, WrittenError])
+def test_what_is_for_others_to_answer_is_passed_on(kind):
+    def raising(module, batch, batch_idx):
+        if len(batch[1]) > 4:
+            raise kind("elsewhere")
+        return classify(module, batch, batch_idx)
+
+    with pytest.raises(kind):
+        tried(made(mlp), raising, images(4))
+
+
+def test_rounding_of_bfloat16_is_refused_before_the_first_probe():
+    module = made(mlp).bfloat16()
+    batches = [(inputs.bfloat16(), labels) for inputs, labels in images(4)]
+    choice = CurvatureConfig(classify, dtype="native")
+    with pytest.raises(JoinError, match="rounding of bfloat16 would hide a difference"):
+        choice.joining(module, sample_of_batches(batches), Partition.even(ParameterSpace.of(module)))
+
+
+def test_micro_batches_without_a_size_are_joined():
+    batches = [MicroBatch(data, 4.0, i) for i, data in enumerate(images(4))]
+    module = made(mlp)
+    with opened(module, classify) as loss:
+        together = joined_operator(Hessian, loss, batches, Partition.even(loss.space), 8)
+        assert isinstance(together, Joined)
+        alone = [float(classify(module, batch.data, 0).detach()) for batch in batches]
+        assert together.value(None) == pytest.approx(sum(alone) / len(alone), rel=1e-13)
+
+
+def test_copies_of_the_data_are_counted():
+    tracker, _ = probe(classify, images(4, sizes=(4,) * 12))
+    assert tracker.examples.footprint.joined == 12 * 4 * (4 * 8 + 8)
+    tracker, _ = probe(bounded, images(4, sizes=(4,) * 12))
+    assert tracker.examples.footprint.joined == 0
+
+
+def test_what_became_of_it_is_logged(caplog):
+    with caplog.at_level("INFO", "lightning_subspace"):
+        measure_subspace(made(mlp), images(4), k=2, loss_fn=classify, dtype="float64")
+        measure_subspace(made(smooth), images(4), k=2, loss_fn=classify, curvature="finite-difference")
+    assert caplog.messages[0] == "micro-batches joined for products: 6 -> 2."
+    assert len(caplog.messages) == 2
+    assert "differences" in caplog.messages[1]
+
+
+def smooth():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, CLASSES)).float()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_subspace.data.cut import cut
-from lightning_subspace.data.joined import grouped, joined
+from lightning_subspace.data.joined import data_bytes, grouped, joined
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.parallel.ranks import Ranks
 from tests.processes import run
@@ -132,3 +132,11 @@ def test_ranks_join_the_same_rounds():
     # Round 4 (8 and 9) has another shape on the first rank, and round 6 (12) lacks the second one.
     assert first == second == [(0, 2, 4, 6), (1, 3, 5, 7), (8,), (9,), (10,), (11,), (12,)]
     assert own == [not other for other in others] == [True, False, True, False, True, False, True]
+
+
+def test_bytes_of_examples_that_refer_to_each_other():
+    one, other = Graph(numbers(0, 2, 3), "train"), Graph(numbers(0, 1, 3), "test")
+    one.next, other.next = other, one
+    expected = 8 * (2 * 3 + 3) + len("train") + len("test")
+    assert data_bytes([one, other]) == expected
+    assert data_bytes({"n": 1, "none": None, "x": np.zeros(3)}) == 8 + 8 + 24

@@ -137,6 +137,24 @@ def test_what_is_held_is_what_is_alive(dtype, curvature, kept, ncv, monkeypatch)
     assert 0.85 <= alive.peak / (held.total - held.examples + held.more) <= 1.0
 
 
+def test_copies_of_the_examples_are_held_too():
+    module, batches = network(), sample()
+    run = ProbeRun(settings := ProbeSettings(k=2, loss_fn=cross_entropy), module)
+    texts = [
+        Forecast(
+            settings,
+            Prospect(0, settings.solver, batches),
+            run.partition,
+            None,
+            graph_memory.Footprint(joined=joined),
+            torch.device("cpu"),
+        )._held()
+        for joined in (0, 3 * MB)
+    ]
+    assert "examples 0.1)" in texts[0]
+    assert "examples 3.1)" in texts[1]
+
+
 def test_the_text_has_the_parts_and_the_peak():
     held = Held(copies=8 * MB, basis=31 * MB, graphs=9 * MB, examples=2 * MB, more=50 * MB)
     assert held.text(4, 16, None, 1) == (

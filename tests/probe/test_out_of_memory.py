@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor, measure_subspace
+from lightning_subspace.curvature import CurvatureConfig
 from lightning_subspace.curvature.graph_memory import Footprint
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.loss.loss_function import WrittenError
@@ -83,6 +84,12 @@ def data():
 
 def batches():
     return list(zip(*(tensor.split(EXAMPLES) for tensor in data()), strict=True))
+
+
+@pytest.fixture(autouse=True)
+def single(monkeypatch):
+    """Micro-batches one by one: what becomes of joined ones, which differ by rounding, is in `test_joining.py`."""
+    monkeypatch.setattr(CurvatureConfig, "joining", lambda self, *args: self)
 
 
 def numbers(record):

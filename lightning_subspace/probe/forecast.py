@@ -25,7 +25,7 @@ from lightning_subspace.subspace.solver import Solver
 
 # What a forecast is made of: at most so many products, or as many as take so long.
 ENOUGH_PRODUCTS, ENOUGH_SECONDS = 10, 5.0
-VECTORS = 7  # of length n that are held for a while around a solve, beside the basis and k eigenvectors
+VECTORS = 8  # of length n that are held for a while around a solve, beside the basis and k eigenvectors
 LATER = 10  # probes that the mean is taken over, so that it has what is taken at every fifth or tenth
 
 

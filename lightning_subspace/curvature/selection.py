@@ -21,7 +21,7 @@ from lightning_subspace.curvature.consequence import CheckError as CheckError
 from lightning_subspace.curvature.consequence import consequence
 from lightning_subspace.curvature.diagnosis import check_in_stages
 from lightning_subspace.curvature.first_evaluation import can_evaluate, require_value
-from lightning_subspace.curvature.fsdp_difference import ShardedDifferenceHessian, check_differences
+from lightning_subspace.curvature.fsdp_difference import DIRECTIONS, ShardedDifferenceHessian, check_differences
 from lightning_subspace.curvature.graph_memory import Footprint
 from lightning_subspace.curvature.joining import joined_operator, most_joined
 from lightning_subspace.curvature.operators import OPERATORS, WITHOUT_PRODUCTS, Order, Row
@@ -243,7 +243,8 @@ class CurvatureConfig:
         with self.loss(module, partition.space, partition.ranks) as loss:
             assert isinstance(loss, ShardedLoss)
             operator = ShardedDifferenceHessian(loss, sample.hessian[: partition.ranks.count], partition=partition)
-            result = check_differences(operator, partition.random(self.seed, 0, device=loss.device))
+            directions = [partition.random(self.seed, number, device=loss.device) for number in range(DIRECTIONS)]
+            result = check_differences(operator, directions)
         if result.outcome is CheckOutcome.FAILED:
             raise LossError(result.reason)
         return result

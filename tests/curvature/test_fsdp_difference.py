@@ -222,7 +222,7 @@ def checked(make, data, prepare=None):
         prepare(module)
     with ShardedLoss(module, ParameterSpace.of(module), loss_fn) as loss:
         torch.manual_seed(dist.get_rank())
-        return check_differences(operator_of(loss, data), torch.randn(loss.n))
+        return check_differences(operator_of(loss, data), torch.randn(4, loss.n))
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -32,13 +32,14 @@ class Throwing(CSVLogger):
 def read_tensorboard(logger, folder):
     events = EventAccumulator(logger.log_dir)
     events.Reload()
-    assert events.Tags()["images"] == ["subspace/spectrum", "subspace/overlaps"]
-    assert "subspace/eigenvalues" in events.Tags()["distributions"]
+    assert events.Tags()["images"] == events.Tags()["distributions"] == []
+    assert [event.step for event in events.Tensors("subspace/probes")] == STEPS
     return {e.step: e.value for e in events.Scalars(KEY)}
 
 
 def read_csv(logger, folder):
     assert sorted(os.listdir(os.path.join(logger.log_dir, "figures")))[0].startswith("subspace_overlaps")
+    assert os.path.exists(os.path.join(logger.log_dir, "subspace_probes.json"))
     with open(os.path.join(logger.log_dir, "metrics.csv")) as file:
         return {int(row["step"]): float(row[KEY]) for row in csv.DictReader(file) if row.get(KEY)}
 
@@ -47,6 +48,7 @@ def read_mlflow(logger, folder):
     client = logger.experiment
     names = {item.path for item in client.list_artifacts(logger.run_id, "subspace")}
     assert any(name.startswith("subspace/spectrum") for name in names), names
+    assert "subspace_probes.json" in {item.path for item in client.list_artifacts(logger.run_id)}
     return {m.step: m.value for m in client.get_metric_history(logger.run_id, KEY)}
 
 

@@ -336,7 +336,7 @@ def test_a_rank_without_a_gradient():
 
 
 def test_a_logger():
-    for place in ("scalars", "histogram", "figure", "file"):
+    for place in ("scalars", "histogram", "figure"):
         told = f"CometLogger raised InjectedError: at {place}"
         (fits,) = run_cases(cases(place, ranks=[0], project="logged"), 2).values()
         for rank, fit in enumerate(fits):

@@ -41,6 +41,7 @@ def copied(
         CopyError: for an object that cannot be copied.
 
     Example:
+        >>> import torch
         >>> x = torch.ones(2)
         >>> first, second = copied([x, x], torch.clone)
         >>> first is second, first is x

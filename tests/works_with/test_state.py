@@ -242,7 +242,8 @@ def test_the_sketch_of_the_reference_is_never_given_up():
 
 @pytest.mark.filterwarnings("ignore:.*is affected by:UserWarning")
 def test_the_batch_just_trained_on_is_gone_after_a_resume_but_its_numbers_stay(tmp_path):
-    one, other = monitor(sample="current"), monitor(sample="current")
+    # Unverified, so that every probe has a trusted space: a gap of this batch is not certified within few products.
+    one, other = (monitor(sample="current", verify="never") for _ in range(2))
     run(one, saver(tmp_path), steps=10)
     run(other, steps=10, ckpt_path=tmp_path / "step=6.ckpt")
     assert [r.step for r in other.history] == [r.step for r in one.history]

@@ -19,17 +19,8 @@ from lightning_subspace.report.guard import Guard
 from lightning_subspace.report.tab_entry import failed_entry, tab_entry
 from lightning_subspace.subspace.record import Record
 
-WANTED = (
-    "k",
-    "which",
-    "tol",
-    "max_matvecs",
-    "verify",
-    "curvature",
-    "mode",
-    "dtype",
-    "reference_step",
-)  # of the settings
+# Of the settings.
+WANTED = ("k", "which", "tol", "max_matvecs", "verify", "curvature", "mode", "dtype", "reference_step")
 
 
 class TabLog:

@@ -65,6 +65,7 @@ class WatchedObjects:
     def changed(self, *, thorough: bool) -> list[Any]:
         """Those in another state; only the position is looked at unless `thorough`."""
         positions = [v for v, old in self._states if _has_position(v) and _position(v) != old]
+        # A field that was empty before may be filled by a reader, such as one of a cache.
         positions += [v for v, old in self._fields if not {*map(id, old)} <= {*map(id, hidden(v))}]
         if not thorough:
             return positions
@@ -72,8 +73,6 @@ class WatchedObjects:
 
     def verify(self) -> None:
         """Remember nothing: they are looked at in each probe."""
-
-    # A field that was empty before may be filled by a reader, such as one of a cache.
 
     def put_back(self, value: Any) -> bool:
         """Set back the position of a file that is only read."""

@@ -5,7 +5,6 @@ All that is known of it, in plain numbers and words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from lightning_subspace.subspace.overlap_history import OverlapHistory
@@ -42,11 +41,10 @@ def tab_entry(
         if not space.trusted:
             entry["reason"] = space.verdict
         if space.converged:
-            known = space.known.tolist()
-            values, residuals = space.eigenvalues.tolist(), space.residuals.tolist()
-            entry["eigenvalues"] = [value if there else None for value, there in zip(values, known, strict=True)]
-            entry["residuals"] = residuals
-            entry |= _next(record)
+            values, behind = space.reported, space.k + 1
+            entry["eigenvalues"] = [values.get(place) for place in range(1, behind)]
+            entry["residuals"] = space.residuals.tolist()
+            entry |= {"next": values[behind]} if behind in values else {}
     entry["metrics"] = {key: value for key, value in record.metrics.items() if not key.startswith("eigenvalues/")}
     if overlaps is not None and (row := overlaps.row(record.step)):
         entry["overlaps"] = [list(row), [round(value, 4) for value in row.values()]]
@@ -64,13 +62,6 @@ def failed_entry(step: int, text: str) -> dict[str, Any]:
         {'step': 3, 'failed': 'RuntimeError: no memory'}
     """
     return {"step": step, "failed": text}
-
-
-def _next(record: Record) -> Mapping[str, float]:
-    """Eigenvalue k + 1, where it is reported."""
-    assert record.subspace is not None, "asked for before"
-    value = record.metrics.get(f"eigenvalues/{record.subspace.k + 1:02d}")
-    return {} if value is None else {"next": value}
 
 
 def _curve(density: SpectralDensity) -> list[list[float]]:

@@ -106,8 +106,9 @@ class Recorder:
             try:
                 record = run.close(opened, module)
             except Exception as error:
-                what = f"the numbers of the step from {opened.record.step} are left out"
-                self._runner.notices.failure(what, error, run.ranks)
+                if not self._runner.notices.is_of_signal(opened.record.step, error, run.ranks):
+                    what = f"the numbers of the step from {opened.record.step} are left out"
+                    self._runner.notices.failure(what, error, run.ranks)
                 record = run.close(opened)
             self._publisher.update_callback_metrics(trainer, record)
             self._publisher.log(trainer, record)

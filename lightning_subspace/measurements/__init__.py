@@ -20,6 +20,8 @@ from lightning_subspace.measurements.sample_loss import SampleLoss as SampleLoss
 from lightning_subspace.measurements.spectrum import GapIndex as GapIndex
 from lightning_subspace.measurements.stability import SharpnessOverThreshold as SharpnessOverThreshold
 from lightning_subspace.measurements.stability import Stability as Stability
+from lightning_subspace.measurements.step import Step as Step
+from lightning_subspace.measurements.step import StepCurvature as StepCurvature
 from lightning_subspace.subspace.spectral_density import SpectralDensity as SpectralDensity
 
 
@@ -27,7 +29,7 @@ def default_measurements(k: int) -> list[Measurement]:
     """Measurements of every monitor; for k = 0 those without eigenvectors."""
     require_integer("k", k, 0)
     if k == 0:
-        return [GradientCurvature(), SampleLoss()]
+        return [GradientCurvature(), SampleLoss(), Step()]
     return [
         GradientFraction(),
         GradientCurvature(),
@@ -37,4 +39,5 @@ def default_measurements(k: int) -> list[Measurement]:
         SharpnessOverThreshold(),
         Reliability(),
         SampleLoss(),
+        Step(),
     ]

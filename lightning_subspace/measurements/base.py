@@ -15,6 +15,7 @@ from lightning_subspace._arguments import is_integer, require_flag, require_inte
 from lightning_subspace.curvature import Operator
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.data.sample import Sample
+from lightning_subspace.measurements.arrival import Arrival
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.subspace.record import Record
@@ -91,6 +92,8 @@ class Probe:
         solve: `solve(matvec, k=None)` gives the top eigenspace, without certificate, of a function v -> A v or of an
             operator of the same parameters (a `part`, with fewer messages between ranks); by default of the probe's k.
         losses: of the micro-batches of the gradient sample, in order, of all ranks; nan where one is not known.
+        sample_gradient: (n,), of the mean loss over the Hessian's sample; `gradient` where both samples are one.
+        arrival: the loss where the optimizer step has led, in `after_step` alone.
     """
 
     step: int
@@ -109,6 +112,8 @@ class Probe:
     which: str
     solve: Callable[..., Subspace]
     losses: Sequence[float] = ()
+    sample_gradient: Tensor | None = None
+    arrival: Arrival | None = None
 
     @property
     def space(self) -> ParameterSpace:
@@ -155,6 +160,7 @@ class Measurement:
         needs: the measurement is skipped at probes whose eigenpairs are worse than this.
         extra: keys that loggers get with `log="all"` only, or for k = 0, where there are no eigenvalues to look at.
         every: the measurement is taken at probes 0, `every`, 2 `every`, ... of a run; no method is called at others.
+        window: how many optimizer steps directly before a probe `see_update` is called for.
 
     Example:
         >>> class GradientNorm(Measurement):
@@ -166,6 +172,7 @@ class Measurement:
     needs: ClassVar[Needs] = Needs.SUBSPACE
     extra: ClassVar[frozenset[str]] = frozenset()
     every: int = 1
+    window: int = 0
 
     def is_due(self, number: int) -> bool:
         """Whether to take it at the probe of this number."""
@@ -179,6 +186,13 @@ class Measurement:
         """Expected number of Hessian products of `measure`, over the whole sample."""
         return 0.0
 
+    def see_update(self, update: Tensor) -> None:  # (n,)
+        """Take note of a step before a probe; may keep `update`, theta_{s+1} - theta_s.
+
+        No collective. Where training has only begun, or a probe comes sooner than expected, it is called for fewer
+        steps than `window`.
+        """
+
     def after_step(
         self,
         probe: Probe,
@@ -188,7 +202,7 @@ class Measurement:
         """Numbers that need the optimizer step from theta_t.
 
         Args:
-            probe: the probe; its operator can no longer be used.
+            probe: the probe; its operator can no longer be used, and `arrival` can.
             gradient: the mini-batch gradient of the step, accumulated and before clipping (times the loss scale under
                 a GradScaler); None where the optimizer hook did not see it.
             update: theta_{t+1} - theta_t.

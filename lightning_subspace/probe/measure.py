@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from lightning_subspace.curvature import CurvatureConfig, NoProductsError, Operator
+from lightning_subspace.curvature import CheckError, CurvatureConfig, NoProductsError, Operator
 from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.data.micro_batch import MicroBatch, Weight
 from lightning_subspace.data.sample import Sample
@@ -28,8 +28,7 @@ from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss.bare import bare_module, bare_optimizer
 from lightning_subspace.loss.loss_function import LossFunction
 from lightning_subspace.loss.training_loss import Mode, TrainingLoss
-from lightning_subspace.measurements import Measurement, Probe
-from lightning_subspace.measurements.base import Needs, positive
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, positive
 from lightning_subspace.measurements.memory import declares_memory, take_over
 from lightning_subspace.measurements.sample_loss import known_losses
 from lightning_subspace.measurements.spectrum import solver_metrics
@@ -110,7 +109,7 @@ def measure_subspace(
             without trainable parameters; a `previous` over other parameters or without its eigenvectors; FSDP1; or
             Fabric's own module with dtype="native".
         TypeError: for a module without a training step, where there is no `loss_fn`.
-        CheckError: with `on_check_fail="raise"`; where nothing can be measured, as "ggn" without its derivatives.
+        CheckError: with `on_check_fail="raise"`; where no product can be had, as "ggn" without its derivatives.
         PeerError: when something of this went wrong on another rank.
         SignalError: when a signal with a handler of Python's, other than SIGINT, has arrived; the handler has run.
 
@@ -143,6 +142,8 @@ def measure_subspace(
 
     def checked(left: Sample) -> tuple[CurvatureConfig, str | None]:
         found, notice = choice.follow(choice.check(module, left, partition), module, left, partition)
+        if choice.has_products and not found.has_products and on_check_fail != "omit":
+            raise CheckError(f"{notice} on_check_fail='omit' gives a record of those.")
         return joining.begin(found, module, left, partition), notice
 
     def taken(left: Sample) -> Record:
@@ -202,7 +203,8 @@ def take_probe(
     """
     partition = Partition.even(loss.space) if partition is None else partition
     hessian = (CurvatureConfig().operator if operator is None else operator)(loss, sample, partition)
-    gradient = _gradient(hessian, sample)
+    own = hessian.gradient()
+    gradient = _gradient(hessian, own, sample)
     losses = known_losses(loss, sample, partition.ranks)  # now, before single examples or parts are evaluated
     subspace = None
     if solver.k > 0 and hessian.has_products:
@@ -241,6 +243,7 @@ def take_probe(
         which=solver.which,
         solve=solve,
         losses=losses,
+        sample_gradient=own,
     )
     metrics = {**(marks or {}), **({} if subspace is None else solver_metrics(subspace))}
     if sample.filled is not None:
@@ -249,8 +252,7 @@ def take_probe(
         if is_taken(measurement, number, subspace):
             with suppress(NoProductsError):
                 metrics.update(measurement.measure(probe))
-    trusted = subspace is not None and subspace.trusted
-    image = sketch(subspace.basis, partition) if subspace is not None and trusted else None
+    image = sketch(subspace.basis, partition) if subspace is not None and subspace.trusted else None
     return probe, Record(step, partition.ranks.broadcast_object(finite(metrics)), subspace, image)
 
 
@@ -289,10 +291,10 @@ def _trusted_basis(previous: Record | None, partition: Partition) -> Tensor | No
     return basis
 
 
-def _gradient(hessian: Operator, sample: Sample) -> Tensor:
+def _gradient(hessian: Operator, own: Tensor, sample: Sample) -> Tensor:
     """Gradient over the gradient sample, which continues the Hessian's."""
-    gradient = hessian.gradient()
-    if sample.extra:
-        first, rest = (sum(batch.weight for batch in part) for part in (sample.hessian, sample.extra))
-        gradient.mul_(first / (first + rest)).add_(hessian.mean_gradient(sample.extra), alpha=rest / (first + rest))
-    return gradient
+    if not sample.extra:
+        return own
+    first, rest = (sum(batch.weight for batch in part) for part in (sample.hessian, sample.extra))
+    other = hessian.mean_gradient(sample.extra).mul_(rest / (first + rest))
+    return other.add_(own, alpha=first / (first + rest))

@@ -22,6 +22,7 @@ from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.probe.arguments import checked_k
+from lightning_subspace.probe.arrival import LossAfterStep
 from lightning_subspace.probe.checkpoint import RunState
 from lightning_subspace.probe.examples import Examples
 from lightning_subspace.probe.measure import finite, is_taken, take_probe
@@ -154,7 +155,7 @@ class ProbeRun:
         self.examples.remark_on(before.remark, self._choice.remark)
         if kept is not None:
             self._remember(record, *kept)
-        return OpenRecord(ended(probe), record, theta)
+        return OpenRecord(ended(probe), record, theta, before)
 
     def close(self, opened: OpenRecord, module: nn.Module | None = None) -> Record:
         """Add a record to the history.
@@ -259,8 +260,9 @@ class ProbeRun:
         """The numbers of the step from an open record's point."""
         opened.failure.end()
         metrics: dict[str, float] = {}
-        probe = opened.probe
-        update = probe.partition.flatten(probe.space.tensors(module), like=opened.theta).sub_(opened.theta)
+        probe, theta = opened.probe, opened.theta
+        update = probe.partition.flatten(probe.space.tensors(module), like=theta).sub_(theta)
+        probe = replace(probe, arrival=LossAfterStep(opened.choice, module, probe, theta))
         for measurement in self.settings.taken:
             if is_taken(measurement, probe.number, probe.subspace):
                 metrics.update(measurement.after_step(probe, opened.gradient, update))

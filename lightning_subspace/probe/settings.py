@@ -111,6 +111,8 @@ class ProbeSettings:
             ("on_check_fail", OnCheckFail),
         ):
             require_word(name, getattr(self, name), get_args(words))
+        if self.curvature == "none":
+            self._take("k", 0)  # there is no matrix to have eigenpairs
         self._take("seed", require_seed("seed", self.seed))
         _ = self.choice  # checks how they go together
         self._check_measurements()
@@ -128,8 +130,10 @@ class ProbeSettings:
 
     @cached_property
     def taken(self) -> tuple[Measurement, ...]:
-        """All measurements: the default ones, and the user's own."""
-        return (*(default_measurements(self.k) if self.defaults else ()), *(self.measurements or ()))
+        """All measurements: the default ones, and the user's own, also in place of a default one of their class."""
+        own = tuple(self.measurements or ())
+        defaults = default_measurements(self.k) if self.defaults else []
+        return (*(default for default in defaults if not any(type(one) is type(default) for one in own)), *own)
 
     @property
     def sample_spec(self) -> SampleSpec:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from lightning_subspace.measurements.noise import GradientNoise as GradientNoise
     from lightning_subspace.measurements.overlap import Control as Control
     from lightning_subspace.measurements.stability import Stability as Stability
+    from lightning_subspace.measurements.step import Step as Step
+    from lightning_subspace.measurements.step import StepCurvature as StepCurvature
     from lightning_subspace.parallel.ranks import PeerError as PeerError
     from lightning_subspace.probe.entries import CheckpointError as CheckpointError
     from lightning_subspace.probe.history import read_history as read_history
@@ -70,6 +72,8 @@ _HOMES = {
     "SpectralDensity": "subspace.spectral_density",
     "Stability": "measurements.stability",
     "StartWhenAligned": "callbacks.start",
+    "Step": "measurements.step",
+    "StepCurvature": "measurements.step",
     "Subspace": "subspace.subspace",
     "SubspaceIntegrityError": "subspace.subspace",
     "SubspaceMonitor": "callbacks.monitor",

@@ -36,7 +36,7 @@ class Arrival(Protocol):
 
         That of the first micro-batch, taken at theta_{t+1} - update, is compared with that of the probe. It is another
         one where it depends on parameters that are not measured, on the number of steps, on an averaged teacher or, in
-        eval mode, on the statistics of batch-norm. Two forward passes of a micro-batch.
+        eval mode, on the statistics of batch-norm. One forward pass of a micro-batch.
         """
         ...
 

@@ -27,8 +27,6 @@ from lightning_subspace.subspace.subspace import inner_products
 T = TypeVar("T")
 
 ROUNDING = 20.0  # a change of the loss below this, times eps and the loss, may be rounding
-# Of the change by the step: how far the same loss may be off, since theta_{t+1} - u is not quite theta_t.
-LARGEST_DIFFERENCE = 0.05
 
 
 class LossAfterStep:
@@ -49,6 +47,7 @@ class LossAfterStep:
         self._sample = Sample(probe.sample.hessian)
         self._before = probe.losses[: len(probe.sample.hessian)]
         self._dtype = probe.operator.dtype
+        self._slope = probe.gradient if probe.sample_gradient is None else probe.sample_gradient
 
     @cached_property
     def loss(self) -> float:
@@ -56,14 +55,10 @@ class LossAfterStep:
         weights = [batch.weight for batch in self._sample.hessian]
         return math.fsum(w * value for w, value in zip(weights, self._before, strict=True)) / math.fsum(weights)
 
-    @cached_property
+    @property
     def rounding(self) -> float:
         """The largest difference of two mean losses that may be rounding."""
-        eps = torch.finfo(self._dtype).eps
-        if self._choice.dtype == "native" and (trainer := attached_trainer(self._module)) is not None:
-            precision = str(trainer.precision_plugin.precision)
-            eps = max(eps, torch.finfo(torch.bfloat16 if "16" in precision else torch.float32).eps)
-        return ROUNDING * eps * abs(self.loss)
+        return self._rounding(self.loss)
 
     def value(self, offset: Tensor | None = None) -> float:  # (n,)
         """The mean loss at theta_{t+1} + offset."""
@@ -71,14 +66,12 @@ class LossAfterStep:
 
     def is_same_loss(self, update: Tensor) -> bool:  # (n,)
         """Whether the first micro-batch has the loss of the probe at theta_t."""
-
-        def values(loss: TrainingLoss, sample: Sample) -> tuple[float, float]:
-            first = self._mean(loss, sample).part([0])
-            return first.value(-update), first.value(None)
-
-        again, moved = self._evaluated(values)
-        known = self._before[0]
-        return abs(again - known) <= self.rounding + LARGEST_DIFFERENCE * abs(moved - known)
+        again = self._evaluated(lambda loss, sample: self._mean(loss, sample).part([0]).value(-update))
+        # The update is rounded where a parameter has changed by more than its half.
+        vectors = torch.stack([self._slope, update.to(self._slope)])
+        lengths = inner_products(vectors, vectors, self._partition.ranks).diagonal().sqrt()
+        missed = ROUNDING * torch.finfo(self.theta.dtype).eps * float(lengths.prod())
+        return abs(again - self._before[0]) <= self._rounding(self._before[0]) + missed
 
     def gradient(self) -> Tensor:  # (n,)
         """Gradient of the mean loss at theta_{t+1}."""
@@ -96,6 +89,13 @@ class LossAfterStep:
             return float(inner_products(image[None], update[None], self._partition.ranks))
 
         return self._evaluated(bend)
+
+    def _rounding(self, value: float) -> float:
+        eps = torch.finfo(self._dtype).eps
+        if self._choice.dtype == "native" and (trainer := attached_trainer(self._module)) is not None:
+            narrow = "16" in str(trainer.precision_plugin.precision)
+            eps = max(eps, torch.finfo(torch.bfloat16 if narrow else torch.float32).eps)
+        return ROUNDING * eps * abs(value)
 
     def _mean(self, loss: TrainingLoss, sample: Sample) -> Operator:
         return self._choice.mean(loss, sample, self._partition)

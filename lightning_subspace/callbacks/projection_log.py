@@ -1,4 +1,4 @@
-"""Numbers of a projection: to other callbacks, to loggers, and to the tab of TensorBoard."""
+"""Numbers of a projection, to callbacks, loggers and the tab of TensorBoard."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def logged_figure(height: float) -> tuple[Figure, Axes]:
 
 
 def head(axes: Axes, title: str) -> None:
-    """Put the title on top; in a narrow figure in the size of its labels."""
+    """Put the title on top, small in a narrow figure."""
     is_narrow = axes.get_figure(root=True).get_size_inches()[0] <= LOGGED_WIDTH  # type: ignore[union-attr]
     # The pad leaves a line for the legend or a note, above the data instead of on it.
     axes.set_title(title, loc="left", pad=24, fontsize=10 if is_narrow else None)

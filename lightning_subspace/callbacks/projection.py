@@ -22,6 +22,7 @@ from lightning_subspace._lightning import Trainer, is_a, undeclared
 from lightning_subspace.callbacks.monitor import SubspaceMonitor
 from lightning_subspace.callbacks.notices import Notices, OnFailure
 from lightning_subspace.callbacks.project import check_apart, check_project, misconfiguration
+from lightning_subspace.callbacks.projection_log import ProjectionLog
 from lightning_subspace.callbacks.projector import Keep, Projector
 from lightning_subspace.callbacks.resumable import Resumable
 from lightning_subspace.callbacks.runner import ProbeRunner
@@ -40,7 +41,6 @@ from lightning_subspace.probe.entries import CheckpointError
 from lightning_subspace.probe.schedule import Position, Schedule
 from lightning_subspace.probe.settings import ProbeSettings, require_sizes
 from lightning_subspace.probe.verification import Verify
-from lightning_subspace.report.loggers import Reporter, logged_name
 from lightning_subspace.subspace.record import Record
 
 SPEAKER = "SubspaceProjection"
@@ -157,7 +157,7 @@ class SubspaceProjection(Resumable):
         self._schedule = Schedule(refresh_every_n_steps, max_overhead=None)
         self._notices = Notices(SPEAKER, on_failure)
         self._runner = ProbeRunner(self._settings, self._schedule, self._notices, INSTEAD)
-        self._reporter = Reporter()
+        self._log = ProjectionLog(name, keep, self._runner)
         # A step is over only when this differs from `global_step`: gradients may be accumulated over several batches.
         self._seen_step = -1
         # The space is out of date, or there is none: it is computed as soon as there is a sample.
@@ -205,6 +205,7 @@ class SubspaceProjection(Resumable):
         is_same_run = saved is None and self._runner.run is not None and step > 0 and self._seen_step <= step
         continues = is_same_run and self._runner.goes_on(pl_module, ranks)
         self._notices.begin()
+        self._log.begin()
         if not continues:
             self._start = StartCondition(self._start_when)
             self._schedule.begin(step)
@@ -241,7 +242,7 @@ class SubspaceProjection(Resumable):
         """Log what was removed."""
         removed, self._removed = self._removed, {}
         for step, share in removed.items():
-            self._log(trainer, "removed", share, step)
+            self._log.write(trainer, "removed", share, step)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: nn.Module) -> None:
@@ -291,7 +292,7 @@ class SubspaceProjection(Resumable):
             return
         if self._start.watches and "gradient_fraction" in record.metrics:
             average = self._start.see_chi(math.sqrt(record.metrics["gradient_fraction"]))
-            self._log(trainer, "chi", average, step)
+            self._log.write(trainer, "chi", average, step)
         if self._start.begun:
             assert record.subspace.partition is not None, "taken by a probe"
             self._projector = Projector(record.subspace.basis, record.subspace.partition, keep=self._keep)
@@ -320,11 +321,6 @@ class SubspaceProjection(Resumable):
         removed = self._projector.project(module, theta, measured=is_logged)
         if is_logged:
             self._removed[step] = removed
-
-    def _log(self, trainer: Trainer, key: str, value: float, step: int) -> None:
-        named = {logged_name(self.name, key): value}
-        self._reporter.callback_metrics(trainer, named)
-        self._reporter.scalars(trainer.loggers, named, step)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

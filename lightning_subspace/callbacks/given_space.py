@@ -38,15 +38,20 @@ class GivenSpaces:
             )
 
     @property
+    def evaluates(self) -> bool:
+        """Whether the loss of the module is evaluated."""
+        return not self._given.is_function
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What a run is to be made of: no eigenvectors, and these batches."""
         return {"k": 0, "sample": self._given.sample}
 
     @waiting_signals()  # a handler may talk to the other ranks: not before all have left
     def take(self, runner: ProbeRunner, module: nn.Module, step: int, otherwise: str) -> GivenSpace | None:
-        """The space at the parameters of a step; None after a failure, which is told.
+        """The space at the parameters of a step; None after a failure.
 
-        A collective, after `runner.should_probe`.
+        That is told. A collective, after `runner.should_probe`.
         """
         run, sample = runner.run, runner.source.sample
         assert run is not None, "asked for before"

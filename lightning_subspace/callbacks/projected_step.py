@@ -40,7 +40,10 @@ class ProjectedSteps:
         self._found: dict[int, dict[str, float]] = {}
 
     def start(self, trainer: Trainer, module: nn.Module) -> None:
-        """Hang on the optimizers of a fit; errors as of `attach`."""
+        """Hang on the optimizers of a fit.
+
+        Raises as `attach` does.
+        """
         see = (lambda optimizer: self._see_gradient(trainer, module, optimizer)) if self._where == "gradient" else None
         self._hooks = StepHooks(lambda: self.begin(trainer, module), lambda: self._end(trainer, module), see)
         self.attach(trainer)
@@ -63,7 +66,7 @@ class ProjectedSteps:
         self._hooks.release()
 
     def found(self) -> dict[int, dict[str, float]]:
-        """What was done since the last call, by the step it was done from."""
+        """Numbers of the steps since the last call, by step."""
         found, self._found = self._found, {}
         return found
 

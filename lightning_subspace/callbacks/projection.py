@@ -211,7 +211,8 @@ class SubspaceProjection(Resumable):
                     "strategy='ddp', or devices=1."
                 )
             check_apart([(c.name, None) for c in undeclared(trainer, "callbacks") if isinstance(c, SubspaceProjection)])
-            check_project(trainer, pl_module, self._settings.loss_fn)
+            if self._given is None or self._given.evaluates:
+                check_project(trainer, pl_module, self._settings.loss_fn)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: nn.Module) -> None:

@@ -24,7 +24,8 @@ class ProjectionState:
         num_probes: how many spaces were taken.
 
     Example:
-        >>> state = ProjectionState(3, "LA", Position(7, 2), "0", True, None, 2)
+        >>> from lightning_subspace.probe.schedule import Position
+        >>> state = ProjectionState(3, "LA", Position(7), "0", True, None, 2)
         >>> ProjectionState.decoded(state.encoded(), k=3, which="LA") == state
         True
     """

@@ -83,7 +83,7 @@ class StepHooks:
     def _enter(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before a step: what the optimizer is to be called with, or None."""
+        """Before a step: other arguments for it, or None."""
         self._depth += 1
         if self._depth > 1:
             return None

@@ -92,7 +92,7 @@ class GivenBasis:
         return (MicroBatch(None, 1.0, 0),) if self.is_function else self._basis
 
     def require_alone(self, arguments: Mapping[str, Any], owner: type) -> None:
-        """Refuse other arguments of the owner that have no meaning beside it.
+        """Refuse other arguments that have no meaning beside it.
 
         Raises:
             ValueError: naming the first that has another value than its default.

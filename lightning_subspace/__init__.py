@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lightning_subspace.measurements.noise import BatchSharpness as BatchSharpness
     from lightning_subspace.measurements.noise import GradientNoise as GradientNoise
     from lightning_subspace.measurements.overlap import Control as Control
+    from lightning_subspace.measurements.second_loss import SecondLoss as SecondLoss
     from lightning_subspace.measurements.stability import Stability as Stability
     from lightning_subspace.parallel.ranks import PeerError as PeerError
     from lightning_subspace.probe.entries import CheckpointError as CheckpointError
@@ -66,6 +67,7 @@ _HOMES = {
     "Prospect": "measurements.base",
     "Record": "subspace.record",
     "SampleError": "data.micro_batch",
+    "SecondLoss": "measurements.second_loss",
     "SignalError": "state.signals",
     "SpectralDensity": "subspace.spectral_density",
     "Stability": "measurements.stability",

@@ -17,6 +17,7 @@ from lightning_subspace.measurements.overlap import Control as Control
 from lightning_subspace.measurements.overlap import SubspaceOverlap as SubspaceOverlap
 from lightning_subspace.measurements.reliability import Reliability as Reliability
 from lightning_subspace.measurements.sample_loss import SampleLoss as SampleLoss
+from lightning_subspace.measurements.second_loss import SecondLoss as SecondLoss
 from lightning_subspace.measurements.spectrum import GapIndex as GapIndex
 from lightning_subspace.measurements.stability import SharpnessOverThreshold as SharpnessOverThreshold
 from lightning_subspace.measurements.stability import Stability as Stability

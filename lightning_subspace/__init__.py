@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lightning_subspace.measurements.density import Trace as Trace
     from lightning_subspace.measurements.gradient import Chi as Chi
     from lightning_subspace.measurements.loss_change import LossChange as LossChange
+    from lightning_subspace.measurements.matrices import Matrices as Matrices
     from lightning_subspace.measurements.noise import BatchSharpness as BatchSharpness
     from lightning_subspace.measurements.noise import GradientNoise as GradientNoise
     from lightning_subspace.measurements.overlap import Control as Control
@@ -59,6 +60,7 @@ _HOMES = {
     "GradientNoise": "measurements.noise",
     "LossChange": "measurements.loss_change",
     "LossError": "loss.loss_function",
+    "Matrices": "measurements.matrices",
     "Measurement": "measurements.base",
     "Needs": "measurements.base",
     "Outcome": "linalg",

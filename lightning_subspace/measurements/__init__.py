@@ -11,6 +11,7 @@ from lightning_subspace.measurements.gradient import GradientCurvature as Gradie
 from lightning_subspace.measurements.gradient import GradientFraction as GradientFraction
 from lightning_subspace.measurements.gradient import UpdateFraction as UpdateFraction
 from lightning_subspace.measurements.loss_change import LossChange as LossChange
+from lightning_subspace.measurements.matrices import Matrices as Matrices
 from lightning_subspace.measurements.noise import BatchSharpness as BatchSharpness
 from lightning_subspace.measurements.noise import GradientNoise as GradientNoise
 from lightning_subspace.measurements.overlap import Control as Control

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from lightning_subspace.measurements.density import Trace as Trace
     from lightning_subspace.measurements.gradient import Chi as Chi
     from lightning_subspace.measurements.loss_change import LossChange as LossChange
+    from lightning_subspace.measurements.matrices import Matrices as Matrices
     from lightning_subspace.measurements.noise import BatchSharpness as BatchSharpness
     from lightning_subspace.measurements.noise import GradientNoise as GradientNoise
     from lightning_subspace.measurements.overlap import Control as Control
+    from lightning_subspace.measurements.second_loss import SecondLoss as SecondLoss
     from lightning_subspace.measurements.stability import Stability as Stability
     from lightning_subspace.measurements.step import Step as Step
     from lightning_subspace.measurements.step import StepCurvature as StepCurvature
@@ -60,6 +62,7 @@ _HOMES = {
     "GradientNoise": "measurements.noise",
     "LossChange": "measurements.loss_change",
     "LossError": "loss.loss_function",
+    "Matrices": "measurements.matrices",
     "Measurement": "measurements.base",
     "Needs": "measurements.base",
     "Outcome": "linalg",
@@ -68,6 +71,7 @@ _HOMES = {
     "Prospect": "measurements.base",
     "Record": "subspace.record",
     "SampleError": "data.micro_batch",
+    "SecondLoss": "measurements.second_loss",
     "SignalError": "state.signals",
     "SpectralDensity": "subspace.spectral_density",
     "Stability": "measurements.stability",

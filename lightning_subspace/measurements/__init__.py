@@ -11,12 +11,14 @@ from lightning_subspace.measurements.gradient import GradientCurvature as Gradie
 from lightning_subspace.measurements.gradient import GradientFraction as GradientFraction
 from lightning_subspace.measurements.gradient import UpdateFraction as UpdateFraction
 from lightning_subspace.measurements.loss_change import LossChange as LossChange
+from lightning_subspace.measurements.matrices import Matrices as Matrices
 from lightning_subspace.measurements.noise import BatchSharpness as BatchSharpness
 from lightning_subspace.measurements.noise import GradientNoise as GradientNoise
 from lightning_subspace.measurements.overlap import Control as Control
 from lightning_subspace.measurements.overlap import SubspaceOverlap as SubspaceOverlap
 from lightning_subspace.measurements.reliability import Reliability as Reliability
 from lightning_subspace.measurements.sample_loss import SampleLoss as SampleLoss
+from lightning_subspace.measurements.second_loss import SecondLoss as SecondLoss
 from lightning_subspace.measurements.spectrum import GapIndex as GapIndex
 from lightning_subspace.measurements.stability import SharpnessOverThreshold as SharpnessOverThreshold
 from lightning_subspace.measurements.stability import Stability as Stability

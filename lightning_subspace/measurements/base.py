@@ -83,6 +83,10 @@ class Probe:
         sample: the micro-batches, and their share of the training set.
         batch_gradients: iterates over the gradient sample: each micro-batch with the gradient of its own mean loss,
             (n,). Valid while the probe lasts.
+        another: `another(batches, loss_fn=None, products=True)` gives the operator of another loss, or of the same one,
+            over other batches, at theta_t: `gradient`, `value`, `batch_gradients`, and with `products` `matvec`. The
+            batches are a list; one that has to be read is best read in `Measurement.prepare`. Valid while the probe
+            lasts; `solve` takes it.
         subspace: the top eigenspace; None for k = 0.
         previous: (k, n), the eigenvectors of the last probe that had a trusted subspace; None at the first.
         reference: (k, n), those of `reference_step`; None before it.
@@ -111,6 +115,7 @@ class Probe:
     optimizer: Optimizer | None
     which: str
     solve: Callable[..., Subspace]
+    another: Callable[..., Operator]
     losses: Sequence[float] = ()
     sample_gradient: Tensor | None = None
     arrival: Arrival | None = None
@@ -177,6 +182,12 @@ class Measurement:
     def is_due(self, number: int) -> bool:
         """Whether to take it at the probe of this number."""
         return number % self.every == 0
+
+    def prepare(self, partition: Partition) -> None:
+        """Read data that `measure` needs. A collective.
+
+        Called before each probe at which the measurement is due, while the module is as training has it.
+        """
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """Numbers known at theta_t."""

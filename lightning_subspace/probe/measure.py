@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -34,7 +35,15 @@ from lightning_subspace.measurements.sample_loss import known_losses
 from lightning_subspace.measurements.spectrum import solver_metrics
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
-from lightning_subspace.probe.arguments import check_given, checked_k, ranks_of_group, require_the_same, require_word
+from lightning_subspace.probe.another import another_operator, prepare
+from lightning_subspace.probe.arguments import (
+    check_given,
+    checked_k,
+    ranks_of_group,
+    require_the_same,
+    require_word,
+    trusted_basis,
+)
 from lightning_subspace.probe.joining import Joining
 from lightning_subspace.probe.screening import Screening
 from lightning_subspace.probe.settings import ProbeSettings
@@ -136,7 +145,7 @@ def measure_subspace(
         require_the_same(ranks, module, (solver, replace(choice, loss_fn=None), space, verify, len(chosen)))
         sample = sample_of_batches(batches, weight, ranks)
         partition = Partition.of(space, module, ranks)
-        start = _trusted_basis(previous, partition)
+        start = trusted_basis(previous, partition)
     take_over(filter(declares_memory, chosen), object())
     screening, joining = Screening(), Joining()
 
@@ -147,6 +156,7 @@ def measure_subspace(
         return joining.begin(found, module, left, partition), notice
 
     def taken(left: Sample) -> Record:
+        prepare(chosen, 0, partition)
         with choice.loss(module, space, ranks) as loss:
             _, record = take_probe(
                 loss,
@@ -202,7 +212,8 @@ def take_probe(
         The probe, which `Measurement.after_step` gets later, and its record, whose subspace holds the eigenvectors.
     """
     partition = Partition.even(loss.space) if partition is None else partition
-    hessian = (CurvatureConfig().operator if operator is None else operator)(loss, sample, partition)
+    make = CurvatureConfig().operator if operator is None else operator
+    hessian = make(loss, sample, partition)
     own = hessian.gradient()
     gradient = _gradient(hessian, own, sample)
     losses = known_losses(loss, sample, partition.ranks)  # now, before single examples or parts are evaluated
@@ -235,6 +246,7 @@ def take_probe(
         parameters=loss.originals,
         sample=sample,
         batch_gradients=batch_gradients,
+        another=partial(another_operator, loss, hessian, make),
         subspace=subspace,
         previous=previous,
         reference=reference,
@@ -269,26 +281,6 @@ def is_taken(measurement: Measurement, number: int, subspace: Subspace | None) -
 def finite(metrics: dict[str, float]) -> dict[str, float]:
     """Drop what is not a finite number: it means "not defined here"."""
     return {key: float(value) for key, value in metrics.items() if math.isfinite(value)}
-
-
-def _trusted_basis(previous: Record | None, partition: Partition) -> Tensor | None:  # (k, n)
-    """The eigenvectors of an earlier record, if it is trusted."""
-    if previous is None or previous.subspace is None or not previous.subspace.trusted:
-        return None
-    if previous.subspace.eigenvectors is None:
-        raise ValueError("previous: expected a record with its eigenvectors, got one without, as a history keeps them.")
-    basis, held = previous.subspace.eigenvectors, previous.subspace.partition
-    num_parameters = basis.shape[1] if held is None else held.n
-    if num_parameters != partition.n:
-        raise ValueError(
-            f"previous: expected a record over the same {partition.n} parameters, got one over {num_parameters}."
-        )
-    if held is not None and held.ranges != partition.ranges:
-        raise ValueError(
-            f"previous: expected a record dealt to {len(partition.ranges)} ranks as this one is, got one dealt to "
-            f"{len(held.ranges)}; leave it out, or measure it with the same group=."
-        )
-    return basis
 
 
 def _gradient(hessian: Operator, own: Tensor, sample: Sample) -> Tensor:

@@ -21,6 +21,7 @@ from lightning_subspace.parallel.bit_sums import require_equal
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.probe.another import prepare
 from lightning_subspace.probe.arguments import checked_k
 from lightning_subspace.probe.arrival import LossAfterStep
 from lightning_subspace.probe.checkpoint import RunState
@@ -237,6 +238,7 @@ class ProbeRun:
         number = self.num_probes
         # Read off eigenvalues, which are equal on all ranks as far as their processors are: the first one decides.
         verify = self.ranks.broadcast_object(is_verified(number, self.settings.verify, self.history))
+        prepare(self.settings.taken, number, self.partition)
         with self._choice.loss(module, self.space, self.ranks) as loss:
             return take_probe(
                 loss,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_subspace.measurements.loss_change import LossChange as LossChange
     from lightning_subspace.measurements.noise import BatchSharpness as BatchSharpness
     from lightning_subspace.measurements.noise import GradientNoise as GradientNoise
+    from lightning_subspace.measurements.noise_scale import NoiseScale as NoiseScale
     from lightning_subspace.measurements.overlap import Control as Control
     from lightning_subspace.measurements.stability import Stability as Stability
     from lightning_subspace.parallel.ranks import PeerError as PeerError
@@ -60,6 +61,7 @@ _HOMES = {
     "LossError": "loss.loss_function",
     "Measurement": "measurements.base",
     "Needs": "measurements.base",
+    "NoiseScale": "measurements.noise_scale",
     "Outcome": "linalg",
     "PeerError": "parallel.ranks",
     "Probe": "measurements.base",

@@ -25,6 +25,7 @@ from lightning_subspace._lightning import attached_trainer, muted, transfer
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.dependence import Dependence
 from lightning_subspace.loss.findings import findings_of
+from lightning_subspace.loss.gradient_tally import GradientTally
 from lightning_subspace.loss.loss_function import LossError, LossFunction, WrittenError, as_scalar, resolve_loss
 from lightning_subspace.loss.precision import eager, twice_differentiable, widened, widened_array
 from lightning_subspace.loss.roots import extra_roots
@@ -79,6 +80,7 @@ class TrainingLoss:
         originals: the module's own parameters of the space, in an open context; not to be written to.
         dependence: what the losses since then depend on.
         served: the operators that live on its graphs.
+        tally: takes note of the gradients of single micro-batches at theta, where one is wanted.
 
     Raises:
         TypeError: without `loss_fn`, when the module has no `training_step` that takes a batch.
@@ -124,6 +126,7 @@ class TrainingLoss:
         self._displacement: dict[int, Tensor] = {}
         self._stack = ExitStack()
         self.served = Served()
+        self.tally: GradientTally | None = None
         self._shadow: Shadow | None = None
         self.dependence = Dependence({})
         self._followed: set[tuple[int, int, int]] = set()  # the micro-batches whose graph was followed
@@ -154,7 +157,7 @@ class TrainingLoss:
         try:
             self._stack.close()
         finally:
-            self._shadow = None
+            self._shadow = self.tally = None
             self._displacement, self._is_displaced = {}, False
             self.originals = ()
 

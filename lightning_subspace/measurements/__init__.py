@@ -13,6 +13,7 @@ from lightning_subspace.measurements.gradient import UpdateFraction as UpdateFra
 from lightning_subspace.measurements.loss_change import LossChange as LossChange
 from lightning_subspace.measurements.noise import BatchSharpness as BatchSharpness
 from lightning_subspace.measurements.noise import GradientNoise as GradientNoise
+from lightning_subspace.measurements.noise_scale import NoiseScale as NoiseScale
 from lightning_subspace.measurements.overlap import Control as Control
 from lightning_subspace.measurements.overlap import SubspaceOverlap as SubspaceOverlap
 from lightning_subspace.measurements.reliability import Reliability as Reliability
@@ -29,7 +30,7 @@ def default_measurements(k: int) -> list[Measurement]:
     """Measurements of every monitor; for k = 0 those without eigenvectors."""
     require_integer("k", k, 0)
     if k == 0:
-        return [GradientCurvature(), SampleLoss(), Step()]
+        return [GradientCurvature(), SampleLoss(), Step(), NoiseScale()]
     return [
         GradientFraction(),
         GradientCurvature(),
@@ -40,4 +41,5 @@ def default_measurements(k: int) -> list[Measurement]:
         Reliability(),
         SampleLoss(),
         Step(),
+        NoiseScale(),
     ]

@@ -10,9 +10,10 @@ is missing from the record's metrics; the solver's own numbers say why.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 
 from lightning_subspace.curvature import CheckError, CurvatureConfig, NoProductsError, Operator
 from lightning_subspace.data.given import sample_of_batches
-from lightning_subspace.data.micro_batch import MicroBatch, Weight
+from lightning_subspace.data.micro_batch import Weight
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss.bare import bare_module, bare_optimizer
@@ -35,6 +36,7 @@ from lightning_subspace.measurements.spectrum import solver_metrics
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.probe.arguments import check_given, checked_k, ranks_of_group, require_the_same, require_word
+from lightning_subspace.probe.gradient_pass import begin_tally, gradient_over, gradients_by_batch
 from lightning_subspace.probe.joining import Joining
 from lightning_subspace.probe.screening import Screening
 from lightning_subspace.probe.settings import ProbeSettings
@@ -202,9 +204,11 @@ def take_probe(
         The probe, which `Measurement.after_step` gets later, and its record, whose subspace holds the eigenvectors.
     """
     partition = Partition.even(loss.space) if partition is None else partition
+    due = [measurement for measurement in measurements if measurement.is_due(number)]
+    tally = begin_tally(loss, sample) if any(measurement.tallies for measurement in due) else None
     hessian = (CurvatureConfig().operator if operator is None else operator)(loss, sample, partition)
     own = hessian.gradient()
-    gradient = _gradient(hessian, own, sample)
+    gradient = gradient_over(hessian, own, sample)
     losses = known_losses(loss, sample, partition.ranks)  # now, before single examples or parts are evaluated
     subspace = None
     if solver.k > 0 and hessian.has_products:
@@ -222,10 +226,6 @@ def take_probe(
             )
         return asked.solve(hessian, matvec, start=start, verify=False)
 
-    def batch_gradients() -> Iterator[tuple[MicroBatch, Tensor]]:
-        yield from hessian.batch_gradients()
-        yield from hessian.other_gradients(sample.extra)
-
     probe = Probe(
         step=step,
         number=number,
@@ -234,7 +234,7 @@ def take_probe(
         operator=hessian,
         parameters=loss.originals,
         sample=sample,
-        batch_gradients=batch_gradients,
+        batch_gradients=partial(gradients_by_batch, hessian, sample),
         subspace=subspace,
         previous=previous,
         reference=reference,
@@ -244,11 +244,12 @@ def take_probe(
         solve=solve,
         losses=losses,
         sample_gradient=own,
+        tally=tally,
     )
     metrics = {**(marks or {}), **({} if subspace is None else solver_metrics(subspace))}
     if sample.filled is not None:
         metrics["solver/sample_filled"] = sample.filled
-    for measurement in measurements:
+    for measurement in due:
         if is_taken(measurement, number, subspace):
             with suppress(NoProductsError):
                 metrics.update(measurement.measure(probe))
@@ -289,12 +290,3 @@ def _trusted_basis(previous: Record | None, partition: Partition) -> Tensor | No
             f"{len(held.ranges)}; leave it out, or measure it with the same group=."
         )
     return basis
-
-
-def _gradient(hessian: Operator, own: Tensor, sample: Sample) -> Tensor:
-    """Gradient over the gradient sample, which continues the Hessian's."""
-    if not sample.extra:
-        return own
-    first, rest = (sum(batch.weight for batch in part) for part in (sample.hessian, sample.extra))
-    other = hessian.mean_gradient(sample.extra).mul_(rest / (first + rest))
-    return other.add_(own, alpha=first / (first + rest))

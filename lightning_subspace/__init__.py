@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lightning_subspace.measurements.matrices import Matrices as Matrices
     from lightning_subspace.measurements.noise import BatchSharpness as BatchSharpness
     from lightning_subspace.measurements.noise import GradientNoise as GradientNoise
+    from lightning_subspace.measurements.noise_scale import NoiseScale as NoiseScale
     from lightning_subspace.measurements.overlap import Control as Control
     from lightning_subspace.measurements.second_loss import SecondLoss as SecondLoss
     from lightning_subspace.measurements.stability import Stability as Stability
@@ -65,6 +66,7 @@ _HOMES = {
     "Matrices": "measurements.matrices",
     "Measurement": "measurements.base",
     "Needs": "measurements.base",
+    "NoiseScale": "measurements.noise_scale",
     "Outcome": "linalg",
     "PeerError": "parallel.ranks",
     "Probe": "measurements.base",

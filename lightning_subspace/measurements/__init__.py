@@ -14,6 +14,7 @@ from lightning_subspace.measurements.loss_change import LossChange as LossChange
 from lightning_subspace.measurements.matrices import Matrices as Matrices
 from lightning_subspace.measurements.noise import BatchSharpness as BatchSharpness
 from lightning_subspace.measurements.noise import GradientNoise as GradientNoise
+from lightning_subspace.measurements.noise_scale import NoiseScale as NoiseScale
 from lightning_subspace.measurements.overlap import Control as Control
 from lightning_subspace.measurements.overlap import SubspaceOverlap as SubspaceOverlap
 from lightning_subspace.measurements.reliability import Reliability as Reliability
@@ -31,7 +32,7 @@ def default_measurements(k: int) -> list[Measurement]:
     """Measurements of every monitor; for k = 0 those without eigenvectors."""
     require_integer("k", k, 0)
     if k == 0:
-        return [GradientCurvature(), SampleLoss(), Step()]
+        return [GradientCurvature(), SampleLoss(), Step(), NoiseScale()]
     return [
         GradientFraction(),
         GradientCurvature(),
@@ -42,4 +43,5 @@ def default_measurements(k: int) -> list[Measurement]:
         Reliability(),
         SampleLoss(),
         Step(),
+        NoiseScale(),
     ]

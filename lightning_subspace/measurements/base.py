@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from lightning_subspace._arguments import is_integer, require_flag, require_inte
 from lightning_subspace.curvature import Operator
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.data.sample import Sample
+from lightning_subspace.loss.gradient_tally import GradientTally
 from lightning_subspace.measurements.arrival import Arrival
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
@@ -98,6 +99,8 @@ class Probe:
         losses: of the micro-batches of the gradient sample, in order, of all ranks; nan where one is not known.
         sample_gradient: (n,), of the mean loss over the Hessian's sample; `gradient` where both samples are one.
         arrival: the loss where the optimizer step has led, in `after_step` alone.
+        tally: lengths of the micro-batch gradients, where a measurement `tallies`. Valid while the probe lasts.
+        shared: what measurements of this probe leave to each other.
     """
 
     step: int
@@ -119,6 +122,8 @@ class Probe:
     losses: Sequence[float] = ()
     sample_gradient: Tensor | None = None
     arrival: Arrival | None = None
+    tally: GradientTally | None = None
+    shared: dict[Any, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     @property
     def space(self) -> ParameterSpace:
@@ -166,6 +171,7 @@ class Measurement:
         extra: keys that loggers get with `log="all"` only, or for k = 0, where there are no eigenvalues to look at.
         every: the measurement is taken at probes 0, `every`, 2 `every`, ... of a run; no method is called at others.
         window: how many optimizer steps directly before a probe `see_update` is called for.
+        tallies: whether it looks at `Probe.tally`.
 
     Example:
         >>> class GradientNorm(Measurement):
@@ -178,6 +184,7 @@ class Measurement:
     extra: ClassVar[frozenset[str]] = frozenset()
     every: int = 1
     window: int = 0
+    tallies: ClassVar[bool] = False
 
     def is_due(self, number: int) -> bool:
         """Whether to take it at the probe of this number."""

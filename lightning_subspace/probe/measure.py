@@ -10,7 +10,7 @@ is missing from the record's metrics; the solver's own numbers say why.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from lightning_subspace.curvature import CheckError, CurvatureConfig, NoProductsError, Operator
 from lightning_subspace.data.given import sample_of_batches
-from lightning_subspace.data.micro_batch import MicroBatch, Weight
+from lightning_subspace.data.micro_batch import Weight
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss.bare import bare_module, bare_optimizer
@@ -44,6 +44,7 @@ from lightning_subspace.probe.arguments import (
     require_word,
     trusted_basis,
 )
+from lightning_subspace.probe.gradient_pass import begin_tally, gradient_over, gradients_by_batch
 from lightning_subspace.probe.joining import Joining
 from lightning_subspace.probe.screening import Screening
 from lightning_subspace.probe.settings import ProbeSettings
@@ -212,10 +213,12 @@ def take_probe(
         The probe, which `Measurement.after_step` gets later, and its record, whose subspace holds the eigenvectors.
     """
     partition = Partition.even(loss.space) if partition is None else partition
+    due = [measurement for measurement in measurements if measurement.is_due(number)]
+    tally = begin_tally(loss, sample) if any(measurement.tallies for measurement in due) else None
     make = CurvatureConfig().operator if operator is None else operator
     hessian = make(loss, sample, partition)
     own = hessian.gradient()
-    gradient = _gradient(hessian, own, sample)
+    gradient = gradient_over(hessian, own, sample)
     losses = known_losses(loss, sample, partition.ranks)  # now, before single examples or parts are evaluated
     subspace = None
     if solver.k > 0 and hessian.has_products:
@@ -233,10 +236,6 @@ def take_probe(
             )
         return asked.solve(hessian, matvec, start=start, verify=False)
 
-    def batch_gradients() -> Iterator[tuple[MicroBatch, Tensor]]:
-        yield from hessian.batch_gradients()
-        yield from hessian.other_gradients(sample.extra)
-
     probe = Probe(
         step=step,
         number=number,
@@ -245,7 +244,7 @@ def take_probe(
         operator=hessian,
         parameters=loss.originals,
         sample=sample,
-        batch_gradients=batch_gradients,
+        batch_gradients=partial(gradients_by_batch, hessian, sample),
         another=partial(another_operator, loss, hessian, make),
         subspace=subspace,
         previous=previous,
@@ -256,11 +255,12 @@ def take_probe(
         solve=solve,
         losses=losses,
         sample_gradient=own,
+        tally=tally,
     )
     metrics = {**(marks or {}), **({} if subspace is None else solver_metrics(subspace))}
     if sample.filled is not None:
         metrics["solver/sample_filled"] = sample.filled
-    for measurement in measurements:
+    for measurement in due:
         if is_taken(measurement, number, subspace):
             with suppress(NoProductsError):
                 metrics.update(measurement.measure(probe))
@@ -281,12 +281,3 @@ def is_taken(measurement: Measurement, number: int, subspace: Subspace | None) -
 def finite(metrics: dict[str, float]) -> dict[str, float]:
     """Drop what is not a finite number: it means "not defined here"."""
     return {key: float(value) for key, value in metrics.items() if math.isfinite(value)}
-
-
-def _gradient(hessian: Operator, own: Tensor, sample: Sample) -> Tensor:
-    """Gradient over the gradient sample, which continues the Hessian's."""
-    if not sample.extra:
-        return own
-    first, rest = (sum(batch.weight for batch in part) for part in (sample.hessian, sample.extra))
-    other = hessian.mean_gradient(sample.extra).mul_(rest / (first + rest))
-    return other.add_(own, alpha=first / (first + rest))

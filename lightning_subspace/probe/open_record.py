@@ -47,7 +47,7 @@ class OpenRecord:
 def ended(probe: Probe) -> Probe:
     """The probe without its operator, so that its graphs are freed."""
     over: Any = _Over(probe.operator.dtype)
-    return replace(probe, operator=over, solve=over, batch_gradients=over, another=over)
+    return replace(probe, operator=over, solve=over, batch_gradients=over, another=over, tally=None)
 
 
 class _Over:

@@ -35,7 +35,7 @@ class CriticalSharpness(Measurement):
     unknown optimizer.
 
     Args:
-        direction: "update" of the optimizer in use (SGD, Adam, AdamW and RMSprop), with its momentum, preconditioner
+        direction: "update" of the optimizer in use (those that `Stability` knows), with its momentum, preconditioner
             and weight decay; "gradient" for u = -g, lr = 1, and no `critical_step`.
         max_points: displaced points at most, 2 or more.
 

@@ -32,12 +32,15 @@ if TYPE_CHECKING:
     from lightning_subspace.measurements.noise import BatchSharpness as BatchSharpness
     from lightning_subspace.measurements.noise import GradientNoise as GradientNoise
     from lightning_subspace.measurements.overlap import Control as Control
+    from lightning_subspace.measurements.slices import Slices as Slices
+    from lightning_subspace.measurements.spectral_sharpness import SpectralSharpness as SpectralSharpness
     from lightning_subspace.measurements.stability import Stability as Stability
     from lightning_subspace.parallel.ranks import PeerError as PeerError
     from lightning_subspace.probe.entries import CheckpointError as CheckpointError
     from lightning_subspace.probe.history import read_history as read_history
     from lightning_subspace.probe.measure import measure_subspace as measure_subspace
     from lightning_subspace.state.signals import SignalError as SignalError
+    from lightning_subspace.subspace.loss_slices import LossSlices as LossSlices
     from lightning_subspace.subspace.record import Record as Record
     from lightning_subspace.subspace.record import to_rows as to_rows
     from lightning_subspace.subspace.spectral_density import SpectralDensity as SpectralDensity
@@ -58,6 +61,7 @@ _HOMES = {
     "GradientNoise": "measurements.noise",
     "LossChange": "measurements.loss_change",
     "LossError": "loss.loss_function",
+    "LossSlices": "subspace.loss_slices",
     "Measurement": "measurements.base",
     "Needs": "measurements.base",
     "Outcome": "linalg",
@@ -67,7 +71,9 @@ _HOMES = {
     "Record": "subspace.record",
     "SampleError": "data.micro_batch",
     "SignalError": "state.signals",
+    "Slices": "measurements.slices",
     "SpectralDensity": "subspace.spectral_density",
+    "SpectralSharpness": "measurements.spectral_sharpness",
     "Stability": "measurements.stability",
     "StartWhenAligned": "callbacks.start",
     "Subspace": "subspace.subspace",

@@ -197,16 +197,17 @@ def _sgd_threshold(group: Settings) -> float:
 
 def _nadam_threshold(group: Settings, state: Settings) -> float:
     """Largest stable P^-1 (H + D) of a moved parameter under NAdam."""
-    momentum = group["beta1"]
+    momentum = float(group["beta1"])
     own, averaged = _nadam_weights(group, state, ahead=0.0)
-    return float((2.0 + 2.0 * momentum) / (_rate(group) * (own * (1.0 + momentum) + averaged * (1.0 - momentum))))
+    return (2.0 + 2.0 * momentum) / (_rate(group) * (own * (1.0 + momentum) + averaged * (1.0 - momentum)))
 
 
 def _nadam_weights(group: Settings, state: Settings, ahead: float) -> tuple[float, float]:
     """Weights of gradient and average in the last step of NAdam, or in the next one (`ahead` = 1)."""
 
     def momentum(number: float) -> float:  # of a step; 0.96 is Dozat's, and torch's
-        return float(group["beta1"]) * (1.0 - 0.5 * 0.96 ** (number * float(group["momentum_decay"])))
+        decay: float = 0.96 ** (number * float(group["momentum_decay"]))
+        return float(group["beta1"]) * (1.0 - 0.5 * decay)
 
     step = float(state.get("step", 0.0)) + ahead
     if step == 0.0:  # not moved yet

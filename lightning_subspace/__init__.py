@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from lightning_subspace.measurements.noise_scale import NoiseScale as NoiseScale
     from lightning_subspace.measurements.overlap import Control as Control
     from lightning_subspace.measurements.second_loss import SecondLoss as SecondLoss
+    from lightning_subspace.measurements.slices import Slices as Slices
+    from lightning_subspace.measurements.spectral_sharpness import SpectralSharpness as SpectralSharpness
     from lightning_subspace.measurements.stability import Stability as Stability
     from lightning_subspace.measurements.step import Step as Step
     from lightning_subspace.measurements.step import StepCurvature as StepCurvature
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from lightning_subspace.probe.history import read_history as read_history
     from lightning_subspace.probe.measure import measure_subspace as measure_subspace
     from lightning_subspace.state.signals import SignalError as SignalError
+    from lightning_subspace.subspace.loss_slices import LossSlices as LossSlices
     from lightning_subspace.subspace.record import Record as Record
     from lightning_subspace.subspace.record import to_rows as to_rows
     from lightning_subspace.subspace.spectral_density import SpectralDensity as SpectralDensity
@@ -63,6 +66,7 @@ _HOMES = {
     "GradientNoise": "measurements.noise",
     "LossChange": "measurements.loss_change",
     "LossError": "loss.loss_function",
+    "LossSlices": "subspace.loss_slices",
     "Matrices": "measurements.matrices",
     "Measurement": "measurements.base",
     "Needs": "measurements.base",
@@ -75,7 +79,9 @@ _HOMES = {
     "SampleError": "data.micro_batch",
     "SecondLoss": "measurements.second_loss",
     "SignalError": "state.signals",
+    "Slices": "measurements.slices",
     "SpectralDensity": "subspace.spectral_density",
+    "SpectralSharpness": "measurements.spectral_sharpness",
     "Stability": "measurements.stability",
     "StartWhenAligned": "callbacks.start",
     "Step": "measurements.step",

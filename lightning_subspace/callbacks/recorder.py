@@ -124,6 +124,8 @@ class Recorder:
         if run is not None and self._has_closed:
             with self._runner.schedule.aside():
                 self._publisher.draw(trainer, run.history, run.overlaps)
+                taken = self._runner.settings.taken
+                self._publisher.draw_new(trainer, (drawn for measurement in taken for drawn in measurement.figures()))
 
     def finish(self, trainer: Trainer) -> None:
         """Log the figures of the whole run, and its file."""

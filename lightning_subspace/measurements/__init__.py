@@ -20,11 +20,14 @@ from lightning_subspace.measurements.overlap import SubspaceOverlap as SubspaceO
 from lightning_subspace.measurements.reliability import Reliability as Reliability
 from lightning_subspace.measurements.sample_loss import SampleLoss as SampleLoss
 from lightning_subspace.measurements.second_loss import SecondLoss as SecondLoss
+from lightning_subspace.measurements.slices import Slices as Slices
+from lightning_subspace.measurements.spectral_sharpness import SpectralSharpness as SpectralSharpness
 from lightning_subspace.measurements.spectrum import GapIndex as GapIndex
 from lightning_subspace.measurements.stability import SharpnessOverThreshold as SharpnessOverThreshold
 from lightning_subspace.measurements.stability import Stability as Stability
 from lightning_subspace.measurements.step import Step as Step
 from lightning_subspace.measurements.step import StepCurvature as StepCurvature
+from lightning_subspace.subspace.loss_slices import LossSlices as LossSlices
 from lightning_subspace.subspace.spectral_density import SpectralDensity as SpectralDensity
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -22,6 +22,9 @@ from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.solver import Solver
 from lightning_subspace.subspace.subspace import Subspace, inner_products
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Needs(Enum):
@@ -226,6 +229,13 @@ class Measurement:
             update: theta_{t+1} - theta_t.
         """
         return {}
+
+    def figures(self) -> Iterable[tuple[str, int, Figure]]:
+        """Figures that are new since the last call, for loggers that take them: name, step, figure.
+
+        Called on the first rank alone, where figures of the run are drawn: after 1, 2, 4, 8, ... probes and at the end.
+        """
+        return ()
 
     def state_dict(self) -> Mapping[str, Any]:
         """What the measurement keeps between probes, for the checkpoint.

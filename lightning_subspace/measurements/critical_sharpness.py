@@ -37,7 +37,7 @@ class CriticalSharpness(Measurement):
     unknown optimizer.
 
     Args:
-        along: "update" of the optimizer in use (SGD, Adam, AdamW and RMSprop), with its momentum, preconditioner and
+        along: "update" of the optimizer in use (those that `Stability` knows), with its momentum, preconditioner and
             weight decay; "gradient" for u = -g, lr = 1, and no `critical_step`; "taken" for the step that was taken, of
             any optimizer and with the noise of its batch, where the loss is the same one after it.
         max_points: displaced points at most, 2 or more.

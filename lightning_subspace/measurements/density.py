@@ -10,6 +10,7 @@ from lightning_subspace._arguments import require_seed
 from lightning_subspace.linalg import Quadrature, quadrature
 from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
 from lightning_subspace.measurements.density_state import decode_densities, encode_densities
+from lightning_subspace.measurements.memory import thin_out
 from lightning_subspace.subspace.solver import agreed_product
 from lightning_subspace.subspace.spectral_density import SpectralDensity, trace_metrics
 
@@ -87,10 +88,7 @@ class Density(Measurement):
         while self._history and self._history[-1].step >= probe.step:  # taken again behind a checkpoint
             self._history.pop()
         self._history.append(found)
-        if len(self._history) > self.keep:
-            half = len(self._history) // 2
-            self._history[:half] = self._history[:half:2]
-            del self._history[: -self.keep]  # one or two have no half to thin out
+        thin_out(self._history, self.keep)
         return found.metrics()
 
     def state_dict(self) -> Mapping[str, Any]:

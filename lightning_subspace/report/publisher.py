@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from lightning_subspace.report.guard import Guard
@@ -13,6 +13,8 @@ from lightning_subspace.subspace.record import Record
 from lightning_subspace.tensorboard_tab.schema import tag_of, to_json
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from lightning_subspace._lightning import Trainer
 
 
@@ -77,6 +79,13 @@ class Publisher:
             if len(steps) > 1:
                 figure = overlap_figure(steps, matrix, overlaps.error)
                 self._reporter.figure(trainer.loggers, f"{self._name}/overlaps", figure, step)
+
+    def draw_new(self, trainer: Trainer, figures: Iterable[tuple[str, int, Figure]]) -> None:
+        """Log figures of measurements: name, step, figure; made where a logger takes them."""
+        with self._guard.of("the figures of a measurement could not be drawn"):
+            if trainer.is_global_zero and self._reporter.takes_figures(trainer.loggers):
+                for name, step, figure in figures:
+                    self._reporter.figure(trainer.loggers, f"{self._name}/{name}", figure, step)
 
     def keep(self, trainer: Trainer, history: Sequence[Record], overlaps: OverlapHistory) -> None:
         """Hand all entries to loggers that keep files.

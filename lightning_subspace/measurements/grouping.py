@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -63,16 +64,15 @@ class Grouping:
     def coarse(cls, space: ParameterSpace, most: int) -> Grouping:
         """By module, as deep in the tree as there are at most so many groups.
 
-        Names are without what all have in front. Where even the outermost modules are more, the smaller ones are one.
+        Neighbours among numbered modules are joined where that is enough: "h.0-1". Where even the outermost modules are
+        more, the smaller ones are one. Names are as short as tells them apart.
         """
         paths = [_path(name) for name in space.names]
-        depth = max(map(len, paths))
-        while depth > 1 and len({path[:depth] for path in paths}) > most:
-            depth -= 1
-        cut = [path[:depth] for path in paths]
-        while len(set(cut)) > 1 and all(len(path) > 1 and path[0] == cut[0][0] for path in cut):
-            cut = [path[1:] for path in cut]
-        return cls._labelled(space, [".".join(path) for path in cut]).at_most(most)
+        depths = range(max(map(len, paths)), 0, -1)
+        cuts = (_joined([path[:depth] for path in paths], count) for depth in depths for count in range(1, most))
+        cut = next((cut for cut in cuts if len(set(cut)) <= most), [path[:1] for path in paths])
+        short = _short_names(set(cut))
+        return cls._labelled(space, [short[path] for path in cut]).at_most(most)
 
     @property
     def sizes(self) -> list[int]:
@@ -106,13 +106,17 @@ class Grouping:
             partition: of the coordinates over ranks.
             values: the sums over a slice of local coordinates, perhaps an empty one, (q,) float64.
         """
+        return partition.ranks.all_reduce(self.local_sums(partition, values)).cpu()
+
+    def local_sums(self, partition: Partition, values: Callable[[slice], Tensor]) -> Tensor:  # (groups, q) float64
+        """The same over the coordinates of this rank."""
         number = dict(zip(self.space.names, self.of, strict=True))
         nothing = values(slice(0, 0))
         total = nothing.new_zeros(len(self.names), len(nothing))
         for name, _, place in partition.locate():
             for start in range(place.start, place.stop, WIDENED_AT_ONCE):
                 total[number[name]] += values(slice(start, min(start + WIDENED_AT_ONCE, place.stop)))
-        return partition.ranks.all_reduce(total).cpu()
+        return total
 
     @classmethod
     def _labelled(cls, space: ParameterSpace, labels: Iterable[str]) -> Grouping:
@@ -181,3 +185,41 @@ def _matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
 def _path(name: str) -> tuple[str, ...]:
     """The modules above a parameter; of one without, its own name."""
     return tuple(name.split(".")[:-1]) or (name,)
+
+
+def _joined(paths: Sequence[tuple[str, ...]], count: int) -> list[tuple[str, ...]]:
+    """The same with so many numbered neighbours under one name.
+
+    Example:
+        >>> _joined([("h", "0"), ("h", "1"), ("h", "2"), ("head",)], count=2)
+        [('h', '0-1'), ('h', '0-1'), ('h', '2'), ('head',)]
+    """
+    if count == 1:
+        return list(paths)
+    kept = set(paths)
+
+    def name(path: tuple[str, ...]) -> tuple[str, ...]:
+        *above, last = path
+        if not last.isdigit():
+            return path
+        first = int(last) // count * count
+        there = [str(number) for number in range(first, first + count) if (*above, str(number)) in kept]
+        return (*above, there[0] if len(there) == 1 else f"{there[0]}-{there[-1]}")
+
+    return list(map(name, paths))
+
+
+def _short_names(paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """The end of each path that no other one has, and that is more than a number.
+
+    Example:
+        >>> sorted(_short_names([("gpt", "head"), ("gpt", "h", "0"), ("gpt", "h", "1")]).values())
+        ['h.0', 'h.1', 'head']
+    """
+    ends = Counter(path[-length:] for path in paths for length in range(1, len(path) + 1))
+    found = {}
+    for path in paths:
+        lengths = range(1, len(path) + 1)
+        told_apart = (k for k in lengths if ends[path[-k:]] == 1 and path[-k].strip("0123456789-"))
+        found[path] = ".".join(path[-next(told_apart, len(path)) :])
+    return found

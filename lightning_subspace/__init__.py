@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lightning_subspace.measurements.density import Density as Density
     from lightning_subspace.measurements.density import Trace as Trace
     from lightning_subspace.measurements.gradient import Chi as Chi
+    from lightning_subspace.measurements.layers import Layers as Layers
     from lightning_subspace.measurements.loss_change import LossChange as LossChange
     from lightning_subspace.measurements.matrices import Matrices as Matrices
     from lightning_subspace.measurements.noise import BatchSharpness as BatchSharpness
@@ -64,6 +65,7 @@ _HOMES = {
     "Density": "measurements.density",
     "EigshResult": "linalg",
     "GradientNoise": "measurements.noise",
+    "Layers": "measurements.layers",
     "LossChange": "measurements.loss_change",
     "LossError": "loss.loss_function",
     "LossSlices": "subspace.loss_slices",

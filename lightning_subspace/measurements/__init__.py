@@ -10,6 +10,8 @@ from lightning_subspace.measurements.gradient import Chi as Chi
 from lightning_subspace.measurements.gradient import GradientCurvature as GradientCurvature
 from lightning_subspace.measurements.gradient import GradientFraction as GradientFraction
 from lightning_subspace.measurements.gradient import UpdateFraction as UpdateFraction
+from lightning_subspace.measurements.layers import LayerMap as LayerMap
+from lightning_subspace.measurements.layers import Layers as Layers
 from lightning_subspace.measurements.loss_change import LossChange as LossChange
 from lightning_subspace.measurements.matrices import Matrices as Matrices
 from lightning_subspace.measurements.noise import BatchSharpness as BatchSharpness
@@ -47,4 +49,5 @@ def default_measurements(k: int) -> list[Measurement]:
         SampleLoss(),
         Step(),
         NoiseScale(),
+        LayerMap(),
     ]

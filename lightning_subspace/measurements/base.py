@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -22,6 +23,9 @@ from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.solver import Solver
 from lightning_subspace.subspace.subspace import Subspace, inner_products
+from lightning_subspace.subspace.table import Table
+
+Found = Mapping[str, float | Table]  # what a measurement returns: numbers by key, and tables for figures by name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,6 +49,7 @@ class Prospect:
         sample: the micro-batches.
         optimizer: the optimizer in use; None with several.
         num_ranks: number of processes that measure together.
+        space: names and shapes of the parameters; None where they are not known.
 
     Example:
         >>> class Steepest(Measurement):
@@ -59,6 +64,7 @@ class Prospect:
     sample: Sample
     optimizer: Optimizer | None = None
     num_ranks: int = 1
+    space: ParameterSpace | None = None
 
     def solve(self, k: int | None = None, *, verify: bool = False) -> float:
         """Expected number of products of `Probe.solve`, or with its certificate (`verify`)."""
@@ -144,6 +150,13 @@ class Probe:
             raise ValueError("subspace: expected eigenpairs, got k = 0; set `needs` to Needs.SUBSPACE.")
         return self.subspace
 
+    @cached_property
+    def gradient_image(self) -> Tensor | None:
+        """H g / |g|, (n,): one product for all that ask for it; None where g = 0 or there are no products."""
+        norm = self.norm(self.gradient)
+        # Divided first: H g of a tiny gradient would vanish in float32.
+        return self.operator.matvec(self.gradient / norm) if norm > 0.0 and self.operator.has_products else None
+
     def dot(
         self,
         a: Tensor,  # (n,)
@@ -199,7 +212,14 @@ class Measurement:
         Called before each probe at which the measurement is due, while the module is as training has it.
         """
 
-    def measure(self, probe: Probe) -> Mapping[str, float]:
+    def require_space(self, space: ParameterSpace) -> None:
+        """Refuse parameters that it cannot measure. Called before the first probe, and where they have changed.
+
+        Raises:
+            ValueError: naming the argument that does not fit them, and the way out.
+        """
+
+    def measure(self, probe: Probe) -> Found:
         """Numbers known at theta_t."""
         return {}
 
@@ -219,7 +239,7 @@ class Measurement:
         probe: Probe,
         gradient: Tensor | None,  # (n,)
         update: Tensor,  # (n,)
-    ) -> Mapping[str, float]:
+    ) -> Found:
         """Numbers that need the optimizer step from theta_t.
 
         Args:

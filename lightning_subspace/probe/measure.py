@@ -9,7 +9,6 @@ is missing from the record's metrics; the solver's own numbers say why.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -143,6 +142,7 @@ def measure_subspace(
         solver, choice, chosen = settings.solver, settings.choice, settings.taken
         space = ParameterSpace.of(module, settings.params)
         checked_k(solver.k, space, settings.ncv)
+        settings.require_measurable(space)
         require_the_same(ranks, module, (solver, replace(choice, loss_fn=None), space, verify, len(chosen)))
         sample = sample_of_batches(batches, weight, ranks)
         partition = Partition.of(space, module, ranks)
@@ -257,15 +257,15 @@ def take_probe(
         sample_gradient=own,
         tally=tally,
     )
-    metrics = {**(marks or {}), **({} if subspace is None else solver_metrics(subspace))}
+    found: dict[str, Any] = {**(marks or {}), **({} if subspace is None else solver_metrics(subspace))}
     if sample.filled is not None:
-        metrics["solver/sample_filled"] = sample.filled
+        found["solver/sample_filled"] = sample.filled
     for measurement in due:
         if is_taken(measurement, number, subspace):
             with suppress(NoProductsError):
-                metrics.update(measurement.measure(probe))
+                found.update(measurement.measure(probe))
     image = sketch(subspace.basis, partition) if subspace is not None and subspace.trusted else None
-    return probe, Record(step, partition.ranks.broadcast_object(finite(metrics)), subspace, image)
+    return probe, Record(step, {}, subspace, image).with_found(partition.ranks.broadcast_object(found))
 
 
 def is_taken(measurement: Measurement, number: int, subspace: Subspace | None) -> bool:
@@ -276,8 +276,3 @@ def is_taken(measurement: Measurement, number: int, subspace: Subspace | None) -
         Needs.SUBSPACE: subspace is not None and subspace.trusted,
     }
     return measurement.is_due(number) and is_good_enough[measurement.needs]
-
-
-def finite(metrics: dict[str, float]) -> dict[str, float]:
-    """Drop what is not a finite number: it means "not defined here"."""
-    return {key: float(value) for key, value in metrics.items() if math.isfinite(value)}

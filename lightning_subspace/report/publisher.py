@@ -64,7 +64,7 @@ class Publisher:
                 self._reporter.tab(trainer.loggers, self._name, to_json(entry), entry["step"])
 
     def draw(self, trainer: Trainer, history: Sequence[Record], overlaps: OverlapHistory) -> None:
-        """Log figures of the last spectrum, once, and the overlaps."""
+        """Log figures of the last spectrum, once, the layers and the overlaps."""
         with self._guard.of("the figures could not be drawn"):
             if not trainer.is_global_zero or not self._reporter.takes_figures(trainer.loggers):
                 return
@@ -73,8 +73,11 @@ class Publisher:
                 return
             self._drawn, step = last, last.step
             from lightning_subspace.report.figures import overlap_figure, spectrum_figure  # matplotlib takes a while
+            from lightning_subspace.report.layer_figure import layer_figure
 
             self._reporter.figure(trainer.loggers, f"{self._name}/spectrum", spectrum_figure([last]), step)
+            if any("layers" in record.tables for record in history):
+                self._reporter.figure(trainer.loggers, f"{self._name}/layers", layer_figure(history), step)
             steps, matrix = overlaps.matrix()
             if len(steps) > 1:
                 figure = overlap_figure(steps, matrix, overlaps.error)

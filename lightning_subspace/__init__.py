@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lightning_subspace.measurements.stability import Stability as Stability
     from lightning_subspace.measurements.step import Step as Step
     from lightning_subspace.measurements.step import StepCurvature as StepCurvature
+    from lightning_subspace.measurements.update_spectrum import UpdateSpectrum as UpdateSpectrum
     from lightning_subspace.parallel.ranks import PeerError as PeerError
     from lightning_subspace.probe.entries import CheckpointError as CheckpointError
     from lightning_subspace.probe.history import read_history as read_history
@@ -93,6 +94,7 @@ _HOMES = {
     "SubspaceMonitor": "callbacks.monitor",
     "SubspaceProjection": "callbacks.projection",
     "Trace": "measurements.density",
+    "UpdateSpectrum": "measurements.update_spectrum",
     "eigsh": "linalg",
     "measure_subspace": "probe.measure",
     "read_history": "probe.history",

@@ -29,6 +29,7 @@ from lightning_subspace.measurements.stability import SharpnessOverThreshold as 
 from lightning_subspace.measurements.stability import Stability as Stability
 from lightning_subspace.measurements.step import Step as Step
 from lightning_subspace.measurements.step import StepCurvature as StepCurvature
+from lightning_subspace.measurements.update_spectrum import UpdateSpectrum as UpdateSpectrum
 from lightning_subspace.subspace.loss_slices import LossSlices as LossSlices
 from lightning_subspace.subspace.spectral_density import SpectralDensity as SpectralDensity
 

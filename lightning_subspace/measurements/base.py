@@ -227,11 +227,16 @@ class Measurement:
         """Expected number of Hessian products of `measure`, over the whole sample."""
         return 0.0
 
-    def see_update(self, update: Tensor) -> None:  # (n,)
-        """Take note of a step before a probe; may keep `update`, theta_{s+1} - theta_s.
+    def see_update(self, step: int, update: Tensor, partition: Partition) -> None:
+        """Take note of an optimizer step before a probe.
 
         No collective. Where training has only begun, or a probe comes sooner than expected, it is called for fewer
-        steps than `window`.
+        steps than `window`; where a probe that was expected is not taken, for more.
+
+        Args:
+            step: the number of steps behind it: that of the probe, for the last one.
+            update: (n,), theta_step less the parameters before; it may be kept.
+            partition: how its coordinates are dealt to ranks.
         """
 
     def after_step(

@@ -7,6 +7,7 @@ window nor touches the user's figures or rcParams. A missing value is a gap in a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -144,7 +145,7 @@ def _draw_spectrum(axes: Axes, subspace: Subspace) -> None:
         axes.plot(k + 1, rest, "o", color=panel.GREY, markersize=4, markerfacecolor="none", label="next")
         axes.set_xlim(0.4, k + 1.6)
     elif subspace.converged:
-        place = {"transform": axes.transAxes, "ha": "right", "va": "top"}
+        place: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "va": "top"}
         axes.text(0.98, 0.96, f"eigenvalue {k + 1} is not known,\nnor the gap", color=panel.GREY, fontsize=9, **place)
     panel.scale_values(axes, values)
     axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))

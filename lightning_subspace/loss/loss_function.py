@@ -61,6 +61,11 @@ def resolve_loss(module: nn.Module, loss_fn: LossFunction | None) -> LossFunctio
     return evaluate
 
 
+def key_of(loss_fn: LossFunction | None) -> Any:
+    """What tells a loss of one module from others; it refers to no module."""
+    return getattr(loss_fn, "__code__", loss_fn and type(loss_fn))
+
+
 def as_scalar(output: Any, name: str, *, finite: bool = True) -> Tensor:
     """The loss, 0-dimensional, in what a training step has returned.
 

@@ -26,7 +26,7 @@ from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.dependence import Dependence
 from lightning_subspace.loss.findings import findings_of
 from lightning_subspace.loss.gradient_tally import GradientTally
-from lightning_subspace.loss.loss_function import LossError, LossFunction, WrittenError, as_scalar, resolve_loss
+from lightning_subspace.loss.loss_function import LossError, LossFunction, WrittenError, as_scalar, key_of, resolve_loss
 from lightning_subspace.loss.precision import eager, twice_differentiable, widened, widened_array
 from lightning_subspace.loss.roots import extra_roots
 from lightning_subspace.loss.served import Served
@@ -80,6 +80,7 @@ class TrainingLoss:
         originals: the module's own parameters of the space, in an open context; not to be written to.
         dependence: what the losses since then depend on.
         served: the operators that live on its graphs.
+        is_another: whether it lives in the open context of another one; see `another.py`.
         tally: takes note of the gradients of single micro-batches at theta, where one is wanted.
 
     Raises:
@@ -119,13 +120,12 @@ class TrainingLoss:
         self.device = space.tensors(module)[0].device
         self._ranks = ranks or Ranks()
         self._step = resolve_loss(module, loss_fn)
-        self._loss_key = getattr(loss_fn, "__code__", loss_fn and type(loss_fn))  # refers to no module
+        self._loss_key = key_of(loss_fn)
         self.originals: tuple[Tensor, ...] = ()
         self.values: dict[tuple[int, int, int], Tensor] = {}
-        self._is_displaced = False
+        self._is_displaced = self.is_another = False
         self._displacement: dict[int, Tensor] = {}
-        self._stack = ExitStack()
-        self.served = Served()
+        self._stack, self.served = ExitStack(), Served()
         self.tally: GradientTally | None = None
         self._shadow: Shadow | None = None
         self.dependence = Dependence({})
@@ -147,7 +147,7 @@ class TrainingLoss:
             self.dependence = stack.enter_context(Dependence(dict(zip(originals, self.space.names, strict=True))))
             self._stack = stack.pop_all()
         self.originals, self.served = tuple(originals), Served()  # also of a copy of this object
-        self.values, self._followed = {}, set()
+        self.values, self._followed, self._displacement = {}, set(), {}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
@@ -160,6 +160,10 @@ class TrainingLoss:
             self._shadow = self.tally = None
             self._displacement, self._is_displaced = {}, False
             self.originals = ()
+
+    def release(self) -> None:
+        """End one in the context of another, which is being closed."""
+        self._shadow = None
 
     def _make_shadow(self, stack: ExitStack) -> Shadow:
         stack.enter_context(without_fsdp(self.module))
@@ -181,7 +185,8 @@ class TrainingLoss:
         """Evaluate at theta + offset, (n,), from now on; None: at theta."""
         self._is_displaced = offset is not None
         pieces = [] if offset is None else self.space.unflatten(offset)
-        self._displacement = dict(zip(map(id, self.originals), pieces, strict=False))
+        self._displacement.clear()  # in place: other losses in this context displace the same copies
+        self._displacement.update(zip(map(id, self.originals), pieces, strict=False))
 
     def value_at(self, offset: Tensor | None, assignments: Iterable[tuple[MicroBatch, float]]) -> float:
         """sum_b s_b L_b at theta + offset, one forward pass a micro-batch.

@@ -1,4 +1,4 @@
-"""Loss where an optimizer step has led, for numbers of the step that was taken."""
+"""Loss where an optimizer step has led."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Arrival(Protocol):
 
         That of the first micro-batch, taken at theta_{t+1} - update, is compared with that of the probe. It is another
         one where it depends on parameters that are not measured, on the number of steps, on an averaged teacher or, in
-        eval mode, on the statistics of batch-norm. Two forward passes of a micro-batch.
+        eval mode, on the statistics of batch-norm. One forward pass of a micro-batch.
         """
         ...
 
@@ -45,5 +45,8 @@ class Arrival(Protocol):
         ...
 
     def curvature(self, update: Tensor) -> float:  # (n,)
-        """u.H u for u = update, with H at theta_t; nan without second derivatives: a graph and a product."""
+        """u.H u for u = update, with H at theta_t.
+
+        A graph and a product; nan where products are differences of gradients, or there are none.
+        """
         ...

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -22,6 +23,12 @@ from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.solver import Solver
 from lightning_subspace.subspace.subspace import Subspace, inner_products
+from lightning_subspace.subspace.table import Table
+
+Found = Mapping[str, float | Table]  # what a measurement returns: numbers by key, and tables for figures by name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Needs(Enum):
@@ -42,6 +49,7 @@ class Prospect:
         sample: the micro-batches.
         optimizer: the optimizer in use; None with several.
         num_ranks: number of processes that measure together.
+        space: names and shapes of the parameters; None where they are not known.
 
     Example:
         >>> class Steepest(Measurement):
@@ -56,6 +64,7 @@ class Prospect:
     sample: Sample
     optimizer: Optimizer | None = None
     num_ranks: int = 1
+    space: ParameterSpace | None = None
 
     def solve(self, k: int | None = None, *, verify: bool = False) -> float:
         """Expected number of products of `Probe.solve`, or with its certificate (`verify`)."""
@@ -84,6 +93,10 @@ class Probe:
         sample: the micro-batches, and their share of the training set.
         batch_gradients: iterates over the gradient sample: each micro-batch with the gradient of its own mean loss,
             (n,). Valid while the probe lasts.
+        another: `another(batches, loss_fn=None, products=True)` gives the operator of another loss, or of the same one,
+            over other batches, at theta_t: `gradient`, `value`, `batch_gradients`, and with `products` `matvec`. The
+            batches are a list; one that has to be read is best read in `Measurement.prepare`. Valid while the probe
+            lasts; `solve` takes it.
         subspace: the top eigenspace; None for k = 0.
         previous: (k, n), the eigenvectors of the last probe that had a trusted subspace; None at the first.
         reference: (k, n), those of `reference_step`; None before it.
@@ -114,6 +127,7 @@ class Probe:
     optimizer: Optimizer | None
     which: str
     solve: Callable[..., Subspace]
+    another: Callable[..., Operator]
     losses: Sequence[float] = ()
     sample_gradient: Tensor | None = None
     arrival: Arrival | None = None
@@ -135,6 +149,13 @@ class Probe:
         if self.subspace is None:
             raise ValueError("subspace: expected eigenpairs, got k = 0; set `needs` to Needs.SUBSPACE.")
         return self.subspace
+
+    @cached_property
+    def gradient_image(self) -> Tensor | None:
+        """H g / |g|, (n,): one product for all that ask for it; None where g = 0 or there are no products."""
+        norm = self.norm(self.gradient)
+        # Divided first: H g of a tiny gradient would vanish in float32.
+        return self.operator.matvec(self.gradient / norm) if norm > 0.0 and self.operator.has_products else None
 
     def dot(
         self,
@@ -185,7 +206,20 @@ class Measurement:
         """Whether to take it at the probe of this number."""
         return number % self.every == 0
 
-    def measure(self, probe: Probe) -> Mapping[str, float]:
+    def prepare(self, partition: Partition) -> None:
+        """Read data that `measure` needs. A collective.
+
+        Called before each probe at which the measurement is due, while the module is as training has it.
+        """
+
+    def require_space(self, space: ParameterSpace) -> None:
+        """Refuse parameters that it cannot measure. Called before the first probe, and where they have changed.
+
+        Raises:
+            ValueError: naming the argument that does not fit them, and the way out.
+        """
+
+    def measure(self, probe: Probe) -> Found:
         """Numbers known at theta_t."""
         return {}
 
@@ -193,11 +227,16 @@ class Measurement:
         """Expected number of Hessian products of `measure`, over the whole sample."""
         return 0.0
 
-    def see_update(self, update: Tensor) -> None:  # (n,)
-        """Take note of a step before a probe; may keep `update`, theta_{s+1} - theta_s.
+    def see_update(self, step: int, update: Tensor, partition: Partition) -> None:
+        """Take note of an optimizer step before a probe.
 
         No collective. Where training has only begun, or a probe comes sooner than expected, it is called for fewer
-        steps than `window`.
+        steps than `window`; where a probe that was expected is not taken, for more.
+
+        Args:
+            step: the number of steps behind it: that of the probe, for the last one.
+            update: (n,), theta_step less the parameters before; it may be kept.
+            partition: how its coordinates are dealt to ranks.
         """
 
     def after_step(
@@ -205,7 +244,7 @@ class Measurement:
         probe: Probe,
         gradient: Tensor | None,  # (n,)
         update: Tensor,  # (n,)
-    ) -> Mapping[str, float]:
+    ) -> Found:
         """Numbers that need the optimizer step from theta_t.
 
         Args:
@@ -215,6 +254,13 @@ class Measurement:
             update: theta_{t+1} - theta_t.
         """
         return {}
+
+    def figures(self) -> Iterable[tuple[str, int, Figure]]:
+        """Figures that are new since the last call, for loggers that take them: name, step, figure.
+
+        Called on the first rank alone, where figures of the run are drawn: after 1, 2, 4, 8, ... probes and at the end.
+        """
+        return ()
 
     def state_dict(self) -> Mapping[str, Any]:
         """What the measurement keeps between probes, for the checkpoint.

@@ -25,10 +25,12 @@ from lightning_subspace.data.given import require_given_batches
 from lightning_subspace.measurements.base import Measurement, Needs
 from lightning_subspace.parallel.fsdp import is_sharded
 from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.subspace.record import Record
 
 MEASUREMENT_METHODS = {
+    "require_space": ("space",),
     "measure": ("probe",),
     "expected_products": ("prospect",),
     "after_step": ("probe", "gradient", "update"),
@@ -125,6 +127,30 @@ def checked_k(k: int, space: ParameterSpace, ncv: int | None = None) -> int:
         raise ValueError(f"k: expected 0..{space.n}, the number of parameters, got {k}.")
     require_integer("ncv", ncv, min(space.n, k + 3), optional=True)
     return k
+
+
+def trusted_basis(previous: Record | None, partition: Partition) -> Tensor | None:  # (k, n)
+    """The eigenvectors of an earlier record, if it is trusted.
+
+    Raises:
+        ValueError: for a record without them, over other parameters or dealt otherwise.
+    """
+    if previous is None or previous.subspace is None or not previous.subspace.trusted:
+        return None
+    if previous.subspace.eigenvectors is None:
+        raise ValueError("previous: expected a record with its eigenvectors, got one without, as a history keeps them.")
+    basis, held = previous.subspace.eigenvectors, previous.subspace.partition
+    num_parameters = basis.shape[1] if held is None else held.n
+    if num_parameters != partition.n:
+        raise ValueError(
+            f"previous: expected a record over the same {partition.n} parameters, got one over {num_parameters}."
+        )
+    if held is not None and held.ranges != partition.ranges:
+        raise ValueError(
+            f"previous: expected a record dealt to {len(partition.ranges)} ranks as this one is, got one dealt to "
+            f"{len(held.ranges)}; leave it out, or measure it with the same group=."
+        )
+    return basis
 
 
 def _widest(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Loss of a probe's sample where the step from it has led.
+"""Loss of a probe's sample where the step has led.
 
 The module is at theta_{t+1} by then, so theta_t is the displacement by -u. Each call opens the loss of the probe anew,
 with the module's state as it is now.
@@ -15,10 +15,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace._lightning import attached_trainer
 from lightning_subspace.curvature import CurvatureConfig, Operator
 from lightning_subspace.curvature.hessian import RetainedGraphs
 from lightning_subspace.data.sample import Sample
+from lightning_subspace.loss.precision import trained_in
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.measurements import Probe
 from lightning_subspace.probe.screening import Screening
@@ -27,8 +27,6 @@ from lightning_subspace.subspace.subspace import inner_products
 T = TypeVar("T")
 
 ROUNDING = 20.0  # a change of the loss below this, times eps and the loss, may be rounding
-# Of the change by the step: how far the same loss may be off, since theta_{t+1} - u is not quite theta_t.
-LARGEST_DIFFERENCE = 0.05
 
 
 class LossAfterStep:
@@ -49,6 +47,7 @@ class LossAfterStep:
         self._sample = Sample(probe.sample.hessian)
         self._before = probe.losses[: len(probe.sample.hessian)]
         self._dtype = probe.operator.dtype
+        self._slope = probe.gradient if probe.sample_gradient is None else probe.sample_gradient
 
     @cached_property
     def loss(self) -> float:
@@ -56,14 +55,10 @@ class LossAfterStep:
         weights = [batch.weight for batch in self._sample.hessian]
         return math.fsum(w * value for w, value in zip(weights, self._before, strict=True)) / math.fsum(weights)
 
-    @cached_property
+    @property
     def rounding(self) -> float:
         """The largest difference of two mean losses that may be rounding."""
-        eps = torch.finfo(self._dtype).eps
-        if self._choice.dtype == "native" and (trainer := attached_trainer(self._module)) is not None:
-            precision = str(trainer.precision_plugin.precision)
-            eps = max(eps, torch.finfo(torch.bfloat16 if "16" in precision else torch.float32).eps)
-        return ROUNDING * eps * abs(self.loss)
+        return self._rounding(self.loss)
 
     def value(self, offset: Tensor | None = None) -> float:  # (n,)
         """The mean loss at theta_{t+1} + offset."""
@@ -71,14 +66,12 @@ class LossAfterStep:
 
     def is_same_loss(self, update: Tensor) -> bool:  # (n,)
         """Whether the first micro-batch has the loss of the probe at theta_t."""
-
-        def values(loss: TrainingLoss, sample: Sample) -> tuple[float, float]:
-            first = self._mean(loss, sample).part([0])
-            return first.value(-update), first.value(None)
-
-        again, moved = self._evaluated(values)
-        known = self._before[0]
-        return abs(again - known) <= self.rounding + LARGEST_DIFFERENCE * abs(moved - known)
+        again = self._evaluated(lambda loss, sample: self._mean(loss, sample).part([0]).value(-update))
+        # The update is rounded where a parameter has changed by more than its half.
+        vectors = torch.stack([self._slope, update.to(self._slope)])
+        lengths = inner_products(vectors, vectors, self._partition.ranks).diagonal().sqrt()
+        missed = ROUNDING * torch.finfo(self.theta.dtype).eps * float(lengths.prod())
+        return abs(again - self._before[0]) <= self._rounding(self._before[0]) + missed
 
     def gradient(self) -> Tensor:  # (n,)
         """Gradient of the mean loss at theta_{t+1}."""
@@ -97,11 +90,17 @@ class LossAfterStep:
 
         return self._evaluated(bend)
 
+    def _rounding(self, value: float) -> float:
+        # Without a type of its own the loss is computed in that of training.
+        dtype = trained_in(self._module) if self._choice.dtype == "native" else self._dtype
+        eps = torch.finfo(dtype).eps
+        return ROUNDING * eps * abs(value)
+
     def _mean(self, loss: TrainingLoss, sample: Sample) -> Operator:
         return self._choice.mean(loss, sample, self._partition)
 
     def _evaluated(self, block: Callable[[TrainingLoss, Sample], T]) -> T:
-        """Run a block in the open loss, again where it was found to write to something."""
+        """Run a block in the open loss; see `Screening.run`."""
         space, ranks = self._partition.space, self._partition.ranks
 
         def loss() -> TrainingLoss:

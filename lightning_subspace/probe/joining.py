@@ -65,6 +65,8 @@ class Joining:
         self._footprint = footprint
 
         def made(loss: TrainingLoss, sample: Sample, partition: Partition) -> Operator:
+            if loss.is_another:  # not tried whether it can be joined, and what it holds is not the probe's
+                return replace(choice, most_joined=1).operator(loss, sample, partition, replace(footprint))
             if self._may_join:
                 try:
                     return choice.operator(loss, sample, partition, footprint)

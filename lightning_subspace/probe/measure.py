@@ -9,7 +9,6 @@ is missing from the record's metrics; the solver's own numbers say why.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -35,7 +34,15 @@ from lightning_subspace.measurements.sample_loss import known_losses
 from lightning_subspace.measurements.spectrum import solver_metrics
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
-from lightning_subspace.probe.arguments import check_given, checked_k, ranks_of_group, require_the_same, require_word
+from lightning_subspace.probe.another import another_operator, prepare
+from lightning_subspace.probe.arguments import (
+    check_given,
+    checked_k,
+    ranks_of_group,
+    require_the_same,
+    require_word,
+    trusted_basis,
+)
 from lightning_subspace.probe.gradient_pass import begin_tally, gradient_over, gradients_by_batch
 from lightning_subspace.probe.joining import Joining
 from lightning_subspace.probe.screening import Screening
@@ -135,10 +142,11 @@ def measure_subspace(
         solver, choice, chosen = settings.solver, settings.choice, settings.taken
         space = ParameterSpace.of(module, settings.params)
         checked_k(solver.k, space, settings.ncv)
+        settings.require_measurable(space)
         require_the_same(ranks, module, (solver, replace(choice, loss_fn=None), space, verify, len(chosen)))
         sample = sample_of_batches(batches, weight, ranks)
         partition = Partition.of(space, module, ranks)
-        start = _trusted_basis(previous, partition)
+        start = trusted_basis(previous, partition)
     take_over(filter(declares_memory, chosen), object())
     screening, joining = Screening(), Joining()
 
@@ -149,6 +157,7 @@ def measure_subspace(
         return joining.begin(found, module, left, partition), notice
 
     def taken(left: Sample) -> Record:
+        prepare(chosen, 0, partition)
         with choice.loss(module, space, ranks) as loss:
             _, record = take_probe(
                 loss,
@@ -206,7 +215,8 @@ def take_probe(
     partition = Partition.even(loss.space) if partition is None else partition
     due = [measurement for measurement in measurements if measurement.is_due(number)]
     tally = begin_tally(loss, sample) if any(measurement.tallies for measurement in due) else None
-    hessian = (CurvatureConfig().operator if operator is None else operator)(loss, sample, partition)
+    make = CurvatureConfig().operator if operator is None else operator
+    hessian = make(loss, sample, partition)
     own = hessian.gradient()
     gradient = gradient_over(hessian, own, sample)
     losses = known_losses(loss, sample, partition.ranks)  # now, before single examples or parts are evaluated
@@ -235,6 +245,7 @@ def take_probe(
         parameters=loss.originals,
         sample=sample,
         batch_gradients=partial(gradients_by_batch, hessian, sample),
+        another=partial(another_operator, loss, hessian, make),
         subspace=subspace,
         previous=previous,
         reference=reference,
@@ -246,15 +257,15 @@ def take_probe(
         sample_gradient=own,
         tally=tally,
     )
-    metrics = {**(marks or {}), **({} if subspace is None else solver_metrics(subspace))}
+    found: dict[str, Any] = {**(marks or {}), **({} if subspace is None else solver_metrics(subspace))}
     if sample.filled is not None:
-        metrics["solver/sample_filled"] = sample.filled
+        found["solver/sample_filled"] = sample.filled
     for measurement in due:
         if is_taken(measurement, number, subspace):
             with suppress(NoProductsError):
-                metrics.update(measurement.measure(probe))
+                found.update(measurement.measure(probe))
     image = sketch(subspace.basis, partition) if subspace is not None and subspace.trusted else None
-    return probe, Record(step, partition.ranks.broadcast_object(finite(metrics)), subspace, image)
+    return probe, Record(step, {}, subspace, image).with_found(partition.ranks.broadcast_object(found))
 
 
 def is_taken(measurement: Measurement, number: int, subspace: Subspace | None) -> bool:
@@ -265,28 +276,3 @@ def is_taken(measurement: Measurement, number: int, subspace: Subspace | None) -
         Needs.SUBSPACE: subspace is not None and subspace.trusted,
     }
     return measurement.is_due(number) and is_good_enough[measurement.needs]
-
-
-def finite(metrics: dict[str, float]) -> dict[str, float]:
-    """Drop what is not a finite number: it means "not defined here"."""
-    return {key: float(value) for key, value in metrics.items() if math.isfinite(value)}
-
-
-def _trusted_basis(previous: Record | None, partition: Partition) -> Tensor | None:  # (k, n)
-    """The eigenvectors of an earlier record, if it is trusted."""
-    if previous is None or previous.subspace is None or not previous.subspace.trusted:
-        return None
-    if previous.subspace.eigenvectors is None:
-        raise ValueError("previous: expected a record with its eigenvectors, got one without, as a history keeps them.")
-    basis, held = previous.subspace.eigenvectors, previous.subspace.partition
-    num_parameters = basis.shape[1] if held is None else held.n
-    if num_parameters != partition.n:
-        raise ValueError(
-            f"previous: expected a record over the same {partition.n} parameters, got one over {num_parameters}."
-        )
-    if held is not None and held.ranges != partition.ranges:
-        raise ValueError(
-            f"previous: expected a record dealt to {len(partition.ranges)} ranks as this one is, got one dealt to "
-            f"{len(held.ranges)}; leave it out, or measure it with the same group=."
-        )
-    return basis

@@ -47,7 +47,7 @@ class OpenRecord:
 def ended(probe: Probe) -> Probe:
     """The probe without its operator, so that its graphs are freed."""
     over: Any = _Over(probe.operator.dtype)
-    return replace(probe, operator=over, solve=over, batch_gradients=over, tally=None)
+    return replace(probe, operator=over, solve=over, batch_gradients=over, another=over, tally=None)
 
 
 class _Over:
@@ -59,5 +59,5 @@ class _Over:
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"`{name}` was asked for after the probe; the operator can be used in `measure` only.")
 
-    def __call__(self, *args: object) -> NoReturn:
+    def __call__(self, *args: object, **named: object) -> NoReturn:
         raise RuntimeError("the probe is over; the operator can be used in `measure` only.")

@@ -141,7 +141,7 @@ def checked_groups(groups: Any) -> Groups:
         return groups  # type: ignore[return-value]  # it is one of them
     if not isinstance(groups, Mapping) or not groups or not all(isinstance(name, str) and name for name in groups):
         raise wrong("groups", expected, groups, 'as {"attention": "*.attn.*"}')
-    return {name: checked_patterns(f"groups[{name!r}]", given) for name, given in groups.items()}
+    return {name: checked_patterns("groups", given) for name, given in groups.items()}
 
 
 def checked_patterns(name: str, patterns: Any) -> tuple[str, ...]:

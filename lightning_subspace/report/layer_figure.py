@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lightning_subspace._arguments import require_instances
 from lightning_subspace.report import panel
 from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.table import Table
@@ -22,12 +23,16 @@ MAX_COLUMNS = 200  # of the map: more would be narrower than its pixels
 READABLE_STEPS = 8
 
 
-def layer_figure(records: Sequence[Record]) -> Figure:
+def layers_figure(records: Sequence[Record]) -> Figure:
     """The share of each group in the top space over the steps, and all shares of the last probe.
 
     Args:
         records: the history; those with other groups than the last one are left out.
+
+    Raises:
+        ValueError: for anything but records.
     """
+    records = require_instances("records", records, Record, "a list of instances of lightning_subspace.Record")
     tables = {record.step: record.tables[TABLE] for record in records if TABLE in record.tables}
     figure = Figure(figsize=(12.0, 4.6), dpi=panel.DPI, layout="constrained")
     over_steps, last = figure.subplots(1, 2)

@@ -38,8 +38,8 @@ class SpectralSharpness(Measurement):
     What to keep in mind. The iteration finds local maxima, up to 5 % below the largest on small networks and 15 % on
     larger ones, so S is a lower bound. Where H has much negative curvature, as at the start, it need not settle within
     `max_products`, and both numbers are left out. |g|_* of a sample is mostly noise, 1 to 4 times that of the whole
-    set, which makes the ratio too small: take it for full-batch studies. `step/edge_ratio` tells the same for one forward
-    pass. Muon's own iteration is not exactly polar: its steps are 1.13 to 1.2 times as long.
+    set, which makes the ratio too small: take it for full-batch studies. `step/edge_ratio` tells the same for one
+    forward pass. Muon's own iteration is not exactly polar: its steps are 1.13 to 1.2 times as long.
 
     Costs 6 products the first time, mostly 3 later, and a singular value decomposition of each matrix for each of them,
     on every rank; two copies of theta on the CPU and in checkpoints, as the search begins at the direction of the last

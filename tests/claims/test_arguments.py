@@ -60,10 +60,19 @@ NAN, INF = math.nan, math.inf
 NOW = 1_764_130_000_000_000_000  # as `time.time_ns` gives
 
 # Names without a row, and why.
-MADE_HERE = {"EigshResult", "Estimate", "Probe", "Prospect", "Quadrature", "SpectralDensity", "Subspace"}  # only read
+MADE_HERE = {
+    "EigshResult",
+    "Estimate",
+    "LossSlices",
+    "Probe",
+    "Prospect",
+    "Quadrature",
+    "SpectralDensity",
+    "Subspace",
+}  # only read
 DRIVEN = {"Publisher", "ProgressLine", "Reporter"}  # called by the callbacks alone, and never raise
 # What the package calls, and users override or leave alone.
-CALLED = {"after_step", "expected_products", "is_due", "measure", "record_at", "refusal", "should_measure"}
+CALLED = {"after_step", "expected_products", "figures", "is_due", "measure", "record_at", "refusal", "should_measure"}
 UNCHECKED = {"kwargs", "ranks"}  # torchmetrics checks its own; a process group is made by the package
 HOOKS = {name for base in (pl.Callback, torchmetrics.Metric) for name in dir(base)} - {"update"}
 
@@ -356,6 +365,29 @@ TABLE = {
     "Density": Row(
         {}, {"steps": integers(1), "vectors": integers(1), "keep": integers(1), "seed": SEEDS, **MEASUREMENT}
     ),
+    "Slices": Row(
+        {},
+        {
+            "at": [[], [-1], 3, "all", [1.5], [True]],
+            "directions": integers(1),
+            "share": [0.0, -1.0, NAN, INF, "1"],
+            "points": [2, 4, *integers(3)],
+            "plane": FLAGS,
+            "keep": integers(1),
+            **MEASUREMENT,
+        },
+    ),
+    "SpectralSharpness": Row(
+        {},
+        {
+            "params": ["*.weight", [1], 3],
+            "lr": [0.0, -1.0, NAN, INF, "1"],
+            "adjust_lr_fn": [word for word in WORDS if word is not None],
+            "max_products": [2, *integers(3)],
+            **MEASUREMENT,
+        },
+    ),
+    "Stability": Row({}, {"eigensolve": FLAGS, **MEASUREMENT}),
     "Trace": Row({}, {"vectors": integers(1), "seed": SEEDS, **MEASUREMENT}),
     "measurements.Reliability": Row({}, MEASUREMENT),
     "measurements.default_measurements": Row({"k": 2}, {"k": integers(0)}),

@@ -19,6 +19,7 @@ from lightning_subspace.measurements import (
     LossChange,
     Measurement,
     Reliability,
+    SpectralSharpness,
     Stability,
     Trace,
 )
@@ -84,6 +85,7 @@ def expected_and_taken(measurement, monkeypatch, optimizer=sgd, number=0, k=K):
         GradientNoise(batches=100),
         LossChange(),
         Stability(),
+        Stability(eigensolve=False),
     ],
     ids=lambda measurement: type(measurement).__name__,
 )
@@ -94,8 +96,8 @@ def test_products_that_are_known_beforehand(measurement, monkeypatch):
 
 @pytest.mark.parametrize(
     ("measurement", "optimizer"),
-    [(Control(), sgd), (Reliability(), sgd), (Stability(), adam)],
-    ids=["Control", "Reliability", "Stability"],
+    [(Control(), sgd), (Reliability(), sgd), (Stability(), adam), (SpectralSharpness(), sgd)],
+    ids=["Control", "Reliability", "Stability", "SpectralSharpness"],
 )
 def test_eigensolves_are_guessed_within_a_factor(measurement, optimizer, monkeypatch):
     expected, taken = expected_and_taken(measurement, monkeypatch, optimizer)

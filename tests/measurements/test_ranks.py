@@ -18,6 +18,8 @@ from lightning_subspace import (
     GradientNoise,
     LossChange,
     Measurement,
+    Slices,
+    SpectralSharpness,
     Stability,
     Trace,
     measure_subspace,
@@ -69,6 +71,7 @@ def everything():
         Density(steps=12),
         GradientNoise(),
         LossChange(),
+        Slices(points=3),
         Stability(),
     ]
 

@@ -143,7 +143,10 @@ class SpectralSharpness(Measurement):
         self._last = (step, start, found) if state else None  # type: ignore[assignment]
 
     def _start(self, probe: Probe) -> Tensor | None:  # (n,)
-        """The last direction; of a probe that is taken again behind a checkpoint, where it began."""
+        """Where to begin: the last direction, if any.
+
+        A probe that is taken again behind a checkpoint begins where it did.
+        """
         if self._last is None:
             return None
         step, start, found = self._last
@@ -186,7 +189,9 @@ def largest_curvature(
     start: Tensor,  # (n,)
     max_products: int = 40,
 ) -> tuple[float, Tensor] | None:
-    """Largest d.Hd over directions of unit length, and its d; None where it has not settled.
+    """Largest d.Hd over directions of unit length, and its d.
+
+    None where it has not settled.
 
     Args:
         product: d to d.Hd and Hd.

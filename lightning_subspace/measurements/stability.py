@@ -115,7 +115,7 @@ def _along_gradient(probe: Probe, limit: StabilityEdge) -> dict[str, float]:
 
 
 def _largest(probe: Probe, limit: StabilityEdge) -> dict[str, float]:
-    """The largest eigenvalue of S^1/2 (H + D) S^1/2: no product, or an eigensolve."""
+    """The largest eigenvalue: no product, or an eigensolve."""
     if isinstance(limit.scale, float) and isinstance(limit.shift, float):
         space = probe.solve(probe.operator, k=1) if probe.subspace is None else probe.subspace
         return {"stability": (float(space.eigenvalues[0]) + limit.shift) * limit.scale} if space.converged else {}

@@ -261,9 +261,9 @@ class Measurement:
         return {}
 
     def figures(self) -> Iterable[tuple[str, int, Figure]]:
-        """Figures that are new since the last call, for loggers that take them: name, step, figure.
+        """New figures for loggers: name, step, figure of each.
 
-        Called on the first rank alone, where figures of the run are drawn: after 1, 2, 4, 8, ... probes and at the end.
+        Those that the last call has not given. Called on the first rank alone, where figures of the run are drawn: after 1, 2, 4, 8, ... probes and at the end.
         """
         return ()
 

@@ -60,17 +60,29 @@ NAN, INF = math.nan, math.inf
 NOW = 1_764_130_000_000_000_000  # as `time.time_ns` gives
 
 # Names without a row, and why.
-MADE_HERE = {"EigshResult", "Estimate", "Probe", "Prospect", "Quadrature", "SpectralDensity", "Subspace"}  # only read
+MADE_HERE = {
+    "EigshResult",
+    "Estimate",
+    "LossSlices",
+    "Probe",
+    "Prospect",
+    "Quadrature",
+    "SpectralDensity",
+    "Subspace",
+}  # only read
 DRIVEN = {"Publisher", "ProgressLine", "Reporter"}  # called by the callbacks alone, and never raise
 # What the package calls, and users override or leave alone.
 CALLED = {
     "after_step",
     "expected_products",
+    "figures",
     "is_due",
     "measure",
+    "prepare",
     "record_at",
     "refusal",
     "require_space",
+    "see_update",
     "should_measure",
     "with_found",
 }
@@ -373,6 +385,32 @@ TABLE = {
     ),
     "Trace": Row({}, {"vectors": integers(1), "seed": SEEDS, "groups": GROUPS, **MEASUREMENT}),
     "Layers": Row({}, {"groups": [None, *GROUPS], "exact": [None, *PATTERNS_OF_GROUPS], **MEASUREMENT}),
+    "Slices": Row(
+        {},
+        {
+            "at": [[], [-1], 3, "all", [1.5], [True]],
+            "directions": integers(1),
+            "share": [0.0, -1.0, NAN, INF, "1"],
+            "points": [2, 4, *integers(3)],
+            "plane": FLAGS,
+            "keep": integers(1),
+            **MEASUREMENT,
+        },
+    ),
+    "SpectralSharpness": Row(
+        {},
+        {
+            "params": ["*.weight", [1], 3],
+            "lr": [0.0, -1.0, NAN, INF, "1"],
+            "adjust_lr_fn": [word for word in WORDS if word is not None],
+            "max_products": [2, *integers(3)],
+            **MEASUREMENT,
+        },
+    ),
+    "Stability": Row({}, {"eigensolve": FLAGS, **MEASUREMENT}),
+    "Step": Row({}, {"pool": integers(1)}),
+    "StepCurvature": Row({}, {"hessian": FLAGS, **MEASUREMENT}),
+    "UpdateSpectrum": Row({}, {"window": [1, *integers(2)], "stride": integers(1), **MEASUREMENT}),
     "measurements.Reliability": Row({}, MEASUREMENT),
     "measurements.default_measurements": Row({"k": 2}, {"k": integers(0)}),
     "metrics.gradient_fraction": Row(

@@ -28,18 +28,25 @@ if TYPE_CHECKING:
     from lightning_subspace.measurements.density import Density as Density
     from lightning_subspace.measurements.density import Trace as Trace
     from lightning_subspace.measurements.gradient import Chi as Chi
+    from lightning_subspace.measurements.layers import Layers as Layers
     from lightning_subspace.measurements.loss_change import LossChange as LossChange
     from lightning_subspace.measurements.matrices import Matrices as Matrices
     from lightning_subspace.measurements.noise import BatchSharpness as BatchSharpness
     from lightning_subspace.measurements.noise import GradientNoise as GradientNoise
+    from lightning_subspace.measurements.noise_scale import NoiseScale as NoiseScale
     from lightning_subspace.measurements.overlap import Control as Control
     from lightning_subspace.measurements.second_loss import SecondLoss as SecondLoss
+    from lightning_subspace.measurements.slices import Slices as Slices
+    from lightning_subspace.measurements.spectral_sharpness import SpectralSharpness as SpectralSharpness
     from lightning_subspace.measurements.stability import Stability as Stability
+    from lightning_subspace.measurements.step import Step as Step
+    from lightning_subspace.measurements.step import StepCurvature as StepCurvature
     from lightning_subspace.parallel.ranks import PeerError as PeerError
     from lightning_subspace.probe.entries import CheckpointError as CheckpointError
     from lightning_subspace.probe.history import read_history as read_history
     from lightning_subspace.probe.measure import measure_subspace as measure_subspace
     from lightning_subspace.state.signals import SignalError as SignalError
+    from lightning_subspace.subspace.loss_slices import LossSlices as LossSlices
     from lightning_subspace.subspace.record import Record as Record
     from lightning_subspace.subspace.record import to_rows as to_rows
     from lightning_subspace.subspace.spectral_density import SpectralDensity as SpectralDensity
@@ -58,11 +65,14 @@ _HOMES = {
     "Density": "measurements.density",
     "EigshResult": "linalg",
     "GradientNoise": "measurements.noise",
+    "Layers": "measurements.layers",
     "LossChange": "measurements.loss_change",
     "LossError": "loss.loss_function",
+    "LossSlices": "subspace.loss_slices",
     "Matrices": "measurements.matrices",
     "Measurement": "measurements.base",
     "Needs": "measurements.base",
+    "NoiseScale": "measurements.noise_scale",
     "Outcome": "linalg",
     "PeerError": "parallel.ranks",
     "Probe": "measurements.base",
@@ -71,9 +81,13 @@ _HOMES = {
     "SampleError": "data.micro_batch",
     "SecondLoss": "measurements.second_loss",
     "SignalError": "state.signals",
+    "Slices": "measurements.slices",
     "SpectralDensity": "subspace.spectral_density",
+    "SpectralSharpness": "measurements.spectral_sharpness",
     "Stability": "measurements.stability",
     "StartWhenAligned": "callbacks.start",
+    "Step": "measurements.step",
+    "StepCurvature": "measurements.step",
     "Subspace": "subspace.subspace",
     "SubspaceIntegrityError": "subspace.subspace",
     "SubspaceMonitor": "callbacks.monitor",

@@ -35,18 +35,14 @@ from lightning_subspace.callbacks.trained_weights import (
     may_be_last,
     may_be_replaced,
 )
+from lightning_subspace.callbacks.updates import UpdateWatch
 from lightning_subspace.curvature.selection import Curvature, OnCheckFail, Precision
 from lightning_subspace.data.micro_batch import Weight
 from lightning_subspace.data.reading import READ_TIMEOUT
 from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss.training_loss import Mode
 from lightning_subspace.measurements import Measurement
-from lightning_subspace.probe.arguments import (
-    require_name,
-    require_number,
-    require_steps,
-    require_word,
-)
+from lightning_subspace.probe.arguments import require_name, require_number, require_steps, require_word
 from lightning_subspace.probe.checkpoint import encode
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.schedule import Schedule
@@ -163,7 +159,7 @@ class SubspaceMonitor(Measured):
         self._runner = ProbeRunner(self._settings, self._schedule, self._notices)
         extra = {key for measurement in self._settings.taken for key in measurement.extra}
         self._recorder = Recorder(self._runner, Publisher(name, log, extra), name)
-        self._trained = TrainedWeights()
+        self._trained, self._updates = TrainedWeights(), UpdateWatch(self._runner)
         # A step is over only when this differs from `global_step`: while gradients accumulate, batches end without one.
         self._seen_step = -1
         # The step of the last probe, so that none is taken twice at one point: at the start, on resuming, at the end.
@@ -218,6 +214,7 @@ class SubspaceMonitor(Measured):
         if not continues:
             self._give_up_history()
         self._schedule.begin(step)
+        self._updates.begin(step)
         self._seen_step = step
         self._probed_step = step if continues and saved is None and last == step else -1
         self._awaits_first = True
@@ -236,6 +233,7 @@ class SubspaceMonitor(Measured):
         self._trained.drop()
         if self._runner.see_batch(trainer, batch_idx, lambda: self._take_first_probe(trainer, pl_module)):
             self._take_first_probe(trainer, pl_module)  # what the epoch before has given has to do
+        self._updates.look(pl_module, is_scheduled=self._is_scheduled)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: nn.Module, optimizer: Optimizer) -> None:
@@ -253,6 +251,7 @@ class SubspaceMonitor(Measured):
             return
         self._seen_step = step
         self._recorder.close(trainer, pl_module)
+        self._updates.see_step(pl_module, step)
         if self._agree_to_measure(trainer, step):
             self._probe(trainer, pl_module, step)
         if may_be_last(trainer):
@@ -306,12 +305,16 @@ class SubspaceMonitor(Measured):
 
     def _agree_to_measure(self, trainer: Trainer, step: int) -> bool:
         """Whether all ranks probe now; they communicate only where they may differ."""
-        if getattr(self.should_measure, "__func__", None) is _SHOULD_MEASURE:
+        if self._is_scheduled:
             wants, may_differ = self.should_measure(step), self._schedule.was_candidate
         else:
             what, may_differ = f"should_measure({step}) failed, and was taken for False", True
             wants = bool(self._runner.on_all_ranks(what, lambda: self.should_measure(step)))
         return may_differ and self._runner.should_probe(trainer, wants)
+
+    @property
+    def _is_scheduled(self) -> bool:
+        return getattr(self.should_measure, "__func__", None) is _SHOULD_MEASURE
 
     def _keep_weights(self, trainer: Trainer, module: nn.Module) -> None:
         step, may_probe = self._seen_step, self._schedule.may_probe_last_step and may_be_replaced(trainer)

@@ -1,4 +1,4 @@
-"""Callback that trains inside or outside of the top eigenspace.
+"""Callback that trains inside or outside of a subspace.
 
 The one callback here that changes training. Its place is in the optimizer itself: hooks that torch calls directly
 before and after `optimizer.step`. So nothing ever sees an update that has not been projected, neither the module after
@@ -15,18 +15,21 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from lightning_subspace._lightning import Trainer, is_a, undeclared
+from lightning_subspace.callbacks.given_space import GivenSpaces
 from lightning_subspace.callbacks.monitor import SubspaceMonitor
 from lightning_subspace.callbacks.notices import Notices, OnFailure
 from lightning_subspace.callbacks.project import check_apart, check_project, misconfiguration
+from lightning_subspace.callbacks.projected_step import Place, ProjectedSteps
+from lightning_subspace.callbacks.projection_log import ProjectionLog
+from lightning_subspace.callbacks.projection_state import ProjectionState
 from lightning_subspace.callbacks.projector import Keep, Projector
 from lightning_subspace.callbacks.resumable import Resumable
 from lightning_subspace.callbacks.runner import ProbeRunner
 from lightning_subspace.callbacks.start import StartCondition, StartWhenAligned, require_start
-from lightning_subspace.callbacks.step_hooks import StepHooks
 from lightning_subspace.callbacks.strategy import ranks_of
 from lightning_subspace.curvature.selection import Curvature, OnCheckFail, Precision
 from lightning_subspace.data.micro_batch import Weight
@@ -35,21 +38,19 @@ from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss.training_loss import Mode
 from lightning_subspace.measurements import GradientFraction
 from lightning_subspace.probe.arguments import require_integer, require_name, require_word
-from lightning_subspace.probe.checkpoint import FORMAT, decode_position, encode_position, require_same, up_to_date
 from lightning_subspace.probe.entries import CheckpointError
-from lightning_subspace.probe.schedule import Position, Schedule
+from lightning_subspace.probe.given_basis import Rows
+from lightning_subspace.probe.schedule import Schedule
 from lightning_subspace.probe.settings import ProbeSettings, require_sizes
 from lightning_subspace.probe.verification import Verify
-from lightning_subspace.report.loggers import Reporter, logged_name
 from lightning_subspace.subspace.record import Record
 
 SPEAKER = "SubspaceProjection"
 INSTEAD = "the last good space stays in use, and where there is none the optimizer's step is left as it is"
-AVERAGE = "a number in [0, 1], or None"
 
 
 class SubspaceProjection(Resumable):
-    """Project every optimizer step into the top eigenspace, or out of it.
+    """Project every optimizer step into a subspace, or out of it.
 
     After a step of any optimizer, with P the projector on the top k eigenvectors of the Hessian of the training loss,
 
@@ -60,6 +61,10 @@ class SubspaceProjection(Resumable):
     2405.16002), who find that the loss falls with "bulk" as without a projection, and not with "top". Clipping,
     momentum, preconditioning and weight decay are all in a step; the optimizer's state is that of the whole gradient.
 
+    With `basis` P projects on a space of your own in place of the eigenspace. With "bulk" and the batches of a retain
+    set, or of earlier tasks, no step changes their mean loss to first order. It does to second order, less with many
+    batches, whose gradients span its sharp directions, than with one; and a space that is old protects little.
+
     The space is over `params`, by default all trainable parameters; others take the full step. It is that of theta_t at
     the last refresh. One that is not trusted is not used: the last good one stays in use, and while there is none the
     step is left as it is, with one warning. A `SubspaceMonitor` of the same arguments that has just probed theta_t
@@ -69,11 +74,18 @@ class SubspaceProjection(Resumable):
     costs a probe; a step one sum of k numbers and an all-gather of n. It holds (k + 2) n floats, divided by the ranks.
 
     Logged at x = t, every `trainer.log_every_n_steps`: `projection/removed`, the share |u - u'|^2 / |u|^2 in [0, 1]
-    taken from the update u; at every refresh until a `StartWhenAligned` begins, `projection/chi`.
+    taken from the update (or gradient) u; with batches as `basis`, g their mean gradient at the last refresh and u the
+    step that was taken, `projection/change`, g.u, and `projection/cosine`, that over |g| |u|. At every refresh
+    `projection/loss`, of these batches, and `projection/rank`; until a `StartWhenAligned` begins, `projection/chi`.
 
     Args:
-        keep: "top" or "bulk".
+        keep: "top", what is in the space, or "bulk", what is not.
         k: number of top eigenvectors; the number of classes is the natural choice.
+        basis: spans the space in place of eigenvectors: batches (a loader, a list), each by the gradient of its loss;
+            or a function from the module to a tensor (m, n) of rows, m < n, the same on all ranks. Rows count as they
+            are, to 1e-6 of the largest singular value. Arguments about eigenvectors or a sample are refused with it.
+        where: "update" projects what the optimizer did, which alone keeps g.u = 0 with any optimizer; "gradient" what
+            it is given: for adaptive ones, whose state is then of the projected gradient. Both are one for plain SGD.
         refresh_every_n_steps: optimizer steps between two computations of the space; 1 is what the paper does.
         start_when: number of optimizer steps that are taken before the first one is projected, or a `StartWhenAligned`.
         sample: examples for the Hessian: a number, which are gathered from the batches that training uses (or drawn
@@ -116,6 +128,8 @@ class SubspaceProjection(Resumable):
         keep: Keep,
         k: int = 10,
         *,
+        basis: Rows | Iterable[Any] | None = None,
+        where: Place = "update",
         refresh_every_n_steps: int = 1,
         start_when: int | StartWhenAligned = 0,
         sample: int | str | Iterable[Any] = 1024,
@@ -143,10 +157,13 @@ class SubspaceProjection(Resumable):
         with misconfiguration(SPEAKER):
             require_word("keep", keep, get_args(Keep))
             require_integer("k", k, 1)
+            require_word("where", where, get_args(Place))
             refresh_every_n_steps = require_integer("refresh_every_n_steps", refresh_every_n_steps, 1)
             start_when = require_start("start_when", start_when)
+            self._given = None if basis is None else GivenSpaces(basis, locals(), SubspaceProjection)
             own = [GradientFraction()] if isinstance(start_when, StartWhenAligned) else []
-            self._settings = ProbeSettings.of(locals(), measurements=own, defaults=False)
+            more = {} if self._given is None else self._given.settings
+            self._settings = ProbeSettings.of({**locals(), **more}, measurements=own, defaults=False)
             require_sizes(self._settings)
             require_word("on_failure", on_failure, get_args(OnFailure))
             require_name("name", name)
@@ -157,15 +174,12 @@ class SubspaceProjection(Resumable):
         self._schedule = Schedule(refresh_every_n_steps, max_overhead=None)
         self._notices = Notices(SPEAKER, on_failure)
         self._runner = ProbeRunner(self._settings, self._schedule, self._notices, INSTEAD)
-        self._reporter = Reporter()
+        self._log = ProjectionLog(name, keep, self._runner)
         # A step is over only when this differs from `global_step`: gradients may be accumulated over several batches.
         self._seen_step = -1
         # The space is out of date, or there is none: it is computed as soon as there is a sample.
         self._wants_space = False
-        self._projector: Projector | None = None
-        self._theta: Tensor | None = None  # of the step that is being taken
-        self._removed: dict[int, float] = {}  # by step, to be logged
-        self._hooks = StepHooks(_nothing, _nothing)
+        self._steps = ProjectedSteps(where)
 
     # -- what a user reads --------------------------------------------------------------------------------------------
 
@@ -173,6 +187,10 @@ class SubspaceProjection(Resumable):
     def is_active(self) -> bool:
         """Whether the next optimizer step will be projected."""
         return self._projector is not None
+
+    @property
+    def _projector(self) -> Projector | None:
+        return self._steps.projector
 
     @property
     def chi(self) -> float | None:
@@ -193,7 +211,8 @@ class SubspaceProjection(Resumable):
                     "strategy='ddp', or devices=1."
                 )
             check_apart([(c.name, None) for c in undeclared(trainer, "callbacks") if isinstance(c, SubspaceProjection)])
-            check_project(trainer, pl_module, self._settings.loss_fn)
+            if self._given is None or self._given.evaluates:
+                check_project(trainer, pl_module, self._settings.loss_fn)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: nn.Module) -> None:
@@ -205,31 +224,31 @@ class SubspaceProjection(Resumable):
         is_same_run = saved is None and self._runner.run is not None and step > 0 and self._seen_step <= step
         continues = is_same_run and self._runner.goes_on(pl_module, ranks)
         self._notices.begin()
+        self._log.begin()
         if not continues:
             self._start = StartCondition(self._start_when)
             self._schedule.begin(step)
-            self._seen_step, self._projector = -1, None
+            self._seen_step, self._steps.projector = -1, None
         elif self._projector is not None:
             self._projector.rebind(ranks)
         self._runner.begin(trainer, pl_module, ranks, continues=continues)
         if saved is not None:
             self._resume(saved, step)
-        self._hooks = StepHooks(lambda: self._keep_theta(pl_module), lambda: self._project(trainer, pl_module))
         with misconfiguration(SPEAKER):
-            self._hooks.attach(trainer.optimizers)
+            self._steps.start(trainer, pl_module)
         self._wants_space = self._projector is None and (self._start.begun or self._start.average is None)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         """Compute the space for the step to come, if it is time."""
         step = trainer.global_step
-        self._hooks.attach(trainer.optimizers)  # a callback may have put others in their place
+        self._steps.attach(trainer)  # a callback may have put others in their place
         if step != self._seen_step:  # otherwise gradients are being accumulated
             self._seen_step = step
             is_due, begins = self._schedule.is_due(step), self._start.see_step(step)
             is_needed = self._start.begun or self._start.watches
             if is_needed and self._has_changed(pl_module, step):
-                self._projector, is_due = None, True
+                self._steps.projector, is_due = None, True
             self._wants_space = is_needed and (self._wants_space or is_due or begins)
         self._runner.see_batch(trainer, batch_idx, lambda: self._refresh_within_step(trainer, pl_module, step))
         self._refresh(trainer, pl_module, step)
@@ -239,14 +258,14 @@ class SubspaceProjection(Resumable):
         self, trainer: Trainer, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what was removed."""
-        removed, self._removed = self._removed, {}
-        for step, share in removed.items():
-            self._log(trainer, "removed", share, step)
+        for step, found in self._steps.found().items():
+            for key, value in found.items():
+                self._log.write(trainer, key, value, step)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: nn.Module) -> None:
         """Leave the optimizers as they were."""
-        self._hooks.release()
+        self._steps.release()
         self._runner.remember_end(pl_module)
         self._runner.end(trainer)
 
@@ -275,12 +294,15 @@ class SubspaceProjection(Resumable):
     def _refresh_within_step(self, trainer: Trainer, module: nn.Module, step: int) -> None:
         """Refresh from the batch in its step, which is then projected, too."""
         self._refresh(trainer, module, step)
-        self._keep_theta(module)  # the optimizer may be waiting for this batch's gradient
+        self._steps.begin(trainer, module)  # the optimizer may be waiting for this batch's gradient
 
     def _refresh(self, trainer: Trainer, module: nn.Module, step: int) -> None:
         if not self._wants_space or not self._runner.should_probe(trainer):
             return
         self._wants_space = False
+        if self._given is not None:
+            self._refresh_given(self._given, trainer, module, step)
+            return
         record = self._record_of(trainer, module, step)
         if record is None or record.subspace is None:
             return
@@ -291,10 +313,10 @@ class SubspaceProjection(Resumable):
             return
         if self._start.watches and "gradient_fraction" in record.metrics:
             average = self._start.see_chi(math.sqrt(record.metrics["gradient_fraction"]))
-            self._log(trainer, "chi", average, step)
+            self._log.write(trainer, "chi", average, step)
         if self._start.begun:
             assert record.subspace.partition is not None, "taken by a probe"
-            self._projector = Projector(record.subspace.basis, record.subspace.partition, keep=self._keep)
+            self._steps.projector = Projector(record.subspace.basis, record.subspace.partition, keep=self._keep)
 
     def _record_of(self, trainer: Trainer, module: nn.Module, step: int) -> Record | None:
         """The record of theta_t, from a monitor's probe or a new one."""
@@ -306,25 +328,15 @@ class SubspaceProjection(Resumable):
         opened = self._runner.probe(module, step)
         return None if opened is None else opened.record
 
-    def _keep_theta(self, module: nn.Module) -> None:
-        """Directly before an optimizer step."""
-        self._theta = None if self._projector is None else self._projector.theta(module)
-
-    def _project(self, trainer: Trainer, module: nn.Module) -> None:
-        """Directly after it."""
-        if self._projector is None or self._theta is None:
+    def _refresh_given(self, given: GivenSpaces, trainer: Trainer, module: nn.Module, step: int) -> None:
+        """Take the space of `basis=`, and tell of it."""
+        space, run = given.take(self._runner, module, step, INSTEAD), self._runner.run
+        if space is None or run is None:
             return
-        theta, self._theta = self._theta, None
-        step, every = trainer.global_step, undeclared(trainer, "log_every_n_steps")
-        is_logged = every > 0 and step % every == 0
-        removed = self._projector.project(module, theta, measured=is_logged)
-        if is_logged:
-            self._removed[step] = removed
-
-    def _log(self, trainer: Trainer, key: str, value: float, step: int) -> None:
-        named = {logged_name(self.name, key): value}
-        self._reporter.callback_metrics(trainer, named)
-        self._reporter.scalars(trainer.loggers, named, step)
+        self._steps.projector = Projector(space.basis, run.partition, keep=self._keep, gradient=space.gradient)
+        run.num_probes += 1
+        for key, value in space.metrics.items():
+            self._log.write(trainer, key, value, step)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -334,47 +346,37 @@ class SubspaceProjection(Resumable):
         run = self._runner.run
         if run is None:
             return dict(self._saved) if isinstance(self._saved, Mapping) else {}
-        return {
-            "format": FORMAT,
-            "k": self._settings.k,
-            "which": self._settings.which,
-            "schedule": encode_position(self._schedule.position),
-            "start_when": repr(self._start_when),
-            "start": {"begun": self._start.begun, "average": self._start.average},
-            "num_probes": run.num_probes,
-        }
+        start, settings = self._start, self._settings
+        state = ProjectionState(
+            settings.k,
+            settings.which,
+            self._schedule.position,
+            repr(self._start_when),
+            start.begun,
+            start.average,
+            run.num_probes,
+        )
+        return state.encoded()
 
     def _resume(self, saved: Any, step: int) -> None:
         """Continue the run of the checkpoint, or warn why not."""
-        read = self._runner.on_all_ranks("the state in the checkpoint is not used", lambda: self._read(saved))
-        if read is None:
+        state = self._runner.on_all_ranks("the state in the checkpoint is not used", lambda: self._read(saved))
+        if state is None:
             return
-        position, num_probes, start_when, begun, average = read
-        self._schedule.resume(position, step)
-        if start_when == repr(self._start_when):  # another condition is waited for anew
-            self._start.resume(begun, average)
+        self._schedule.resume(state.position, step)
+        if state.start_when == repr(self._start_when):  # another condition is waited for anew
+            self._start.resume(state.begun, state.average)
         if self._runner.run is not None:
-            self._runner.run.num_probes = num_probes
+            self._runner.run.num_probes = state.num_probes
 
-    def _read(self, saved: Any) -> tuple[Position, int, str, bool, float | None] | None:
+    def _read(self, saved: Any) -> ProjectionState | None:
         """The checkpoint's run; a warning and None if it cannot continue."""
         try:
-            entries = up_to_date(saved)
-            now = {"k": self._settings.k, "which": self._settings.which}
-            require_same("projection", now, {"k": entries.integer("k"), "which": entries.text("which")})
-            position, start = decode_position(entries.below("schedule")), entries.below("start")
-            average = start.any("average")
-            start.require(average is None or (isinstance(average, float) and 0.0 <= average <= 1.0), "average", AVERAGE)
-            return position, entries.integer("num_probes"), entries.text("start_when"), start.flag("begun"), average
+            return ProjectionState.decoded(saved, k=self._settings.k, which=self._settings.which)
         except CheckpointError as error:
             self._notices.warn(f"the state {self.name!r} of the checkpoint is not used: {error}. It starts anew.")
             return None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out Lightning's logging methods, and what belongs to a step."""
-        own = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
-        return {**own, "_hooks": StepHooks(_nothing, _nothing), "_theta": None, "_removed": {}}
-
-
-def _nothing() -> None:
-    """Stand in for a hook outside of a run."""
+        """Leave out Lightning's logging methods."""
+        return {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}

@@ -106,8 +106,9 @@ class Recorder:
             try:
                 record = run.close(opened, module)
             except Exception as error:
-                what = f"the numbers of the step from {opened.record.step} are left out"
-                self._runner.notices.failure(what, error, run.ranks)
+                if not self._runner.notices.is_of_signal(opened.record.step, error, run.ranks):
+                    what = f"the numbers of the step from {opened.record.step} are left out"
+                    self._runner.notices.failure(what, error, run.ranks)
                 record = run.close(opened)
             self._publisher.update_callback_metrics(trainer, record)
             self._publisher.log(trainer, record)
@@ -123,6 +124,8 @@ class Recorder:
         if run is not None and self._has_closed:
             with self._runner.schedule.aside():
                 self._publisher.draw(trainer, run.history, run.overlaps)
+                taken = self._runner.settings.taken
+                self._publisher.draw_new(trainer, (drawn for measurement in taken for drawn in measurement.figures()))
 
     def finish(self, trainer: Trainer) -> None:
         """Log the figures of the whole run, and its file."""
@@ -152,7 +155,8 @@ class Recorder:
         self.keeper.require_own()
         optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
         settings, notices = run.settings, self._runner.notices
-        prospect = Prospect(run.num_probes, settings.solver, run.examples.drawn(sample), optimizer, run.ranks.count)
+        drawn, count = run.examples.drawn(sample), run.ranks.count
+        prospect = Prospect(run.num_probes, settings.solver, drawn, optimizer, count, run.space)
         budget, device = self._runner.schedule.max_overhead, next(iter(run.space.tensors(module))).device
         forecast = Forecast(settings, prospect, run.partition, budget, run.examples.footprint, device)
 

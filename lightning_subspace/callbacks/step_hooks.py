@@ -3,7 +3,8 @@
 They hang on the optimizer (`torch.optim.Optimizer.register_step_pre_hook` and `register_step_post_hook`), so nothing of
 a training loop can come between them and the step, and they are not called where no step is taken: while gradients are
 accumulated, or when a GradScaler skips one. A closure that the optimizer evaluates, in Lightning the training step and
-the backward pass, runs between the two.
+the backward pass, runs between the two; the gradient is there behind it, clipped and unscaled. So a function that is to
+see the gradient is called at the end of the closure, or before the step where there is none.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 
 
 class StepHooks:
-    """A pair of functions around the steps of some optimizers.
+    """Functions around the steps of some optimizers.
 
     Where a step takes another one (a wrapper, or a class that calls the step of its base), it is the outermost that
     counts.
@@ -23,6 +24,7 @@ class StepHooks:
     Args:
         before: called with nothing.
         after: called with nothing, unless the step has raised.
+        at_gradient: called with the optimizer when the gradient of a step is there, after each closure; None: nothing.
 
     Example:
         >>> import torch
@@ -36,9 +38,15 @@ class StepHooks:
         >>> optimizer.step()
     """
 
-    def __init__(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        before: Callable[[], None],
+        after: Callable[[], None],
+        at_gradient: Callable[[Optimizer], None] | None = None,
+    ) -> None:
         self._before = before
         self._after = after
+        self._at_gradient = at_gradient
         self._depth = 0
         self._handles: list[Any] = []
         self._held: list[int] = []  # identities of the optimizers
@@ -72,10 +80,31 @@ class StepHooks:
         self._handles.clear()
         self._held.clear()
 
-    def _enter(self, *_: Any) -> None:
+    def _enter(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before a step: other arguments for it, or None."""
         self._depth += 1
-        if self._depth == 1:
-            self._before()
+        if self._depth > 1:
+            return None
+        self._before()
+        if (see := self._at_gradient) is None:
+            return None
+        # torch counts the optimizer itself among the arguments.
+        own, *positional = args
+        closure = positional[0] if positional else kwargs.get("closure")
+        if closure is None:
+            see(optimizer)
+            return None
+
+        def closed(*given: Any, **named: Any) -> Any:
+            value = closure(*given, **named)
+            see(optimizer)
+            return value
+
+        if positional:
+            return (own, closed, *positional[1:]), kwargs
+        return args, {**kwargs, "closure": closed}
 
     def _leave(self, *_: Any) -> None:
         self._depth -= 1

@@ -1,10 +1,11 @@
-"""Entries of a monitor for the tab of TensorBoard.
+"""Entries of a monitor or a projection for the tab of TensorBoard.
 
-There is one a probe; the first of each fit says what was asked for.
+There is one a probe, or a step; the first of each fit says what was asked for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning_subspace
@@ -24,7 +25,7 @@ WANTED = ("k", "which", "tol", "max_matvecs", "verify", "curvature", "mode", "dt
 
 
 class TabLog:
-    """Writes an entry for each probe, on the first rank.
+    """Writes entries, on the first rank.
 
     Args:
         runner: takes the probes.
@@ -55,6 +56,26 @@ class TabLog:
         """Write the entry of a probe that has failed, if it has."""
         if (text := self._runner.notices.last_failure) is not None:
             self._publisher.tell(trainer, lambda: failed_entry(step, text))
+
+    def tell(self, trainer: Trainer, step: int, metrics: Mapping[str, float], **asked: Any) -> None:
+        """Write numbers that belong to no record.
+
+        Args:
+            trainer: has the loggers.
+            step: that they belong to.
+            metrics: the numbers, by their keys.
+            asked: what was asked for beyond the settings; told once a fit.
+        """
+        self._publisher.tell(trainer, lambda: self._numbers(trainer, step, metrics, asked))
+
+    def _numbers(
+        self, trainer: Trainer, step: int, metrics: Mapping[str, float], asked: dict[str, Any]
+    ) -> dict[str, Any]:
+        entry: dict[str, Any] = {"step": step, "metrics": dict(metrics)}
+        if not self._has_header and (run := self._runner.run) is not None:
+            entry["run"] = {**asked, **self._header(trainer, run)}
+            self._has_header = True
+        return entry
 
     def _entry(self, trainer: Trainer, run: ProbeRun, record: Record) -> dict[str, Any]:
         header = None if self._has_header else self._header(trainer, run)

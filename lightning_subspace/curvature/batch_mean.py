@@ -26,7 +26,7 @@ from torch import Tensor
 from lightning_subspace.curvature.gradient import backward_gradient
 from lightning_subspace.data.assignment import Assignment, assign, group_by_round, owner_rank
 from lightning_subspace.data.micro_batch import MicroBatch
-from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.loss.training_loss import TrainingLoss, place_of
 from lightning_subspace.parallel.partition import Partition, VectorBuffers
 from lightning_subspace.state.signals import give_up_if_signalled
 
@@ -159,7 +159,16 @@ class BatchMean(ABC):
         return backward_gradient(self._loss, batch)
 
     def _gradient_over(self, assignments: Sequence[Assignment]) -> Tensor:
-        return self._mean_of((self._gradient_of(batch) for batch, _ in assignments), assignments)
+        return self._mean_of(
+            self._tallied((self._gradient_of(batch) for batch, _ in assignments), assignments), assignments
+        )
+
+    def _tallied(self, gradients: Iterable[Tensor], assignments: Sequence[Assignment]) -> Iterator[Tensor]:
+        """Whole gradients at theta, which the loss's tally sees as they pass by."""
+        for (batch, share), gradient in zip(assignments, gradients, strict=True):
+            if share and self._loss.tally is not None:
+                self._loss.tally.see(place_of(batch), gradient)
+            yield gradient
 
     def _centre(self) -> Tensor:
         """This rank's part of g(theta), in the dtype of the loss."""

@@ -13,6 +13,7 @@ from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck
 
 # Metrics of a record whose numbers rest on second derivatives that are wrong (by how much), or not checked (1).
 CHECK_ERROR, UNCHECKED = "solver/check_error", "solver/unchecked"
+LEFT_OUT = "Numbers that rest on second derivatives are left out; those of the step and of the gradient are measured"
 BY_DIFFERENCES = "on_check_fail='finite-difference'"
 
 
@@ -39,9 +40,13 @@ def consequence(policy: str, check: SelfCheck, curvature: str, *, has_difference
         told = f"What rests on them is measured unchecked, and marked by {UNCHECKED} = 1; on_check_fail='raise' stops"
         return {"marks": ((UNCHECKED, 1.0),)}, f"{text} {told} instead."
     if policy == "omit" and (has_failed or not has_differences):
-        return {"omits_products": True}, f"{text} Numbers that rest on second derivatives are left out."
+        return {"omits_products": True}, f"{text} {LEFT_OUT}."
     if not has_differences:
-        raise CheckError(f"{text} Nothing is measured.{_another_matrix(check, curvature)}")
+        advice = _another_matrix(check, curvature)
+        # What trains is then no gradient of the loss, or may be none: no number of the step would be right either.
+        if policy == "raise" or check.is_no_gradient:
+            raise CheckError(f"{text} Nothing is measured.{advice}")
+        return {"omits_products": True}, f"{text} {LEFT_OUT}.{advice}"
     # Differences of this very loss were taken then, and are symmetric.
     advice = f" {BY_DIFFERENCES} measures without second derivatives." if check.is_gradient else ""
     if has_failed and policy == "raise":
@@ -59,5 +64,7 @@ def _another_matrix(check: SelfCheck, curvature: str) -> str:
     """What to pass where differences would be another matrix."""
     if check.is_no_gradient:
         return " (A part was tried with curvature='hessian'.)"
+    if curvature == "finite-difference":
+        return ""
     way_out = f"curvature='hessian', {BY_DIFFERENCES}" if check.is_gradient else "curvature='hessian'"
     return f" Finite differences would measure another matrix than curvature={curvature!r}; pass {way_out}."

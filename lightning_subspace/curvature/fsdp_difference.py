@@ -22,6 +22,7 @@ from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck
 from lightning_subspace.data.assignment import Assignment
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.fsdp_loss import ShardedLoss
+from lightning_subspace.loss.loss_function import LossError
 
 STEP = 1e-3  # rounding leaves about 1e-7 / STEP of the gradients of single examples, truncation STEP^2
 # What the check compares along a random direction: large enough for many examples to cross kinks, if there are any.
@@ -104,24 +105,28 @@ class ShardedDifferenceHessian(DisplacedGradients):
             self._loss.displace(None)
 
 
-def check_differences(operator: ShardedDifferenceHessian, directions: Sequence[Tensor]) -> SelfCheck:
+def check_differences(operator: ShardedDifferenceHessian, seed: int = 0) -> SelfCheck:
     """Whether differences of float32 gradients are the Hessian of this loss.
 
     Costs nine gradients of the sample, for three comparisons, and four more a direction where the loss has kinks.
 
     Args:
         operator: over the sample to be checked with.
-        directions: this rank's part of random vectors, (n,) each; those after the first are for kinks, which few
-            examples may not cross along a single one.
+        seed: of random directions, those after the first for kinks, which few examples may not cross along one.
+
+    Raises:
+        LossError: where FSDP2's gradients are not those of the mean loss.
     """
     observer = KinkObserver()
     with observer:
         gradient = operator.gradient()
     seen = f"; the loss has kinks ({', '.join(sorted(observer.kinks))})" if observer.kinks else ""
     has_kinks = any(operator.partition.ranks.all_gather_object(bool(observer.kinks)))
+    check_gradient(operator, gradient)  # first: where it is wrong, nothing can be measured
     # 1. Two steps along a random direction: the differences disagree where the loss has kinks.
     names = operator._loss.space.names
-    found = [_disagreement(operator, direction) for direction in (directions if has_kinks else directions[:1])]
+    random = [operator.partition.random(seed, number, device=operator.device) for number in range(DIRECTIONS)]
+    found = [_disagreement(operator, direction) for direction in (random if has_kinks else random[:1])]
     v, near, disagreement, place = max(found, key=lambda one: math.inf if math.isnan(one[2]) else one[2])
     name = names[place]
     if not disagreement <= LARGEST_DIFFERENCE:
@@ -141,21 +146,36 @@ def check_differences(operator: ShardedDifferenceHessian, directions: Sequence[T
             reason = f"u.Hv and v.Hu differ by {asymmetry:.1%} (at most {LARGEST_DIFFERENCE:.0%} is rounding){seen}"
             return SelfCheck(CheckOutcome.FAILED, asymmetry, name, reason)
         disagreement = max(disagreement, asymmetry)
-    # 3. The loss along its gradient: whether FSDP's gradients are those of the mean over ranks.
-    slope = operator.norm(gradient)
-    if slope > 0.0:
-        offset = gradient * (LOSS_STEP / slope)
-        plus, minus = operator.value(offset), operator.value(-offset)
-        error = abs((plus - minus) / (2.0 * LOSS_STEP) - slope)
-        if not error <= LARGEST_DIFFERENCE * slope + LOSS_ROUNDING * max(abs(plus), abs(minus)) / LOSS_STEP:
-            reason = (
-                f"along its gradient of length {slope:.3g} the mean loss has a slope of "
-                f"{(plus - minus) / (2.0 * LOSS_STEP):.3g}: FSDP2's gradients are not those of the mean over ranks (is "
-                "a set_gradient_divide_factor, or a set_requires_all_reduce(False), in effect?)"
-            )
-            return SelfCheck(CheckOutcome.FAILED, _ratio(error, slope), names[0], reason)
     reason = f"relative difference {disagreement:.1e} (largest in {name})"
     return SelfCheck(CheckOutcome.PASSED, disagreement, name, reason)
+
+
+def check_gradient(operator: ShardedDifferenceHessian, gradient: Tensor | None = None) -> SelfCheck:
+    """Whether FSDP2's gradients are those of the mean loss, by the loss along them.
+
+    Costs two gradients of the sample.
+
+    Args:
+        operator: over the sample to be checked with.
+        gradient: what it gives, (n,), if it is known.
+
+    Raises:
+        LossError: where the loss has another slope.
+    """
+    gradient = operator.gradient() if gradient is None else gradient
+    skipped = SelfCheck(CheckOutcome.SKIPPED, reason="there are no second derivatives")
+    if (slope := operator.norm(gradient)) == 0.0:
+        return skipped
+    offset = gradient * (LOSS_STEP / slope)
+    plus, minus = operator.value(offset), operator.value(-offset)
+    error = abs((plus - minus) / (2.0 * LOSS_STEP) - slope)
+    if not error <= LARGEST_DIFFERENCE * slope + LOSS_ROUNDING * max(abs(plus), abs(minus)) / LOSS_STEP:
+        raise LossError(
+            f"along its gradient of length {slope:.3g} the mean loss has a slope of "
+            f"{(plus - minus) / (2.0 * LOSS_STEP):.3g}: FSDP2's gradients are not those of the mean over ranks (is "
+            "a set_gradient_divide_factor, or a set_requires_all_reduce(False), in effect?)"
+        )
+    return skipped
 
 
 def _disagreement(operator: ShardedDifferenceHessian, direction: Tensor) -> tuple[Tensor, Tensor, float, int]:

@@ -1,7 +1,7 @@
 """Gradient of the mean loss, where no product can be trusted.
 
-It takes the place of an operator with `on_check_fail="omit"`: gradients and values of the loss are measured, and what
-asks for a product is left out.
+The operator of `curvature="none"`, and what takes the place of another one where the self-check lets no product be
+measured: gradients and values of the loss are, and what asks for a product is left out.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from typing import ClassVar, NoReturn
 from torch import Tensor
 
 from lightning_subspace.curvature.batch_mean import BatchMean
+from lightning_subspace.curvature.fsdp_difference import ShardedDifferenceHessian
+
+NO_PRODUCTS = "products: expected an operator that has them, got curvature='none', or one whose self-check has failed."
 
 
 class NoProductsError(RuntimeError):
@@ -46,4 +49,18 @@ class GradientMean(BatchMean):
         Raises:
             NoProductsError: always.
         """
-        raise NoProductsError("the self-check has failed, and on_check_fail='omit' leaves out what needs a product.")
+        raise NoProductsError(NO_PRODUCTS)
+
+
+class ShardedGradientMean(ShardedDifferenceHessian):
+    """The same on the shards of FSDP2; arguments as `ShardedDifferenceHessian`."""
+
+    has_products: ClassVar[bool] = False
+
+    def matvec(self, v: Tensor, step: float = 0.0) -> NoReturn:
+        """Refuse a product.
+
+        Raises:
+            NoProductsError: always.
+        """
+        raise NoProductsError(NO_PRODUCTS)

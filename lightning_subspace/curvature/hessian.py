@@ -130,7 +130,7 @@ class RetainedGraphs(BatchMean):
                 yield graph
                 del graph  # before the next one is built
 
-        self._mean = self._mean_of(map(self._flat_gradient, built()))
+        self._mean = self._mean_of(self._tallied(map(self._flat_gradient, built()), self._assignments))
         # All ranks keep equally many, to rebuild the others together: a training step may have collectives of its own.
         count = self.partition.ranks.all_reduce_min(self.num_retained)
         self._retained[count:] = [None] * (len(self._assignments) - count)

@@ -60,6 +60,7 @@ OPERATORS: dict[str, Row] = {
         not_passed="The empirical Fisher is taken over micro-batches here, not over single examples, which changes its "
         "scale by about the number of examples in one",
     ),
+    "none": Row(GradientMean, order=1),
 }
 
-WITHOUT_PRODUCTS = Row(GradientMean, order=1)
+WITHOUT_PRODUCTS = OPERATORS["none"]

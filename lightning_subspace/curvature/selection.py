@@ -21,7 +21,8 @@ from lightning_subspace.curvature.consequence import CheckError as CheckError
 from lightning_subspace.curvature.consequence import consequence
 from lightning_subspace.curvature.diagnosis import check_in_stages
 from lightning_subspace.curvature.first_evaluation import can_evaluate, require_value
-from lightning_subspace.curvature.fsdp_difference import DIRECTIONS, ShardedDifferenceHessian, check_differences
+from lightning_subspace.curvature.fsdp_difference import ShardedDifferenceHessian, check_differences, check_gradient
+from lightning_subspace.curvature.gradient_mean import GradientMean, ShardedGradientMean
 from lightning_subspace.curvature.graph_memory import Footprint
 from lightning_subspace.curvature.joining import joined_operator, most_joined
 from lightning_subspace.curvature.operators import OPERATORS, WITHOUT_PRODUCTS, Order, Row
@@ -32,7 +33,7 @@ from lightning_subspace.data.sample import Sample
 from lightning_subspace.linalg.result import Outcome
 from lightning_subspace.loss.copied_bytes import copied_bytes
 from lightning_subspace.loss.fsdp_loss import ShardedLoss
-from lightning_subspace.loss.loss_function import LossError, LossFunction
+from lightning_subspace.loss.loss_function import LossFunction
 from lightning_subspace.loss.training_loss import Mode, TrainingLoss
 from lightning_subspace.parallel.fsdp import fsdp_modules, replacements, unsupported_reason
 from lightning_subspace.parallel.parameters import ParameterSpace
@@ -41,7 +42,7 @@ from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.subspace.subspace import Subspace
 
 Precision = Literal["float32", "float64", "native"]
-Curvature = Literal["hessian", "ggn", "finite-difference", "empirical-fisher"]
+Curvature = Literal["hessian", "ggn", "finite-difference", "empirical-fisher", "none"]
 OnCheckFail = Literal["warn", "raise", "finite-difference", "omit"]
 
 
@@ -105,7 +106,8 @@ class CurvatureConfig:
         footprint.copies = copied_bytes(loss.module, self._narrowest_of_loss, whole=not is_on_shards)
         footprint.itemsize = loss.dtype.itemsize
         if is_on_shards:
-            return ShardedDifferenceHessian(loss, sample.hessian, partition=partition)
+            made = ShardedDifferenceHessian if self.has_products else ShardedGradientMean
+            return made(loss, sample.hessian, partition=partition)
         options: dict[str, Any] = {"footprint": footprint} if self._row.keeps_graphs else {}
         if self._row.joins and self.most_joined > 1:
             options["nbytes"] = self.joined_bytes
@@ -115,6 +117,11 @@ class CurvatureConfig:
             footprint.itemsize = options["dtype"].itemsize
         return self._row.operator(loss, sample.hessian, partition=partition, **options)
 
+    def mean(self, loss: TrainingLoss, sample: Sample, partition: Partition) -> BatchMean:
+        """Mean loss and gradient over the sample's first part, without products."""
+        made = ShardedGradientMean if isinstance(loss, ShardedLoss) else GradientMean
+        return made(loss, sample.hessian, partition=partition)
+
     def check(self, module: nn.Module, sample: Sample, partition: Partition | None = None) -> SelfCheck:
         """The self-check on a few examples of the sample's first micro-batch.
 
@@ -122,8 +129,8 @@ class CurvatureConfig:
         whose part has no loss, is taken whole. No `partition`: all parameters, this process alone.
 
         Raises:
-            LossError: when the loss cannot be evaluated, or gives two values for one batch; when differences on the
-                shards of FSDP2 are not right for this loss.
+            LossError: when the loss cannot be evaluated, or gives two values for one batch; when FSDP2's gradients are
+                not those of the mean loss.
         """
         partition = Partition.even(ParameterSpace.of(module)) if partition is None else partition
         if self._is_on_shards(module):
@@ -239,15 +246,15 @@ class CurvatureConfig:
         return result
 
     def _check_on_shards(self, module: nn.Module, sample: Sample, partition: Partition) -> SelfCheck:
-        """The check of differences on shards, where there is nothing else."""
+        """The check of gradients and differences on shards, where there is nothing else."""
         with self.loss(module, partition.space, partition.ranks) as loss:
-            assert isinstance(loss, ShardedLoss)
             operator = ShardedDifferenceHessian(loss, sample.hessian[: partition.ranks.count], partition=partition)
-            directions = [partition.random(self.seed, number, device=loss.device) for number in range(DIRECTIONS)]
-            result = check_differences(operator, directions)
-        if result.outcome is CheckOutcome.FAILED:
-            raise LossError(result.reason)
-        return result
+            return check_differences(operator, self.seed) if self.has_products else check_gradient(operator)
+
+    @property
+    def has_products(self) -> bool:
+        """Whether anything rests on second derivatives."""
+        return self.curvature != "none" and not self.omits_products
 
     @property
     def _row(self) -> Row:
@@ -274,7 +281,7 @@ class CurvatureConfig:
 
     def _is_on_shards(self, module: nn.Module) -> bool:
         """Whether gradients are taken by FSDP2, on its shards."""
-        return self.curvature == "finite-difference" and not self.omits_products and bool(fsdp_modules(module))
+        return self.curvature in ("finite-difference", "none") and bool(fsdp_modules(module))
 
     def _loss(
         self, module: nn.Module, space: ParameterSpace, ranks: Ranks, dtype: torch.dtype | None, order: Order

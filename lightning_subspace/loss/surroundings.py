@@ -28,6 +28,8 @@ from lightning_subspace.state.packages import ITSELF, TRAINING, WRITERS, own_pla
 
 MOST_AROUND = 20_000  # objects that are walked, which takes 0.1 s a probe
 MOST_GLOBAL = 2_000  # objects that are walked in the files of the module's classes
+# How a file was imported, which is no state of its code. Behind an import hook, pytest's say, there may be a program.
+OF_IMPORT = frozenset({"__loader__", "__spec__"})
 MOST_EACH = 1_000  # containers compared at every evaluation, in 1 ms; of more those alone that were found to change
 
 
@@ -96,7 +98,8 @@ class Surroundings:
 
     def _find_globals(self, module: nn.Module, packages: frozenset[str], seen: set[int]) -> None:
         classes, files = own_places(module)
-        values = [v for place in (*map(vars, classes), *files) for v in list(place.values())]
+        places = (*map(vars, classes), *files)
+        values = [v for place in places for name, v in list(place.items()) if name not in OF_IMPORT]
         names = {file["__name__"] for file in files}
         values = [v for v in values if not isinstance(v, types.FunctionType) or v.__closure__ or v.__module__ in names]
 
@@ -104,9 +107,9 @@ class Surroundings:
             return self._findings.bulk(value, smallest=MOST_EACH + 1)
 
         found = walk(values, packages, seen, around=True, most=MOST_GLOBAL, bulk=bulk)
-        places = [MutableObject.of(read_class, fill_class, cls) for cls in classes]
-        places += [MutableObject.of(read_dict, fill_dict, file) for file in files]
-        self._globals = [*places, *found.containers]
+        own = [MutableObject.of(read_class, fill_class, cls) for cls in classes]
+        own += [MutableObject.of(read_dict, fill_dict, file) for file in files]
+        self._globals = [*own, *found.containers]
         self.generators = [*self.generators, *found.generators]
         self._global_bulks = found.bulks
         files_open = [value for value in found.iterators if not is_left_open(value)]

@@ -25,6 +25,7 @@ from lightning_subspace._lightning import attached_trainer, muted, transfer
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.dependence import Dependence
 from lightning_subspace.loss.findings import findings_of
+from lightning_subspace.loss.gradient_tally import GradientTally
 from lightning_subspace.loss.loss_function import LossError, LossFunction, WrittenError, as_scalar, key_of, resolve_loss
 from lightning_subspace.loss.precision import eager, twice_differentiable, widened, widened_array
 from lightning_subspace.loss.roots import extra_roots
@@ -80,6 +81,7 @@ class TrainingLoss:
         dependence: what the losses since then depend on.
         served: the operators that live on its graphs.
         is_another: whether it lives in the open context of another one; see `another.py`.
+        tally: takes note of the gradients of single micro-batches at theta, where one is wanted.
 
     Raises:
         TypeError: without `loss_fn`, when the module has no `training_step` that takes a batch.
@@ -124,6 +126,7 @@ class TrainingLoss:
         self._is_displaced = self.is_another = False
         self._displacement: dict[int, Tensor] = {}
         self._stack, self.served = ExitStack(), Served()
+        self.tally: GradientTally | None = None
         self._shadow: Shadow | None = None
         self.dependence = Dependence({})
         self._followed: set[tuple[int, int, int]] = set()  # the micro-batches whose graph was followed
@@ -154,7 +157,7 @@ class TrainingLoss:
         try:
             self._stack.close()
         finally:
-            self._shadow = None
+            self._shadow = self.tally = None
             self._displacement, self._is_displaced = {}, False
             self.originals = ()
 

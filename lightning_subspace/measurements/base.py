@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -15,11 +16,19 @@ from lightning_subspace._arguments import is_integer, require_flag, require_inte
 from lightning_subspace.curvature import Operator
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.data.sample import Sample
+from lightning_subspace.loss.gradient_tally import GradientTally
+from lightning_subspace.measurements.arrival import Arrival
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.solver import Solver
 from lightning_subspace.subspace.subspace import Subspace, inner_products
+from lightning_subspace.subspace.table import Table
+
+Found = Mapping[str, float | Table]  # what a measurement returns: numbers by key, and tables for figures by name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Needs(Enum):
@@ -40,6 +49,7 @@ class Prospect:
         sample: the micro-batches.
         optimizer: the optimizer in use; None with several.
         num_ranks: number of processes that measure together.
+        space: names and shapes of the parameters; None where they are not known.
 
     Example:
         >>> class Steepest(Measurement):
@@ -54,6 +64,7 @@ class Prospect:
     sample: Sample
     optimizer: Optimizer | None = None
     num_ranks: int = 1
+    space: ParameterSpace | None = None
 
     def solve(self, k: int | None = None, *, verify: bool = False) -> float:
         """Expected number of products of `Probe.solve`, or with its certificate (`verify`)."""
@@ -95,6 +106,10 @@ class Probe:
         solve: `solve(matvec, k=None)` gives the top eigenspace, without certificate, of a function v -> A v or of an
             operator of the same parameters (a `part`, with fewer messages between ranks); by default of the probe's k.
         losses: of the micro-batches of the gradient sample, in order, of all ranks; nan where one is not known.
+        sample_gradient: (n,), of the mean loss over the Hessian's sample; `gradient` where both samples are one.
+        arrival: the loss where the optimizer step has led, in `after_step` alone.
+        tally: lengths of the micro-batch gradients, where a measurement `tallies`. Valid while the probe lasts.
+        shared: what measurements of this probe leave to each other.
     """
 
     step: int
@@ -114,6 +129,10 @@ class Probe:
     solve: Callable[..., Subspace]
     another: Callable[..., Operator]
     losses: Sequence[float] = ()
+    sample_gradient: Tensor | None = None
+    arrival: Arrival | None = None
+    tally: GradientTally | None = None
+    shared: dict[Any, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     @property
     def space(self) -> ParameterSpace:
@@ -130,6 +149,13 @@ class Probe:
         if self.subspace is None:
             raise ValueError("subspace: expected eigenpairs, got k = 0; set `needs` to Needs.SUBSPACE.")
         return self.subspace
+
+    @cached_property
+    def gradient_image(self) -> Tensor | None:
+        """H g / |g|, (n,): one product for all that ask for it; None where g = 0 or there are no products."""
+        norm = self.norm(self.gradient)
+        # Divided first: H g of a tiny gradient would vanish in float32.
+        return self.operator.matvec(self.gradient / norm) if norm > 0.0 and self.operator.has_products else None
 
     def dot(
         self,
@@ -160,6 +186,8 @@ class Measurement:
         needs: the measurement is skipped at probes whose eigenpairs are worse than this.
         extra: keys that loggers get with `log="all"` only, or for k = 0, where there are no eigenvalues to look at.
         every: the measurement is taken at probes 0, `every`, 2 `every`, ... of a run; no method is called at others.
+        window: how many optimizer steps directly before a probe `see_update` is called for.
+        tallies: whether it looks at `Probe.tally`.
 
     Example:
         >>> class GradientNorm(Measurement):
@@ -171,6 +199,8 @@ class Measurement:
     needs: ClassVar[Needs] = Needs.SUBSPACE
     extra: ClassVar[frozenset[str]] = frozenset()
     every: int = 1
+    window: int = 0
+    tallies: ClassVar[bool] = False
 
     def is_due(self, number: int) -> bool:
         """Whether to take it at the probe of this number."""
@@ -182,7 +212,14 @@ class Measurement:
         Called before each probe at which the measurement is due, while the module is as training has it.
         """
 
-    def measure(self, probe: Probe) -> Mapping[str, float]:
+    def require_space(self, space: ParameterSpace) -> None:
+        """Refuse parameters that it cannot measure. Called before the first probe, and where they have changed.
+
+        Raises:
+            ValueError: naming the argument that does not fit them, and the way out.
+        """
+
+    def measure(self, probe: Probe) -> Found:
         """Numbers known at theta_t."""
         return {}
 
@@ -190,21 +227,35 @@ class Measurement:
         """Expected number of Hessian products of `measure`, over the whole sample."""
         return 0.0
 
+    def see_update(self, update: Tensor) -> None:  # (n,)
+        """Take note of a step before a probe; may keep `update`, theta_{s+1} - theta_s.
+
+        No collective. Where training has only begun, or a probe comes sooner than expected, it is called for fewer
+        steps than `window`.
+        """
+
     def after_step(
         self,
         probe: Probe,
         gradient: Tensor | None,  # (n,)
         update: Tensor,  # (n,)
-    ) -> Mapping[str, float]:
+    ) -> Found:
         """Numbers that need the optimizer step from theta_t.
 
         Args:
-            probe: the probe; its operator can no longer be used.
+            probe: the probe; its operator can no longer be used, and `arrival` can.
             gradient: the mini-batch gradient of the step, accumulated and before clipping (times the loss scale under
                 a GradScaler); None where the optimizer hook did not see it.
             update: theta_{t+1} - theta_t.
         """
         return {}
+
+    def figures(self) -> Iterable[tuple[str, int, Figure]]:
+        """Figures that are new since the last call, for loggers that take them: name, step, figure.
+
+        Called on the first rank alone, where figures of the run are drawn: after 1, 2, 4, 8, ... probes and at the end.
+        """
+        return ()
 
     def state_dict(self) -> Mapping[str, Any]:
         """What the measurement keeps between probes, for the checkpoint.

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_subspace._arguments import require_integer, require_word
 from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect
 from lightning_subspace.measurements.optimizer_rules import Notice, next_step, why_unknown
 
-Direction = Literal["update", "gradient"]
+Along = Literal["update", "gradient", "taken"]
 
 TOLERANCE = 0.02  # relative, of the multiple of a step
 FACTOR = 4.0  # the multiple changes by at most this from one evaluation to the next, until it is bracketed
@@ -35,12 +37,13 @@ class CriticalSharpness(Measurement):
     unknown optimizer.
 
     Args:
-        direction: "update" of the optimizer in use (SGD, Adam, AdamW and RMSprop), with its momentum, preconditioner
-            and weight decay; "gradient" for u = -g, lr = 1, and no `critical_step`.
+        along: "update" of the optimizer in use (those that `Stability` knows), with its momentum, preconditioner and
+            weight decay; "gradient" for u = -g, lr = 1, and no `critical_step`; "taken" for the step that was taken, of
+            any optimizer and with the noise of its batch, where the loss is the same one after it.
         max_points: displaced points at most, 2 or more.
 
     Raises:
-        ValueError: for another `direction`, or `max_points` that is no integer of at least 2.
+        ValueError: for another `along`, or `max_points` that is no integer of at least 2.
 
     Example:
         >>> from lightning_subspace import SubspaceMonitor
@@ -49,9 +52,9 @@ class CriticalSharpness(Measurement):
 
     needs: ClassVar[Needs] = Needs.NOTHING
 
-    def __init__(self, direction: Direction = "update", max_points: int = 10) -> None:
-        require_word("direction", direction, get_args(Direction))
-        self.direction = direction
+    def __init__(self, along: Along = "update", max_points: int = 10) -> None:
+        require_word("along", along, get_args(Along))
+        self.along = along
         self.max_points = int(require_integer("max_points", max_points, 2))
         self._last: tuple[int, float, float] | None = None  # step, first point and result of the last search
         self._notice = Notice()
@@ -64,33 +67,52 @@ class CriticalSharpness(Measurement):
         """A few forward passes over the Hessian's sample."""
         if probe.number == 0:
             self._last = None
+        if self.along == "taken":
+            return {}
         rate, step = 1.0, -probe.gradient
-        if self.direction == "update":
+        if self.along == "update":
             update = next_step(probe)
             if update is None or probe.optimizer is None:
                 reason = why_unknown(probe.optimizer)
-                text = f"CriticalSharpness: {reason}, so that it is left out; pass direction='gradient'."
+                text = f"CriticalSharpness: {reason}, so that it is left out; pass along='taken' or 'gradient'."
                 self._notice.say(probe, text)
                 return {}
-            rate, step = max(float(group["lr"]) for group in probe.optimizer.param_groups), update
+            rate, step = _rate(probe.optimizer), update
         slope = probe.dot(probe.operator.gradient(), step)
         if not slope < 0.0:
             return {}
         loss = probe.operator.value(None)
         rounding = ROUNDING * torch.finfo(probe.operator.dtype).eps * abs(loss)
-        start = 1.0 if self.direction == "update" else 0.1 / probe.norm(step)
-        if self._last is not None:  # a probe that is taken again behind a checkpoint starts where it did
-            start = self._last[1] if self._last[0] == probe.step else self._last[2]
+        first = 1.0 if self.along == "update" else 0.1 / probe.norm(step)
+        return self._found(probe, lambda a: probe.operator.value(step * a) - loss, slope, first, rate, rounding)
+
+    def after_step(self, probe: Probe, gradient: Tensor | None, update: Tensor) -> Mapping[str, float]:
+        """A few forward passes, along the step that was taken."""
+        arrival = probe.arrival
+        if self.along != "taken" or arrival is None or probe.sample_gradient is None or probe.optimizer is None:
+            return {}
+        slope = probe.dot(probe.sample_gradient, update)
+        if not slope < 0.0 or not arrival.is_same_loss(update):
+            return {}
 
         def change(a: float) -> float:
-            return probe.operator.value(step * a) - loss
+            return arrival.value(update * (a - 1.0)) - arrival.loss
 
+        return self._found(probe, change, slope, 1.0, _rate(probe.optimizer), arrival.rounding)
+
+    def _found(
+        self, probe: Probe, change: Callable[[float], float], slope: float, first: float, rate: float, rounding: float
+    ) -> dict[str, float]:
+        """Search along the step, from the multiple of the last probe or the first one."""
+        start = first
+        if self._last is not None:  # a probe that is taken again behind a checkpoint starts where it did
+            start = self._last[1] if self._last[0] == probe.step else self._last[2]
         found = critical_multiple(change, slope, start, self.max_points, rounding)
         if found is None:
             return {}
         self._last = probe.step, start, found
         metrics = {"critical_sharpness": 2.0 / (found * rate)}
-        return metrics if self.direction == "gradient" else {**metrics, "critical_step": found}
+        return metrics if self.along == "gradient" else {**metrics, "critical_step": found}
 
     def state_dict(self) -> Mapping[str, Any]:
         """Where the last search was, and what it found."""
@@ -103,6 +125,11 @@ class CriticalSharpness(Measurement):
         if state and not (isinstance(step, int) and are_points):
             raise ValueError(f"step, start, found: expected a step and two positive numbers, got {dict(state)!r:.80}")
         self._last = (step, start, found) if state else None  # type: ignore[assignment]
+
+
+def _rate(optimizer: Optimizer) -> float:
+    """The largest learning rate."""
+    return max(float(group["lr"]) for group in optimizer.param_groups)
 
 
 def critical_multiple(

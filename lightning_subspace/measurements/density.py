@@ -6,12 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from torch import Tensor
+
 from lightning_subspace._arguments import require_seed
 from lightning_subspace.linalg import Quadrature, quadrature
 from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
+from lightning_subspace.measurements.block_traces import BlockTraces
 from lightning_subspace.measurements.density_state import decode_densities, encode_densities
+from lightning_subspace.measurements.grouping import Grouping, Groups, checked_groups
+from lightning_subspace.measurements.memory import thin_out
+from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.subspace.solver import agreed_product
 from lightning_subspace.subspace.spectral_density import SpectralDensity, trace_metrics
+from lightning_subspace.subspace.subspace import Subspace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,10 +94,7 @@ class Density(Measurement):
         while self._history and self._history[-1].step >= probe.step:  # taken again behind a checkpoint
             self._history.pop()
         self._history.append(found)
-        if len(self._history) > self.keep:
-            half = len(self._history) // 2
-            self._history[:half] = self._history[:half:2]
-            del self._history[: -self.keep]  # one or two have no half to thin out
+        thin_out(self._history, self.keep)
         return found.metrics()
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -125,25 +129,38 @@ class Trace(Measurement):
     Costs 2 `vectors` products, the second of each for |H|_F, and (k + 3) n floats. With k = 0 nothing is taken out.
     `Density` gives the same numbers.
 
+    With `groups`, `trace/<group>` and `trace_error/<group>` from the same products: the trace of the block H_ll of each
+    group l is sum_i lambda_i |v_il|^2 + (n - k) mean_u u_l.(Hu)_l; over l they sum to `trace`. One vector has about the
+    variance 2 sum_{i,j in l} R_ij^2 + sum_{i in l, j not in l} R_ij^2, where R is H without its top pairs: what couples
+    the group to others enters, too. The error is that of the mean over the vectors; for one vector it is not known.
+
     Args:
         vectors: random vectors.
         every: taken at each probe whose number is a multiple of this.
         seed: of the random vectors, 0 to 2**63 - 1.
+        groups: those of `Layers`; None for the whole alone.
 
     Raises:
-        ValueError: for `vectors` or `every` that is not a positive integer, or a `seed` out of range.
+        ValueError: for `vectors` or `every` that is not a positive integer, a `seed` out of range, other `groups`, and,
+            before training, for a pattern without a match.
 
     Example:
         >>> from lightning_subspace import SubspaceMonitor
-        >>> monitor = SubspaceMonitor(k=10, measurements=[Trace(vectors=8)])
+        >>> monitor = SubspaceMonitor(k=10, measurements=[Trace(vectors=8, groups="types")])
     """
 
     needs: ClassVar[Needs] = Needs.NOTHING
 
-    def __init__(self, vectors: int = 6, every: int = 1, seed: int = 0) -> None:
+    def __init__(self, vectors: int = 6, every: int = 1, seed: int = 0, groups: Groups | None = None) -> None:
         self.vectors = positive("vectors", vectors)
         self.every = positive("every", every)
         self.seed = require_seed("seed", seed)
+        self.groups = None if groups is None else checked_groups(groups)
+
+    def require_space(self, space: ParameterSpace) -> None:
+        """Refuse patterns without a match."""
+        if self.groups is not None:
+            Grouping.by(space, self.groups)
 
     def expected_products(self, prospect: Prospect) -> float:
         """2 `vectors`."""
@@ -151,7 +168,11 @@ class Trace(Measurement):
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """Two products a vector."""
-        return trace_metrics(spectrum_of(probe, 2, self.vectors, self.seed))
+        if self.groups is None:
+            return trace_metrics(spectrum_of(probe, 2, self.vectors, self.seed))
+        blocks = BlockTraces(Grouping.by(probe.space, self.groups), probe.partition)
+        whole = trace_metrics(spectrum_of(probe, 2, self.vectors, self.seed, blocks))
+        return {**whole, **blocks.metrics(_known(probe))}
 
 
 def _compact(spectrum: Quadrature) -> Quadrature:
@@ -159,23 +180,32 @@ def _compact(spectrum: Quadrature) -> Quadrature:
     return replace(spectrum, chains=tuple((diagonal.clone(), beside) for diagonal, beside in spectrum.chains))
 
 
-def spectrum_of(probe: Probe, steps: int, vectors: int, seed: int) -> Quadrature:
-    """Quadrature of the probe's operator, without the eigenpairs of the probe."""
-    operator, partition, space = probe.operator, probe.partition, probe.subspace
-    known = None
-    if space is not None and space.converged:
-        known = space.eigenvalues, space.residuals, space.basis
+def spectrum_of(probe: Probe, steps: int, vectors: int, seed: int, blocks: BlockTraces | None = None) -> Quadrature:
+    """Quadrature of the probe's operator, without the eigenpairs of the probe.
+
+    `blocks` watch its products.
+    """
+    operator, partition, space = probe.operator, probe.partition, _known(probe)
+
+    def random(seed: int, number: int) -> Tensor:
+        return partition.random(seed, FIRST_VECTOR + number, operator.dtype, operator.device)
+
     with partition.ranks.unchecked():
         return quadrature(
-            agreed_product(operator),
+            agreed_product(operator, None if blocks is None else blocks.watching(operator.matvec)),
             operator.n,
             steps=steps,
             vectors=vectors,
-            known=known,
+            known=None if space is None else (space.eigenvalues, space.residuals, space.basis),
             seed=seed,
             dtype=operator.dtype,
             device=operator.device,
             all_sum=partition.ranks.all_reduce if partition.ranks.count > 1 else None,
-            random=lambda seed, i: partition.random(seed, FIRST_VECTOR + i, operator.dtype, operator.device),
+            random=random if blocks is None else blocks.drawing(random),
             dimension=partition.n,
         )
+
+
+def _known(probe: Probe) -> Subspace | None:
+    """The eigenpairs that are taken out first."""
+    return probe.subspace if probe.subspace is not None and probe.subspace.converged else None

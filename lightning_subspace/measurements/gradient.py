@@ -77,12 +77,10 @@ class GradientCurvature(Measurement):
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """One Hessian product."""
-        norm = probe.norm(probe.gradient)
-        if norm == 0.0 or not probe.operator.has_products:
+        norm, image = probe.norm(probe.gradient), probe.gradient_image
+        if image is None:
             return {"gradient_norm": norm}
-        unit = probe.gradient / norm
-        image = probe.operator.matvec(unit)
-        curvature, image_norm = probe.dot(unit, image), probe.norm(image)
+        curvature, image_norm = probe.dot(probe.gradient / norm, image), probe.norm(image)
         cosine = curvature / image_norm if image_norm > 0.0 else float("nan")
         return {
             "gradient_norm": norm,

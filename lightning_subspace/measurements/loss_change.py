@@ -25,7 +25,7 @@ class LossChange(Measurement):
     descent is about zero, the alignment is the "spurious" one of Song, Ahn and Yun (arXiv 2405.16002).
 
     `expected_change_top`, `expected_change_bulk`: for the step of the optimizer with the mean gradient; one product,
-    and only for SGD, Adam, AdamW and RMSprop. g and H are means over the gradient's and the Hessian's sample.
+    and only for the optimizers that `Stability` knows. g and H are means over the gradient's and the Hessian's sample.
 
     `loss_change_top`, `loss_change_bulk`: for the step taken, with the noise of its mini-batch. The Hessian is gone by
     then, so the bulk's is to first order, g.(u - Pu), and `loss_change_bulk_high` adds its largest second order,

@@ -57,6 +57,21 @@ def require_own(measurements: Iterable[Measurement], user: object) -> None:
             )
 
 
+def thin_out(history: list[Any], keep: int) -> None:
+    """Keep at most `keep` entries: drop every second one of the older half.
+
+    Example:
+        >>> entries = [1, 2, 3, 4, 5]
+        >>> thin_out(entries, keep=4)
+        >>> entries
+        [1, 3, 4, 5]
+    """
+    if len(history) > keep:
+        half = len(history) // 2
+        history[:half] = history[:half:2]
+        del history[:-keep]  # one or two have no half to thin out
+
+
 def tensor_entry(state: Mapping[str, Any], name: str, dtype: torch.dtype, dimensions: int) -> Tensor:
     """A tensor of a state, on the CPU.
 

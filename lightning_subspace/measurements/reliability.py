@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
-
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.measurements.base import Measurement, Probe, Prospect, positive
+from lightning_subspace.measurements.batch_products import BatchProducts
 
 STANDARD_ERRORS = 2.0  # of the gradient's noise, on each side of the band
 SPREADS = 3.0  # multiples of the change by halving the sample; more than those, since only two halves estimate it
@@ -53,7 +51,7 @@ class Reliability(Measurement):
     def expected_products(self, prospect: Prospect) -> float:
         """Two eigensolves on half of the sample, and the gradients."""
         sample = prospect.sample
-        if not _can_be_halved(sample):
+        if not can_be_halved(sample):
             return 0.0
         half = 0.5 if prospect.num_ranks == 1 else 1.0  # an upper bound: half the work, but as many messages
         passes = 1.0 + len(sample.extra) / len(sample.hessian)
@@ -61,7 +59,7 @@ class Reliability(Measurement):
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """Two eigensolves on half of the sample, and the gradients."""
-        if not _can_be_halved(probe.sample):
+        if not can_be_halved(probe.sample):
             return {}
         count = len(probe.operator.batches)
         even, odd = (probe.operator.part(range(start, count, 2)) for start in (0, 1))
@@ -80,40 +78,24 @@ class Reliability(Measurement):
         }
 
 
-def _can_be_halved(sample: Sample) -> bool:
+def can_be_halved(sample: Sample) -> bool:
+    """Whether `Reliability` has something to measure."""
     return len(sample.hessian) >= 2 and sample.hessian_share < 1.0
 
 
 def _range_of_noise(probe: Probe, measured: float) -> tuple[float, float]:
     """Range of the fraction that the noise of the gradient allows."""
-    mean = probe.gradient
-    image, square, _ = _products(probe, mean)
-    image_square = measured * square
-    total = variance = noise = image_noise = 0.0
-    count = 0
-    for batch, gradient in probe.batch_gradients():
-        deviation = gradient - mean
-        image_deviation, along_mean, deviation_square = _products(probe, deviation)
-        influence = 2.0 * (float(image @ image_deviation) - measured * along_mean) / square
-        weight = batch.weight**2
-        variance += weight * influence**2
-        noise += weight * deviation_square
-        image_noise += weight * float(image_deviation @ image_deviation)
-        total += batch.weight
-        count += 1
+    found = BatchProducts.of(probe)
+    square, image_square, count = found.square, measured * found.square, len(found.weights)
+    influence = 2.0 * (found.images @ found.image - measured * found.along) / square
+    weight = (found.weights / found.weights.sum()).square()
+    variance = float(weight @ influence.square())
+    noise, image_noise = float(weight @ found.squares), float(weight @ found.images.square().sum(dim=1))
     # count / (count - 1): the deviations are from the sample's own mean.
-    correction = (1.0 - probe.sample.gradient_share) * count / (count - 1) / total**2
+    correction = (1.0 - probe.sample.gradient_share) * count / (count - 1)
     signal, image_signal = square - correction * noise, image_square - correction * image_noise
     if signal <= 0.0:  # nothing but noise: the sample says nothing about the gradient
         return 0.0, 1.0
     unbiased = min(max(image_signal / signal, 0.0), 1.0)
     margin = STANDARD_ERRORS * (correction * variance) ** 0.5
     return min(measured, unbiased) - margin, max(measured, unbiased) + margin
-
-
-def _products(probe: Probe, vector: Tensor) -> tuple[Tensor, float, float]:
-    """Products of a vector with basis (k,), mean gradient, and itself."""
-    wide = vector.double()
-    others = torch.stack([torch.dot(probe.gradient.double(), wide), torch.dot(wide, wide)])
-    found = probe.partition.ranks.all_reduce(torch.cat([(probe.top.basis @ vector).double(), others])).cpu()
-    return found[:-2], float(found[-2]), float(found[-1])

@@ -40,6 +40,19 @@ def fsdp_modules(module: nn.Module) -> list[Any]:
     return [] if fsdp is None else [m for m in module.modules() if isinstance(m, fsdp.FSDPModule)]
 
 
+def type_name(module: nn.Module) -> str:
+    """The class of a module in words, without what `fully_shard` makes of it.
+
+    Example:
+        >>> type_name(nn.Linear(1, 1))
+        'Linear'
+    """
+    fsdp, kinds = sys.modules.get(FSDP), type(module).__mro__
+    if fsdp is not None:
+        kinds = tuple(kind for kind in kinds if not issubclass(kind, fsdp.FSDPModule))
+    return kinds[0].__name__
+
+
 def reshard(module: nn.Module) -> None:
     """Free whole parameters that a forward pass alone has left."""
     for m in fsdp_modules(module):  # before that, the module's parameters are not the shards

@@ -11,13 +11,13 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace.parallel.fsdp import local_part
+from lightning_subspace.parallel.fsdp import local_part, type_name
 from lightning_subspace.parallel.storage import overlapping
 
 
@@ -29,6 +29,8 @@ class ParameterSpace:
         names: qualified parameter names, in the order of `named_parameters()`.
         shapes: their shapes.
         complex_names: those that are complex.
+        aliases: all names of each parameter, more than one where it is tied; not compared.
+        types: the class of the module that holds each, in words; not compared.
 
     Example:
         >>> space = ParameterSpace.of(nn.Linear(3, 2))
@@ -41,6 +43,8 @@ class ParameterSpace:
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
     complex_names: frozenset[str] = frozenset()
+    aliases: tuple[tuple[str, ...], ...] = field(default=(), compare=False, repr=False)
+    types: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
     def of(cls, module: nn.Module, params: Sequence[str] | None = None) -> ParameterSpace:
@@ -73,7 +77,14 @@ class ParameterSpace:
                 )
         _require_own_memory(module)
         is_complex = frozenset(name for name, parameter in chosen.items() if parameter.is_complex())
-        return cls(tuple(chosen), tuple(p.shape for p in chosen.values()), is_complex)
+        modules = dict(module.named_modules(remove_duplicate=False))
+        return cls(
+            tuple(chosen),
+            tuple(p.shape for p in chosen.values()),
+            is_complex,
+            aliases=tuple(tuple(names[p]) for p in chosen.values()),
+            types=tuple(type_name(modules.get(name.rpartition(".")[0], module)) for name in chosen),
+        )
 
     @property
     def numels(self) -> tuple[int, ...]:

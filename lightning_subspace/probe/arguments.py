@@ -30,6 +30,7 @@ from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.subspace.record import Record
 
 MEASUREMENT_METHODS = {
+    "require_space": ("space",),
     "measure": ("probe",),
     "expected_products": ("prospect",),
     "after_step": ("probe", "gradient", "update"),

@@ -25,6 +25,7 @@ from lightning_subspace.probe.entries import CheckpointError, Entries
 from lightning_subspace.probe.overlap_state import decode_overlaps, encode_overlaps, without_dropped_pairs
 from lightning_subspace.probe.sample_state import decode_gathered, encode_gathered, is_plain
 from lightning_subspace.probe.schedule import Position
+from lightning_subspace.probe.table_state import decode_tables, encode_tables
 from lightning_subspace.subspace.overlap_history import OverlapHistory
 from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.subspace import Subspace
@@ -81,8 +82,9 @@ def encode(state: RunState) -> dict[str, Any]:
     """A state as tensors and plain values.
 
     With p probes of m metrics over n parameters: at most 64 sketches of 4 k min(n, 4096) bytes, 24 bytes for each of
-    the 2016 overlaps between them, 8 m + 16 k + 40 bytes a record, the names and shapes of the parameters, what the
-    measurements keep, and a gathered sample if it is small (see `sample_state`). The time is linear in m p.
+    the 2016 overlaps between them, 8 m + 16 k + 40 bytes a record, 4 for each number of its tables, the names and
+    shapes of the parameters, what the measurements keep, and a gathered sample if it is small (see `sample_state`). The
+    time is linear in m p.
     """
     return {
         "format": FORMAT,
@@ -205,6 +207,7 @@ def _encode_records(records: Sequence[Record]) -> dict[str, Any]:
         "outcomes": ["" if space is None else space.outcome.name for space in spaces],
         "verified": [space is not None and space.verified for space in spaces],
         "num_matvecs": [0 if space is None else space.num_matvecs for space in spaces],
+        "tables": encode_tables(records),
     }
 
 
@@ -223,6 +226,7 @@ def _decode_records(entries: Entries) -> list[Record]:
     )
     entries.require(is_right, "outcomes", "names of outcomes, empty where a record has no subspace")
     verified, num_matvecs = entries.flags("verified", count), entries.integers("num_matvecs", count)
+    tables = decode_tables(entries.below("tables") if "tables" in entries else Entries({}), count)
     parts = zip(torch.split(eigenvalues, lengths), torch.split(residuals, lengths), strict=True)
     records = []
     for i, (step, row, (values, bounds)) in enumerate(zip(steps, table.tolist(), parts, strict=True)):
@@ -241,7 +245,7 @@ def _decode_records(entries: Entries) -> list[Record]:
             is_finite = bool(torch.isfinite(values).all() and torch.isfinite(bounds).all())
             entries.require(is_finite or not subspace.converged, "eigenvalues", "finite ones, and finite residuals")
         metrics = {key: value for key, value in zip(keys, row, strict=True) if not math.isnan(value)}
-        records.append(Record(step, metrics, subspace))
+        records.append(Record(step, metrics, subspace, tables=tables[i]))
     return records
 
 

@@ -9,8 +9,7 @@ is missing from the record's metrics; the solver's own numbers say why.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -21,16 +20,15 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from lightning_subspace.curvature import CurvatureConfig, NoProductsError, Operator
+from lightning_subspace.curvature import CheckError, CurvatureConfig, NoProductsError, Operator
 from lightning_subspace.data.given import sample_of_batches
-from lightning_subspace.data.micro_batch import MicroBatch, Weight
+from lightning_subspace.data.micro_batch import Weight
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss.bare import bare_module, bare_optimizer
 from lightning_subspace.loss.loss_function import LossFunction
 from lightning_subspace.loss.training_loss import Mode, TrainingLoss
-from lightning_subspace.measurements import Measurement, Probe
-from lightning_subspace.measurements.base import Needs, positive
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, positive
 from lightning_subspace.measurements.memory import declares_memory, take_over
 from lightning_subspace.measurements.sample_loss import known_losses
 from lightning_subspace.measurements.spectrum import solver_metrics
@@ -45,6 +43,7 @@ from lightning_subspace.probe.arguments import (
     require_word,
     trusted_basis,
 )
+from lightning_subspace.probe.gradient_pass import begin_tally, gradient_over, gradients_by_batch
 from lightning_subspace.probe.joining import Joining
 from lightning_subspace.probe.screening import Screening
 from lightning_subspace.probe.settings import ProbeSettings
@@ -119,7 +118,7 @@ def measure_subspace(
             without trainable parameters; a `previous` over other parameters or without its eigenvectors; FSDP1; or
             Fabric's own module with dtype="native".
         TypeError: for a module without a training step, where there is no `loss_fn`.
-        CheckError: with `on_check_fail="raise"`; where nothing can be measured, as "ggn" without its derivatives.
+        CheckError: with `on_check_fail="raise"`; where no product can be had, as "ggn" without its derivatives.
         PeerError: when something of this went wrong on another rank.
         SignalError: when a signal with a handler of Python's, other than SIGINT, has arrived; the handler has run.
 
@@ -143,6 +142,7 @@ def measure_subspace(
         solver, choice, chosen = settings.solver, settings.choice, settings.taken
         space = ParameterSpace.of(module, settings.params)
         checked_k(solver.k, space, settings.ncv)
+        settings.require_measurable(space)
         require_the_same(ranks, module, (solver, replace(choice, loss_fn=None), space, verify, len(chosen)))
         sample = sample_of_batches(batches, weight, ranks)
         partition = Partition.of(space, module, ranks)
@@ -152,6 +152,8 @@ def measure_subspace(
 
     def checked(left: Sample) -> tuple[CurvatureConfig, str | None]:
         found, notice = choice.follow(choice.check(module, left, partition), module, left, partition)
+        if choice.has_products and not found.has_products and on_check_fail != "omit":
+            raise CheckError(f"{notice} on_check_fail='omit' gives a record of those.")
         return joining.begin(found, module, left, partition), notice
 
     def taken(left: Sample) -> Record:
@@ -211,9 +213,12 @@ def take_probe(
         The probe, which `Measurement.after_step` gets later, and its record, whose subspace holds the eigenvectors.
     """
     partition = Partition.even(loss.space) if partition is None else partition
+    due = [measurement for measurement in measurements if measurement.is_due(number)]
+    tally = begin_tally(loss, sample) if any(measurement.tallies for measurement in due) else None
     make = CurvatureConfig().operator if operator is None else operator
     hessian = make(loss, sample, partition)
-    gradient = _gradient(hessian, sample)
+    own = hessian.gradient()
+    gradient = gradient_over(hessian, own, sample)
     losses = known_losses(loss, sample, partition.ranks)  # now, before single examples or parts are evaluated
     subspace = None
     if solver.k > 0 and hessian.has_products:
@@ -231,10 +236,6 @@ def take_probe(
             )
         return asked.solve(hessian, matvec, start=start, verify=False)
 
-    def batch_gradients() -> Iterator[tuple[MicroBatch, Tensor]]:
-        yield from hessian.batch_gradients()
-        yield from hessian.other_gradients(sample.extra)
-
     probe = Probe(
         step=step,
         number=number,
@@ -243,7 +244,7 @@ def take_probe(
         operator=hessian,
         parameters=loss.originals,
         sample=sample,
-        batch_gradients=batch_gradients,
+        batch_gradients=partial(gradients_by_batch, hessian, sample),
         another=partial(another_operator, loss, hessian, make),
         subspace=subspace,
         previous=previous,
@@ -253,17 +254,18 @@ def take_probe(
         which=solver.which,
         solve=solve,
         losses=losses,
+        sample_gradient=own,
+        tally=tally,
     )
-    metrics = {**(marks or {}), **({} if subspace is None else solver_metrics(subspace))}
+    found: dict[str, Any] = {**(marks or {}), **({} if subspace is None else solver_metrics(subspace))}
     if sample.filled is not None:
-        metrics["solver/sample_filled"] = sample.filled
-    for measurement in measurements:
+        found["solver/sample_filled"] = sample.filled
+    for measurement in due:
         if is_taken(measurement, number, subspace):
             with suppress(NoProductsError):
-                metrics.update(measurement.measure(probe))
-    trusted = subspace is not None and subspace.trusted
-    image = sketch(subspace.basis, partition) if subspace is not None and trusted else None
-    return probe, Record(step, partition.ranks.broadcast_object(finite(metrics)), subspace, image)
+                found.update(measurement.measure(probe))
+    image = sketch(subspace.basis, partition) if subspace is not None and subspace.trusted else None
+    return probe, Record(step, {}, subspace, image).with_found(partition.ranks.broadcast_object(found))
 
 
 def is_taken(measurement: Measurement, number: int, subspace: Subspace | None) -> bool:
@@ -274,17 +276,3 @@ def is_taken(measurement: Measurement, number: int, subspace: Subspace | None) -
         Needs.SUBSPACE: subspace is not None and subspace.trusted,
     }
     return measurement.is_due(number) and is_good_enough[measurement.needs]
-
-
-def finite(metrics: dict[str, float]) -> dict[str, float]:
-    """Drop what is not a finite number: it means "not defined here"."""
-    return {key: float(value) for key, value in metrics.items() if math.isfinite(value)}
-
-
-def _gradient(hessian: Operator, sample: Sample) -> Tensor:
-    """Gradient over the gradient sample, which continues the Hessian's."""
-    gradient = hessian.gradient()
-    if sample.extra:
-        first, rest = (sum(batch.weight for batch in part) for part in (sample.hessian, sample.extra))
-        gradient.mul_(first / (first + rest)).add_(hessian.mean_gradient(sample.extra), alpha=rest / (first + rest))
-    return gradient

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
+from lightning_subspace.curvature import CurvatureConfig
 from lightning_subspace.measurements import Probe
 from lightning_subspace.state.failure import Waiting
 from lightning_subspace.subspace.record import Record
@@ -20,6 +22,7 @@ class OpenRecord:
         probe: for `Measurement.after_step`; its operator is over.
         record: what is known at theta_t; its subspace holds the eigenvectors.
         theta: (n,), the parameters at the probe.
+        choice: the configuration of its loss.
         gradient: (n,), the accumulated mini-batch gradient of the next step, before clipping, once it is known.
         failure: why it is not known.
     """
@@ -27,6 +30,7 @@ class OpenRecord:
     probe: Probe
     record: Record
     theta: Tensor
+    choice: CurvatureConfig
     gradient: Tensor | None = None
     failure: Waiting = field(default_factory=Waiting)
 
@@ -42,12 +46,15 @@ class OpenRecord:
 
 def ended(probe: Probe) -> Probe:
     """The probe without its operator, so that its graphs are freed."""
-    over: Any = _Over()
-    return replace(probe, operator=over, solve=over, batch_gradients=over, another=over)
+    over: Any = _Over(probe.operator.dtype)
+    return replace(probe, operator=over, solve=over, batch_gradients=over, another=over, tally=None)
 
 
 class _Over:
     """Stand-in for what a probe could do while it lasted."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"`{name}` was asked for after the probe; the operator can be used in `measure` only.")

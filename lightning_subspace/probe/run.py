@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +18,17 @@ from torch.optim import Optimizer
 from lightning_subspace.curvature import CheckError, CurvatureConfig, SelfCheck
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.measurements import Probe
+from lightning_subspace.measurements.base import Found
 from lightning_subspace.parallel.bit_sums import require_equal
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.probe.another import prepare
 from lightning_subspace.probe.arguments import checked_k
+from lightning_subspace.probe.arrival import LossAfterStep
 from lightning_subspace.probe.checkpoint import RunState
 from lightning_subspace.probe.examples import Examples
-from lightning_subspace.probe.measure import finite, is_taken, take_probe
+from lightning_subspace.probe.measure import is_taken, take_probe
 from lightning_subspace.probe.open_record import OpenRecord, ended
 from lightning_subspace.probe.resumed import Resumed
 from lightning_subspace.probe.schedule import Position
@@ -155,7 +158,7 @@ class ProbeRun:
         self.examples.remark_on(before.remark, self._choice.remark)
         if kept is not None:
             self._remember(record, *kept)
-        return OpenRecord(ended(probe), record, theta)
+        return OpenRecord(ended(probe), record, theta, before)
 
     def close(self, opened: OpenRecord, module: nn.Module | None = None) -> Record:
         """Add a record to the history.
@@ -164,11 +167,11 @@ class ProbeRun:
             opened: the record.
             module: after the optimizer step from the record's point; None when no step was taken.
         """
-        metrics = dict(opened.record.metrics)
+        record = opened.record
         if module is not None:
             with self.ranks.agree():
-                metrics.update(self._after_step(opened, module))
-        self.history.keep(replace(opened.record, metrics=metrics))
+                record = record.with_found(self._after_step(opened, module))
+        self.history.keep(record)
         return self.history[-1]
 
     def rebind(self, ranks: Ranks) -> None:
@@ -257,16 +260,17 @@ class ProbeRun:
                 marks=dict(self._choice.marks),
             )
 
-    def _after_step(self, opened: OpenRecord, module: nn.Module) -> dict[str, float]:
-        """The numbers of the step from an open record's point."""
+    def _after_step(self, opened: OpenRecord, module: nn.Module) -> Found:
+        """What the measurements find in the step from an open record's point."""
         opened.failure.end()
-        metrics: dict[str, float] = {}
-        probe = opened.probe
-        update = probe.partition.flatten(probe.space.tensors(module), like=opened.theta).sub_(opened.theta)
+        found: dict[str, Any] = {}
+        probe, theta = opened.probe, opened.theta
+        update = probe.partition.flatten(probe.space.tensors(module), like=theta).sub_(theta)
+        probe = replace(probe, arrival=LossAfterStep(opened.choice, module, probe, theta))
         for measurement in self.settings.taken:
             if is_taken(measurement, probe.number, probe.subspace):
-                metrics.update(measurement.after_step(probe, opened.gradient, update))
-        return self.ranks.broadcast_object(finite(metrics))
+                found.update(measurement.after_step(probe, opened.gradient, update))
+        return self.ranks.broadcast_object(found)
 
     def _prepared(self, record: Record) -> tuple[Tensor, dict[int, float]] | None:
         """Basis and overlaps of a trusted subspace, for the probes to come."""
@@ -288,6 +292,7 @@ class ProbeRun:
         """The coordinates of the probes to come."""
         space = ParameterSpace.of(module, self.settings.params)
         checked_k(self.settings.solver.k, space)
+        self.settings.require_measurable(space)
         return Partition.of(space, module, self.ranks)
 
     def _start_overlaps(self) -> None:

@@ -134,11 +134,18 @@ class Schedule:
             return False
         return True
 
-    def is_affordable(self) -> bool:
-        """Whether one more probe stays within the budget."""
+    def steps_to_next(self) -> int | None:
+        """Steps from the one last asked about to the next candidate; None: none is left."""
+        if isinstance(self.every_n_steps, int):
+            return self.every_n_steps - self._last_step % self.every_n_steps
+        place = bisect.bisect(self._listed, self._last_step)
+        return None if place == len(self._listed) else self._listed[place] - self._last_step
+
+    def is_affordable(self, ahead: float = 0.0) -> bool:
+        """Whether one more probe stays within the budget, now or some seconds later."""
         if self.max_overhead is None or self._num_probes == 0:
             return True
-        elapsed = self._elapsed - self._first
+        elapsed = self._elapsed + ahead - self._first
         later = self._spent - self._first
         return later + self._price <= self.max_overhead * (elapsed + self._price)
 

@@ -23,6 +23,7 @@ from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss.loss_function import LossFunction
 from lightning_subspace.loss.training_loss import Mode
 from lightning_subspace.measurements import Measurement, default_measurements
+from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.arguments import (
     require_flag,
     require_function,
@@ -111,6 +112,8 @@ class ProbeSettings:
             ("on_check_fail", OnCheckFail),
         ):
             require_word(name, getattr(self, name), get_args(words))
+        if self.curvature == "none":
+            self._take("k", 0)  # there is no matrix to have eigenpairs
         self._take("seed", require_seed("seed", self.seed))
         _ = self.choice  # checks how they go together
         self._check_measurements()
@@ -128,8 +131,10 @@ class ProbeSettings:
 
     @cached_property
     def taken(self) -> tuple[Measurement, ...]:
-        """All measurements: the default ones, and the user's own."""
-        return (*(default_measurements(self.k) if self.defaults else ()), *(self.measurements or ()))
+        """All measurements: the default ones, and the user's own, also in place of a default one of their class."""
+        own = tuple(self.measurements or ())
+        defaults = default_measurements(self.k) if self.defaults else []
+        return (*(default for default in defaults if not any(type(one) is type(default) for one in own)), *own)
 
     @property
     def sample_spec(self) -> SampleSpec:
@@ -146,6 +151,15 @@ class ProbeSettings:
             resample=self.resample,
             read_timeout=self.read_timeout,
         )
+
+    def require_measurable(self, space: ParameterSpace) -> None:
+        """Refuse parameters that one of the measurements does not fit.
+
+        Raises:
+            ValueError: from `Measurement.require_space`.
+        """
+        for measurement in self.taken:
+            measurement.require_space(space)
 
     def same_subspace_as(self, other: ProbeSettings) -> bool:
         """Whether both compute the same subspace, whatever they measure in it.

@@ -7,6 +7,7 @@ window nor touches the user's figures or rcParams. A missing value is a gap in a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -24,8 +25,11 @@ from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.subspace import Subspace
 
 UNKNOWN = "0.88"
-# Up to this many probes a matrix has room for its numbers, and for a label at every row.
-READABLE_CELLS = 8
+# Labels at an edge of a matrix, at most; each has the room of its digits, in points.
+MOST_LABELS, DIGIT, APART = 8, 6.0, 8.0
+NUMBER = 32.0  # points that the number of a cell needs
+# Width of a matrix in points, in the summary and in a figure of its own.
+WIDE, NARROW = 310.0, 165.0
 
 
 def spectrum_figure(records: Sequence[Record]) -> Figure:
@@ -35,15 +39,14 @@ def spectrum_figure(records: Sequence[Record]) -> Figure:
         records: the history; the last record that has a subspace is drawn.
     """
     records = _require_records(records)
-    figure = Figure(figsize=(6.4, 4.2), dpi=panel.DPI, layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = panel.logged_figure(2.9)
     last = next((record for record in reversed(records) if record.subspace is not None), None)
     if last is None or last.subspace is None:
         panel.say(axes, "no eigenvalues yet")
         return figure
     _draw_spectrum(axes, last.subspace)
     unconverged = "" if last.subspace.converged else ", not converged"
-    panel.head(axes, f"Top eigenvalues of the Hessian at step {last.step}{unconverged}")
+    panel.head(axes, f"Hessian eigenvalues, step {last.step}{unconverged}")
     return figure
 
 
@@ -56,9 +59,8 @@ def overlap_figure(steps: Sequence[int], matrix: Array, error: float | None = No
         error: standard deviation of an entry, where entries are estimates from sketches; stated in the title.
     """
     steps = _require_matrix(steps, matrix, error)
-    figure = Figure(figsize=(6.4, 5.4), dpi=panel.DPI, layout="constrained")
-    axes = figure.add_subplot()
-    _draw_overlaps(axes, steps, matrix, error)
+    figure, axes = panel.logged_figure(3.4)
+    _draw_overlaps(axes, steps, matrix, error, NARROW)
     axes.set_aspect("equal")
     return figure
 
@@ -86,7 +88,7 @@ def summary_figure(
     _draw_eigenvalues(axes[0, 0], records)
     _draw_gradient(axes[0, 1], records)
     _draw_stability(axes[1, 0], records)
-    _draw_overlaps(axes[1, 1], steps, matrix, error)
+    _draw_overlaps(axes[1, 1], steps, matrix, error, WIDE)
     return figure
 
 
@@ -129,7 +131,7 @@ def _draw_spectrum(axes: Axes, subspace: Subspace) -> None:
     if subspace.converged:
         values = np.where(subspace.known.numpy(), values, np.nan)  # as in the log
     index = np.arange(1, k + 1)
-    axes.errorbar(index, values, yerr=residuals, fmt="o", color=panel.BLUE, capsize=4, label="eigenvalue ± residual")
+    axes.errorbar(index, values, yerr=residuals, fmt="o", color=panel.BLUE, markersize=4, capsize=3, label="± residual")
     axes.set_xlim(0.4, k + 0.6)
     rest = subspace.next_eigenvalue
     if np.isfinite(rest):
@@ -140,10 +142,13 @@ def _draw_spectrum(axes: Axes, subspace: Subspace) -> None:
             low, high = sorted(values[-2:])
             axes.axhspan(low, high, color=panel.ORANGE, alpha=0.25, linewidth=0, label=f"gap {high - low:.3g}")
         axes.axvline(k + 0.5, color=panel.GREY, linestyle=":", linewidth=1)
-        axes.plot(k + 1, rest, "o", color=panel.GREY, markerfacecolor="none", label="next eigenvalue")
+        axes.plot(k + 1, rest, "o", color=panel.GREY, markersize=4, markerfacecolor="none", label="next")
         axes.set_xlim(0.4, k + 1.6)
+    elif subspace.converged:
+        place: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "va": "top"}
+        axes.text(0.98, 0.96, f"eigenvalue {k + 1} is not known,\nnor the gap", color=panel.GREY, fontsize=9, **place)
     panel.scale_values(axes, values)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     axes.set(xlabel="index", ylabel="eigenvalue")
     axes.grid(alpha=0.25)
     panel.legend_above(axes)
@@ -193,7 +198,7 @@ def _draw_stability(axes: Axes, records: Sequence[Record]) -> None:
     panel.legend_above(axes)
 
 
-def _draw_overlaps(axes: Axes, steps: Sequence[int], matrix: Array, error: float | None) -> None:
+def _draw_overlaps(axes: Axes, steps: Sequence[int], matrix: Array, error: float | None, width: float) -> None:
     panel.head(axes, "Overlap between probes" + ("" if error is None else f", ± {error:.2g}"))
     if not len(steps):
         panel.say(axes, "no overlaps yet")
@@ -206,12 +211,14 @@ def _draw_overlaps(axes: Axes, steps: Sequence[int], matrix: Array, error: float
     )
     panel.colour_bar(axes, image, "overlap")
     count = len(steps)
-    shown = range(0, count, -(-count // READABLE_CELLS))
+    digits = max(len(str(step)) for step in steps)
+    most = min(MOST_LABELS, int(width / (DIGIT * digits + APART)))
+    shown = range(0, count, -(-count // most))
     labels = [str(steps[index]) for index in shown]
     axes.set_xticks(shown, labels)
     axes.set_yticks(shown, labels)
     axes.set(xlabel="step", ylabel="step")
-    if count <= READABLE_CELLS:
+    if count <= width / NUMBER:
         for (row, column), value in np.ndenumerate(matrix):
             if np.isfinite(value):
                 colour = "white" if value < 0.6 else "black"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from matplotlib.typing import ColorType
 from numpy.typing import NDArray
@@ -19,6 +20,8 @@ Array = NDArray[np.float64]
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 GREY = "0.55"
 DPI = 100
+# Of a figure for loggers, which show it some 350 pixels wide: a text of 9 points has 12 pixels there.
+LOGGED_WIDTH, LOGGED_DPI = 3.6, 180
 CROWDED = 1000  # with more points than this in a panel, lines and markers are drawn small
 
 
@@ -59,10 +62,19 @@ def finish(axes: Axes, records: Sequence[Record], title: str, quantity: str) -> 
     axes.grid(alpha=0.25)
 
 
+def logged_figure(height: float) -> tuple[Figure, Axes]:
+    """A figure for loggers, with one panel; its height is in inches."""
+    figure = Figure(figsize=(LOGGED_WIDTH, height), dpi=LOGGED_DPI, layout="constrained")
+    axes = figure.add_subplot()
+    axes.tick_params(labelsize=9)
+    return figure, axes
+
+
 def head(axes: Axes, title: str) -> None:
-    """Put the title on top."""
+    """Put the title on top, small in a narrow figure."""
+    is_narrow = axes.get_figure(root=True).get_size_inches()[0] <= LOGGED_WIDTH  # type: ignore[union-attr]
     # The pad leaves a line for the legend or a note, above the data instead of on it.
-    axes.set_title(title, loc="left", pad=24)
+    axes.set_title(title, loc="left", pad=24, fontsize=10 if is_narrow else None)
 
 
 def note(axes: Axes, text: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from lightning_subspace.report.guard import Guard
@@ -13,6 +13,8 @@ from lightning_subspace.subspace.record import Record
 from lightning_subspace.tensorboard_tab.schema import tag_of, to_json
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from lightning_subspace._lightning import Trainer
 
 
@@ -62,7 +64,7 @@ class Publisher:
                 self._reporter.tab(trainer.loggers, self._name, to_json(entry), entry["step"])
 
     def draw(self, trainer: Trainer, history: Sequence[Record], overlaps: OverlapHistory) -> None:
-        """Log figures of the last spectrum, once, and the overlaps."""
+        """Log figures of the last spectrum, once, the layers and the overlaps."""
         with self._guard.of("the figures could not be drawn"):
             if not trainer.is_global_zero or not self._reporter.takes_figures(trainer.loggers):
                 return
@@ -71,12 +73,22 @@ class Publisher:
                 return
             self._drawn, step = last, last.step
             from lightning_subspace.report.figures import overlap_figure, spectrum_figure  # matplotlib takes a while
+            from lightning_subspace.report.layer_figure import layer_figure
 
             self._reporter.figure(trainer.loggers, f"{self._name}/spectrum", spectrum_figure([last]), step)
+            if any("layers" in record.tables for record in history):
+                self._reporter.figure(trainer.loggers, f"{self._name}/layers", layer_figure(history), step)
             steps, matrix = overlaps.matrix()
             if len(steps) > 1:
                 figure = overlap_figure(steps, matrix, overlaps.error)
                 self._reporter.figure(trainer.loggers, f"{self._name}/overlaps", figure, step)
+
+    def draw_new(self, trainer: Trainer, figures: Iterable[tuple[str, int, Figure]]) -> None:
+        """Log figures of measurements: name, step, figure; made where a logger takes them."""
+        with self._guard.of("the figures of a measurement could not be drawn"):
+            if trainer.is_global_zero and self._reporter.takes_figures(trainer.loggers):
+                for name, step, figure in figures:
+                    self._reporter.figure(trainer.loggers, f"{self._name}/{name}", figure, step)
 
     def keep(self, trainer: Trainer, history: Sequence[Record], overlaps: OverlapHistory) -> None:
         """Hand all entries to loggers that keep files.

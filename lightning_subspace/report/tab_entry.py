@@ -46,6 +46,7 @@ def tab_entry(
             entry["residuals"] = space.residuals.tolist()
             entry |= {"next": values[behind]} if behind in values else {}
     entry["metrics"] = {key: value for key, value in record.metrics.items() if not key.startswith("eigenvalues/")}
+    entry |= {name: table.plain() for name, table in record.tables.items()}
     if overlaps is not None and (row := overlaps.row(record.step)):
         entry["overlaps"] = [list(row), [round(value, 4) for value in row.values()]]
         entry |= {} if overlaps.error is None else {"overlap_error": overlaps.error}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from lightning_subspace._arguments import require_instance, require_instances, require_integer
 from lightning_subspace.subspace.sketch import Sketch
 from lightning_subspace.subspace.subspace import Subspace
+from lightning_subspace.subspace.table import Table
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Record:
             (`"gradient_fraction"`, `"solver/seconds"`, `"eigenvalues/01"` ...). Untrusted values are absent.
         subspace: the eigenspace; without its eigenvectors in `SubspaceMonitor.history`; None for k = 0.
         sketch: the compressed eigenspace, from which overlaps with every other probe are computed.
+        tables: numbers for figures, which are no scalars, by name: `"layers"`.
 
     Raises:
         ValueError: for an attribute of another type, or a negative step.
@@ -31,12 +34,27 @@ class Record:
     metrics: Mapping[str, float]
     subspace: Subspace | None = None
     sketch: Sketch | None = field(default=None, repr=False)
+    tables: Mapping[str, Table] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         require_integer("step", self.step, 0)
         require_instance("metrics", self.metrics, Mapping, "a mapping from keys to numbers")
         require_instance("subspace", self.subspace, Subspace, "a Subspace or None", optional=True)
         require_instance("sketch", self.sketch, Sketch, "a Sketch or None", optional=True)
+        require_instance("tables", self.tables, Mapping, "a mapping from names to tables")
+
+    def with_found(self, found: Mapping[str, float | Table]) -> Record:
+        """The record with more numbers and tables.
+
+        A number that is not finite means "not defined here" and is left out. A table adds its rows to one of its name.
+        """
+        numbers = {key: float(value) for key, value in found.items() if not isinstance(value, Table)}
+        tables = dict(self.tables)
+        for name, value in found.items():
+            if isinstance(value, Table):
+                tables[name] = tables[name].with_rows_of(value) if name in tables else value
+        finite = {key: value for key, value in numbers.items() if math.isfinite(value)}
+        return replace(self, metrics={**self.metrics, **finite}, tables=tables)
 
     def without_eigenvectors(self) -> Record:
         """The record as a history keeps it."""
@@ -57,7 +75,9 @@ class History(list[Record]):
         """Append a record, without its eigenvectors."""
         # The same key is the same object in all records: a run may have very many.
         metrics = {sys.intern(key): value for key, value in record.metrics.items()}
-        self.append(replace(record, metrics=metrics).without_eigenvectors())
+        before = self[-1].tables if self else {}
+        tables = {name: table.sharing_names(before.get(name)) for name, table in record.tables.items()}
+        self.append(replace(record, metrics=metrics, tables=tables).without_eigenvectors())
 
     def drop_sketch(self, step: int | None) -> None:
         """Drop the sketch of this step's record, if it is here."""

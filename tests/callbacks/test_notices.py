@@ -115,7 +115,7 @@ def measure(module, **options):
 
 
 OURS = (
-    *("SubspaceMonitor", "SubspaceProjection", "Stability", ".*Adagrad", ".*Logger raised", "EarlyStopping"),
+    *("SubspaceMonitor", "SubspaceProjection", "Stability", ".*Rprop", ".*Logger raised", "EarlyStopping"),
     *("ModelCheckpoint", "tol: ", ".*gave no loss", ".*second derivatives", "the figures"),
 )
 
@@ -158,12 +158,12 @@ PLACES = {
     ),
     "a space that is not used": (lambda: fit(Net(), SubspaceProjection("bulk", k=2)), "the space is not used"),
     "a rule that is not known": (
-        lambda: fit(Single(torch.optim.Adagrad), monitor(k=1, measurements=[Stability()])),
-        "Stability: the rule of Adagrad is not known",
+        lambda: fit(Single(torch.optim.Rprop), monitor(k=1, measurements=[Stability()])),
+        "Stability: the rule of Rprop is not known",
     ),
     "another one": (
-        lambda: fit(Single(torch.optim.Adagrad), monitor(k=1, measurements=[CriticalSharpness()])),
-        "the rule of Adagrad is not known",
+        lambda: fit(Single(torch.optim.Rprop), monitor(k=1, measurements=[CriticalSharpness()])),
+        "the rule of Rprop is not known",
     ),
     "a logger": (lambda: fit(Single(), monitor(k=1), logger=FailingLogger()), "FailingLogger raised OSError"),
     "weights": (weigh_equally, "all batches count the same"),

@@ -29,6 +29,8 @@ QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerat
 WRONG = {
     "keep": [("one of 'top', 'bulk'", ["inside", "", None, True])],
     "k": [("an integer of at least 1", [0, -1, 2.0, "10", True, None])],
+    "basis": [("a function of the module, a loader or a list of batches", ["all", 3])],
+    "where": [("one of 'update', 'gradient'", ["step", None, True])],
     "refresh_every_n_steps": [("an integer of at least 1", [0, -5, True, 1.5, "1", None, [1, 2]])],
     "start_when": [
         ("an integer of at least 0", [-1, True]),

@@ -352,7 +352,7 @@ TABLE = {
     "BatchSharpness": Row({}, {"batches": integers(1), **MEASUREMENT}),
     "GradientNoise": Row({}, {"batches": integers(1), **MEASUREMENT}),
     "Control": Row({}, {"reference_step": integers(0, none=True), **MEASUREMENT}),
-    "CriticalSharpness": Row({}, {"direction": WORDS, "max_points": [1, *integers(2)]}),
+    "CriticalSharpness": Row({}, {"along": WORDS, "max_points": [1, *integers(2)]}),
     "Density": Row(
         {}, {"steps": integers(1), "vectors": integers(1), "keep": integers(1), "seed": SEEDS, **MEASUREMENT}
     ),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_subspace.linalg import EigshResult, Outcome, Which, eigsh
 from lightning_subspace.linalg.selection import WHICH, report_order
+from tests.thorough import how_many
 
 from .spectra import Operator, generator, mirrored, normal, num_missed, shortfall, spectra, uniform
 
@@ -59,7 +60,7 @@ def check(operator: Operator, result: EigshResult, which: Which, tol: float = 1e
         assert overlap(result, operator, which) >= 0.999
 
 
-@settings(max_examples=250, derandomize=True, deadline=None, database=None)
+@settings(max_examples=how_many(50, thorough=250), derandomize=True, deadline=None, database=None)
 @given(operator=operators(), which=st.sampled_from(WHICH), data=st.data())
 def test_answers_are_right(operator: Operator, which: Which, data: st.DataObject) -> None:
     k = data.draw(st.integers(1, operator.n), label="k")

@@ -150,6 +150,31 @@ def test_the_bounds_hold(monkeypatch):
     shadow.close()
 
 
+DEEP = [[[[[]]]]]
+
+
+class Deep(nn.Module):
+    """Writes to a global that lies deep."""
+
+    def forward(self):
+        DEEP[0][0][0][0].append(1)
+
+
+def test_what_has_imported_a_file_is_no_state_of_it(monkeypatch):
+    """Such as pytest, behind the import hook of a test: it would take the place of what is looked for."""
+    hook = table.FOREIGN.Box([[[i] for i in range(50)] for _ in range(50)])
+    assert sum(map(len, hook.held)) > surroundings.MOST_GLOBAL
+    monkeypatch.setitem(globals(), "__loader__", hook)
+    module = Deep()
+    shadow = Shadow(module)
+    for _ in range(2):
+        shadow.reset()
+        module()
+        shadow.settle()
+        assert DEEP == [[[[[]]]]]
+    shadow.close()
+
+
 # -- other threads ----------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_subspace.loss import convolution
 from lightning_subspace.loss.convolution import NODES, SIGNATURES, RegularConvolutions
+from tests.thorough import how_many
 
 PLAIN = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -154,7 +155,7 @@ def calls(draw):
     return dims, is_transposed, tensors, options
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=how_many(50, thorough=150), deadline=None, derandomize=True)
 @given(calls())
 def test_every_argument(call):
     dims, is_transposed, tensors, options = call

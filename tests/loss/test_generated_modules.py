@@ -5,15 +5,12 @@ all that a training step has seen of its state have to be equal to the bit. Wher
 equal as well, unless the refusal says that something could not be put back: that may happen once.
 """
 
-import os
-
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.loss import kinds_of_state as table
 from tests.loss.generated_modules import OWNERS, TIMES, State, require_the_same
-
-EXAMPLES = int(os.environ.get("GENERATED_MODULES", "300"))
+from tests.thorough import how_many
 
 states = st.builds(
     State,
@@ -25,7 +22,9 @@ states = st.builds(
 )
 
 
-@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=how_many(40, thorough=300), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 @given(st.lists(states, min_size=1, max_size=4))
 def test_a_measured_training_is_the_same_or_it_is_told(drawn):
     require_the_same(drawn)

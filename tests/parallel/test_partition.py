@@ -15,8 +15,9 @@ from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition, VectorBuffers
 from lightning_subspace.parallel.ranks import Ranks
 from tests.processes import run
+from tests.thorough import how_many
 
-FEW = settings(max_examples=60, deadline=None)
+FEW = settings(max_examples=how_many(20, thorough=60), deadline=None, derandomize=True, database=None)
 
 
 class FakeRanks(Ranks):

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from lightning_subspace.linalg import Outcome
 from lightning_subspace.report import overlap_figure, spectrum_figure, summary_figure
@@ -72,7 +74,7 @@ def test_spectrum_shows_eigenvalues_residuals_and_the_gap() -> None:
     points, _, (bars,) = container.lines
     np.testing.assert_array_equal(points.get_ydata(), [8.0, 5.0])
     np.testing.assert_allclose(np.ptp([segment[:, 1] for segment in bars.get_segments()], axis=1), 0.02)
-    np.testing.assert_array_equal(line(axes, "next eigenvalue"), [3.0])
+    np.testing.assert_array_equal(line(axes, "next"), [3.0])
     assert "gap 2" in axes.get_legend_handles_labels()[1]
     assert "step 50" in texts(axes)
 
@@ -80,6 +82,7 @@ def test_spectrum_shows_eigenvalues_residuals_and_the_gap() -> None:
 def test_spectrum_without_a_next_eigenvalue_has_no_gap() -> None:
     (axes,) = draw(spectrum_figure([record(0, next_eigenvalue=float("nan"))])).axes
     assert not any("gap" in label for label in axes.get_legend_handles_labels()[1])
+    assert "eigenvalue 3 is not known" in texts(axes)
 
 
 def test_spectrum_by_magnitude_claims_no_gap_between_signs() -> None:
@@ -117,6 +120,49 @@ def test_overlap_thins_its_labels() -> None:
         assert len(axis.get_ticklocs()) <= 8
         assert [label.get_text() for label in axis.get_ticklabels()] == [f"{10 * i:.0f}" for i in axis.get_ticklocs()]
     assert "±" not in texts(axes)
+
+
+SHOWN = 350.0  # pixels that loggers give a figure
+LATE = list(range(100_000, 103_200, 50))  # steps of six digits
+
+
+def decay(steps: list[int]) -> np.ndarray:
+    return np.exp(-np.abs(np.subtract.outer(steps, steps)) / 800)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: spectrum_figure([record(123_456, tuple(1.234567e-3 * 0.9**i for i in range(10)), 3.1234e-4)]),
+        lambda: spectrum_figure([record(0, tuple(0.9**i for i in range(50)), float("nan"))]),
+        lambda: overlap_figure(LATE[:5], decay(LATE[:5]), 0.0038),
+        lambda: overlap_figure(LATE[:8], decay(LATE[:8])),
+        lambda: overlap_figure(LATE, np.where(decay(LATE) < 0.1, np.nan, decay(LATE)), 0.0038),
+    ],
+)
+def test_a_figure_of_a_logger_can_be_read_at_the_size_that_it_is_shown(make) -> None:
+    figure = draw(make())
+    width, height = figure.get_size_inches() * figure.dpi
+    shrunk = SHOWN / width
+    axes = figure.axes[0]
+    ticks = [drawn_labels(axis) for axis in (axes.xaxis, axes.yaxis)]
+    words = [child for child in axes.get_children() if isinstance(child, Text)]  # the titles among them
+    words += [axes.xaxis.label, axes.yaxis.label]
+    words += axes.get_legend().get_texts() if axes.get_legend() else []
+    for text in [text for text in (*words, *ticks[0], *ticks[1]) if text.get_text()]:
+        assert text.get_fontsize() * figure.dpi / 72 * shrunk >= 11
+        place = text.get_window_extent()
+        assert (place.x0 >= -1, place.x1 <= width + 1, place.y0 >= -1, place.y1 <= height + 1) == (True,) * 4
+    for labels in ticks:
+        assert len(labels) >= 2
+        places = [label.get_window_extent() for label in labels]
+        assert not any(one.overlaps(other) for i, one in enumerate(places) for other in places[:i])
+
+
+def drawn_labels(axis: Axis) -> list[Text]:
+    """Those within the limits: an axis has more of them."""
+    low, high = sorted(axis.get_view_interval())
+    return [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
 
 
 def test_overlap_of_nothing_says_so() -> None:

@@ -21,11 +21,12 @@ from lightning_subspace.subspace.subspace import (
     overlap,
     principal_angles,
 )
+from tests.thorough import how_many
 
 EPS = torch.finfo(torch.float64).eps
 EPS32 = torch.finfo(torch.float32).eps
 
-seeded = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+seeded = settings(max_examples=how_many(15, thorough=40), deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**31)
 shapes = st.tuples(st.integers(1, 6), st.integers(0, 24)).map(lambda t: (t[0], t[0] + t[1]))  # k <= n
 

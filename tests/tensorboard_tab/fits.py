@@ -35,7 +35,7 @@ def data():
 
 def trainer_of(monitor, loggers, steps, **options):
     return Trainer(
-        callbacks=[monitor] if monitor else [],
+        callbacks=monitor if isinstance(monitor, list) else [monitor] if monitor else [],
         logger=loggers,
         max_steps=steps,
         accelerator="cpu",

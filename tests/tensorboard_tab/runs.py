@@ -15,7 +15,47 @@ REASON = "fractions and overlaps are left out: eigenvalue 4 is so close to the n
 HELD = 64
 
 
-def probes(steps, scale=1.0, k=K, *, header=True, complete=False, density=False):
+GROUPS = [
+    "net.0.weight",
+    "net.0.bias",
+    "net.2.weight",
+    "net.2.bias",
+    "a.module.with.a.rather.long.name.of.its.own.weight",
+]
+SIZES = [0.6, 0.05, 0.3, 0.02, 0.03]  # of them, parts of all parameters
+TOO_SMALL = 400  # step of a probe whose sample is too small for the noise
+UPHILL = 500  # step whose gain is not positive
+
+
+def step_taken(step, scale=1.0):
+    """Numbers of the step from a probe: the edge ratio is 0.5 + step / 1,000."""
+    ratio = 0.5 + step / 1000
+    gain = 0.1 * scale * math.exp(-step / 300) * (-1 if step == UPHILL else 1)
+    found = {"step/gain": gain, "step/change": (ratio - 1) * gain, "step/curvature": scale * ratio}
+    found |= {"step/edge_ratio": ratio} if gain > 0 else {}
+    return found | {"step/norm": 0.2, "step/relative_norm": 0.01, "step/cosine_previous": 0.8 - step / 600}
+
+
+def noise(step, scale=1.0):
+    """The noise scale is 100 + step, with error bars of a third and a half."""
+    value = scale * (100.0 + step)
+    if step == TOO_SMALL:
+        return {"noise/scale_low": 123.0}
+    bars = {"noise/scale": value, "noise/scale_low": value / 1.5, "noise/scale_high": 1.5 * value}
+    return bars | {"noise/scale_bulk": 8 * value, "noise/scale_top": value / 3}
+
+
+def layers(step):
+    """The part of the first group in the top eigenvectors falls from 0.9, and that of the last one rises."""
+    first = 0.9 * math.exp(-step / 500)
+    part = [first, 0.01, 0.05, 0.02, 0.92 - first]
+    gradient, update = [0.2, 0.1, 0.4, 0.1, 0.2], [0.6, 0.05, 0.3, 0.02, 0.03]
+    sharpness = [round(3.0 * first, 3), None, 0.4, 0.012, round(3.0 * (0.92 - first), 3)]
+    found = {"groups": GROUPS, "participation": part, "gradient": gradient, "update": update, "null": SIZES}
+    return found | {"block_sharpness": sharpness}
+
+
+def probes(steps, scale=1.0, k=K, *, header=True, complete=False, density=False, rich=False):
     """Eigenvalue i of k is scale (k - i) exp(-step / 10,000), and the share of the gradient step / 1,000, at most 1."""
     held = []
     for number, step in enumerate(steps):
@@ -61,6 +101,9 @@ def probes(steps, scale=1.0, k=K, *, header=True, complete=False, density=False)
             held.append(step)
             if len(held) > HELD:
                 _thin(held)
+        if rich:
+            metrics |= step_taken(step, scale) | noise(step, scale)
+            probe["layers"] = layers(step)
         if density:
             nodes = [-0.2 * scale + 0.05 * i * k * scale for i in range(25)]
             probe["density"] = [nodes, [math.exp(-((node / decay) ** 2)) + 1e-6 for node in nodes]]

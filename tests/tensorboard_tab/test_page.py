@@ -136,14 +136,14 @@ def test_overlaps_are_read_from_the_map(tab):
 def test_a_drag_zooms_and_a_double_click_resets(tab):
     hit = tab.card("eigenvalues").locator(".hit")
     tab.drag(hit, (at_step(180), 0.5), (at_step(520), 0.5))
-    tab.find("text=show all steps").wait_for()
+    tab.find("text=show all").wait_for()
     ticks = tab.card("shares").locator(".axes text[text-anchor=middle]").all_text_contents()
     assert ticks[:-2] == ["200", "300", "400", "500"]  # in all panels; the last two are the labels of the axes
     low, high = map(float, re.search(r"range=([\d.]+)(?:%2C|,)([\d.]+)", tab.page.url).groups())
     assert (low, high) == (pytest.approx(180, abs=4), pytest.approx(520, abs=4))
     tab.shot("zoomed")
     tab.card("eigenvalues").locator(".hit").dblclick()
-    tab.find("text=show all steps").wait_for(state="hidden")
+    tab.find("text=show all").wait_for(state="hidden")
     assert "range" not in tab.page.url
 
 
@@ -152,7 +152,7 @@ def test_a_drag_in_both_directions_zooms_values_and_another_scale_forgets_what_i
     tab.find("label", has_text="log eigenvalues").locator("input").uncheck()
     card = tab.card("eigenvalues")
     tab.drag(card.locator(".hit"), (0.1, 0.4), (0.9, 0.999))
-    tab.find("text=show all steps").wait_for()
+    tab.find("text=show all").wait_for()
     high = float(card.locator(".axes text[text-anchor=end]").last.text_content())
     assert high < 20 * 1.05  # the threshold is no longer within the axis
     tab.find("label", has_text="log eigenvalues").locator("input").check()

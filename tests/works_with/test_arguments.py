@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor
 from lightning_subspace.measurements import GradientCurvature, Reliability
+from tests.thorough import how_many
 from tests.works_with.test_state import QUIET
 
 STEPS, N = 3, 23
@@ -97,7 +98,13 @@ VALID = {
 }
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=how_many(15, thorough=60),
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 @given(st.fixed_dictionaries({}, optional=VALID))
 def test_any_combination_trains_as_without_a_monitor_or_is_refused_at_the_start(arguments):
     known = expected()

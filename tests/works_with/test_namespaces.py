@@ -133,7 +133,7 @@ YAML = {
         "measurements": [
             {"class_path": "lightning_subspace.Density", "init_args": {"steps": 5, "vectors": 1, "every": 2}},
             {"class_path": "lightning_subspace.Trace", "init_args": {"vectors": 2}},
-            {"class_path": "lightning_subspace.CriticalSharpness", "init_args": {"direction": "gradient"}},
+            {"class_path": "lightning_subspace.CriticalSharpness", "init_args": {"along": "gradient"}},
             {"class_path": "lightning_subspace.Control", "init_args": {"reference_step": 1}},
             {"class_path": "lightning_subspace.BatchSharpness", "init_args": {"batches": 2}},
             {"class_path": "lightning_subspace.GradientNoise", "init_args": {"batches": 2}},

@@ -23,35 +23,28 @@ export function steps(view) {
   return (range) => scale('symlog', [low, high * 1.02], range, Math.max(spacing / 4, 1));
 }
 
-/** The axis of shares and overlaps, from 0 to 1, unless zoomed into. */
-export class ShareAxis {
-  constructor() {
-    /** @type {[number, number] | null} */
-    this.zoom = null;
-  }
-
-  /** @returns {(range: [number, number]) => import('./scales.js').Scale} */
-  get scale() {
-    const domain = this.zoom ?? /** @type {[number, number]} */ ([-0.03, 1.03]);
-    return (range) => scale('linear', domain, range);
-  }
+/**
+ * The axis of shares and overlaps, from 0 to 1, unless zoomed into.
+ * @param {View} view
+ * @param {string} name - of the axis, among those that can be zoomed
+ * @returns {(range: [number, number]) => import('./scales.js').Scale}
+ */
+export function shareAxis(view, name) {
+  return (range) => scale('linear', view.zooms[name] ?? [-0.03, 1.03], range);
 }
 
-/** An axis that fits its values, unless zoomed into. */
-export class ValueAxis {
-  constructor() {
-    /** @type {[number, number] | null} */
-    this.zoom = null;
-  }
-
-  /**
-   * @param {Iterable<number | null | undefined>} values
-   * @param {boolean} [logarithmic]
-   * @returns {(range: [number, number]) => import('./scales.js').Scale}
-   */
-  fit(values, logarithmic = false) {
-    const { kind, domain, edge } = fitted(values, logarithmic);
-    if (kind === 'log' && this.zoom && this.zoom[0] <= 0) this.zoom = null; // of a linear axis: it has no place here
-    return (range) => scale(kind, this.zoom ?? domain, range, edge);
-  }
+/**
+ * An axis that fits its values, unless zoomed into.
+ * @param {View} view
+ * @param {string} name - of the axis, among those that can be zoomed
+ * @param {Iterable<number | null | undefined>} values
+ * @param {boolean} [logarithmic]
+ * @returns {(range: [number, number]) => import('./scales.js').Scale}
+ */
+export function valueAxis(view, name, values, logarithmic = false) {
+  const { kind, domain, edge } = fitted(values, logarithmic);
+  const zoom = view.zooms[name];
+  // What was zoomed to on a linear axis may have no place on a logarithmic one.
+  const shown = zoom && (kind !== 'log' || zoom[0] > 0) ? zoom : domain;
+  return (range) => scale(kind, shown, range, edge);
 }

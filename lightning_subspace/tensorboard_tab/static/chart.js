@@ -17,6 +17,7 @@ import { make } from './svg.js';
  */
 
 const MARGIN = { left: 58, right: 14, top: 8, bottom: 36 };
+const LETTER = 6.6; // pixels of one, on average
 let count = 0;
 
 /**
@@ -30,13 +31,18 @@ let count = 0;
  * @param {number} [options.height] - in pixels
  * @param {number} [options.below] - pixels between the area and the labels of x, for marks
  * @param {number[] | null} [options.xTicks] - in place of round values
+ * @param {string[] | null} [options.rows] - names of rows from the top, in place of values of y
+ * @param {number} [options.left] - pixels before the area
  * @returns {Chart}
  */
-export function chart(host, { x, y, xLabel, yLabel, height = 280, below = 0, xTicks = null }) {
+export function chart(
+  host,
+  { x, y, xLabel, yLabel, height = 280, below = 0, xTicks = null, rows = null, left = MARGIN.left },
+) {
   host.replaceChildren();
   const width = Math.max(host.clientWidth, 240);
   const inner = {
-    left: MARGIN.left,
+    left,
     right: width - MARGIN.right,
     top: MARGIN.top,
     bottom: height - MARGIN.bottom - below,
@@ -55,7 +61,13 @@ export function chart(host, { x, y, xLabel, yLabel, height = 280, below = 0, xTi
   const label = (/** @type {number} */ tick) =>
     Number.isInteger(tick) && Math.abs(tick) < 1e6 ? thousands(tick) : number(tick);
   let last = Infinity;
-  for (const tick of scaleY.ticks()) {
+  rows?.forEach((name, i) => {
+    const room = Math.floor((left - 22) / LETTER);
+    const shown = name.length > room ? `…${name.slice(name.length - room + 1)}` : name; // their ends tell them apart
+    const at = { x: left - 6, y: scaleY.at(i + 0.5) + 4, 'text-anchor': 'end', class: 'row' };
+    make('title', {}, make('text', at, axes, shown), name);
+  });
+  for (const tick of rows ? [] : scaleY.ticks()) {
     const at = scaleY.at(tick);
     if (!(at >= inner.top - 1 && at <= inner.bottom + 1)) continue;
     make('line', { x1: inner.left, x2: inner.right, y1: at, y2: at, class: 'grid' }, axes);

@@ -6,18 +6,36 @@ import { atLoss } from './panels/at_loss.js';
 import { costs } from './panels/costs.js';
 import { density } from './panels/density.js';
 import { eigenvalues } from './panels/eigenvalues.js';
-import { others, taken } from './panels/numbers.js';
+import { layers } from './panels/layers.js';
+import { noise } from './panels/noise.js';
+import { others } from './panels/numbers.js';
 import { overlapWith } from './panels/overlap_with.js';
 import { overlaps } from './panels/overlaps.js';
+import { projection } from './panels/projection.js';
 import { shares } from './panels/shares.js';
 import { spectrum } from './panels/spectrum.js';
+import { taken } from './panels/taken.js';
 import { words } from './panels/words.js';
 import { Run } from './run.js';
 import { source } from './source.js';
 import { make } from './svg.js';
 import { View } from './view.js';
 
-const PANELS = [eigenvalues, spectrum, shares, overlapWith, overlaps, taken, others, atLoss, density, costs];
+const PANELS = [
+  eigenvalues,
+  spectrum,
+  shares,
+  overlapWith,
+  projection,
+  taken,
+  overlaps,
+  noise,
+  others,
+  layers,
+  atLoss,
+  density,
+  costs,
+];
 
 /** Build the page, and keep it up to date. TensorBoard calls this when the tab is opened. */
 export function render() {

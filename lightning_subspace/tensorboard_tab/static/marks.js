@@ -69,19 +69,39 @@ export function level(chart, value, { colour, dash = '8 3 2 3' }) {
   );
 }
 
+/**
+ * The area between a low and a high value, where both are known at two neighbours; else a bar.
+ * @param {Chart} chart
+ * @param {number[]} xs
+ * @param {(number | null)[]} low
+ * @param {(number | null)[]} high
+ * @param {string} colour
+ */
+export function band(chart, xs, low, high, colour) {
+  const bottom = low.map((y, i) => [chart.x.at(xs[i]), chart.y.at(y ?? NaN)]);
+  const top = high.map((y, i) => [chart.x.at(xs[i]), chart.y.at(y ?? NaN)]);
+  const put = (/** @type {number[]} */ [x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`;
+  for (const [first, last] of segments(bottom.map(([x, y], i) => x + y + top[i][1]))) {
+    const inside = whole(first, last);
+    if (first === last) errorBars(chart, [xs[first]], [low[first]], [high[first]], colour);
+    const d = `M${[...inside.map((i) => put(top[i])), ...inside.reverse().map((i) => put(bottom[i]))].join('L')}Z`;
+    make('path', { d, fill: colour, 'fill-opacity': 0.18, class: 'band' }, chart.area);
+  }
+}
+
 /** Signs of what a probe left out. */
-export const SIGNS = { undetermined: '▲', unconverged: '✕', failed: '■' };
+export const SIGNS = { undetermined: '▲', unconverged: '✕', failed: '■', withheld: '▲' };
 
 /**
  * A row of signs below the axis, in the colour of the run, for the probes that left something out.
  * @param {Chart} chart
  * @param {import('./run.js').Run} run
- * @param {{row: number, colour: string, says: (place: {clientX: number, clientY: number} | null, probe: import('./run.js').Probe) => void}} options
+ * @param {{row: number, colour: string, says: (place: {clientX: number, clientY: number} | null, probe: import('./run.js').Probe) => void, of?: (probe: import('./run.js').Probe) => keyof typeof SIGNS | 'fine'}} options
  */
-export function leftOut(chart, run, { row, colour, says }) {
+export function leftOut(chart, run, { row, colour, says, of = stateOf }) {
   const y = chart.inner.bottom + 9 + 14 * row;
   for (const probe of run.probes) {
-    const state = stateOf(probe);
+    const state = of(probe);
     if (state === 'fine') continue;
     const x = chart.x.at(probe.step);
     if (!(x >= chart.inner.left - 1 && x <= chart.inner.right + 1)) continue;

@@ -80,10 +80,10 @@ export function controls(host, view) {
     );
     return { box, property };
   });
-  const all = make('button', { type: 'button', class: 'chip' }, host, 'show all steps');
+  const all = make('button', { type: 'button', class: 'chip' }, host, 'show all');
   all.addEventListener('click', () =>
     view.change(() => {
-      view.range = null;
+      [view.range, view.zooms] = [null, {}];
     }),
   );
   const fit = () => {
@@ -92,8 +92,12 @@ export function controls(host, view) {
     count.max = String(view.most);
     count.value = String(view.count);
     counted.textContent = view.count < view.most ? `first ${view.count}` : `all ${view.most}`;
-    for (const { box, property } of boxes) box.checked = view[property];
-    all.hidden = !view.range;
+    for (const { box, property } of boxes) {
+      box.checked = view[property];
+      // Without eigenvalues there is no axis of theirs.
+      /** @type {HTMLElement} */ (box.parentElement).hidden = property !== 'logSteps' && view.most === 0;
+    }
+    all.hidden = !view.isZoomed;
   };
   const follow = () => {
     const steps = view.steps;

@@ -15,10 +15,10 @@ const LEAST = 8; // pixels; a shorter drag is a click
  * @param {View} view
  * @param {object} options
  * @param {(event: PointerEvent, step: number) => void} options.hover - with the nearest step
- * @param {(range: [number, number] | null) => void} options.zoomY - with values to show; null for all
+ * @param {string} [options.name] - of the axis of values, where that can be zoomed
  * @returns {() => void} to be called when the step has changed
  */
-export function follow(chart, view, { hover, zoomY }) {
+export function follow(chart, view, { hover, name }) {
   const { left, right, top, bottom } = chart.inner;
   const cursor = make('line', { y1: top, y2: bottom, class: 'cursor' }, chart.over);
   const place = () => {
@@ -37,18 +37,16 @@ export function follow(chart, view, { hover, zoomY }) {
       const index = nearest(steps, chart.x.invert(x));
       if (index >= 0) view.choose(steps[index]);
     },
-    zoom: (xs, ys) => {
-      if (ys) zoomY([chart.y.invert(ys[1]), chart.y.invert(ys[0])]);
+    zoom: (xs, ys) =>
       view.change(() => {
         view.range = [chart.x.invert(xs[0]), chart.x.invert(xs[1])];
-      });
-    },
-    reset: () => {
-      zoomY(null);
+        if (ys && name) view.zooms[name] = [chart.y.invert(ys[1]), chart.y.invert(ys[0])];
+      }),
+    reset: () =>
       view.change(() => {
         view.range = null;
-      });
-    },
+        if (name) delete view.zooms[name];
+      }),
   });
   place();
   return place;

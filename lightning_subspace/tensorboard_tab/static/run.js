@@ -22,10 +22,21 @@ import { extent } from './series.js';
  * @property {[number[], number[]]} [overlaps] - steps of held spaces, and the overlaps with them
  * @property {number} [overlap_error]
  * @property {[number[], number[]]} [density] - values, and the spectral density there
+ * @property {Layers} [layers]
  * @property {number} [threshold]
  * @property {number} [lr]
  * @property {number} [passed_over]
  * @property {Record<string, any>} [run] - what was asked for, at the first probe of a fit
+ */
+
+/**
+ * @typedef {object} Layers - of each group of parameters, a share in [0, 1] where nothing else is said
+ * @property {string[]} groups
+ * @property {(number | null)[]} [participation] - of the top eigenvectors
+ * @property {(number | null)[]} [gradient]
+ * @property {(number | null)[]} [update]
+ * @property {(number | null)[]} [null] - of all parameters: what the others are without a preference
+ * @property {(number | null)[]} [block_sharpness] - largest eigenvalue of the group's own block
  */
 
 /** @typedef {'fine' | 'undetermined' | 'unconverged' | 'failed'} State */
@@ -91,7 +102,14 @@ export class Run {
     this.steps = this.probes.map((probe) => probe.step);
   }
 
+  /** Whether it tells what a projection did, and nothing of a space. */
+  get isProjection() {
+    return this.header.keep !== undefined;
+  }
+
+  /** How many eigenvalues its probes have. */
   get k() {
+    if (this.isProjection) return 0;
     return this.header.k ?? extent([0, ...this.probes.map((probe) => probe.eigenvalues?.length)])[1];
   }
 
@@ -165,6 +183,15 @@ export class Run {
   /** The loss of training at each probe: its running mean, or else that of the sample. */
   loss() {
     return this.probes.map(lossOf);
+  }
+
+  /**
+   * The last probe up to a step that has layers, or the first one.
+   * @param {number} step
+   */
+  layersAt(step) {
+    const is = (/** @type {Probe} */ probe) => probe.layers !== undefined;
+    return this.probes.findLast((probe) => is(probe) && probe.step <= step) ?? this.probes.find(is);
   }
 
   /** @param {State} state */

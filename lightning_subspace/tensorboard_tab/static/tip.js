@@ -8,6 +8,7 @@ import { make } from './svg.js';
  * @property {string} value
  * @property {string} [colour]
  * @property {boolean} [strong]
+ * @property {boolean} [soft] - a sentence about the others
  */
 
 /** @type {HTMLElement | null} */
@@ -22,8 +23,8 @@ export function showTip(event, title, rows) {
   tip ??= /** @type {HTMLElement} */ (make('div', { id: 'tip', role: 'status' }, document.body));
   tip.replaceChildren();
   make('div', { class: 'tip-title' }, tip, title);
-  for (const { colour, label, value, strong } of rows) {
-    const row = make('div', { class: strong ? 'tip-row strong' : 'tip-row' }, tip);
+  for (const { colour, label, value, strong, soft } of rows) {
+    const row = make('div', { class: `tip-row${strong ? ' strong' : ''}${soft ? ' soft' : ''}` }, tip);
     if (colour) make('span', { class: 'dot', style: `background:${colour}` }, row);
     make('span', { class: 'tip-label' }, row, label);
     make('span', { class: 'tip-value' }, row, value);

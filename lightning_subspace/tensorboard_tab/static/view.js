@@ -31,7 +31,10 @@ export class View {
     this.limit = null; // of eigenvalues
     /** @type {Range} */
     this.range = null; // of steps
+    /** @type {Record<string, [number, number]>} */
+    this.zooms = {}; // by axis, the values that were zoomed to
     this.shares = new Set(['gradient_fraction', 'update_fraction']);
+    this.layers = new Set(['participation', 'gradient', 'update']); // shares of them that are drawn
     /** @type {Record<string, string>} */
     this.chosen = {}; // by panel, the number that is drawn
     this.dark = false;
@@ -83,10 +86,18 @@ export class View {
     return runColour(place < 0 ? this.runs.findIndex((other) => other.name === run.name) : place, this.dark);
   }
 
+  /** Whether a part of what there is was zoomed to. */
+  get isZoomed() {
+    return this.range !== null || Object.keys(this.zooms).length > 0;
+  }
+
   /** Fit what was chosen to the runs that there are now. */
   settle() {
     this._steps = null;
-    if (!this.tags.includes(this.tag)) this.tag = this.tags[0] ?? '';
+    if (!this.tags.includes(this.tag)) {
+      const monitor = this.runs.find((run) => run.probes.length && !run.isProjection); // which has more to show
+      this.tag = monitor?.tag ?? this.tags[0] ?? '';
+    }
     const steps = this.steps;
     if (!steps.length) return;
     this.step = this.follows ? steps[steps.length - 1] : steps[nearest(steps, this.step)];
@@ -146,6 +157,7 @@ export class View {
     if (Number.isFinite(step)) [this.step, this.follows] = [step, false];
     if (pairs.has('hidden')) this.hidden = new Set(words('hidden'));
     if (pairs.has('shares')) this.shares = new Set(words('shares'));
+    if (pairs.has('layers')) this.layers = new Set(words('layers'));
     this.focus = pairs.get('focus');
     this.tag = pairs.get('monitor') ?? '';
     this.logarithmic = pairs.get('scale') !== 'linear';
@@ -154,6 +166,11 @@ export class View {
     this.limit = Number(pairs.get('eigenvalues')) || null;
     const [low, high] = (pairs.get('range') ?? '').split(',').map(Number);
     if (high > low) this.range = [low, high];
+    for (const word of words('zoom')) {
+      const [axis, ends] = word.split(':');
+      const [from, to] = (ends ?? '').split(',').map(Number);
+      if (to > from) this.zooms[axis] = [from, to];
+    }
     for (const word of words('numbers')) {
       const [panel, ...key] = word.split(':');
       if (key.length) this.chosen[panel] = key.join(':');
@@ -170,13 +187,16 @@ export class View {
     if (this.hidden) put('hidden', this.hidden);
     const shares = [...this.shares].sort();
     if (shares.join() !== 'gradient_fraction,update_fraction') put('shares', shares);
+    if (this.layers.size < 3) put('layers', this.layers);
     if (this.focus) pairs.set('focus', this.focus);
     if (this.tags.length > 1) pairs.set('monitor', this.tag);
     if (!this.logarithmic) pairs.set('scale', 'linear');
     if (this.logSteps) pairs.set('steps', 'log');
     if (!this.still) pairs.set('spectrum', 'fitted');
     if (this.limit) pairs.set('eigenvalues', String(this.limit));
-    if (this.range) pairs.set('range', this.range.map((value) => Number(value.toPrecision(6))).join(','));
+    const ends = (/** @type {[number, number]} */ of) => of.map((value) => Number(value.toPrecision(8))).join(',');
+    if (this.range) pairs.set('range', ends(this.range));
+    for (const [axis, zoom] of Object.entries(this.zooms)) pairs.append('zoom', `${axis}:${ends(zoom)}`);
     const numbers = Object.entries(this.chosen).map(([panel, key]) => `${panel}:${key}`);
     if (numbers.length) put('numbers', numbers);
     writeAddress(pairs);

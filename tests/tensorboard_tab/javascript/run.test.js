@@ -100,3 +100,13 @@ test('the loss of training, or else that of the sample', () => {
   assert.deepEqual(run.keys().sort(), ['sample_loss', 'training_loss']);
   assert.equal(run.count('fine'), 3);
 });
+
+test('the layers of a step are the last ones up to it, or the first', () => {
+  const layers = { groups: ['w'], participation: [1] };
+  const run = runOf(probe(0), probe(10, { layers }), probe(20), probe(30, { layers }));
+  assert.deepEqual(
+    [0, 10, 25, 30, 99].map((step) => run.layersAt(step)?.step),
+    [10, 10, 10, 30, 30],
+  );
+  assert.equal(runOf(probe(0)).layersAt(0), undefined);
+});

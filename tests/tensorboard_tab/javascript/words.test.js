@@ -8,6 +8,7 @@ import {
   number,
   thousands,
 } from '../../../lightning_subspace/tensorboard_tab/static/format.js';
+import { verdict } from '../../../lightning_subspace/tensorboard_tab/static/panels/taken.js';
 import { sentences } from '../../../lightning_subspace/tensorboard_tab/static/panels/words.js';
 import { Run } from '../../../lightning_subspace/tensorboard_tab/static/run.js';
 
@@ -37,6 +38,41 @@ test('the sharpness is told with its threshold, where there is one', () => {
 test('what has not been looked for is said', () => {
   assert.match(said({ verified: false }).join(), /missed/);
   assert.deepEqual(said({}), []);
+});
+
+test('a step is told by its change, and by what its gradient promised of that', () => {
+  const step = (/** @type {number} */ gain, /** @type {number} */ change) =>
+    said({ metrics: { 'step/gain': gain, 'step/change': change } });
+  assert.deepEqual(step(0.2, -0.1), [
+    'The step from here lowered the loss by 0.1, 50 % of what its gradient promised.',
+  ]);
+  assert.deepEqual(step(0.2, 0.1), ['The step from here raised the loss by 0.1.']);
+  assert.deepEqual(step(-0.2, -0.1), ['The step from here lowered the loss by 0.1.']);
+  assert.deepEqual(said({ metrics: { 'step/gain': 0.2 } }), []);
+});
+
+test('an edge ratio is told by what it means, and its absence by its cause', () => {
+  const told = (/** @type {Record<string, number>} */ metrics) => {
+    const run = new Run('a', 'subspace/probes');
+    run.add([{ v: 1, step: 0, metrics }]);
+    return verdict(run, { metric: 'step/edge_ratio', text: '' }, 0);
+  };
+  assert.equal(told({ 'step/edge_ratio': 1.25, 'step/gain': 1 }), '1.25, the step raised the loss');
+  assert.equal(told({ 'step/edge_ratio': 0.75, 'step/gain': 1 }), '0.75, the step lowered the loss');
+  assert.equal(told({ 'step/gain': -1 }), '–, the step goes uphill');
+  assert.equal(told({ 'step/gain': 1 }), '–');
+  assert.equal(told({}), '–');
+});
+
+test('a projection says what it took away', () => {
+  const run = new Run('a', 'projection/probes');
+  run.add([{ v: 1, step: 0, metrics: { removed: 0.25, chi: 0.5 }, run: { keep: 'top', k: 10, n: 2000 } }]);
+  assert.ok(run.isProjection);
+  assert.equal(run.k, 0);
+  assert.deepEqual(sentences(run.probes[0], run), [
+    '25 % of the step was taken away: only what lies in the 10 sharpest directions is kept.',
+    'The average of |Pg|/|g| is 0.5.',
+  ]);
 });
 
 test('numbers as a person reads them', () => {

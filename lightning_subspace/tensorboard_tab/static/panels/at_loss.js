@@ -1,6 +1,6 @@
 /** Runs beside each other at equal training loss: at equal steps a faster one is compared with a slower one's past. */
 
-import { ValueAxis } from '../axis.js';
+import { valueAxis } from '../axis.js';
 import { card, choice } from '../card.js';
 import { chart } from '../chart.js';
 import { heading, number, thousands } from '../format.js';
@@ -17,13 +17,11 @@ import { showTip } from '../tip.js';
 export function atLoss(host) {
   /** @type {View} */
   let shown;
-  /** @type {[number, number] | null} */
-  let zoom = null;
-  const axis = new ValueAxis();
   let move = () => {};
   const { node, note, body } = card(host, {
     name: 'at_loss',
     title: 'At equal training loss',
+    view: () => shown,
     lines: () => lines(shown),
   });
   /** @param {View} view */
@@ -38,8 +36,8 @@ export function atLoss(host) {
     const chosen =
       [view.chosen.at_loss, 'gradient_fraction', 'sharpness', keys[0]].find((key) => keys.includes(key)) ?? '';
     choice(note, keys, chosen, 'number', (key) => {
-      axis.zoom = null;
       view.change(() => {
+        delete view.zooms.at_loss;
         view.chosen.at_loss = key;
       });
     });
@@ -49,10 +47,11 @@ export function atLoss(host) {
     );
     const isShare = /fraction|cosine|overlap/.test(chosen);
     const values = runs.flatMap((run) => run.metric(chosen));
-    const [low, high] = zoom ?? domain;
+    const zoom = view.zooms.training_loss;
+    const [low, high] = zoom && (kind !== 'log' || zoom[0] > 0) ? zoom : domain;
     const frame = chart(body, {
       x: (range) => scale(kind, [high, low], range, edge), // training goes to the right
-      y: axis.fit(isShare ? [...values, 0, 1] : values),
+      y: valueAxis(view, 'at_loss', isShare ? [...values, 0, 1] : values),
       xLabel: 'training loss',
       yLabel: heading(chosen),
     });
@@ -60,7 +59,7 @@ export function atLoss(host) {
       line(frame, run.loss(), run.metric(chosen), { colour: view.colour(run), width: 1.6 });
     }
     const dots = runs.map((run) =>
-      make('circle', { r: 5, fill: 'none', stroke: view.colour(run), 'stroke-width': 2 }, frame.over),
+      make('circle', { r: 5, class: 'chosen', fill: 'none', stroke: view.colour(run), 'stroke-width': 2 }, frame.over),
     );
     move = () => runs.forEach((run, r) => mark(frame, dots[r], run, chosen, view.step));
     move();
@@ -79,15 +78,16 @@ export function atLoss(host) {
         const found = closest(frame, runs, chosen, x, y);
         if (found) view.choose(found.probe.step);
       },
-      zoom: (xs, ys) => {
-        zoom = [frame.x.invert(xs[1]), frame.x.invert(xs[0])];
-        if (ys) axis.zoom = [frame.y.invert(ys[1]), frame.y.invert(ys[0])];
-        draw(view);
-      },
-      reset: () => {
-        [zoom, axis.zoom] = [null, null];
-        draw(view);
-      },
+      zoom: (xs, ys) =>
+        view.change(() => {
+          view.zooms.training_loss = [frame.x.invert(xs[1]), frame.x.invert(xs[0])];
+          if (ys) view.zooms.at_loss = [frame.y.invert(ys[1]), frame.y.invert(ys[0])];
+        }),
+      reset: () =>
+        view.change(() => {
+          delete view.zooms.training_loss;
+          delete view.zooms.at_loss;
+        }),
     });
   };
   return { draw, move: () => move() };

@@ -46,7 +46,7 @@ const ROWS = [
   { name: 'residual/gap', of: errors, says: 'above 0.1 shares and overlaps are left out' },
   {
     name: 'top space',
-    of: (run) => (run.header.n ? `${run.k} of ${thousands(run.header.n)} directions` : String(run.k)),
+    of: space,
   },
   { name: 'sample', of: sample },
   {
@@ -70,6 +70,7 @@ export function costs(host) {
   const { node, body } = card(host, {
     name: 'costs',
     title: 'What it cost, and what it rests on',
+    view: () => shown,
     lines: () => lines(shown),
     isTable: true,
   });
@@ -91,6 +92,7 @@ export function costs(host) {
     }
     const rows = make('tbody', {}, table);
     for (const { name, of, says } of ROWS) {
+      if (view.shown.every((run) => of(run) === '–')) continue;
       const row = make('tr', {}, rows);
       make('th', { title: says, scope: 'row' }, row, name);
       for (const run of view.shown) make('td', {}, row, of(run));
@@ -107,6 +109,14 @@ function leftOut(run) {
   const states = /** @type {const} */ (['undetermined', 'unconverged', 'failed']);
   const found = states.filter((state) => run.count(state)).map((state) => `${run.count(state)} ${state}`);
   return found.join(', ') || 'none';
+}
+
+/** @param {Run} run */
+function space(run) {
+  const { k = run.k, n, keep } = run.header;
+  return [n ? `${k} of ${thousands(n)} directions` : String(k), keep ? `steps keep the ${keep}` : '']
+    .filter(Boolean)
+    .join(', ');
 }
 
 /** @param {Run} run */

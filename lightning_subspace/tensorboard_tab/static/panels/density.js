@@ -19,6 +19,8 @@ export function density(host) {
   const { node, title, note, body } = card(host, {
     name: 'density',
     title: 'Spectral density',
+    view: () => shown,
+    isOfRuns: false,
     lines: () => lines(shown),
   });
   /** @param {View} view */

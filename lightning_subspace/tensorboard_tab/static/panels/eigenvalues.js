@@ -1,6 +1,6 @@
 /** Eigenvalues over steps, with the next one and the threshold of stability. */
 
-import { steps, ValueAxis } from '../axis.js';
+import { steps, valueAxis } from '../axis.js';
 import { card, key } from '../card.js';
 import { chart } from '../chart.js';
 import { indexColour } from '../colours.js';
@@ -19,10 +19,10 @@ export function eigenvalues(host) {
   /** @type {View} */
   let shown;
   let place = () => {};
-  const axis = new ValueAxis();
   const { node, note, body } = card(host, {
     name: 'eigenvalues',
     title: 'Eigenvalues of the Hessian',
+    view: () => shown,
     lines: () => lines(shown),
   });
   node.classList.add('space');
@@ -44,7 +44,7 @@ export function eigenvalues(host) {
     const all = [...known, ...levels.filter((_, i) => drawn[i]).flatMap(present)];
     const frame = chart(body, {
       x: steps(view),
-      y: axis.fit(all, view.logarithmic),
+      y: valueAxis(view, 'eigenvalues', all, view.logarithmic),
       xLabel: 'step',
       yLabel: 'eigenvalue',
       height: 320,
@@ -71,17 +71,17 @@ export function eigenvalues(host) {
       key(note, 'λ₁', { colour: colour(runs[0], 0) });
       if (count > 1) key(note, lambda(count), { colour: colour(runs[0], count - 1) });
       if (count === runs[0].k)
-        key(note, `${lambda(count + 1)}, estimated`, { colour: colour(runs[0], count - 1), dash: 'dotted' });
+        key(note, `${lambda(count + 1)}, estimated`, { colour: colour(runs[0], count - 1), dash: '3 3' });
     } else if (count) note.append(count === 1 ? 'λ₁ of each run' : `the first ${count} of each run`);
     if (drawn.some(Boolean))
-      key(note, 'threshold of stability', { colour: isAlone ? 'var(--warn)' : 'var(--soft)', dash: 'dashed' });
+      key(note, 'threshold of stability', { colour: isAlone ? 'var(--warn)' : 'var(--soft)', dash: '8 3 2 3' });
     runs.forEach((run, r) => {
       const level = present(levels[r]).at(-1);
       if (!drawn[r] && level !== undefined)
         note.append(`${isAlone ? '' : `${run.name}: `}threshold ${number(level)}, beyond the axis `);
     });
     place = follow(frame, view, {
-      zoomY: (range) => (axis.zoom = range),
+      name: 'eigenvalues',
       hover: (event, step) => {
         const height = event.clientY - frame.svg.getBoundingClientRect().top;
         tell(view, event, step, (value) => Math.abs(frame.y.at(value) - height), colour);

@@ -1,7 +1,7 @@
 /** Overlap of every probe's space with that of the chosen step. */
 
-import { ShareAxis, steps } from '../axis.js';
-import { card } from '../card.js';
+import { shareAxis, steps } from '../axis.js';
+import { card, key } from '../card.js';
 import { chart } from '../chart.js';
 import { number, thousands } from '../format.js';
 import { level, line } from '../marks.js';
@@ -16,15 +16,19 @@ import { showTip } from '../tip.js';
 export function overlapWith(host) {
   /** @type {View} */
   let shown;
-  const axis = new ShareAxis();
-  const { node, title, note, body } = card(host, { name: 'survival', title: 'Overlap', lines: () => lines(shown) });
+  const { node, title, note, body } = card(host, {
+    name: 'survival',
+    title: 'Overlap',
+    view: () => shown,
+    lines: () => lines(shown),
+  });
   node.classList.add('space');
   /** @param {View} view */
   const draw = (view) => {
     shown = view;
     title.textContent = `Overlap with the space of step ${thousands(view.step)}`;
     const runs = view.shown;
-    const frame = chart(body, { x: steps(view), y: axis.scale, xLabel: 'step', yLabel: 'overlap' });
+    const frame = chart(body, { x: steps(view), y: shareAxis(view, 'survival'), xLabel: 'step', yLabel: 'overlap' });
     const of = new Map(runs.map((run) => [run, series(run, chosen(run, view.step))]));
     for (const run of runs) {
       if (run.header.n && run.k) level(frame, run.k / run.header.n, { colour: view.colour(run), dash: '1 3' });
@@ -36,12 +40,14 @@ export function overlapWith(host) {
         { colour: view.colour(run), width: 1.8 },
       );
     }
-    note.replaceChildren('1: the same space; k/n: unrelated ones');
+    note.replaceChildren('1: the same space');
+    if (runs.some((run) => run.header.n && run.k))
+      key(note, 'k/n: unrelated ones', { colour: 'currentColor', dash: '1 3' });
     const lacking = runs.filter((run) => !(of.get(run) ?? []).length);
     if (lacking.length)
       make('span', { class: 'warn' }, note, `nothing to compare: ${lacking.map((run) => run.name).join(', ')}`);
     follow(frame, view, {
-      zoomY: (range) => (axis.zoom = range),
+      name: 'survival',
       hover: (event, step) => {
         const rows = runs.flatMap((run) => {
           const base = chosen(run, view.step);

@@ -5,6 +5,7 @@ import { css, viridis } from '../colours.js';
 import { number, thousands } from '../format.js';
 import { extent, nearest } from '../series.js';
 import { make, set } from '../svg.js';
+import { dotSwatch } from '../swatch.js';
 import { hideTip, showTip } from '../tip.js';
 
 /** @typedef {import('../view.js').View} View */
@@ -19,7 +20,13 @@ export function overlaps(host) {
   let shown;
   /** @type {((step: number) => void)[]} */
   let crosses = [];
-  const { node, title, note, body } = card(host, { name: 'overlaps', title: 'Overlaps', lines: () => lines(shown) });
+  const { node, title, note, body } = card(host, {
+    name: 'overlaps',
+    title: 'Overlaps',
+    isOfRuns: false,
+    view: () => shown,
+    lines: () => lines(shown),
+  });
   node.classList.add('space');
   body.classList.add('maps');
   /** @param {View} view */
@@ -56,9 +63,8 @@ export function overlaps(host) {
 function map(body, view, run, size) {
   const box = make('div', { class: 'map' }, body);
   if (view.shown.length > 1) {
-    const name = make('div', { class: 'key' }, box);
-    make('span', { class: 'dot', style: `background:${view.colour(run)}` }, name);
-    name.append(run.name);
+    const name = make('div', { class: 'key name' }, box);
+    name.append(dotSwatch(view.colour(run)), run.name);
   }
   const held = run.held();
   if (held.length < 2) {

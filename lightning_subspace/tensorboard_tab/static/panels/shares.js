@@ -1,13 +1,14 @@
 /** Shares of the gradient and of updates in the top space, with what each probe left out. */
 
-import { ShareAxis, steps } from '../axis.js';
-import { card } from '../card.js';
+import { shareAxis, steps } from '../axis.js';
+import { card, chip, key } from '../card.js';
 import { chart } from '../chart.js';
 import { number, thousands } from '../format.js';
 import { errorBars, leftOut, level, line, SIGNS } from '../marks.js';
 import { follow } from '../pointer.js';
 import { STATES, stateOf } from '../run.js';
 import { make } from '../svg.js';
+import { lineSwatch } from '../swatch.js';
 import { hideTip, showTip } from '../tip.js';
 
 /** @typedef {import('../view.js').View} View */
@@ -50,10 +51,10 @@ export function shares(host) {
   /** @type {View} */
   let shown;
   let place = () => {};
-  const axis = new ShareAxis();
   const { node, note, body } = card(host, {
     name: 'shares',
     title: 'Share of the gradient and of the update in the top space',
+    view: () => shown,
     lines: () => lines(shown),
   });
   /** @param {View} view */
@@ -66,7 +67,7 @@ export function shares(host) {
     if (node.hidden) return;
     const frame = chart(body, {
       x: steps(view),
-      y: axis.scale,
+      y: shareAxis(view, 'shares'),
       xLabel: 'step',
       yLabel: 'share',
       height: 320 + 14 * lacking.length,
@@ -93,7 +94,7 @@ export function shares(host) {
     }
     legend(view, note, there, runs);
     place = follow(frame, view, {
-      zoomY: (range) => (axis.zoom = range),
+      name: 'shares',
       hover: (event, step) => tell(view, event, step, there),
     });
     lacking.forEach((run, row) =>
@@ -123,25 +124,13 @@ function legend(view, note, there, runs) {
   note.replaceChildren();
   for (const { metric, text, dash, says } of there) {
     const isOn = view.shares.has(metric);
-    const chip = make(
-      'button',
-      {
-        class: isOn ? 'chip on' : 'chip',
-        title: says,
-        type: 'button',
-        'aria-label': text,
-        'aria-pressed': String(isOn),
-      },
-      note,
-    );
-    make('i', { style: `border-top-style:${dash ? 'dashed' : 'solid'}` }, chip);
-    chip.append(text);
-    chip.addEventListener('click', () =>
+    const toggle = () =>
       view.change(() => {
         if (!view.shares.delete(metric)) view.shares.add(metric);
-      }),
-    );
+      });
+    chip(note, text, { isOn, says, swatch: lineSwatch('currentColor', dash), toggle });
   }
+  if (runs.some((run) => run.header.n && run.k)) key(note, 'k/n, chance', { colour: 'currentColor', dash: '1 3' });
   for (const state of /** @type {const} */ (['undetermined', 'unconverged', 'failed'])) {
     const count = runs.reduce((sum, run) => sum + run.count(state), 0);
     if (count) make('span', { class: 'warn', title: STATES[state] }, note, `${SIGNS[state]} ${count} ${state}`);

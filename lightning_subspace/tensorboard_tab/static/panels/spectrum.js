@@ -1,7 +1,7 @@
 /** The spectrum at the chosen step: a stem for each eigenvalue, and the gap behind the last one. */
 
-import { ValueAxis } from '../axis.js';
-import { card } from '../card.js';
+import { valueAxis } from '../axis.js';
+import { card, key } from '../card.js';
 import { chart } from '../chart.js';
 import { lambda, number, thousands } from '../format.js';
 import { drag } from '../pointer.js';
@@ -18,15 +18,19 @@ export function spectrum(host) {
   let shown;
   /** @type {((range: [number, number]) => import('../scales.js').Scale) | null} */
   let still = null;
-  const axis = new ValueAxis();
-  const { node, title, note, body } = card(host, { name: 'spectrum', title: 'Spectrum', lines: () => lines(shown) });
+  const { node, title, note, body } = card(host, {
+    name: 'spectrum',
+    title: 'Spectrum',
+    view: () => shown,
+    lines: () => lines(shown),
+  });
   node.classList.add('space');
   /** @param {View} view */
   const draw = (view) => {
     // Over all steps, which are looked through only when they are others.
     const probes = view.still ? view.shown.flatMap((run) => run.probes) : [];
     const values = probes.flatMap((probe) => [...(probe.eigenvalues ?? []), probe.next]);
-    still = view.still ? axis.fit(values, view.logarithmic) : null;
+    still = view.still ? valueAxis(view, 'spectrum', values, view.logarithmic) : null;
     move(view);
   };
   /** @param {View} view */
@@ -39,7 +43,7 @@ export function spectrum(host) {
     const now = at.flatMap((probe) => [...(probe?.eigenvalues ?? []), probe?.next]);
     const frame = chart(body, {
       x: (range) => scale('linear', [0.4, most + 1.6], range),
-      y: still ?? axis.fit(now, view.logarithmic),
+      y: still ?? valueAxis(view, 'spectrum', now, view.logarithmic),
       xLabel: 'index',
       yLabel: 'eigenvalue',
       height: 320,
@@ -83,6 +87,12 @@ export function spectrum(host) {
       if (probe?.threshold) level(frame, probe.threshold, { colour: runs.length > 1 ? colour : 'var(--warn)' });
     });
     note.replaceChildren();
+    const levels = at.map((probe) => probe?.threshold ?? NaN);
+    if (levels.some((value) => value >= frame.y.low && value <= frame.y.high))
+      key(note, 'threshold of stability', {
+        colour: runs.length > 1 ? 'currentColor' : 'var(--warn)',
+        dash: '8 3 2 3',
+      });
     note.append(runs.map((run, r) => `${runs.length > 1 ? `${run.name}: ` : ''}${says(at[r], run.k)}`).join('; '));
     drag(frame, {
       hover: (event, x) => {
@@ -96,13 +106,15 @@ export function spectrum(host) {
       },
       click: () => {},
       zoom: (_, ys) => {
-        if (ys) axis.zoom = [frame.y.invert(ys[1]), frame.y.invert(ys[0])];
-        move(view);
+        if (ys)
+          view.change(() => {
+            view.zooms.spectrum = [frame.y.invert(ys[1]), frame.y.invert(ys[0])];
+          });
       },
-      reset: () => {
-        axis.zoom = null;
-        move(view);
-      },
+      reset: () =>
+        view.change(() => {
+          delete view.zooms.spectrum;
+        }),
     });
   };
   return { draw, move };

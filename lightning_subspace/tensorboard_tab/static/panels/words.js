@@ -2,6 +2,7 @@
 
 import { number, thousands } from '../format.js';
 import { stateOf } from '../run.js';
+import { keeps } from './projection.js';
 import { make } from '../svg.js';
 
 /** @param {HTMLElement} host @returns {import('../card.js').Panel} */
@@ -29,6 +30,14 @@ export function words(host) {
   return { draw, move: draw };
 }
 
+/** @param {Record<string, number>} values @param {import('../run.js').Run} run */
+function ofProjection({ removed, chi }, run) {
+  const found = [];
+  if (removed !== undefined) found.push(`${number(100 * removed)} % of the step was taken away: ${keeps(run)}.`);
+  if (chi !== undefined) found.push(`The average of |Pg|/|g| is ${number(chi)}.`);
+  return found;
+}
+
 /**
  * @param {import('../run.js').Probe} probe
  * @param {import('../run.js').Run} run
@@ -43,6 +52,7 @@ export function sentences(probe, run) {
     const chance = run.header.n ? `, ${number((100 * run.k) / run.header.n, 1)} % by chance` : '';
     found.push(`${number(100 * share)} %${bar} of the gradient lies in the ${run.k} sharpest directions${chance}.`);
   }
+  if (run.isProjection) return ofProjection(values, run);
   const sharpest = probe.eigenvalues?.[0];
   if (sharpest !== undefined && sharpest !== null) {
     const edge = probe.threshold
@@ -52,6 +62,14 @@ export function sentences(probe, run) {
   }
   if (share === undefined && values.gradient_hessian_cosine !== undefined) {
     found.push(`The cosine of g and Hg is ${number(values.gradient_hessian_cosine, 2)}.`);
+  }
+  const [gain, change] = [values['step/gain'], values['step/change']];
+  if (change !== undefined) {
+    const promise =
+      gain > 0 && change < 0 ? `, ${number((-100 * change) / gain, 2)} % of what its gradient promised` : '';
+    found.push(
+      `The step from here ${change > 0 ? 'raised' : 'lowered'} the loss by ${number(Math.abs(change))}${promise}.`,
+    );
   }
   if (probe.verified === false) found.push('Nobody has looked for eigenvalues that the solver may have missed.');
   return found;

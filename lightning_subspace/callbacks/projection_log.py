@@ -1,0 +1,41 @@
+"""Numbers of a projection, to callbacks, loggers and the tab of TensorBoard."""
+
+from __future__ import annotations
+
+from lightning_subspace._lightning import Trainer
+from lightning_subspace.callbacks.projector import Keep
+from lightning_subspace.callbacks.runner import ProbeRunner
+from lightning_subspace.callbacks.tab_log import TabLog
+from lightning_subspace.report import Publisher
+from lightning_subspace.subspace.record import Record
+
+
+class ProjectionLog:
+    """Publishes one number after another.
+
+    Args:
+        name: of the projection, the prefix of its keys.
+        keep: what it keeps, for the tab.
+        runner: computes its spaces.
+    """
+
+    def __init__(self, name: str, keep: Keep, runner: ProbeRunner) -> None:
+        self._publisher = Publisher(name, "all", frozenset())
+        self._tab = TabLog(runner, self._publisher)
+        self._keep = keep
+        self._last: Record | None = None  # with all numbers of the last step
+
+    def begin(self) -> None:
+        """Another fit begins."""
+        self._tab.begin()
+        self._last = None
+
+    def write(self, trainer: Trainer, key: str, value: float, step: int) -> None:
+        """Publish a number of a step."""
+        record = Record(step, {key: value})
+        self._publisher.update_callback_metrics(trainer, record)
+        self._publisher.log(trainer, record)
+        # Of two entries of a step the later one counts: it has the numbers of the earlier one, too.
+        earlier = self._last.metrics if self._last is not None and self._last.step == step else {}
+        self._last = Record(step, {**earlier, key: value})
+        self._tab.tell(trainer, step, self._last.metrics, keep=self._keep)

@@ -1,0 +1,49 @@
+"""Loss where an optimizer step has led, for numbers of the step that was taken."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Arrival(Protocol):
+    """The mean loss of the Hessian's sample near theta_{t+1}.
+
+    What `Measurement.after_step` finds in `Probe.arrival`. The loss is that of the probe, in its types, on the module
+    as the step has left it. Every method is a collective.
+
+    Attributes:
+        theta: (n,), the parameters at the probe; do not write to it.
+        loss: the mean loss at theta_t; nan where one of its micro-batches is not known.
+        rounding: the largest difference of two mean losses that may be rounding.
+    """
+
+    theta: Tensor
+
+    @property
+    def loss(self) -> float: ...  # noqa: D102  # above
+
+    @property
+    def rounding(self) -> float: ...  # noqa: D102
+
+    def value(self, offset: Tensor | None = None) -> float:  # (n,)
+        """The mean loss at theta_{t+1} + offset, finite or not: one forward pass."""
+        ...
+
+    def is_same_loss(self, update: Tensor) -> bool:  # (n,)
+        """Whether the loss has changed with the measured parameters alone.
+
+        That of the first micro-batch, taken at theta_{t+1} - update, is compared with that of the probe. It is another
+        one where it depends on parameters that are not measured, on the number of steps, on an averaged teacher or, in
+        eval mode, on the statistics of batch-norm. One forward pass of a micro-batch.
+        """
+        ...
+
+    def gradient(self) -> Tensor:  # (n,)
+        """Gradient of the mean loss at theta_{t+1}."""
+        ...
+
+    def curvature(self, update: Tensor) -> float:  # (n,)
+        """u.H u for u = update, with H at theta_t; nan without second derivatives: a graph and a product."""
+        ...

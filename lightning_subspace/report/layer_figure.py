@@ -1,0 +1,77 @@
+"""Figure of the layers: where the top space, the gradient and the update are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lightning_subspace.report import panel
+from lightning_subspace.subspace.record import Record
+from lightning_subspace.subspace.table import Table
+
+TABLE = "layers"
+BARS = (
+    ("participation", "top space", panel.BLUE),
+    ("gradient", "gradient", panel.VERMILION),
+    ("update", "update", panel.ORANGE),
+)
+MAX_COLUMNS = 200  # of the map: more would be narrower than its pixels
+READABLE_STEPS = 8
+
+
+def layer_figure(records: Sequence[Record]) -> Figure:
+    """The share of each group in the top space over the steps, and all shares of the last probe.
+
+    Args:
+        records: the history; those with other groups than the last one are left out.
+    """
+    tables = {record.step: record.tables[TABLE] for record in records if TABLE in record.tables}
+    figure = Figure(figsize=(12.0, 4.6), dpi=panel.DPI, layout="constrained")
+    over_steps, last = figure.subplots(1, 2)
+    if not tables:
+        for axes in (over_steps, last):
+            panel.say(axes, "no layers yet")
+        return figure
+    newest = list(tables.values())[-1]
+    same = {step: table for step, table in tables.items() if table.groups == newest.groups}
+    _draw_map(over_steps, newest.groups, same)
+    _draw_bars(last, newest, list(same)[-1])
+    return figure
+
+
+def _draw_map(axes: Axes, groups: Sequence[str], tables: dict[int, Table]) -> None:
+    panel.head(axes, "Share of the top space")
+    columns = {step: table.rows["participation"] for step, table in tables.items() if "participation" in table.names}
+    if not columns:
+        panel.say(axes, "not measured")
+        return
+    every = -(-len(columns) // MAX_COLUMNS)
+    steps = list(columns)[::-every][::-1]  # the last one among them
+    image = axes.imshow(
+        np.array([columns[step] for step in steps]).T, vmin=0.0, vmax=1.0, cmap="viridis", interpolation="nearest",
+        aspect="auto",
+    )  # fmt: skip
+    panel.colour_bar(axes, image, "mean of |v_l|² over the eigenvectors")
+    shown = range(0, len(steps), -(-len(steps) // READABLE_STEPS))
+    axes.set_xticks(shown, [str(steps[place]) for place in shown])
+    axes.set_yticks(range(len(groups)), groups)
+    axes.set_xlabel("step")
+
+
+def _draw_bars(axes: Axes, table: Table, step: int) -> None:
+    panel.head(axes, f"Shares at step {step}")
+    rows, places = table.rows, np.arange(len(table.groups), dtype=np.float64)
+    there = [(name, label, colour) for name, label, colour in BARS if name in rows]
+    height = 0.8 / max(len(there), 1)
+    for number, (name, label, colour) in enumerate(there):
+        axes.barh(places + (number - (len(there) - 1) / 2) * height, rows[name], height, color=colour, label=label)
+    if "null" in rows:
+        axes.plot(rows["null"], places, "|", color="black", markersize=14, label="share of the parameters")
+    axes.set_yticks(places, table.groups)
+    axes.invert_yaxis()
+    axes.set(xlim=(0.0, None), xlabel="share")
+    axes.grid(axis="x", alpha=0.25)
+    panel.legend_above(axes)

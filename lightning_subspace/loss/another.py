@@ -57,6 +57,6 @@ def another_loss(loss: TrainingLoss, loss_fn: LossFunction | None = None) -> Tra
         return output
 
     other._step, other.is_another = step, True
-    other.values, other._followed = {}, set()
+    other.values, other._followed, other.tally = {}, set(), None
     loss.served.add(other)
     return other

@@ -80,7 +80,7 @@ class TrainingLoss:
         originals: the module's own parameters of the space, in an open context; not to be written to.
         dependence: what the losses since then depend on.
         served: the operators that live on its graphs.
-        is_another: whether it lives in the open context of another one; see `another.py`.
+        is_another: whether it lives in the context of another one; see `another.py`.
         tally: takes note of the gradients of single micro-batches at theta, where one is wanted.
 
     Raises:
@@ -108,8 +108,7 @@ class TrainingLoss:
         replacements: Mapping[int, Tensor] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        self.module = module
-        self.space = space
+        self.module, self.space = module, space
         self.mode = mode
         self.seed = seed
         self.dtype = space.widest_dtype(module, torch.float32 if dtype is None else dtype)
@@ -119,8 +118,7 @@ class TrainingLoss:
         self._replacements = {} if replacements is None else replacements
         self.device = space.tensors(module)[0].device
         self._ranks = ranks or Ranks()
-        self._step = resolve_loss(module, loss_fn)
-        self._loss_key = key_of(loss_fn)
+        self._step, self._loss_key = resolve_loss(module, loss_fn), key_of(loss_fn)
         self.originals: tuple[Tensor, ...] = ()
         self.values: dict[tuple[int, int, int], Tensor] = {}
         self._is_displaced = self.is_another = False
@@ -162,7 +160,7 @@ class TrainingLoss:
             self.originals = ()
 
     def release(self) -> None:
-        """End one in the context of another, which is being closed."""
+        """End one in the context of another."""
         self._shadow = None
 
     def _make_shadow(self, stack: ExitStack) -> Shadow:
@@ -212,8 +210,7 @@ class TrainingLoss:
         """Set the global generators as for an evaluation of a micro-batch."""
         if self._random_state is not None:
             self._random_state.restore()
-        else:  # one stream a micro-batch: the stride keeps the seeds of neighbouring monitors and batches apart,
-            # and what is above the 63 bits that every generator takes is cut off
+        else:  # one stream a micro-batch: the stride keeps those of neighbours apart; all generators take 63 bits
             seed_generators(((self.seed + 7_919 * batch.draw) * SEED_STRIDE + batch.index) % 2**63)
 
     def __call__(self, batch: MicroBatch) -> Evaluation:
@@ -243,7 +240,7 @@ class TrainingLoss:
         value = as_scalar(output, type(self.module).__name__, finite=finite)
         self._follow(value, leaves, batch)
         if not self._is_displaced:
-            # The first, as a filler may be evaluated again, beside other batches. Not read, since that waits for a GPU.
+            # The first: a filler may be evaluated again, beside others. Not read, since that waits for a GPU.
             self.values.setdefault(place_of(batch), value.detach())
         return Evaluation(value, leaves)
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_subspace.linalg import Outcome as Outcome
     from lightning_subspace.linalg import eigsh as eigsh
     from lightning_subspace.loss.loss_function import LossError as LossError
+    from lightning_subspace.measurements.activation_spectrum import ActivationSpectrum as ActivationSpectrum
     from lightning_subspace.measurements.base import Measurement as Measurement
     from lightning_subspace.measurements.base import Needs as Needs
     from lightning_subspace.measurements.base import Probe as Probe
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ActivationSpectrum": "measurements.activation_spectrum",
     "BatchSharpness": "measurements.noise",
     "CheckError": "curvature.selection",
     "CheckpointError": "probe.entries",

@@ -84,7 +84,7 @@ class GradientTally:
         self._rows[self._groups[position]].add_(self._kept(gradient), alpha=self._sizes[position])
 
     def gathered(self, ranks: Ranks) -> Tallied | None:
-        """The tally of all ranks, by one sum; None where a gradient is missing. A collective."""
+        """The tally of all ranks, by one sum; None: a gradient is missing."""
         count = len(self._positions)
         own = torch.zeros(2, count, dtype=torch.float64, device=self._images.device)
         if self._squares:
@@ -104,7 +104,7 @@ class GradientTally:
 
 
 def square_norm(vector: Tensor) -> Tensor:  # (n,) -> ()
-    """|v|^2 in float64, in about the time of a sum in the vector's own precision.
+    """|v|^2 in float64, about as fast as in the vector's type.
 
     Example:
         >>> square_norm(torch.ones(70_000)).item()

@@ -8,9 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_subspace.loss.gradient_tally import Tallied
-from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, positive
 from lightning_subspace.measurements.batch_products import BatchProducts
 from lightning_subspace.measurements.noise_estimate import Deviations, NoiseEstimate, example_sizes, participation
+from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.measurements.reliability import GRADIENT, can_be_halved
 
 

@@ -152,7 +152,10 @@ class Probe:
 
     @cached_property
     def gradient_image(self) -> Tensor | None:
-        """H g / |g|, (n,): one product for all that ask for it; None where g = 0 or there are no products."""
+        """H g / |g|, (n,), by one product for all.
+
+        None where g = 0, or where the operator has no products.
+        """
         norm = self.norm(self.gradient)
         # Divided first: H g of a tiny gradient would vanish in float32.
         return self.operator.matvec(self.gradient / norm) if norm > 0.0 and self.operator.has_products else None
@@ -213,7 +216,9 @@ class Measurement:
         """
 
     def require_space(self, space: ParameterSpace) -> None:
-        """Refuse parameters that it cannot measure. Called before the first probe, and where they have changed.
+        """Refuse parameters that it cannot measure.
+
+        Called before the first probe, and where the parameters have changed. Not a collective.
 
         Raises:
             ValueError: naming the argument that does not fit them, and the way out.

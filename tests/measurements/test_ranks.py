@@ -16,6 +16,7 @@ from lightning_subspace import (
     CriticalSharpness,
     Density,
     GradientNoise,
+    Layers,
     LossChange,
     Measurement,
     Stability,
@@ -41,7 +42,7 @@ class AfterSteps(Measurement):
     def measure(self, probe):
         update = probe.partition.cut(torch.linspace(-1.0, 1.0, 57, dtype=F64))
         metrics = {}
-        for measurement in (Chi(), LossChange()):
+        for measurement in (Chi(), Layers(), LossChange()):
             metrics.update(measurement.after_step(probe, None, update))
         return metrics
 
@@ -68,8 +69,10 @@ def everything():
         CriticalSharpness(),
         Density(steps=12),
         GradientNoise(),
+        Layers(exact=["0.*"]),
         LossChange(),
         Stability(),
+        Trace(groups="types"),
     ]
 
 

@@ -1,6 +1,6 @@
-"""Products of each micro-batch's gradient with the mean, the top eigenvectors, and itself.
+"""Products of the micro-batch gradients of a probe, taken once.
 
-They cost a pass over the gradient sample, which several measurements of one probe share.
+With the mean, the top eigenvectors and themselves. They cost a pass over the gradient sample, which several measurements of one probe share.
 """
 
 from __future__ import annotations

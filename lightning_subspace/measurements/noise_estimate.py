@@ -1,4 +1,4 @@
-"""Noise of a mean gradient, and its length without it, from the gradients of micro-batches.
+"""Noise of a mean gradient, and the length that it has without it.
 
 Micro-batches j of b_j examples, disjoint, drawn from N without replacement; B = sum b_j, g the mean over all of them:
 
@@ -47,7 +47,7 @@ class Deviations:
     square: float
 
     def __sub__(self, other: Deviations) -> Deviations:
-        """Those outside of a subspace, from the whole and those inside; 0 for rounding."""
+        """Those outside of a subspace, from those inside; 0 for rounding."""
         if float((self.squares - other.squares).sum()) <= ROUNDING * float(self.squares.sum()):
             zero = torch.zeros_like(self.squares)
             return Deviations(self.counts, self.sizes, zero, zero, zero, 0.0)
@@ -114,7 +114,7 @@ def example_sizes(sample: Sample) -> Tensor:  # (m,), float64
 
 
 def participation(gram: Tensor) -> float:  # (M, M)
-    """(sum of the eigenvalues)^2 over the sum of their squares, in [1, M]; nan for zero.
+    """(sum of eigenvalues)^2 over sum of squares, in [1, M]; nan for 0.
 
     Example:
         >>> participation(torch.diag(torch.tensor([1.0, 1.0, 0.0])))

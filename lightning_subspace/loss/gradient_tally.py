@@ -84,9 +84,9 @@ class GradientTally:
         self._rows[self._groups[position]].add_(self._kept(gradient), alpha=self._sizes[position])
 
     def gathered(self, ranks: Ranks) -> Tallied | None:
-        """The tally of all ranks; None where a gradient is missing. A collective.
+        """The tally of all ranks, by one sum. A collective.
 
-        One sum over ranks.
+        None where a gradient is missing.
         """
         count = len(self._positions)
         own = torch.zeros(2, count, dtype=torch.float64, device=self._images.device)

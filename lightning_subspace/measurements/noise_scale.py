@@ -79,7 +79,7 @@ class NoiseScale(Measurement):
         return 0.0 if is_paid else GRADIENT * (1.0 + len(sample.extra) / len(sample.hessian))
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
-        """One sum over ranks, and at some probes a pass over the gradient sample."""
+        """Two sums over ranks; at some probes a pass over the sample."""
         sample, sizes = probe.sample, example_sizes(probe.sample)
         if len(sizes) < 2 or any(batch.draw for batch in (*sample.hessian, *sample.extra)):
             return {}

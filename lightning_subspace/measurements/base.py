@@ -201,7 +201,8 @@ class Measurement:
     def figures(self) -> Iterable[tuple[str, int, Figure]]:
         """New figures for loggers: name, step, figure of each.
 
-        Those that the last call has not given. Called on the first rank alone, where figures of the run are drawn: after 1, 2, 4, 8, ... probes and at the end.
+        Those that the last call has not given. Called on the first rank alone, where figures of the run are drawn:
+        after 1, 2, 4, 8, ... probes and at the end.
         """
         return ()
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_subspace.linalg import Outcome as Outcome
     from lightning_subspace.linalg import eigsh as eigsh
     from lightning_subspace.loss.loss_function import LossError as LossError
+    from lightning_subspace.measurements.activation_spectrum import ActivationSpectrum as ActivationSpectrum
     from lightning_subspace.measurements.base import Measurement as Measurement
     from lightning_subspace.measurements.base import Needs as Needs
     from lightning_subspace.measurements.base import Probe as Probe
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from lightning_subspace.measurements.stability import Stability as Stability
     from lightning_subspace.measurements.step import Step as Step
     from lightning_subspace.measurements.step import StepCurvature as StepCurvature
+    from lightning_subspace.measurements.update_spectrum import UpdateSpectrum as UpdateSpectrum
     from lightning_subspace.parallel.ranks import PeerError as PeerError
     from lightning_subspace.probe.entries import CheckpointError as CheckpointError
     from lightning_subspace.probe.history import read_history as read_history
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ActivationSpectrum": "measurements.activation_spectrum",
     "BatchSharpness": "measurements.noise",
     "CheckError": "curvature.selection",
     "CheckpointError": "probe.entries",
@@ -93,6 +96,7 @@ _HOMES = {
     "SubspaceMonitor": "callbacks.monitor",
     "SubspaceProjection": "callbacks.projection",
     "Trace": "measurements.density",
+    "UpdateSpectrum": "measurements.update_spectrum",
     "eigsh": "linalg",
     "measure_subspace": "probe.measure",
     "read_history": "probe.history",

@@ -1,4 +1,4 @@
-"""Updates of the steps directly before a probe, for the measurements that ask for them."""
+"""Updates of the steps directly before a probe."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_subspace.callbacks.runner import ProbeRunner
 from lightning_subspace.measurements import Measurement
+from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.state.free_memory import free_memory
 
 # Of the time that so many steps have taken: a budget that a probe is beyond now may allow it by then.
@@ -17,7 +18,7 @@ MARGIN = 2.0
 
 
 class UpdateWatch:
-    """Shows measurements theta_{s+1} - theta_s for the steps s before a probe.
+    """Shows measurements the updates of the steps before a probe.
 
     Parameters are copied before such a step: on their own device, or on the CPU where that has no room for two copies.
     Nothing is communicated, and nothing raised: where a copy fails, the update is missing.
@@ -38,7 +39,7 @@ class UpdateWatch:
         self._before, self._step, self._pace, self._ended = None, step, (0, 0.0), time.monotonic()
 
     def look(self, module: nn.Module, *, is_scheduled: bool) -> None:
-        """Copy the parameters where the step to come is soon followed by a probe.
+        """Copy the parameters where a probe follows soon.
 
         Args:
             module: at the start of a batch.
@@ -65,7 +66,7 @@ class UpdateWatch:
             try:
                 update = self._theta(module, before.device).sub_(before)
                 for measurement in self._wanting:
-                    measurement.see_update(update)
+                    measurement.see_update(step, update, self._run.partition)
             except Exception as error:  # also of a user's measurement
                 self._tell(error)
 
@@ -88,10 +89,14 @@ class UpdateWatch:
             return False
         return self._runner.schedule.is_affordable(MARGIN * window * seconds)
 
+    @property
+    def _run(self) -> ProbeRun:
+        assert self._runner.run is not None, "a measurement has asked for it"
+        return self._runner.run
+
     def _theta(self, module: nn.Module, device: torch.device | None = None) -> Tensor:
         """This rank's part of the parameters."""
-        run = self._runner.run
-        assert run is not None, "a measurement has asked for it"
+        run = self._run
         parameters = run.space.tensors(module)
         if device is None:
             device = parameters[0].device

@@ -151,7 +151,7 @@ def check_differences(operator: ShardedDifferenceHessian, seed: int = 0) -> Self
 
 
 def check_gradient(operator: ShardedDifferenceHessian, gradient: Tensor | None = None) -> SelfCheck:
-    """Whether FSDP2's gradients are those of the mean loss, by the loss along them.
+    """Whether FSDP2's gradients are those of the mean loss.
 
     Costs two gradients of the sample.
 

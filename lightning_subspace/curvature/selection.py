@@ -246,7 +246,7 @@ class CurvatureConfig:
         return result
 
     def _check_on_shards(self, module: nn.Module, sample: Sample, partition: Partition) -> SelfCheck:
-        """The check of gradients and differences on shards, where there is nothing else."""
+        """The check of gradients and differences on shards."""
         with self.loss(module, partition.space, partition.ranks) as loss:
             operator = ShardedDifferenceHessian(loss, sample.hessian[: partition.ranks.count], partition=partition)
             return check_differences(operator, self.seed) if self.has_products else check_gradient(operator)

@@ -24,7 +24,8 @@ GROUPS = 32  # as many as give a standard error that is itself right to 13 %
 # Coordinates of a vector that are kept, in blocks of one cache line. A variance along a vector comes out too large by
 # about 1/16,384 of the whole variance, times how unevenly both are spread over coordinates.
 KEPT, BLOCK = 1 << 14, 16
-ROW = 1024  # entries whose squares are added in the precision of the vector, before the rest in float64
+ROW = 1024  # entries of a long vector whose squares are added in its own precision, before the rest in float64
+SHORT = 1 << 16  # entries that are copied to float64 in no time
 
 
 @dataclass(frozen=True)
@@ -63,37 +64,38 @@ class GradientTally:
     """
 
     def __init__(self, places: Sequence[object], sizes: Sequence[float], n: int, device: torch.device) -> None:
-        count = len(places)
+        count, num_groups = len(places), min(len(places), GROUPS)
         self._positions = {place: position for position, place in enumerate(places)}
         self._sizes = sizes
-        self._groups = torch.arange(count) * min(count, GROUPS) // count
-        blocks = -(-n // BLOCK)
-        self._stride = -(-blocks // (KEPT // BLOCK)) | 1  # odd, so that no column of a matrix is always met
+        self._groups = [position * num_groups // count for position in range(count)]
+        self._stride = -(-n // KEPT) | 1  # odd, so that no column of a matrix is always met
         self._num_kept = n if self._stride == 1 else len(range(0, n // BLOCK, self._stride)) * BLOCK
         self._n = n
-        self._squares, self._has_seen = torch.zeros(2, count, dtype=torch.float64, device=device)
-        self._images = torch.zeros(min(count, GROUPS), self._num_kept, dtype=torch.float64, device=device)
-        self._seen: set[int] = set()
+        self._images = torch.zeros(num_groups, self._num_kept, dtype=torch.float64, device=device)
+        self._rows = self._images.unbind()  # views
+        self._squares: dict[int, Tensor] = {}  # by position, on the device: reading them would wait for it
 
     def see(self, place: object, gradient: Tensor) -> None:  # (n,)
         """Take note of a gradient, the first time that its micro-batch comes."""
         position = self._positions.get(place)
-        if position is None or position in self._seen:  # one of several joined, or of a part of the sample
+        if position is None or position in self._squares:  # one of several joined, or of a part of the sample
             return
-        self._seen.add(position)
-        self._has_seen[position] = 1.0
         self._squares[position] = square_norm(gradient)
-        self._images[self._groups[position]].add_(self._kept(gradient).double(), alpha=self._sizes[position])
+        self._rows[self._groups[position]].add_(self._kept(gradient), alpha=self._sizes[position])
 
     def gathered(self, ranks: Ranks) -> Tallied | None:
         """The tally of all ranks, by one sum; None where a gradient is missing. A collective."""
-        packed = torch.cat([self._squares, self._has_seen, self._images.view(-1)])
-        found = ranks.all_reduce(packed).cpu()
-        count = len(self._squares)
+        count = len(self._positions)
+        own = torch.zeros(2, count, dtype=torch.float64, device=self._images.device)
+        if self._squares:
+            places = torch.tensor(list(self._squares), device=own.device)
+            own[0, places], own[1, places] = torch.stack(list(self._squares.values())), 1.0
+        found = ranks.all_reduce(torch.cat([own.view(-1), self._images.view(-1)])).cpu()
         squares, seen, images = torch.split(found, [count, count, len(found) - 2 * count])
         if not bool((seen == 1.0).all()):
             return None
-        return Tallied(squares, self._groups, images.view(self._images.shape), self._n / self._num_kept)
+        groups = torch.tensor(self._groups)
+        return Tallied(squares, groups, images.view(self._images.shape), self._n / self._num_kept)
 
     def _kept(self, gradient: Tensor) -> Tensor:
         if self._stride == 1:
@@ -105,9 +107,13 @@ def square_norm(vector: Tensor) -> Tensor:  # (n,) -> ()
     """|v|^2 in float64, in about the time of a sum in the vector's own precision.
 
     Example:
-        >>> square_norm(torch.ones(2050)).item()
-        2050.0
+        >>> square_norm(torch.ones(70_000)).item()
+        70000.0
     """
-    whole = len(vector) // ROW * ROW
-    rows = torch.linalg.vector_norm(vector[:whole].view(-1, ROW), dim=1)
-    return torch.dot(rows.double(), rows.double()) + vector[whole:].double().square().sum()
+    whole = len(vector) // ROW * ROW if len(vector) > SHORT else 0
+    tail = vector[whole:].double()
+    square = torch.dot(tail, tail)
+    if not whole:
+        return square
+    rows = torch.linalg.vector_norm(vector[:whole].view(-1, ROW), dim=1).double()
+    return torch.dot(rows, rows) + square

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_subspace._lightning import attached_trainer
 from lightning_subspace._torch import default_type_of_thread
 from lightning_subspace.loss.default_type import DefaultType
 from lightning_subspace.state.cudnn import without_cudnn, without_search
@@ -60,3 +61,12 @@ def widened(tensor: Tensor, narrowest: torch.dtype | None, *, copy: bool) -> Ten
     if narrowest is not None and (dtype.is_floating_point or dtype.is_complex) and dtype.itemsize > 1:
         dtype = torch.promote_types(dtype, narrowest)
     return tensor.to(dtype, copy=copy)
+
+
+def trained_in(module: nn.Module) -> torch.dtype:
+    """Narrowest type that a trainer's precision may compute a loss in."""
+    trainer = attached_trainer(module)
+    precision = "32-true" if trainer is None else str(trainer.precision_plugin.precision)
+    if "16" in precision or "transformer-engine" in precision:
+        return torch.bfloat16
+    return torch.float64 if "64" in precision else torch.float32

@@ -12,7 +12,7 @@ and FSDP2, whose shards are replaced by whole parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -39,6 +39,7 @@ from lightning_subspace.state.rng import RandomState, preserved_random_state, se
 from lightning_subspace.state.signals import give_up_again, give_up_if_signalled, waiting_signals
 
 Mode = Literal["train", "eval"]
+Around = Callable[[], AbstractContextManager[Any]]
 
 SEED_STRIDE = 1_000_003  # keeps the draws of neighbouring seeds apart
 
@@ -186,10 +187,13 @@ class TrainingLoss:
         self._displacement.clear()  # in place: other losses in this context displace the same copies
         self._displacement.update(zip(map(id, self.originals), pieces, strict=False))
 
-    def value_at(self, offset: Tensor | None, assignments: Iterable[tuple[MicroBatch, float]]) -> float:
+    def value_at(
+        self, offset: Tensor | None, assignments: Iterable[tuple[MicroBatch, float]], around: Around = nullcontext
+    ) -> float:
         """sum_b s_b L_b at theta + offset, one forward pass a micro-batch.
 
-        Over micro-batches b with shares s_b. A loss that is not finite passes; one of share 0 does not count.
+        Over micro-batches b with shares s_b. A loss that is not finite passes; one of share 0 does not count. Every
+        evaluation is inside of a context of its own from `around`.
 
         Raises:
             LossError: when a loss cannot be evaluated.
@@ -198,7 +202,7 @@ class TrainingLoss:
         self.displace(offset)
         try:
             for batch, share in assignments:
-                value = self._evaluate(batch, finite=False).value
+                value = self._evaluate(batch, finite=False, around=around).value
                 total += share * float(value.detach()) if share else 0.0
         finally:
             self.displace(None)
@@ -222,7 +226,7 @@ class TrainingLoss:
         """
         return self._evaluate(batch)
 
-    def _evaluate(self, batch: MicroBatch, *, finite: bool = True) -> Evaluation:
+    def _evaluate(self, batch: MicroBatch, *, finite: bool = True, around: Around = nullcontext) -> Evaluation:
         if self._shadow is None:
             raise RuntimeError("TrainingLoss is a context manager; use it inside `with TrainingLoss(...) as loss:`.")
         give_up_if_signalled()
@@ -230,13 +234,13 @@ class TrainingLoss:
         leaves = self.space.tensors(self.module)
         self.seed_generators(batch)
         data = self._copied(batch)
-        with self._around_step() as convert:
+        with self._around_step() as convert, around():
             output = self._step(self.module, convert(data), batch.index if batch.batch_idx is None else batch.batch_idx)
         for leaf in leaves:
             leaf.requires_grad_(True)  # if the step has frozen it, the graph does not lead to it: no gradient
         self._shadow.drop_written()
         if self._is_to_be_repeated(is_written=self._shadow.settle()):
-            return self._evaluate(batch, finite=finite)
+            return self._evaluate(batch, finite=finite, around=around)
         value = as_scalar(output, type(self.module).__name__, finite=finite)
         self._follow(value, leaves, batch)
         if not self._is_displaced:

@@ -1,6 +1,7 @@
 """Quantities that a probe computes and logs, each a small class."""
 
 from lightning_subspace._arguments import require_integer
+from lightning_subspace.measurements.activation_spectrum import ActivationSpectrum as ActivationSpectrum
 from lightning_subspace.measurements.base import Measurement as Measurement
 from lightning_subspace.measurements.base import Probe as Probe
 from lightning_subspace.measurements.critical_sharpness import CriticalSharpness as CriticalSharpness
@@ -29,6 +30,7 @@ from lightning_subspace.measurements.stability import SharpnessOverThreshold as 
 from lightning_subspace.measurements.stability import Stability as Stability
 from lightning_subspace.measurements.step import Step as Step
 from lightning_subspace.measurements.step import StepCurvature as StepCurvature
+from lightning_subspace.measurements.update_spectrum import UpdateSpectrum as UpdateSpectrum
 from lightning_subspace.subspace.loss_slices import LossSlices as LossSlices
 from lightning_subspace.subspace.spectral_density import SpectralDensity as SpectralDensity
 

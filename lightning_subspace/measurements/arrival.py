@@ -1,4 +1,4 @@
-"""Loss where an optimizer step has led, for numbers of the step that was taken."""
+"""Loss where an optimizer step has led."""
 
 from __future__ import annotations
 
@@ -45,5 +45,8 @@ class Arrival(Protocol):
         ...
 
     def curvature(self, update: Tensor) -> float:  # (n,)
-        """u.H u for u = update, with H at theta_t; nan without second derivatives: a graph and a product."""
+        """u.H u for u = update, with H at theta_t.
+
+        A graph and a product; nan where products are differences of gradients, or there are none.
+        """
         ...

@@ -152,7 +152,10 @@ class Probe:
 
     @cached_property
     def gradient_image(self) -> Tensor | None:
-        """H g / |g|, (n,): one product for all that ask for it; None where g = 0 or there are no products."""
+        """H g / |g|, (n,), by one product for all.
+
+        None where g = 0, or where the operator has no products.
+        """
         norm = self.norm(self.gradient)
         # Divided first: H g of a tiny gradient would vanish in float32.
         return self.operator.matvec(self.gradient / norm) if norm > 0.0 and self.operator.has_products else None
@@ -213,7 +216,9 @@ class Measurement:
         """
 
     def require_space(self, space: ParameterSpace) -> None:
-        """Refuse parameters that it cannot measure. Called before the first probe, and where they have changed.
+        """Refuse parameters that it cannot measure.
+
+        Called before the first probe, and where the parameters have changed. Not a collective.
 
         Raises:
             ValueError: naming the argument that does not fit them, and the way out.
@@ -227,11 +232,16 @@ class Measurement:
         """Expected number of Hessian products of `measure`, over the whole sample."""
         return 0.0
 
-    def see_update(self, update: Tensor) -> None:  # (n,)
-        """Take note of a step before a probe; may keep `update`, theta_{s+1} - theta_s.
+    def see_update(self, step: int, update: Tensor, partition: Partition) -> None:
+        """Take note of an optimizer step before a probe.
 
         No collective. Where training has only begun, or a probe comes sooner than expected, it is called for fewer
-        steps than `window`.
+        steps than `window`; where a probe that was expected is not taken, for more.
+
+        Args:
+            step: the number of steps behind it: that of the probe, for the last one.
+            update: (n,), theta_step less the parameters before; it may be kept.
+            partition: how its coordinates are dealt to ranks.
         """
 
     def after_step(
@@ -251,9 +261,9 @@ class Measurement:
         return {}
 
     def figures(self) -> Iterable[tuple[str, int, Figure]]:
-        """Figures that are new since the last call, for loggers that take them: name, step, figure.
+        """New figures for loggers: name, step, figure of each.
 
-        Called on the first rank alone, where figures of the run are drawn: after 1, 2, 4, 8, ... probes and at the end.
+        Those that the last call has not given. Called on the first rank alone, where figures of the run are drawn: after 1, 2, 4, 8, ... probes and at the end.
         """
         return ()
 

@@ -1,4 +1,4 @@
-"""Traces of the diagonal blocks of a matrix, from random vectors that a quadrature uses anyway."""
+"""Traces of diagonal blocks, from the random vectors of a quadrature."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lightning_subspace.subspace.subspace import Subspace, inner_products
 
 
 class BlockTraces:
-    """Watches the first product from each random vector u, and sums u_l.(Au)_l by group l.
+    """Sums of u_l.(Au)_l by group l, from watched products.
 
-    For u uniform on the unit sphere outside of k known eigenvectors, (n - k) E[u_l.(Au)_l] is the trace of the block of
-    A - sum_i lambda_i v_i v_i^T (Hutchinson 1990).
+    Watched is the first product from each random vector u. For u uniform on the unit sphere outside of k known
+    eigenvectors, (n - k) E[u_l.(Au)_l] is the trace of the block of A - sum_i lambda_i v_i v_i^T (Hutchinson 1990).
 
     Args:
         grouping: of the parameters.
@@ -31,7 +31,7 @@ class BlockTraces:
         self._seen: list[Tensor] = []  # of each vector: this rank's sums by group, (groups,)
 
     def drawing(self, random: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]:
-        """A source of random vectors; the next product is with the one drawn last."""
+        """A source of random vectors, watched; a product follows each."""
 
         def drawn(seed: int, number: int) -> Tensor:
             self._is_first = True
@@ -52,7 +52,10 @@ class BlockTraces:
         return product
 
     def metrics(self, known: Subspace | None) -> dict[str, float]:
-        """`trace/<group>` and `trace_error/<group>`; a collective. `known` are the pairs that were taken out."""
+        """`trace/<group>` and `trace_error/<group>`. A collective.
+
+        `known` are the pairs that were taken out.
+        """
         names, partition = self._grouping.names, self._partition
         traces = torch.zeros(len(names), dtype=torch.float64)
         errors = torch.zeros_like(traces)

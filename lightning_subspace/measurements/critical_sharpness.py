@@ -103,7 +103,7 @@ class CriticalSharpness(Measurement):
     def _found(
         self, probe: Probe, change: Callable[[float], float], slope: float, first: float, rate: float, rounding: float
     ) -> dict[str, float]:
-        """Search along the step, from the multiple of the last probe or the first one."""
+        """Search along a step, from the last multiple found."""
         start = first
         if self._last is not None:  # a probe that is taken again behind a checkpoint starts where it did
             start = self._last[1] if self._last[0] == probe.step else self._last[2]

@@ -1,4 +1,4 @@
-"""Grouping of parameters, by tensor, module, type of module, or patterns of names."""
+"""Grouping of parameters: by tensor, module, its type, or patterns."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Grouping:
 
     @classmethod
     def coarse(cls, space: ParameterSpace, most: int) -> Grouping:
-        """By module, as deep in the tree as there are at most so many groups.
+        """By module, as deep as there are few enough groups.
 
         Neighbours among numbered modules are joined where that is enough: "h.0-1". Where even the outermost modules are
         more, the smaller ones are one. Names are as short as tells them apart.
@@ -88,7 +88,7 @@ class Grouping:
         return [size / self.space.n for size in self.sizes]
 
     def at_most(self, most: int) -> Grouping:
-        """The same with no more groups than this: the smaller ones are one, `other`."""
+        """The same with no more groups: the smaller ones are `other`."""
         if len(self.names) <= most:
             return self
         largest = sorted(range(len(self.names)), key=lambda group: -self.sizes[group])[: most - 1]
@@ -100,7 +100,7 @@ class Grouping:
         return {name for name, own in zip(self.space.names, self.of, strict=True) if own == group}
 
     def sums(self, partition: Partition, values: Callable[[slice], Tensor]) -> Tensor:  # (groups, q) float64
-        """Sums over the coordinates of each group, of all ranks: one all-reduce for all of them.
+        """Sums over the coordinates of each group, by one all-reduce.
 
         Args:
             partition: of the coordinates over ranks.
@@ -141,7 +141,7 @@ def checked_groups(groups: Any) -> Groups:
         return groups  # type: ignore[return-value]  # it is one of them
     if not isinstance(groups, Mapping) or not groups or not all(isinstance(name, str) and name for name in groups):
         raise wrong("groups", expected, groups, 'as {"attention": "*.attn.*"}')
-    return {name: checked_patterns(f"groups[{name!r}]", given) for name, given in groups.items()}
+    return {name: checked_patterns("groups", given) for name, given in groups.items()}
 
 
 def checked_patterns(name: str, patterns: Any) -> tuple[str, ...]:
@@ -157,7 +157,7 @@ def checked_patterns(name: str, patterns: Any) -> tuple[str, ...]:
 
 
 def _by_patterns(space: ParameterSpace, groups: Patterns) -> list[str]:
-    """The group of each parameter: the first with a pattern that matches one of its names."""
+    """The group of each parameter: the first that fits a name."""
     aliases = space.aliases or tuple((name,) for name in space.names)
     for patterns in groups.values():
         for pattern in patterns:
@@ -210,7 +210,7 @@ def _joined(paths: Sequence[tuple[str, ...]], count: int) -> list[tuple[str, ...
 
 
 def _short_names(paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """The end of each path that no other one has, and that is more than a number.
+    """The end of each path that no other has: no lone number.
 
     Example:
         >>> sorted(_short_names([("gpt", "head"), ("gpt", "h", "0"), ("gpt", "h", "1")]).values())

@@ -23,7 +23,7 @@ IN_TABLE = ("participation", "gradient", "block_sharpness")
 
 
 class LayerMap(Measurement):
-    """The table `layers` of a record: shares of top space, gradient and update by module.
+    """Table `layers` of a record: shares of top space, gradient, update.
 
     For figures, in TensorBoard's tab and in loggers that take pictures; scalars are those of `Layers`. The groups are
     modules, as deep in the tree as there are at most 16. A row has a number for each of them:
@@ -52,7 +52,7 @@ class LayerMap(Measurement):
         return {NAME: Table.of(coarse.names, {"update": _shares(probe, coarse, update)})}
 
     def _groupings(self, space: ParameterSpace) -> tuple[Grouping, Grouping]:
-        """That of scalars and that of the table, made where the parameters are others."""
+        """That of scalars and that of the table."""
         if self._held is None or self._held[0].space != space:
             self._held = self._made(space)
         return self._held
@@ -63,12 +63,12 @@ class LayerMap(Measurement):
 
 
 class Layers(LayerMap):
-    """`layers/...`: where the top space, the gradient and the update are, by group of parameters.
+    """`layers/...`: top space, gradient, update and curvature by group of parameters.
 
     For each group l of coordinates, each parameter tensor by default, with the eigenpairs lambda_i, v_i of the probe:
 
     - `layers/participation/<l>` in [0, 1]: the mean of |v_il|^2 over i; `layers/participation_weighted/<l>`: weighted
-      by |lambda_i| (Sharpness by module type: arXiv 2502.19002). Both sum to 1 over l, as do these:
+      by |lambda_i|. Both sum to 1 over l, as do these (Wang et al. 2025, arXiv 2502.19002, compare types of modules):
     - `layers/gradient/<l>`, `layers/update/<l>`: |g_l|^2 / |g|^2, and the same of the step that was taken.
     - `layers/gradient_curvature/<l>`: g_l.(Hg)_l / |g|^2 in units of an eigenvalue; it sums to `gradient_curvature`.
     - `layers/block_sharpness/<l>`: the largest eigenvalue of the k x k matrix D V_l V_l^T D with D_ii = sqrt(lambda_i),
@@ -78,7 +78,8 @@ class Layers(LayerMap):
       lambda_{k+1}, as most are before training, and for another end of the spectrum than "LA".
     - `layers/block_sharpness_exact/<l>` for `exact` groups: the largest eigenvalue of the block by Lanczos on
       v -> (H v_l)_l, or 0 where that is negative.
-    - `layers/inverse_participation`: the mean of n sum_j v_ij^4 over i; 3 for a random vector, n for one coordinate.
+    - `layers/inverse_participation`: the mean of n sum_j v_ij^4 over i; 3 for a random vector, n for one coordinate
+      (arXiv 2606.30226). Loggers get it with `log="all"`.
 
     Compare a share with n_l / n, that of a random direction, and over time rather than between architectures: scales
     that a norm layer takes out of the loss move it. A tied parameter counts once, in the group of its first name. A
@@ -156,7 +157,10 @@ class Layers(LayerMap):
 
 
 def _at_point(probe: Probe, grouping: Grouping, image: Tensor | None = None) -> dict[str, list[float]]:
-    """Rows of what is known at theta_t, a number a group; one all-reduce. `image` is H g / |g|."""
+    """Rows of what is known at theta_t, by one all-reduce.
+
+    `image` is H g / |g|.
+    """
     space = probe.subspace
     basis = space.basis if space is not None and space.trusted else probe.gradient.new_zeros(0, len(probe.gradient))
 
@@ -185,7 +189,10 @@ def _at_point(probe: Probe, grouping: Grouping, image: Tensor | None = None) -> 
 
 
 def _block_sharpness(space: Subspace, gram: Tensor) -> Tensor:  # (groups, k, k) to (groups,)
-    """Largest eigenvalues of blocks of sum_i lambda_i v_i v_i^T; nan where the rest may be more."""
+    """Largest eigenvalues of blocks of sum_i lambda_i v_i v_i^T.
+
+    nan where what is behind the pairs may be more.
+    """
     root = space.eigenvalues.clamp(min=0.0).sqrt()
     found = torch.linalg.eigvalsh(root[:, None] * gram * root)[:, -1]
     rest = space.largest_next if math.isnan(space.next_eigenvalue) else space.next_eigenvalue
@@ -193,7 +200,7 @@ def _block_sharpness(space: Subspace, gram: Tensor) -> Tensor:  # (groups, k, k)
 
 
 def _exact_block(probe: Probe, members: set[str]) -> float:
-    """Largest eigenvalue of the block of some parameters, or 0 where that is negative."""
+    """Largest eigenvalue of a block of H, or 0 where negative."""
     places = [slice(place.start, place.stop) for name, _, place in probe.partition.locate() if name in members]
 
     def inside(v: Tensor) -> Tensor:

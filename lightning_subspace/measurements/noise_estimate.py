@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_subspace.data.sample import Sample
 
 STANDARD_ERRORS = 2.0  # on each side; covers B_simple in 89 to 100 % of samples (digits, 16 to 112 micro-batches)
+ROUNDING = 1e-6  # of squares inside a space of float32 vectors, relative to the whole
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,10 @@ class Deviations:
     square: float
 
     def __sub__(self, other: Deviations) -> Deviations:
-        """Those outside of a subspace, from the whole and those inside."""
+        """Those outside of a subspace, from the whole and those inside; 0 for rounding."""
+        if float((self.squares - other.squares).sum()) <= ROUNDING * float(self.squares.sum()):
+            zero = torch.zeros_like(self.squares)
+            return Deviations(self.counts, self.sizes, zero, zero, zero, 0.0)
         differences = (getattr(self, name) - getattr(other, name) for name in ("squares", "along", "own", "square"))
         return Deviations(self.counts, self.sizes, *differences)
 
@@ -89,7 +93,7 @@ class NoiseEstimate:
             population,
         )
         if not (square > 0.0 and bool((squares > 0.0).all())):
-            return cls(float(variance), float(square), nan, size, nan)
+            return cls(float(variance), float(square), nan, size if variance > 0.0 else nan, nan)
         scale = max(float(variance / square), 0.0)
         if not (variance > 0.0 and bool((variances > 0.0).all())):  # equal micro-batches, to rounding
             return cls(float(variance), float(square), scale, nan, nan)

@@ -1,4 +1,4 @@
-"""The step that was taken: what it gained, how it was bent, how close to unstable it was.
+"""Gain, curvature and stability of the step that was taken.
 
 For u = theta_{t+1} - theta_t, of any optimizer, with g and L of the probe's samples and not of the batch of the step.
 By values of the loss alone:
@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_subspace._arguments import require_flag
 from lightning_subspace.measurements.arrival import Arrival
 from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
+from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.subspace.record import Record
 
 CHECKED_EVERY = 5  # probes, where the loss is known to be the same before and after a step
@@ -74,20 +75,21 @@ class Step(Measurement):
 
     def __init__(self, pool: int = 20) -> None:
         self.pool = positive("pool", pool)
-        self._before: Tensor | None = None  # the last update before the probe, on the CPU
+        self._before: tuple[int, Tensor] | None = None  # the last update before a probe, on the CPU
         self._is_same = False  # whether the loss was the same one before and after a step, when last looked at
 
     def expected_products(self, prospect: Prospect) -> float:
         """A forward pass, about a quarter of a product."""
         return 0.25
 
-    def see_update(self, update: Tensor) -> None:
+    def see_update(self, step: int, update: Tensor, partition: Partition) -> None:
         """Keep the update."""
-        self._before = update.cpu()
+        self._before = step, update.cpu()
 
     def after_step(self, probe: Probe, gradient: Tensor | None, update: Tensor) -> Mapping[str, float]:
         """One forward pass, and at some probes that of a micro-batch."""
-        before, self._before = self._before, None
+        before = self._before[1] if self._before is not None and self._before[0] == probe.step else None
+        self._before = None
         arrival, slope = _known(probe)
         norm, start = probe.norm(update), probe.norm(arrival.theta)
         found = {"step/gain": -probe.dot(probe.gradient, update), "step/norm": norm}
@@ -201,7 +203,7 @@ def pooled(records: Sequence[Record]) -> dict[str, float]:
 
 
 def _known(probe: Probe) -> tuple[Arrival, Tensor]:
-    """The loss where the step has led, and the gradient of the Hessian's sample."""
+    """The loss after the step, and the gradient before it."""
     assert probe.arrival is not None, "it is there in `after_step`"
     assert probe.sample_gradient is not None, "every probe has it"
     return probe.arrival, probe.sample_gradient

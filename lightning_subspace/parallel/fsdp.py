@@ -41,7 +41,7 @@ def fsdp_modules(module: nn.Module) -> list[Any]:
 
 
 def type_name(module: nn.Module) -> str:
-    """The class of a module in words, without what `fully_shard` makes of it.
+    """Name of the class of a module, before `fully_shard`.
 
     Example:
         >>> type_name(nn.Linear(1, 1))

@@ -1,4 +1,4 @@
-"""Loss of a probe's sample where the step from it has led.
+"""Loss of a probe's sample where the step has led.
 
 The module is at theta_{t+1} by then, so theta_t is the displacement by -u. Each call opens the loss of the probe anew,
 with the module's state as it is now.
@@ -15,10 +15,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace._lightning import attached_trainer
 from lightning_subspace.curvature import CurvatureConfig, Operator
 from lightning_subspace.curvature.hessian import RetainedGraphs
 from lightning_subspace.data.sample import Sample
+from lightning_subspace.loss.precision import trained_in
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.measurements import Probe
 from lightning_subspace.probe.screening import Screening
@@ -91,17 +91,16 @@ class LossAfterStep:
         return self._evaluated(bend)
 
     def _rounding(self, value: float) -> float:
-        eps = torch.finfo(self._dtype).eps
-        if self._choice.dtype == "native" and (trainer := attached_trainer(self._module)) is not None:
-            narrow = "16" in str(trainer.precision_plugin.precision)
-            eps = max(eps, torch.finfo(torch.bfloat16 if narrow else torch.float32).eps)
+        # Without a type of its own the loss is computed in that of training.
+        dtype = trained_in(self._module) if self._choice.dtype == "native" else self._dtype
+        eps = torch.finfo(dtype).eps
         return ROUNDING * eps * abs(value)
 
     def _mean(self, loss: TrainingLoss, sample: Sample) -> Operator:
         return self._choice.mean(loss, sample, self._partition)
 
     def _evaluated(self, block: Callable[[TrainingLoss, Sample], T]) -> T:
-        """Run a block in the open loss, again where it was found to write to something."""
+        """Run a block in the open loss; see `Screening.run`."""
         space, ranks = self._partition.space, self._partition.ranks
 
         def loss() -> TrainingLoss:

@@ -1,4 +1,6 @@
-"""Space that a user gives: rows of a function, or gradients of batches.
+"""Space that a user gives, by a function or by batches.
+
+A function returns rows that span it; of each batch it is the gradient of the loss.
 
 Gradients of a retain set, or of earlier tasks, span what a step must not change to first order: with g_A the gradient
 of their mean loss and u' orthogonal to all of them, g_A . u' = 0. Orthogonal gradient descent (Farajtabar, Azizan, Mott

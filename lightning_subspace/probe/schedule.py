@@ -135,14 +135,14 @@ class Schedule:
         return True
 
     def steps_to_next(self) -> int | None:
-        """Steps from the one last asked about to the next candidate; None: none is left."""
+        """Steps to the next candidate, from the last one asked about."""
         if isinstance(self.every_n_steps, int):
             return self.every_n_steps - self._last_step % self.every_n_steps
         place = bisect.bisect(self._listed, self._last_step)
         return None if place == len(self._listed) else self._listed[place] - self._last_step
 
     def is_affordable(self, ahead: float = 0.0) -> bool:
-        """Whether one more probe stays within the budget, now or some seconds later."""
+        """Whether one more probe, some seconds ahead, stays within the budget."""
         if self.max_overhead is None or self._num_probes == 0:
             return True
         elapsed = self._elapsed + ahead - self._first

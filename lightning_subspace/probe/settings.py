@@ -131,7 +131,7 @@ class ProbeSettings:
 
     @cached_property
     def taken(self) -> tuple[Measurement, ...]:
-        """All measurements: the default ones, and the user's own, also in place of a default one of their class."""
+        """All measurements; the user's replace default ones of their class."""
         own = tuple(self.measurements or ())
         defaults = default_measurements(self.k) if self.defaults else []
         return (*(default for default in defaults if not any(type(one) is type(default) for one in own)), *own)

@@ -1,4 +1,4 @@
-"""Tables of records in a checkpoint: one flat tensor a name, however many there are."""
+"""Tables of records in a checkpoint: one flat tensor a name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ Layout = tuple[tuple[str, ...], tuple[str, ...]]  # names of groups and of rows
 
 
 def encode_tables(records: Sequence[Record]) -> dict[str, Any]:
-    """The tables of records, by name; names of groups and rows once for each combination.
+    """The tables of records, by name.
+
+    Names of groups and rows are there once.
 
     Example:
         >>> records = [Record(3, {}, tables={"layers": Table.of(["body", "head"], {"null": [0.25, 0.75]})})]

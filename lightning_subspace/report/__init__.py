@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_subspace.report.figures import overlap_figure as overlap_figure
     from lightning_subspace.report.figures import spectrum_figure as spectrum_figure
     from lightning_subspace.report.figures import summary_figure as summary_figure
+    from lightning_subspace.report.layer_figure import layers_figure as layers_figure
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from lightning_subspace.report import figures
 
         return getattr(figures, name)
+    if name == "layers_figure":
+        from lightning_subspace.report.layer_figure import layers_figure
+
+        return layers_figure
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

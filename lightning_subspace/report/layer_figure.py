@@ -1,4 +1,4 @@
-"""Figure of the layers: where the top space, the gradient and the update are."""
+"""Figure of shares by layer: top space, gradient, update."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lightning_subspace._arguments import require_instances
 from lightning_subspace.report import panel
 from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.table import Table
@@ -22,12 +23,16 @@ MAX_COLUMNS = 200  # of the map: more would be narrower than its pixels
 READABLE_STEPS = 8
 
 
-def layer_figure(records: Sequence[Record]) -> Figure:
-    """The share of each group in the top space over the steps, and all shares of the last probe.
+def layers_figure(records: Sequence[Record]) -> Figure:
+    """Shares of the top space over the steps, and the last shares.
 
     Args:
         records: the history; those with other groups than the last one are left out.
+
+    Raises:
+        ValueError: for anything but records.
     """
+    records = require_instances("records", records, Record, "a list of instances of lightning_subspace.Record")
     tables = {record.step: record.tables[TABLE] for record in records if TABLE in record.tables}
     figure = Figure(figsize=(12.0, 4.6), dpi=panel.DPI, layout="constrained")
     over_steps, last = figure.subplots(1, 2)
@@ -51,10 +56,10 @@ def _draw_map(axes: Axes, groups: Sequence[str], tables: dict[int, Table]) -> No
     every = -(-len(columns) // MAX_COLUMNS)
     steps = list(columns)[::-every][::-1]  # the last one among them
     image = axes.imshow(
-        np.array([columns[step] for step in steps]).T, vmin=0.0, vmax=1.0, cmap="viridis", interpolation="nearest",
+        np.array([columns[step] for step in steps]).T, vmin=0.0, cmap="viridis", interpolation="nearest",
         aspect="auto",
     )  # fmt: skip
-    panel.colour_bar(axes, image, "mean of |v_l|² over the eigenvectors")
+    panel.colour_bar(axes, image, "share")
     shown = range(0, len(steps), -(-len(steps) // READABLE_STEPS))
     axes.set_xticks(shown, [str(steps[place]) for place in shown])
     axes.set_yticks(range(len(groups)), groups)

@@ -73,18 +73,18 @@ class Publisher:
                 return
             self._drawn, step = last, last.step
             from lightning_subspace.report.figures import overlap_figure, spectrum_figure  # matplotlib takes a while
-            from lightning_subspace.report.layer_figure import layer_figure
+            from lightning_subspace.report.layer_figure import layers_figure
 
             self._reporter.figure(trainer.loggers, f"{self._name}/spectrum", spectrum_figure([last]), step)
             if any("layers" in record.tables for record in history):
-                self._reporter.figure(trainer.loggers, f"{self._name}/layers", layer_figure(history), step)
+                self._reporter.figure(trainer.loggers, f"{self._name}/layers", layers_figure(history), step)
             steps, matrix = overlaps.matrix()
             if len(steps) > 1:
                 figure = overlap_figure(steps, matrix, overlaps.error)
                 self._reporter.figure(trainer.loggers, f"{self._name}/overlaps", figure, step)
 
     def draw_new(self, trainer: Trainer, figures: Iterable[tuple[str, int, Figure]]) -> None:
-        """Log figures of measurements: name, step, figure; made where a logger takes them."""
+        """Log figures of measurements, made where a logger takes them."""
         with self._guard.of("the figures of a measurement could not be drawn"):
             if trainer.is_global_zero and self._reporter.takes_figures(trainer.loggers):
                 for name, step, figure in figures:

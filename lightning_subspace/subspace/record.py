@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from lightning_subspace._arguments import require_instance, require_instances, require_integer
+from lightning_subspace._arguments import require_instance, require_instances, require_integer, wrong
 from lightning_subspace.subspace.sketch import Sketch
 from lightning_subspace.subspace.subspace import Subspace
 from lightning_subspace.subspace.table import Table
@@ -41,7 +41,8 @@ class Record:
         require_instance("metrics", self.metrics, Mapping, "a mapping from keys to numbers")
         require_instance("subspace", self.subspace, Subspace, "a Subspace or None", optional=True)
         require_instance("sketch", self.sketch, Sketch, "a Sketch or None", optional=True)
-        require_instance("tables", self.tables, Mapping, "a mapping from names to tables")
+        if not isinstance(self.tables, Mapping) or not all(isinstance(value, Table) for value in self.tables.values()):
+            raise wrong("tables", "a mapping from names to tables", self.tables)
 
     def with_found(self, found: Mapping[str, float | Table]) -> Record:
         """The record with more numbers and tables.

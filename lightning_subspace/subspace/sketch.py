@@ -122,6 +122,17 @@ def count_sketch(vectors: Tensor, partition: Partition, cells: int = CELLS) -> T
     Raises:
         ValueError: when `cells` is not a multiple of 4 in [4, 131072].
     """
+    return partition.ranks.all_reduce(local_cells(vectors, partition, cells)) / math.sqrt(TABLES)
+
+
+def local_cells(vectors: Tensor, partition: Partition, cells: int = CELLS) -> Tensor:  # (k, n) -> (k, cells)
+    """Signed sums of this rank's coordinates in cells; as `count_sketch`.
+
+    Their sum over ranks, over sqrt(4), is the sketch.
+
+    Raises:
+        ValueError: when `cells` is not a multiple of 4 in [4, 131072].
+    """
     _require_cells(cells)
     image = torch.zeros(len(vectors), cells, dtype=vectors.dtype, device=vectors.device)
     tables = torch.split(image, cells // TABLES, dim=1)
@@ -134,7 +145,7 @@ def count_sketch(vectors: Tensor, partition: Partition, cells: int = CELLS) -> T
                 bits = word >> 16 * t  # 15 for the cell, then one for the sign
                 sign = ((bits >> 15) & 1).to(block.dtype).mul_(2).sub_(1)
                 table.index_add_(1, (bits & 0x7FFF).remainder(cells // TABLES), block * sign)
-    return partition.ranks.all_reduce(image) / math.sqrt(TABLES)
+    return image
 
 
 def _require_cells(cells: int) -> None:

@@ -61,17 +61,17 @@ class Table:
         return dict(zip(self.names, self.values, strict=True))
 
     def with_rows_of(self, other: Table) -> Table:
-        """This table and the rows of another one, if its groups are the same."""
+        """This table with more rows, if the groups are the same."""
         return Table.of(self.groups, {**self.rows, **other.rows}) if other.groups == self.groups else self
 
     def sharing_names(self, other: Table | None) -> Table:
-        """This table with the names of another one where they are equal, so that a run holds them once."""
+        """This table with the equal names of another: held once."""
         if other is None or (other.groups, other.names) != (self.groups, self.names):
             return self
         return Table(other.groups, other.names, self.values)
 
     def plain(self) -> dict[str, list[Any]]:
-        """As lists, of numbers with three digits, and None where one is not known.
+        """As lists of numbers of three digits, None for unknown ones.
 
         Example:
             >>> Table.of(["body", "head"], {"update": [0.12345, float("nan")]}).plain()

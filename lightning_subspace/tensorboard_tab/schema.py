@@ -15,7 +15,6 @@ from typing import Any
 
 PLUGIN = "lightning_subspace"  # in the metadata of each tensor, and in the addresses of the server
 SCHEMA = 1
-DIGITS, DIGITS_OF = 6, {"layers": 3}  # of its numbers, and of those of keys that hold many and are drawn as bars
 
 
 def tag_of(name: str) -> str:
@@ -37,8 +36,7 @@ def to_json(probe: Mapping[str, Any]) -> str:
         >>> to_json({"step": 3, "metrics": {"sharpness": 2.0000001, "lost": float("nan")}, "values": [1.0, math.inf]})
         '{"v":1,"step":3,"metrics":{"sharpness":2},"values":[1,null]}'
     """
-    short = {key: _short(item, DIGITS_OF.get(key, DIGITS)) for key, item in probe.items() if not _is_lost(item)}
-    return json.dumps({"v": SCHEMA, **short}, separators=(",", ":"), allow_nan=False)
+    return json.dumps({"v": SCHEMA, **_short(probe)}, separators=(",", ":"), allow_nan=False)
 
 
 def from_json(text: str | bytes) -> Any:
@@ -58,14 +56,14 @@ def _refuse(word: str) -> None:
     raise ValueError(f"the number {word}")
 
 
-def _short(value: Any, digits: int) -> Any:
-    """A value with finite numbers of so many digits."""
+def _short(value: Any) -> Any:
+    """A value with finite numbers of six digits."""
     if isinstance(value, Mapping):
-        return {key: _short(item, digits) for key, item in value.items() if not _is_lost(item)}
+        return {key: _short(item) for key, item in value.items() if not _is_lost(item)}
     if isinstance(value, list | tuple):
-        return [None if _is_lost(item) else _short(item, digits) for item in value]
+        return [None if _is_lost(item) else _short(item) for item in value]
     if isinstance(value, float):
-        rounded = float(f"{value:.{digits}g}")
+        rounded = float(f"{value:.6g}")
         return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
     return value
 

@@ -208,7 +208,8 @@ def pictures(folder):
 def test_figures_at_probes_1_2_4_8_and_at_the_end(tmp_path):
     fit(probing(1), logger=CSVLogger(tmp_path), max_steps=10)
     spectra = [f"subspace_spectrum_{step:06d}" for step in (0, 1, 3, 7, 10)]
-    assert pictures(tmp_path) == [*(f"subspace_overlaps_{step:06d}" for step in (1, 3, 7, 10)), *spectra]
+    layers = [name.replace("spectrum", "layers") for name in spectra]
+    assert pictures(tmp_path) == [*layers, *(f"subspace_overlaps_{step:06d}" for step in (1, 3, 7, 10)), *spectra]
 
 
 def test_tensorboard_gets_an_entry_a_probe_and_no_pictures(tmp_path):

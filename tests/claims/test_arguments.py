@@ -60,10 +60,32 @@ NAN, INF = math.nan, math.inf
 NOW = 1_764_130_000_000_000_000  # as `time.time_ns` gives
 
 # Names without a row, and why.
-MADE_HERE = {"EigshResult", "Estimate", "Probe", "Prospect", "Quadrature", "SpectralDensity", "Subspace"}  # only read
+MADE_HERE = {
+    "EigshResult",
+    "Estimate",
+    "LossSlices",
+    "Probe",
+    "Prospect",
+    "Quadrature",
+    "SpectralDensity",
+    "Subspace",
+}  # only read
 DRIVEN = {"Publisher", "ProgressLine", "Reporter"}  # called by the callbacks alone, and never raise
 # What the package calls, and users override or leave alone.
-CALLED = {"after_step", "expected_products", "is_due", "measure", "record_at", "refusal", "should_measure"}
+CALLED = {
+    "after_step",
+    "expected_products",
+    "figures",
+    "is_due",
+    "measure",
+    "prepare",
+    "record_at",
+    "refusal",
+    "require_space",
+    "see_update",
+    "should_measure",
+    "with_found",
+}
 UNCHECKED = {"kwargs", "ranks"}  # torchmetrics checks its own; a process group is made by the package
 HOOKS = {name for base in (pl.Callback, torchmetrics.Metric) for name in dir(base)} - {"update"}
 
@@ -165,6 +187,10 @@ VECTORS = [None, 3, "v", torch.ones(3), torch.ones(4, 1), torch.ones(4, dtype=to
 BASES = [None, 3, "V", ROWS[0], ROWS * 1j, ROWS.numpy(), ROWS.tolist()]
 RECORDS = [None, 3, "r", RECORD, [3], [None], {"a": RECORD}, [RECORD.metrics], Record, [Record], torch.ones(2)]
 
+PATTERNS_OF_GROUPS = [3, b"head", [3], [], (), "", [""], [None], [["head.*"]], NET.parameters, nn.Linear, {"head.*": 1}]
+GROUPS = [
+    3, True, "layers", "", ["*.weight"], {}, nn.Linear, {3: "*"}, {"": "*"}, {"a": 3}, {"a": []}, {"a": [3]},
+]  # fmt: skip
 MEASUREMENT = {"every": integers(1)}
 SETTINGS = {
     "sample": [None, 0, -1, True, "everything", "", *DATA],
@@ -329,6 +355,7 @@ TABLE = {
             "metrics": [None, 3, "m", [("a", 1.0)]],
             "subspace": [3, "s", ROWS, Subspace, RECORD],
             "sketch": [3, "s", ROWS, Sketch],
+            "tables": [None, 3, "t", [], {"layers": {"gradient": [1.0]}}],
         },
     ),
     "Subspace.of": Row(
@@ -356,7 +383,34 @@ TABLE = {
     "Density": Row(
         {}, {"steps": integers(1), "vectors": integers(1), "keep": integers(1), "seed": SEEDS, **MEASUREMENT}
     ),
-    "Trace": Row({}, {"vectors": integers(1), "seed": SEEDS, **MEASUREMENT}),
+    "Trace": Row({}, {"vectors": integers(1), "seed": SEEDS, "groups": GROUPS, **MEASUREMENT}),
+    "Layers": Row({}, {"groups": [None, *GROUPS], "exact": [None, *PATTERNS_OF_GROUPS], **MEASUREMENT}),
+    "Slices": Row(
+        {},
+        {
+            "at": [[], [-1], 3, "all", [1.5], [True]],
+            "directions": integers(1),
+            "share": [0.0, -1.0, NAN, INF, "1"],
+            "points": [2, 4, *integers(3)],
+            "plane": FLAGS,
+            "keep": integers(1),
+            **MEASUREMENT,
+        },
+    ),
+    "SpectralSharpness": Row(
+        {},
+        {
+            "params": ["*.weight", [1], 3],
+            "lr": [0.0, -1.0, NAN, INF, "1"],
+            "adjust_lr_fn": [word for word in WORDS if word is not None],
+            "max_products": [2, *integers(3)],
+            **MEASUREMENT,
+        },
+    ),
+    "Stability": Row({}, {"eigensolve": FLAGS, **MEASUREMENT}),
+    "Step": Row({}, {"pool": integers(1)}),
+    "StepCurvature": Row({}, {"hessian": FLAGS, **MEASUREMENT}),
+    "UpdateSpectrum": Row({}, {"window": [1, *integers(2)], "stride": integers(1), **MEASUREMENT}),
     "measurements.Reliability": Row({}, MEASUREMENT),
     "measurements.default_measurements": Row({"k": 2}, {"k": integers(0)}),
     "metrics.gradient_fraction": Row(
@@ -403,6 +457,7 @@ TABLE = {
         {"metrics": [None, 3, "m", [("a", 1.0)]], "log": WORDS, "extra": [None, 3, "gap_index"]},
     ),
     "report.spectrum_figure": Row({"records": [RECORD]}, {"records": RECORDS}),
+    "report.layers_figure": Row({"records": [RECORD]}, {"records": RECORDS}),
     "report.overlap_figure": Row(
         {"steps": [0, 10], "matrix": np.eye(2)},
         {
@@ -556,6 +611,7 @@ TAKEN = [
     ("StartWhenAligned", {"chi": np.float32(0.5), "decay": 0}),
     ("Density", {"steps": np.int64(3), "seed": NOW}),
     ("Trace", {"every": np.uint8(2), "seed": 2**63 - 1}),
+    ("Layers", {"groups": {"head": (name for name in ["*.weight"])}, "exact": "head", "every": np.uint8(2)}),
     ("CriticalSharpness", {"max_points": np.int64(2)}),
     ("Control", {"reference_step": np.int64(0)}),
     ("metrics.PrincipalAngles", {"num_angles": np.int64(2)}),

@@ -16,9 +16,11 @@ from lightning_subspace.measurements import (
     Density,
     GradientCurvature,
     GradientNoise,
+    Layers,
     LossChange,
     Measurement,
     Reliability,
+    SpectralSharpness,
     Stability,
     Trace,
 )
@@ -70,7 +72,8 @@ def expected_and_taken(measurement, monkeypatch, optimizer=sgd, number=0, k=K):
         probe, _ = take_probe(loss, sample, solver, [], optimizer=optimizer, number=number)
         products = Products(monkeypatch, sum(batch.weight for batch in sample.hessian))
         measurement.measure(probe)
-    return measurement.expected_products(Prospect(number, solver, sample, optimizer)), products.count
+    prospect = Prospect(number, solver, sample, optimizer, space=ParameterSpace.of(module))
+    return measurement.expected_products(prospect), products.count
 
 
 @pytest.mark.parametrize(
@@ -84,6 +87,8 @@ def expected_and_taken(measurement, monkeypatch, optimizer=sgd, number=0, k=K):
         GradientNoise(batches=100),
         LossChange(),
         Stability(),
+        Trace(vectors=4, groups="tensors"),
+        Stability(eigensolve=False),
     ],
     ids=lambda measurement: type(measurement).__name__,
 )
@@ -94,8 +99,8 @@ def test_products_that_are_known_beforehand(measurement, monkeypatch):
 
 @pytest.mark.parametrize(
     ("measurement", "optimizer"),
-    [(Control(), sgd), (Reliability(), sgd), (Stability(), adam)],
-    ids=["Control", "Reliability", "Stability"],
+    [(Control(), sgd), (Layers(exact=True), sgd), (Reliability(), sgd), (Stability(), adam), (SpectralSharpness(), sgd)],
+    ids=["Control", "Layers", "Reliability", "Stability", "SpectralSharpness"],
 )
 def test_eigensolves_are_guessed_within_a_factor(measurement, optimizer, monkeypatch):
     expected, taken = expected_and_taken(measurement, monkeypatch, optimizer)

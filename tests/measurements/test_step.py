@@ -278,7 +278,7 @@ class Seen(Step):
         super().__init__()
         self.count = 0
 
-    def see_update(self, update):
+    def see_update(self, step, update, partition):
         self.count += 1
 
 

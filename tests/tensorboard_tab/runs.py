@@ -39,10 +39,13 @@ def step_taken(step, scale=1.0):
 def noise(step, scale=1.0):
     """The noise scale is 100 + step, with error bars of a third and a half."""
     value = scale * (100.0 + step)
+    known = {"noise/variance": 5.0 * scale, "noise/gradient_square": 0.1}
     if step == TOO_SMALL:
-        return {"noise/scale_low": 123.0}
-    bars = {"noise/scale": value, "noise/scale_low": value / 1.5, "noise/scale_high": 1.5 * value}
-    return bars | {"noise/scale_bulk": 8 * value, "noise/scale_top": value / 3}
+        return known | {"noise/scale_low": 123.0}
+    if step % 500 == 0:  # outside and inside are looked for at some probes
+        known |= {"noise/variance_bulk": 4.0, "noise/variance_top": 1.0}
+        known |= {"noise/scale_bulk": 8 * value, "noise/scale_top": value / 3}
+    return known | {"noise/scale": value, "noise/scale_low": value / 1.5, "noise/scale_high": 1.5 * value}
 
 
 def layers(step):

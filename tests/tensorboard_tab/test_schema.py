@@ -53,14 +53,3 @@ def test_a_summary_holds_the_text_and_the_schema():
 def test_what_a_browser_does_not_read_is_refused(text):
     with pytest.raises(ValueError, match=r"the number|Expecting"):
         from_json(text)
-
-
-def test_layers_are_written_with_three_digits_and_the_other_numbers_with_six():
-    layers = {"groups": ["a", "b"], "participation": [0.123456789, 1 / 3], "block_sharpness": [12345.678, None]}
-    written = from_json(to_json({"step": 123_456, "layers": layers, "metrics": {"sharpness": 0.123456789}}))
-    assert written["layers"] == {
-        "groups": ["a", "b"],
-        "participation": [0.123, 0.333],
-        "block_sharpness": [12300, None],
-    }
-    assert (written["step"], written["metrics"]["sharpness"]) == (123_456, 0.123457)

@@ -20,6 +20,7 @@ from torch.utils.data import (
 
 from lightning_subspace.data.drawn import sample_of_dataset
 from tests.modules import BATCH, EXAMPLES, RandomDataset
+from tests.thorough import IS_THOROUGH
 from tests.works_with.numbered import ByList, Holding, Numbered, everything, indices, loader
 from tests.works_with.same_run import Classifier, compare
 
@@ -134,7 +135,7 @@ SAMPLERS = {
 @pytest.mark.parametrize("case", SAMPLERS)
 def test_the_sample_holds_what_training_draws_from(case, tmp_path):
     options, limits, expected = SAMPLERS[case]
-    monitor = {"sample": "all", "batch_size": BATCH}
+    monitor = {"k": 0, "sample": "all", "batch_size": BATCH}  # a sample is the same for every k
     data = (lambda: loader(ByList(), **options)) if case == "batching off" else (lambda: loader(**options))
     run = compare(tmp_path, Classifier, data, monitor=monitor, **limits)
     assert run.differing == []
@@ -227,7 +228,8 @@ print("probes", [record.step for record in monitor.history])
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+# The other two under `thorough` alone: of a spawned process Python runs the script again, if there is one.
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"] if IS_THOROUGH else ["spawn"])
 def test_a_script_without_workers_needs_no_main_guard(method, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(WITHOUT_A_GUARD.format(method=method))

@@ -38,7 +38,8 @@ def read_tensorboard(logger, folder):
 
 
 def read_csv(logger, folder):
-    assert sorted(os.listdir(os.path.join(logger.log_dir, "figures")))[0].startswith("subspace_overlaps")
+    drawn = {name.rpartition("_")[0] for name in os.listdir(os.path.join(logger.log_dir, "figures"))}
+    assert drawn == {"subspace_layers", "subspace_overlaps", "subspace_spectrum"}
     assert os.path.exists(os.path.join(logger.log_dir, "subspace_probes.json"))
     with open(os.path.join(logger.log_dir, "metrics.csv")) as file:
         return {int(row["step"]): float(row[KEY]) for row in csv.DictReader(file) if row.get(KEY)}

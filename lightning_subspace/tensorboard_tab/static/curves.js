@@ -16,6 +16,7 @@ import { showTip } from './tip.js';
  * @property {string} text
  * @property {string} [dash]
  * @property {string} [says] - what it is, and how it is read
+ * @property {string} [beside] - a number that is there wherever this one was looked for; at other probes it is not missing
  */
 
 /**
@@ -38,9 +39,18 @@ export function drawCurves(host, view, { name, curves, y, yLabel, levels = [], h
   const runs = view.shown;
   const frame = chart(host, { x: steps(view), y, xLabel: 'step', yLabel, height, below, left });
   for (const at of levels) level(frame, at, at ? { colour: 'var(--warn)' } : { colour: 'var(--soft)', dash: '1 0' });
-  for (const { metric, dash } of curves) {
+  for (const { metric, dash, beside } of curves) {
     const style = { dash, width: dash ? 1.4 : 1.8, opacity: dash ? 0.85 : 1 };
-    for (const run of runs) line(frame, run.steps, run.metric(metric), { colour: view.colour(run), ...style });
+    for (const run of runs) {
+      const probes = run.probes.filter(({ metrics }) => !metrics || !beside || beside in metrics || metric in metrics);
+      const values = probes.map(({ metrics }) => metrics?.[metric]);
+      line(
+        frame,
+        probes.map(({ step }) => step),
+        values,
+        { colour: view.colour(run), ...style },
+      );
+    }
   }
   const place = follow(frame, view, {
     name,

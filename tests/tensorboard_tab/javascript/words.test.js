@@ -41,8 +41,10 @@ test('what has not been looked for is said', () => {
 });
 
 test('a step is told by its change, and by what its gradient promised of that', () => {
-  const step = (/** @type {number} */ gain, /** @type {number} */ change) =>
-    said({ metrics: { 'step/gain': gain, 'step/change': change } });
+  const step = (/** @type {number} */ gain, /** @type {number} */ change) => {
+    const ratio = gain > 0 ? { 'step/edge_ratio': 1 + change / gain } : {};
+    return said({ metrics: { 'step/gain': gain, 'step/change': change, ...ratio } });
+  };
   assert.deepEqual(step(0.2, -0.1), [
     'The step from here lowered the loss by 0.1, 50 % of what its gradient promised.',
   ]);

@@ -48,9 +48,10 @@ export function layers(host) {
   /** @param {View} view */
   const draw = (view) => {
     place = () => {};
-    bars(view);
     const run = runOf(view);
-    if (run) place = map(right, view, run);
+    right.hidden = !run?.probes.some((probe) => probe.layers?.participation);
+    bars(view);
+    if (run && !right.hidden) place = map(right, view, run);
   };
   /** @param {View} view */
   const bars = (view) => {
@@ -182,8 +183,6 @@ function tellOf(of, g, dark) {
  */
 function map(host, view, run) {
   const probes = run.probes.filter((probe) => probe.layers?.participation);
-  host.replaceChildren();
-  if (!probes.length) return () => {};
   const groups = [...new Set(probes.toReversed().flatMap((probe) => probe.layers?.groups ?? []))];
   const at = probes.map(({ layers: of }) => new Map(of?.groups.map((group, g) => [group, of.participation?.[g]])));
   const own = probes.map((probe) => probe.step);

@@ -18,16 +18,26 @@ const CURVES = [
   {
     metric: SCALE,
     text: 'all directions',
+    beside: 'noise/variance',
     says: 'noise scale: so many examples, averaged, have as much noise as gradient; a larger batch helps up to about there',
   },
   {
     metric: 'noise/scale_bulk',
     text: 'outside of the top space',
+    beside: 'noise/variance_bulk',
     dash: '5 3',
     says: 'outside of the top space: steadier than the whole, since oscillations lie inside',
   },
-  { metric: 'noise/scale_top', text: 'inside', dash: '2 3', says: 'inside: of the gradient in the top space' },
+  {
+    metric: 'noise/scale_top',
+    text: 'inside',
+    beside: 'noise/variance_top',
+    dash: '2 3',
+    says: 'inside: of the gradient in the top space',
+  },
 ];
+
+const WHOLE = CURVES[0];
 
 /** @param {HTMLElement} host @returns {import('../card.js').Panel} */
 export function noise(host) {
@@ -38,7 +48,7 @@ export function noise(host) {
     name: 'noise',
     title: 'Noise of the gradient',
     view: () => shown,
-    lines: () => table(shown, [SCALE, LOW, HIGH, ...CURVES.slice(1).map(({ metric }) => metric)]),
+    lines: () => table(shown, keysOf(shown)),
   });
   /** @param {View} view */
   const draw = (view) => {
@@ -52,8 +62,8 @@ export function noise(host) {
     for (const { text, dash } of curves) key(note, text, { colour: 'currentColor', dash });
     if (runs.some((run) => run.metric(HIGH).some((value) => value !== null)))
       make('span', { class: 'key' }, note).append(boxSwatch('currentColor', 0.25), 'error');
-    const lacking = runs.filter((run) => run.probes.some((probe) => isWithheld(run, probe)));
-    const count = lacking.reduce((sum, run) => sum + run.probes.filter((probe) => isWithheld(run, probe)).length, 0);
+    const lacking = runs.filter((run) => run.probes.some((probe) => isWithheld(probe, WHOLE)));
+    const count = lacking.reduce((sum, run) => sum + run.probes.filter((probe) => isWithheld(probe, WHOLE)).length, 0);
     if (count) make('span', { class: 'warn' }, note, `${SIGNS.withheld} ${count} withheld`);
     const values = runs.flatMap((run) =>
       [...CURVES.map(({ metric }) => metric), LOW, HIGH].flatMap((m) => run.metric(m)),
@@ -63,9 +73,10 @@ export function noise(host) {
       curves,
       y: valueAxis(view, 'noise', values, true),
       yLabel: 'noise scale, in examples',
+      left: 68,
       height: 280 + 14 * lacking.length,
       below: 14 * lacking.length + (lacking.length ? 4 : 0),
-      value: (run, { metric }, step) => inWords(run.at(step), metric),
+      value: (run, curve, step) => inWords(run.at(step), curve),
     });
     place = drawn.place;
     for (const run of runs) band(drawn.frame, run.steps, run.metric(LOW), run.metric(HIGH), view.colour(run));
@@ -73,7 +84,7 @@ export function noise(host) {
       leftOut(drawn.frame, run, {
         row,
         colour: view.colour(run),
-        of: (probe) => (isWithheld(run, probe) ? 'withheld' : 'fine'),
+        of: (probe) => (isWithheld(probe, WHOLE) ? 'withheld' : 'fine'),
         says: (event, probe) => {
           if (!event) return hideTip();
           showTip(event, `${run.name} · step ${thousands(probe.step)} · withheld`, [
@@ -89,12 +100,18 @@ export function noise(host) {
 /** @param {Run} run */
 const isMeasured = (run) => run.keys().some((key) => key.startsWith('noise/scale'));
 
+/** @param {View} view */
+const keysOf = (view) =>
+  [...new Set(view.shown.flatMap((run) => run.keys()))].filter((name) => name.startsWith('noise/')).sort();
+
 /**
- * Whether a probe has measured the noise and gives no number.
- * @param {Run} run
- * @param {Probe} probe
+ * Whether a number was looked for, and the sample was too small for it.
+ * @param {Probe | undefined} probe
+ * @param {import('../curves.js').Curve} curve
  */
-const isWithheld = (run, probe) => isMeasured(run) && probe.metrics !== undefined && probe.metrics[SCALE] === undefined;
+const isWithheld = (probe, { metric, beside = '' }) =>
+  probe?.metrics?.[metric] === undefined &&
+  (probe?.metrics?.[beside] !== undefined || probe?.metrics?.[`${metric}_low`] !== undefined);
 
 /** @param {Run} run @param {Probe} probe */
 function why(run, probe) {
@@ -104,11 +121,11 @@ function why(run, probe) {
   return `the sample${size ? ` of ${thousands(size)} examples` : ''} is too small to tell the gradient from its noise${bound}`;
 }
 
-/** @param {Probe | undefined} probe @param {string} metric */
-function inWords(probe, metric) {
-  const value = probe?.metrics?.[metric];
-  if (value === undefined) return 'withheld';
-  const [low, high] = [probe?.metrics?.[LOW], probe?.metrics?.[HIGH]];
-  const hasBar = metric === SCALE && low !== undefined && high !== undefined;
-  return number(value) + (hasBar ? ` (${number(low)} to ${number(high)})` : '');
+/** @param {Probe | undefined} probe @param {import('../curves.js').Curve} curve */
+function inWords(probe, curve) {
+  const { metric } = curve;
+  const [low, high] = [probe?.metrics?.[`${metric}_low`], probe?.metrics?.[`${metric}_high`]];
+  if (isWithheld(probe, curve)) return `withheld${low === undefined ? '' : `, above ${number(low)}`}`;
+  const bar = low !== undefined && high !== undefined ? ` (${number(low)} to ${number(high)})` : '';
+  return number(probe?.metrics?.[metric]) + bar;
 }

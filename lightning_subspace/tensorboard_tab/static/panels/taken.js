@@ -29,12 +29,22 @@ const OTHERS = [
   {
     metric: 'step/edge_ratio',
     text: 'edge ratio',
-    says: 'edge ratio: 1 + change/gain; above 1 the step raised the loss. It is not defined where the gain is not positive',
+    says: 'edge ratio: 1 + change/gain, of one sample; above 1 the step raised the loss. With the full batch 1 is the edge of stability; it is not defined where the gain is not positive',
+  },
+  {
+    metric: 'step/edge_ratio_pooled',
+    text: 'edge ratio, pooled',
+    says: 'pooled: over the last probes; near 1 the loss oscillates as fast as it falls',
   },
   {
     metric: 'step/curvature',
     text: 'curvature',
     says: 'curvature: of the loss along the step, as far as it went; in units of the eigenvalues',
+  },
+  {
+    metric: 'step/uphill',
+    text: 'uphill',
+    says: 'uphill: the share of the last probes whose step had no gain',
   },
   { metric: 'step/norm', text: 'length', says: 'length: |u|, of the change of the parameters' },
   {
@@ -50,9 +60,15 @@ const OTHERS = [
 ];
 // Lines to compare a number with: the edge of stability; no curvature; steps at a right angle.
 /** @type {Record<string, number>} */
-const LEVELS = { 'step/edge_ratio': 1, 'step/curvature': 0, 'step/cosine_previous': 0 };
+const LEVELS = { 'step/edge_ratio': 1, 'step/edge_ratio_pooled': 1, 'step/curvature': 0, 'step/cosine_previous': 0 };
 /** @type {Record<string, number[]>} */
-const SHOWN = { 'step/edge_ratio': [0, 1], 'step/curvature': [0], 'step/cosine_previous': [-1, 1] };
+const SHOWN = {
+  'step/edge_ratio': [0, 1],
+  'step/edge_ratio_pooled': [0, 1],
+  'step/curvature': [0],
+  'step/uphill': [0, 1],
+  'step/cosine_previous': [-1, 1],
+};
 
 /** @param {HTMLElement} host @returns {import('../card.js').Panel} */
 export function taken(host) {
@@ -99,7 +115,7 @@ export function taken(host) {
         view.chosen[NAME] = metric;
       }),
     );
-    if (chosen === 'step/edge_ratio') key(note, 'edge', { colour: 'var(--warn)', dash: '8 3 2 3' });
+    if (LEVELS[chosen] === 1) key(note, 'edge', { colour: 'var(--warn)', dash: '8 3 2 3' });
     const curve = OTHERS.find(({ metric }) => metric === chosen) ?? { metric: chosen, text: nameOf(chosen) };
     const values = view.shown.flatMap((run) => run.metric(chosen));
     places.push(

@@ -63,10 +63,9 @@ export function sentences(probe, run) {
   if (share === undefined && values.gradient_hessian_cosine !== undefined) {
     found.push(`The cosine of g and Hg is ${number(values.gradient_hessian_cosine, 2)}.`);
   }
-  const [gain, change] = [values['step/gain'], values['step/change']];
+  const [ratio, change] = [values['step/edge_ratio'], values['step/change']];
   if (change !== undefined) {
-    const promise =
-      gain > 0 && change < 0 ? `, ${number((-100 * change) / gain, 2)} % of what its gradient promised` : '';
+    const promise = ratio < 1 ? `, ${number(100 * (1 - ratio), 2)} % of what its gradient promised` : '';
     found.push(
       `The step from here ${change > 0 ? 'raised' : 'lowered'} the loss by ${number(Math.abs(change))}${promise}.`,
     );

@@ -22,6 +22,8 @@ ORDER = (
     "solvable_model",
     "tiny_subspaces",
     "edge_of_stability",
+    "spikes",
+    "slices",
     "outliers",
     "gauss_newton",
 )

@@ -110,12 +110,10 @@ class TrainingLoss:
         ranks: Ranks | None = None,
     ) -> None:
         self.module, self.space = module, space
-        self.mode = mode
-        self.seed = seed
+        self.mode, self.seed = mode, seed
         self.dtype = space.widest_dtype(module, torch.float32 if dtype is None else dtype)
         self._narrowest = None if dtype is None else self.dtype
-        self._random_state = random_state
-        self._order = order
+        self._random_state, self._order = random_state, order
         self._replacements = {} if replacements is None else replacements
         self.device = space.tensors(module)[0].device
         self._ranks = ranks or Ranks()
@@ -157,8 +155,7 @@ class TrainingLoss:
             self._stack.close()
         finally:
             self._shadow = self.tally = None
-            self._displacement, self._is_displaced = {}, False
-            self.originals = ()
+            self._displacement, self._is_displaced, self.originals = {}, False, ()
 
     def release(self) -> None:
         """End one in the context of another."""
@@ -192,8 +189,7 @@ class TrainingLoss:
     ) -> float:
         """sum_b s_b L_b at theta + offset, one forward pass a micro-batch.
 
-        Over micro-batches b with shares s_b. A loss that is not finite passes; one of share 0 does not count. Every
-        evaluation is inside of a context of its own from `around`.
+        Each is evaluated inside of `around()`. A loss that is not finite passes; one of share 0 does not count.
 
         Raises:
             LossError: when a loss cannot be evaluated.

@@ -99,7 +99,13 @@ def test_products_that_are_known_beforehand(measurement, monkeypatch):
 
 @pytest.mark.parametrize(
     ("measurement", "optimizer"),
-    [(Control(), sgd), (Layers(exact=True), sgd), (Reliability(), sgd), (Stability(), adam), (SpectralSharpness(), sgd)],
+    [
+        (Control(), sgd),
+        (Layers(exact=True), sgd),
+        (Reliability(), sgd),
+        (Stability(), adam),
+        (SpectralSharpness(), sgd),
+    ],
     ids=["Control", "Layers", "Reliability", "Stability", "SpectralSharpness"],
 )
 def test_eigensolves_are_guessed_within_a_factor(measurement, optimizer, monkeypatch):

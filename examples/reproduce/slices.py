@@ -63,6 +63,7 @@ class Length(Callback):
         self.steps, self.found = steps, {}
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        """Before the step."""
         if trainer.global_step in self.steps:
             flat = torch.cat([p.detach().reshape(-1) for p in module.parameters()])
             self.found[trainer.global_step] = float(flat.norm())

@@ -44,6 +44,7 @@ class Gain(Measurement):
     needs = Needs.NOTHING
 
     def after_step(self, probe, gradient, update):
+        """With the gradient at the point that the step was taken from."""
         return {"gain": -probe.dot(probe.gradient, update)}
 
 

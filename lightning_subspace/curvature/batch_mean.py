@@ -176,7 +176,7 @@ class BatchMean(ABC):
         )
 
     def _tallied(self, gradients: Iterable[Tensor], assignments: Sequence[Assignment]) -> Iterator[Tensor]:
-        """Whole gradients at theta, which the loss's tally sees as they pass by."""
+        """Whole gradients at theta, which the loss's tally sees."""
         for (batch, share), gradient in zip(assignments, gradients, strict=True):
             if share and self._loss.tally is not None:
                 self._loss.tally.see(place_of(batch), gradient)

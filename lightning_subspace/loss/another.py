@@ -18,7 +18,7 @@ from lightning_subspace.loss.training_loss import TrainingLoss
 
 
 def another_loss(loss: TrainingLoss, loss_fn: LossFunction | None = None) -> TrainingLoss:
-    """A loss that lives in the context of an open one, and is over with it.
+    """A loss within the context of an open one.
 
     Args:
         loss: an open context.

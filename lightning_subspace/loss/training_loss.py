@@ -27,6 +27,7 @@ from lightning_subspace.loss.dependence import Dependence
 from lightning_subspace.loss.findings import findings_of
 from lightning_subspace.loss.gradient_tally import GradientTally
 from lightning_subspace.loss.loss_function import LossError, LossFunction, WrittenError, as_scalar, key_of, resolve_loss
+from lightning_subspace.loss.mode import Mode, in_mode
 from lightning_subspace.loss.precision import eager, twice_differentiable, widened, widened_array
 from lightning_subspace.loss.roots import extra_roots
 from lightning_subspace.loss.served import Served
@@ -38,7 +39,6 @@ from lightning_subspace.state.copies import copied
 from lightning_subspace.state.rng import RandomState, preserved_random_state, seed_generators
 from lightning_subspace.state.signals import give_up_again, give_up_if_signalled, waiting_signals
 
-Mode = Literal["train", "eval"]
 Around = Callable[[], AbstractContextManager[Any]]
 
 SEED_STRIDE = 1_000_003  # keeps the draws of neighbouring seeds apart
@@ -137,7 +137,7 @@ class TrainingLoss:
             stack.enter_context(eager(self.device, self._narrowest))
             if self._order == 2:
                 stack.enter_context(twice_differentiable(self.module))
-            stack.enter_context(_in_mode(self.module, self.mode))
+            stack.enter_context(in_mode(self.module, self.mode))
             stack.enter_context(muted(self.module))
             self._shadow = self._make_shadow(stack)
             stack.callback(self._shadow.close)
@@ -287,14 +287,3 @@ class TrainingLoss:
 def place_of(batch: MicroBatch) -> tuple[int, int, int]:
     """Key of an evaluation, another one for a batch and its examples."""
     return batch.index, batch.draw, batch.size
-
-
-@contextmanager
-def _in_mode(module: nn.Module, mode: Mode) -> Iterator[None]:
-    """Set train or eval mode; put back every submodule's at the end."""
-    with ExitStack() as stack:
-        for m in module.modules():
-            stack.callback(setattr, m, "training", m.training)
-        if mode == "eval" or not module.training:
-            module.train(mode == "train")
-        yield

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from lightning_subspace._arguments import is_integer, is_list_like, wrong
 from lightning_subspace.data.micro_batch import MicroBatch
-from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, positive
 from lightning_subspace.measurements.moments import Moments
+from lightning_subspace.measurements.prospect import Prospect
 
 MOST_FEATURES = 4096  # the covariance then has 134 MB, and its eigenvalues take half a minute of one core
 FORWARD = 0.3  # cost of a forward pass, in products with the Hessian

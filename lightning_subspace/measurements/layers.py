@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_subspace._arguments import wrong
-from lightning_subspace.measurements.base import Found, Measurement, Needs, Probe, Prospect, positive
+from lightning_subspace.measurements.base import Found, Measurement, Needs, Probe, positive
 from lightning_subspace.measurements.grouping import Grouping, Groups, checked_groups, checked_patterns
+from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.subspace.subspace import Subspace, inner_products
 from lightning_subspace.subspace.table import MOST_GROUPS, Table

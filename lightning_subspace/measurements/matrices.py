@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lightning_subspace._arguments import is_list_like, require_integer, wrong
-from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, positive
 from lightning_subspace.measurements.dealt_matrices import Round, chosen_matrices, rounds, shares_inside
 from lightning_subspace.measurements.left_space import LeftSpace, space_overlap
 from lightning_subspace.measurements.memory import kind
+from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.measurements.reliability import GRADIENT
 
 SMALL_SIDE = 256  # up to here the halves and the weights are decomposed wholly, too

@@ -19,10 +19,11 @@ from lightning_subspace.data.micro_batch import MicroBatch, Weight
 from lightning_subspace.data.reading import READ_TIMEOUT, ReadProgress
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.loss.loss_function import LossFunction
-from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, positive
 from lightning_subspace.measurements.critical_sharpness import ROUNDING, critical_multiple
 from lightning_subspace.measurements.gradient_pair import GradientPair, noise_of
 from lightning_subspace.measurements.optimizer_rules import Notice, next_step, why_unknown
+from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.measurements.reliability import GRADIENT
 from lightning_subspace.measurements.sample_loss import SampleMean, known_losses
 from lightning_subspace.parallel.partition import Partition

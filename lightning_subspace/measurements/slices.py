@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_subspace._arguments import is_integer, is_list_like, require_flag, require_integer, require_number, wrong
-from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, positive
 from lightning_subspace.measurements.memory import thin_out
+from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.measurements.slices_state import decode_slices, encode_slices
 from lightning_subspace.subspace.loss_slices import LossSlices, grid, slice_range
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_subspace._arguments import is_list_like, require_integer, require_number, require_word, wrong
-from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, positive
 from lightning_subspace.measurements.memory import kind
 from lightning_subspace.measurements.optimizer_rules import Notice
+from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.measurements.spectral_norm import Adjustment, Matrix, SpectralNorm, muon_scale
 from lightning_subspace.parallel.fsdp import is_sharded
 

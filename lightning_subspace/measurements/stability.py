@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.optim import SGD
 
 from lightning_subspace._arguments import require_flag
-from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, positive
 from lightning_subspace.measurements.optimizer_rules import Notice, StabilityEdge, edge, sgd_threshold, why_no_edge
+from lightning_subspace.measurements.prospect import Prospect
 
 
 class SharpnessOverThreshold(Measurement):

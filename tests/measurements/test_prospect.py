@@ -24,7 +24,7 @@ from lightning_subspace.measurements import (
     Stability,
     Trace,
 )
-from lightning_subspace.measurements.base import Prospect
+from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.forecast import expected_products
 from lightning_subspace.probe.measure import take_probe

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from lightning_subspace import LossSlices, Slices, SubspaceMonitor, measure_subspace
 from lightning_subspace.curvature.batch_mean import BatchMean
-from lightning_subspace.measurements.base import Prospect
+from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.measurements.slices import FORWARD
 from lightning_subspace.report.slices_figure import slices_figure
 from lightning_subspace.subspace.loss_slices import grid

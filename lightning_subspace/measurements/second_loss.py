@@ -62,9 +62,12 @@ class SecondLoss(Measurement):
     the second set. With `reliability=True`, `second/reliability_bulk` and `second/training_reliability_bulk` estimate
     the share of |(1 - P) g|^2 that is no noise, for the two samples, from micro-batches, with the share of the training
     set that was seen taken into account; `second/cosine_bulk_corrected` is cosine_bulk / sqrt(product of the two)
-    (Spearman 1904), at most 1 up to the errors of both; left out where one is not above .1. A rate of 1 - f says
-    nothing of this error. A loss with dropout draws masks at the probe's seed; batch-norm in train mode takes the
-    statistics of the second batches: the mode is the monitor's (`mode=`).
+    (Spearman 1904), at most 1 up to the errors of both; left out where one is not above .1. Ten micro-batches or more
+    are needed for that, on both sides. A small 1 - f says nothing of this error.
+
+    Dropout draws masks at the probe's seed, and batch-norm takes the statistics of the second batches: the module is in
+    the mode of the monitor (`mode=`). For a loss in eval mode beside it, call `module.eval()` in `loss_fn`: it is put
+    back behind each evaluation.
 
     Costs one gradient over the second set and 2k inner products; with `reliability` a gradient over the training sample
     besides; with `critical` 3 to 10 forward passes; with `overlap` an eigensolve. It holds n floats until the step is

@@ -238,7 +238,7 @@ class Dropped(nn.Module):
         self.net, self.norm = net(), nn.BatchNorm1d(5).to(F64)
 
     def forward(self, x):
-        return self.net(nn.functional.dropout(self.norm(x)))
+        return self.net(nn.functional.dropout(self.norm(x), training=self.training))
 
 
 def test_random_numbers_are_those_of_the_place_and_buffers_stay():
@@ -248,6 +248,30 @@ def test_random_numbers_are_those_of_the_place_and_buffers_stay():
     assert found["second/cosine"] == pytest.approx(1.0, abs=1e-12)
     assert found["second/loss"] == found["sample_loss"]
     assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
+
+
+def in_eval_mode(module, batch, batch_idx):
+    module.eval()
+    return loss_fn(module, batch, batch_idx)
+
+
+class TrainingValue(Measurement):
+    needs = Needs.NOTHING
+
+    def measure(self, probe):
+        return {"again": probe.operator.value(None)}
+
+
+def test_a_second_loss_may_be_in_eval_mode_beside_one_in_train_mode():
+    module = Dropped()
+    module.norm.running_mean.fill_(0.3)
+    found = metrics(module, SecondLoss(data(), in_eval_mode), TrainingValue(), k=0)
+    module.eval()
+    inputs, labels = (torch.cat(parts) for parts in zip(*data(), strict=True))
+    expected = float(loss_fn(module, (inputs, labels), 0).detach())
+    assert found["second/loss"] == pytest.approx(expected, rel=1e-9)
+    assert found["again"] == found["sample_loss"]
+    assert abs(found["sample_loss"] - expected) > 1e-3
 
 
 def test_a_second_loss_that_is_none_or_not_of_the_module_is_refused():

@@ -28,6 +28,7 @@ ORDER = (
     "gauss_newton",
     "matrices",
     "second_loss",
+    "two_tasks",
 )
 INTRODUCTION = """\
 # Reproductions
@@ -44,17 +45,17 @@ LEFT_OUT = """\
 Cheap stand-ins for the top eigenspace, and for the part of single layers in a curvature, were tried with code of their
 own (digits with 1,930 parameters, a CNN of 17,122, MNIST; two seeds), and are not built.
 
-*Class means, or the Fisher matrix of micro-batches, in place of the Hessian.* The gradient is a mean of the gradients of
-classes, and of micro-batches, so that it lies in their span by construction: its fraction there is 1 at every step,
+*Class means, or the Fisher matrix of micro-batches, in place of the Hessian.* The gradient is a mean of those of the
+classes, and of the micro-batches, so that it lies in their span by construction: its fraction there is 1 at every step,
 where that in the true top 10 is .45 at the start, .01 at step 100, .78 at 200 and .99 at 500. The spaces themselves
-overlap with the true one by .40, .67, .87 and .88 (classes) and .39, .64, .82 and .77 (32 micro-batches) at these steps.
+overlap with the true one by .40, .67, .87, .88 (classes) and .39, .64, .82, .77 (32 micro-batches) at these steps.
 Taken around their mean they give fractions of .96 and .88 at steps 500 and 2,000, and overlaps of .71 to .84.
 
-*Cross-class means* (Papyan 2019, arXiv 1901.08244) do better: they overlap by .98 to .99 on digits from step 200 on, with
-fractions of .80, .99, .98 and .95 for .78, .99, .99 and .94. But not before, .44 to .74; and on the CNN they overlap by
-.95, .77 and .49 with one seed and .82, .55 and .75 with the other at steps 200, 400 and 800, with fractions of up to .25
-too much (.93 for .68), and no sign of that short of ten more products. They need the logits and labels of a training
-step, too.
+*Cross-class means* (Papyan 2019, arXiv 1901.08244) do better: on digits they overlap by .98 to .99 from step 200 on,
+with fractions of .80, .99, .98 and .95 for .78, .99, .99 and .94. But not before, .44 to .74; and on the CNN they
+overlap by .95, .77, .49 with one seed and .82, .55, .75 with the other at steps 200, 400 and 800, with fractions of up
+to .25 too much (.93 for .68), and no sign of that short of ten more products. They need the logits and labels of a
+training step, too.
 
 *The part of single layers in g.Hg, by random signs.* With a random sign for each layer's part of g, the mean of g.Hg is
 the sum over layers of g_l.H_ll g_l. But the standard deviation of one draw is as large as the mean (1.8 and 1.7 at step

@@ -79,8 +79,8 @@ class GivenBasis:
     """
 
     def __init__(self, basis: Rows | Iterable[Any]) -> None:
-        self.is_function = callable(basis)
-        if callable(basis):
+        self.is_function = callable(basis) and not isinstance(basis, nn.Module | type)
+        if self.is_function:
             require_function("basis", basis, ("module",))
         else:
             require_given_batches("basis", basis, "a function of the module, ")

@@ -25,8 +25,6 @@ from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.subspace import Subspace
 
 UNKNOWN = "0.88"
-# Labels at an edge of a matrix, at most; each has the room of its digits, in points.
-MOST_LABELS, DIGIT, APART = 8, 6.0, 8.0
 NUMBER = 32.0  # points that the number of a cell needs
 # Width of a matrix in points, in the summary and in a figure of its own.
 WIDE, NARROW = 310.0, 165.0
@@ -39,7 +37,7 @@ def spectrum_figure(records: Sequence[Record]) -> Figure:
         records: the history; the last record that has a subspace is drawn.
     """
     records = _require_records(records)
-    figure, axes = panel.logged_figure(2.9)
+    figure, [axes] = panel.logged_figure(2.9)
     last = next((record for record in reversed(records) if record.subspace is not None), None)
     if last is None or last.subspace is None:
         panel.say(axes, "no eigenvalues yet")
@@ -59,7 +57,7 @@ def overlap_figure(steps: Sequence[int], matrix: Array, error: float | None = No
         error: standard deviation of an entry, where entries are estimates from sketches; stated in the title.
     """
     steps = _require_matrix(steps, matrix, error)
-    figure, axes = panel.logged_figure(3.4)
+    figure, [axes] = panel.logged_figure(3.4)
     _draw_overlaps(axes, steps, matrix, error, NARROW)
     axes.set_aspect("equal")
     return figure
@@ -211,9 +209,7 @@ def _draw_overlaps(axes: Axes, steps: Sequence[int], matrix: Array, error: float
     )
     panel.colour_bar(axes, image, "overlap")
     count = len(steps)
-    digits = max(len(str(step)) for step in steps)
-    most = min(MOST_LABELS, int(width / (DIGIT * digits + APART)))
-    shown = range(0, count, -(-count // most))
+    shown = panel.fitting(steps, width)
     labels = [str(steps[index]) for index in shown]
     axes.set_xticks(shown, labels)
     axes.set_yticks(shown, labels)

@@ -22,6 +22,8 @@ GREY = "0.55"
 DPI = 100
 # Of a figure for loggers, which show it some 350 pixels wide: a text of 9 points has 12 pixels there.
 LOGGED_WIDTH, LOGGED_DPI = 3.6, 180
+# Labels at an axis of places, at most; each has the room of its digits, in points.
+MOST_LABELS, DIGIT, APART = 8, 6.0, 8.0
 CROWDED = 1000  # with more points than this in a panel, lines and markers are drawn small
 
 
@@ -62,19 +64,27 @@ def finish(axes: Axes, records: Sequence[Record], title: str, quantity: str) -> 
     axes.grid(alpha=0.25)
 
 
-def logged_figure(height: float) -> tuple[Figure, Axes]:
-    """A figure for loggers, with one panel; its height is in inches."""
-    figure = Figure(figsize=(LOGGED_WIDTH, height), dpi=LOGGED_DPI, layout="constrained")
-    axes = figure.add_subplot()
-    axes.tick_params(labelsize=9)
-    return figure, axes
+def logged_figure(*heights: float) -> tuple[Figure, list[Axes]]:
+    """A figure for loggers: panels of these heights in inches, one below another."""
+    figure = Figure(figsize=(LOGGED_WIDTH, sum(heights)), dpi=LOGGED_DPI, layout="constrained")
+    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes in panels:
+        axes.tick_params(labelsize=9)
+    return figure, list(panels)
 
 
-def head(axes: Axes, title: str) -> None:
+def fitting(steps: Sequence[int], width: float) -> range:
+    """Places of those steps whose labels have room within a width, in points."""
+    digits = max(len(str(step)) for step in steps)
+    most = max(min(MOST_LABELS, int(width / (DIGIT * digits + APART))), 1)
+    return range(0, len(steps), -(-len(steps) // most))
+
+
+def head(axes: Axes, title: str, lines: int = 1) -> None:
     """Put the title on top, small in a narrow figure."""
     is_narrow = axes.get_figure(root=True).get_size_inches()[0] <= LOGGED_WIDTH  # type: ignore[union-attr]
-    # The pad leaves a line for the legend or a note, above the data instead of on it.
-    axes.set_title(title, loc="left", pad=24, fontsize=10 if is_narrow else None)
+    # The pad leaves lines for the legend or a note, above the data instead of on it.
+    axes.set_title(title, loc="left", pad=10 + 14 * lines, fontsize=10 if is_narrow else None)
 
 
 def note(axes: Axes, text: str) -> None:
@@ -82,14 +92,14 @@ def note(axes: Axes, text: str) -> None:
     axes.annotate(text, (0, 1), (0, 7), xycoords="axes fraction", textcoords="offset points", fontsize=9, color=GREY)
 
 
-def legend_above(axes: Axes) -> None:
-    """Put the legend, in one row, between the title and the data."""
+def legend_above(axes: Axes, columns: int = 4) -> None:
+    """Put the legend between the title and the data."""
     if not axes.get_legend_handles_labels()[0]:
         return
     legend = axes.legend(
         loc="lower left",
         bbox_to_anchor=(0.0, 1.0),
-        ncols=4,
+        ncols=columns,
         frameon=False,
         fontsize=9,
         borderaxespad=0.2,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lightning_subspace.report import panel
 from lightning_subspace.subspace.loss_slices import LossSlices
 
 LEVELS = 10  # contours of the plane
+HEIGHT = 2.8  # inches of a panel
 WALLS = 4.0  # the loss is drawn up to so many times the rise of the quadratic; beyond, walls would flatten the valley
 
 
@@ -22,11 +24,12 @@ def slices_figure(slices: LossSlices | None) -> Figure:
         slices: of one step; None draws an empty figure.
     """
     count = 1 if slices is None else len(slices.lines) + (slices.plane is not None)
-    figure = Figure(figsize=(max(3.3 * count, 4.2), 3.6), dpi=panel.DPI, layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False)[0]
+    figure, axes = panel.logged_figure(*[HEIGHT] * max(count, 1))
     if slices is None:
         panel.say(axes[0], "no slices yet")
         return figure
+    for one in axes:
+        one.xaxis.set_major_locator(MaxNLocator(4))  # lengths may have many digits
     for i in range(len(slices.lines)):
         _draw_line(axes[i], slices, i)
     if slices.plane is not None:
@@ -49,8 +52,7 @@ def _draw_line(axes: Axes, slices: LossSlices, i: int) -> None:
     if high > highest > low:
         axes.set_ylim(low - 0.05 * (highest - low), highest)
     axes.set(xlabel=f"distance along v_{i + 1}")
-    if i == 0:
-        axes.set_ylabel("loss")
+    axes.set_ylabel("loss")
     axes.grid(alpha=0.25)
     panel.head(axes, f"lambda_{i + 1} = {value:.3g}" + (f", step {slices.step}" if i == 0 else ""))
     panel.legend_above(axes)

@@ -15,9 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from lightning_subspace.linalg import Outcome
-from lightning_subspace.report import overlap_figure, spectrum_figure, summary_figure
+from lightning_subspace.report import layers_figure, overlap_figure, spectrum_figure, summary_figure
+from lightning_subspace.report.slices_figure import slices_figure
+from lightning_subspace.subspace.loss_slices import LossSlices
 from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.subspace import Subspace
+from lightning_subspace.subspace.table import Table
 
 NOTHING = np.empty((0, 0))
 
@@ -138,25 +141,46 @@ def decay(steps: list[int]) -> np.ndarray:
         lambda: overlap_figure(LATE[:5], decay(LATE[:5]), 0.0038),
         lambda: overlap_figure(LATE[:8], decay(LATE[:8])),
         lambda: overlap_figure(LATE, np.where(decay(LATE) < 0.1, np.nan, decay(LATE)), 0.0038),
+        lambda: layers_figure(
+            [layered(step, [f"transformer.layers.{i}.attention" for i in range(16)]) for step in LATE]
+        ),
+        lambda: layers_figure([layered(0, ["a", "b"])]),
+        lambda: slices_figure(slices()),
     ],
 )
 def test_a_figure_of_a_logger_can_be_read_at_the_size_that_it_is_shown(make) -> None:
     figure = draw(make())
     width, height = figure.get_size_inches() * figure.dpi
     shrunk = SHOWN / width
-    axes = figure.axes[0]
-    ticks = [drawn_labels(axis) for axis in (axes.xaxis, axes.yaxis)]
-    words = [child for child in axes.get_children() if isinstance(child, Text)]  # the titles among them
-    words += [axes.xaxis.label, axes.yaxis.label]
-    words += axes.get_legend().get_texts() if axes.get_legend() else []
-    for text in [text for text in (*words, *ticks[0], *ticks[1]) if text.get_text()]:
-        assert text.get_fontsize() * figure.dpi / 72 * shrunk >= 11
-        place = text.get_window_extent()
-        assert (place.x0 >= -1, place.x1 <= width + 1, place.y0 >= -1, place.y1 <= height + 1) == (True,) * 4
-    for labels in ticks:
-        assert len(labels) >= 2
-        places = [label.get_window_extent() for label in labels]
-        assert not any(one.overlaps(other) for i, one in enumerate(places) for other in places[:i])
+    for axes in figure.axes:
+        ticks = [drawn_labels(axis) for axis in (axes.xaxis, axes.yaxis)]
+        words = [child for child in axes.get_children() if isinstance(child, Text)]  # the titles among them
+        words += [axes.xaxis.label, axes.yaxis.label]
+        words += axes.get_legend().get_texts() if axes.get_legend() else []
+        for text in [text for text in (*words, *ticks[0], *ticks[1]) if text.get_text()]:
+            assert text.get_fontsize() * figure.dpi / 72 * shrunk >= 11
+            place = text.get_window_extent()
+            assert (place.x0 >= -1, place.x1 <= width + 1, place.y0 >= -1, place.y1 <= height + 1) == (True,) * 4
+        for labels in ticks:
+            places = [label.get_window_extent() for label in labels]
+            assert not any(one.overlaps(other) for i, one in enumerate(places) for other in places[:i])
+    assert all(len(drawn_labels(axis)) >= 1 for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis))
+
+
+def layered(step: int, groups: list[str]) -> Record:
+    """A record with a table of as many equal shares."""
+    shares = np.full(len(groups), 1 / len(groups))
+    rows = dict.fromkeys(("participation", "gradient", "update", "null"), shares)
+    return Record(step, {}, tables={"layers": Table.of(groups, rows)})
+
+
+def slices() -> LossSlices:
+    """Of a quadratic with curvatures that are far apart, and a slope."""
+    values, ranges = torch.tensor([123.4, 20.0, 1e-3]).double(), torch.tensor([0.012345, 0.1, 30.0]).double()
+    units = torch.linspace(-1, 1, 11, dtype=torch.float64)
+    lines = 0.5 + (units * ranges[:, None]) ** 2 * values[:, None] / 2
+    plane = lines[0][None] + lines[1][:, None] - 0.5
+    return LossSlices(123_456, 0.5, values, torch.full((3,), 1e-3).double(), ranges, lines, plane)
 
 
 def drawn_labels(axis: Axis) -> list[Text]:

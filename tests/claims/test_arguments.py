@@ -110,7 +110,9 @@ RECORD = Record(0, {"sharpness": 7.0}, SPACE)
 PART = Partition.even(ParameterSpace.of(NET))
 
 
-FOUR = Probe(**{**dict.fromkeys(f.name for f in fields(Probe)), "partition": Partition.even(ParameterSpace.of(LINE))})
+FOUR = Probe(
+    **{**dict.fromkeys(f.name for f in fields(Probe) if f.init), "partition": Partition.even(ParameterSpace.of(LINE))}
+)
 PROSPECT = Prospect(0, Solver(), sample_of_batches([X]))
 
 

@@ -26,6 +26,8 @@ ORDER = (
     "slices",
     "outliers",
     "gauss_newton",
+    "matrices",
+    "second_loss",
     "two_tasks",
 )
 INTRODUCTION = """\

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_subspace._arguments import require_flag, require_function
+from lightning_subspace._arguments import require_flag, require_function, require_loss
 from lightning_subspace.curvature import Operator
 from lightning_subspace.data.given import require_given_batches, sample_of_batches
 from lightning_subspace.data.micro_batch import MicroBatch, Weight
@@ -32,7 +32,7 @@ MAX_POINTS = 10  # displaced points of the search for the critical step
 
 
 class SecondLoss(Measurement):
-    """`second/...`: another loss or data set at theta, such as validation, beside the training loss.
+    """`second/...`: another loss or data set at the same parameters, such as validation.
 
     With g and g_b the gradients of the training loss L and of the second one L_b, P the projector on the top k
     eigenvectors of the *training* Hessian, and u the step that was taken:
@@ -110,7 +110,7 @@ class SecondLoss(Measurement):
         reliability: bool = False,
     ) -> None:
         require_given_batches("batches", batches)
-        require_function("loss_fn", loss_fn, ("module", "batch", "batch_idx"))
+        require_loss("loss_fn", loss_fn)
         require_function("weight", weight, ("batch",))
         for name, flag in (("overlap", overlap), ("critical", critical), ("reliability", reliability)):
             require_flag(name, flag)
@@ -169,7 +169,7 @@ class SecondLoss(Measurement):
         return {"second/gain": -probe.dot(held[1], update)}
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Nothing: what is kept from the probe to its step is not of a checkpoint."""
+        """Nothing: what waits for the step is not of a checkpoint."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -222,7 +222,7 @@ def _in_own_space(probe: Probe, other: Operator, gradient: Tensor) -> dict[str, 
 
 
 def _passes(batches: Iterable[Any], prospect: Prospect) -> float:
-    """Size of the second set over that of the Hessian's sample, as far as it is known."""
+    """Size of the second set over that of the Hessian's sample."""
     hessian = prospect.sample.hessian
     if isinstance(batches, tuple) and batches and isinstance(batches[0], MicroBatch):
         return float(sum(batch.size for batch in batches) / max(sum(batch.size for batch in hessian), 1))

@@ -114,7 +114,7 @@ class Partition:
         return local
 
     def point(self, module: nn.Module) -> Tensor:  # (local_n,)
-        """A copy of this rank's part of a module's parameters, in the widest type."""
+        """This rank's part of a module's parameters, copied, in the widest type."""
         parameters = self.space.tensors(module)
         like = torch.empty(0, dtype=self.space.widest_dtype(module), device=parameters[0].device)
         return self.flatten(parameters, like)

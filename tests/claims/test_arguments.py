@@ -110,7 +110,9 @@ RECORD = Record(0, {"sharpness": 7.0}, SPACE)
 PART = Partition.even(ParameterSpace.of(NET))
 
 
-FOUR = Probe(**{**dict.fromkeys(f.name for f in fields(Probe)), "partition": Partition.even(ParameterSpace.of(LINE))})
+FOUR = Probe(
+    **{**dict.fromkeys(f.name for f in fields(Probe) if f.init), "partition": Partition.even(ParameterSpace.of(LINE))}
+)
 PROSPECT = Prospect(0, Solver(), sample_of_batches([X]))
 
 
@@ -396,6 +398,27 @@ TABLE = {
     ),
     "Trace": Row({}, {"vectors": integers(1), "seed": SEEDS, "groups": GROUPS, **MEASUREMENT}),
     "Layers": Row({}, {"groups": [None, *GROUPS], "exact": [None, *PATTERNS_OF_GROUPS], **MEASUREMENT}),
+    "Matrices": Row(
+        {},
+        {
+            "rank": integers(1),
+            "modules": [pattern for pattern in PATTERNS if pattern is not None],
+            "anchor_step": integers(0),
+            **MEASUREMENT,
+        },
+    ),
+    "SecondLoss": Row(
+        {"batches": [(X, Y)]},
+        {
+            "batches": [None, 3, "all", True, *DATA],
+            "loss_fn": functions(two, F.cross_entropy, F.mse_loss, nn.MSELoss(), nn.MSELoss, "cross_entropy"),
+            "weight": functions(),
+            "overlap": FLAGS,
+            "critical": FLAGS,
+            "reliability": FLAGS,
+            **MEASUREMENT,
+        },
+    ),
     "Slices": Row(
         {},
         {
@@ -627,6 +650,8 @@ TAKEN = [
     ("Trace", {"every": np.uint8(2), "seed": 2**63 - 1}),
     ("Layers", {"groups": {"head": (name for name in ["*.weight"])}, "exact": "head", "every": np.uint8(2)}),
     ("CriticalSharpness", {"max_points": np.int64(2)}),
+    ("Matrices", {"rank": np.int64(2), "modules": (name for name in ["layer"])}),
+    ("SecondLoss", {"batches": DataLoader(TensorDataset(X, Y)), "loss_fn": Callable3(), "weight": len}),
     ("Control", {"reference_step": np.int64(0)}),
     ("metrics.PrincipalAngles", {"num_angles": np.int64(2)}),
     ("eigsh", {"n": np.int64(8), "k": np.int64(2), "tol": np.float32(1e-3), "seed": 2**63 - 1, "ncv": np.int64(8)}),

@@ -110,10 +110,10 @@ def claim_jumps(reproduction: Reproduction, runs: dict[str, tuple[SubspaceMonito
         jumps[name] = min(after, default=None)
         last = max(ratios)
         reproduction.claim(
-            f"{name}: sigma_1 / sigma_2 rises to more than 1.2 times its largest value before the loss is below {FLOOR:g}",
+            f"{name}: sigma_1 / sigma_2 rises to more than 1.2 times its largest value above a loss of {FLOOR:g}",
             "a jump before the generalisation" if name == "addition" else "no generalisation to come",
-            f"{before:.2f} before; {max(ratios.values()):.2f} at most, first above at step {jumps[name]}; test accuracy "
-            f"{seen.accuracy[last]:.2f} at the end",
+            f"{before:.2f} before; {max(ratios.values()):.2f} at most, first above at step {jumps[name]}; accuracy on "
+            f"other pairs {seen.accuracy[last]:.2f} at the end",
             jumps[name] is not None and (seen.accuracy[last] > 0.9) == (name == "addition"),
         )
     reproduction.claim(

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from lightning_subspace.linalg import Outcome as Outcome
     from lightning_subspace.linalg import eigsh as eigsh
     from lightning_subspace.loss.loss_function import LossError as LossError
+    from lightning_subspace.measurements.activation_spectrum import ActivationSpectrum as ActivationSpectrum
     from lightning_subspace.measurements.base import Measurement as Measurement
     from lightning_subspace.measurements.base import Needs as Needs
     from lightning_subspace.measurements.base import Probe as Probe
-    from lightning_subspace.measurements.base import Prospect as Prospect
     from lightning_subspace.measurements.critical_sharpness import CriticalSharpness as CriticalSharpness
     from lightning_subspace.measurements.density import Density as Density
     from lightning_subspace.measurements.density import Trace as Trace
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lightning_subspace.measurements.noise import GradientNoise as GradientNoise
     from lightning_subspace.measurements.noise_scale import NoiseScale as NoiseScale
     from lightning_subspace.measurements.overlap import Control as Control
+    from lightning_subspace.measurements.prospect import Prospect as Prospect
     from lightning_subspace.measurements.second_loss import SecondLoss as SecondLoss
     from lightning_subspace.measurements.slices import Slices as Slices
     from lightning_subspace.measurements.spectral_sharpness import SpectralSharpness as SpectralSharpness
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ActivationSpectrum": "measurements.activation_spectrum",
     "BatchSharpness": "measurements.noise",
     "CheckError": "curvature.selection",
     "CheckpointError": "probe.entries",
@@ -77,7 +79,7 @@ _HOMES = {
     "Outcome": "linalg",
     "PeerError": "parallel.ranks",
     "Probe": "measurements.base",
-    "Prospect": "measurements.base",
+    "Prospect": "measurements.prospect",
     "Record": "subspace.record",
     "SampleError": "data.micro_batch",
     "SecondLoss": "measurements.second_loss",

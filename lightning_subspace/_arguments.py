@@ -119,6 +119,24 @@ def require_function(name: str, value: Any, takes: Sequence[str] = (), *, option
         raise wrong(name, f"a function of {len(takes)} positional arguments ({', '.join(takes)})", value)
 
 
+def require_patterns(name: str, value: Any) -> tuple[str, ...] | None:
+    """Shell-style patterns, or None; not a lone string."""
+    if value is None:
+        return None
+    patterns = tuple(value) if is_list_like(value) else ()
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise wrong(name, "a list of patterns such as ['head.*'], or None", value)
+    return patterns
+
+
+def require_loss(name: str, value: Any) -> None:
+    """A function (module, batch, batch_idx) -> scalar, or None."""
+    require_function(name, value, ("module", "batch", "batch_idx"))
+    if getattr(value, "__module__", None) == "torch.nn.functional":  # its third argument is another one
+        expected = "a function (module, batch, batch_idx) -> scalar tensor"
+        raise wrong(name, expected, value, "apply it to the module's output in a function of your own")
+
+
 def require_instance(
     name: str, value: Any, kind: type | tuple[type, ...], expected: str, way_out: str = "", *, optional: bool = False
 ) -> None:

@@ -2,17 +2,17 @@
 
     python examples/reproduce/step_taken.py [--quick] [--seed 0]
 
-For a step u from theta, with g and L of the whole training set, rho = 1 - (L(theta + u) - L(theta)) / (g.u) is the second
-order of the change over the first: above 1 the step has raised the loss. The ratio is 2 rho / lr in units of curvature
-for gradient descent; here it is followed for four optimizers on scikit-learn's digits (64-20-20-10), at 20 steps in a
-row from 50, 100, 300, 500, 1,000 and 2,000 on, pooled: the sum of the second orders over the sum of the gains -g.u.
+For a step u from theta, with g and L of the whole training set, rho = 1 - (L(theta + u) - L(theta)) / (g.u) is the
+second order of the change over the first: above 1 the step has raised the loss. It is followed for four optimizers on
+scikit-learn's digits (64-20-20-10), at 20 steps in a row from 50, 100, 300, 500, 1,000 and 2,000 on, pooled: the sum of
+the second orders over the sum of the gains -g.u.
 
 1. Full-batch gradient descent (tanh, half the sum of squared errors, lr .2) reaches the edge of stability at about 350
    steps: rho goes from 0 to 1, and successive updates from parallel to opposite.
 2. Full-batch Muon (the same, matrices alone, lr .02) reaches rho = 1, too, where lambda_1 over 2/lr is far below 1 and
    says nothing (Islamov et al., arXiv 2603.05002, derive its edge in the spectral norm).
-3. SGD with batches of 64 (ReLU, cross-entropy, lr .1) has rho = 1 as well, and lambda_1 is below its threshold: there the
-   loss oscillates as fast as it falls, which is no edge.
+3. SGD with batches of 64 (ReLU, cross-entropy, lr .1) has rho = 1 as well, and lambda_1 is below its threshold: there
+   the loss oscillates as fast as it falls, which is no edge.
 4. AdamW (1e-3, batches of 64): single steps go uphill at every third probe, and rho of one is no number; the sums of
    gain and second order are.
 

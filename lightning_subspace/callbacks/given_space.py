@@ -44,7 +44,7 @@ class GivenSpaces:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a run is to be made of: no eigenvectors, and these batches."""
+        """Settings of its run: no eigenvectors, and these batches."""
         return {"k": 0, "sample": self._given.sample}
 
     @waiting_signals()  # a handler may talk to the other ranks: not before all have left

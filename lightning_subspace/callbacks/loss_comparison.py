@@ -11,7 +11,7 @@ from typing import Any
 from lightning_subspace._lightning import Trainer
 from lightning_subspace.callbacks.runner import ProbeRunner
 from lightning_subspace.data.example_count import ExampleCounter
-from lightning_subspace.loss.training_loss import Mode
+from lightning_subspace.loss.mode import Mode
 from lightning_subspace.measurements import Probe
 from lightning_subspace.measurements.sample_loss import SampleMean
 from lightning_subspace.probe.loss_window import LossWindow

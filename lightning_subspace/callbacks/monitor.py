@@ -40,7 +40,7 @@ from lightning_subspace.curvature.selection import Curvature, OnCheckFail, Preci
 from lightning_subspace.data.micro_batch import Weight
 from lightning_subspace.data.reading import READ_TIMEOUT
 from lightning_subspace.linalg.selection import Which
-from lightning_subspace.loss.training_loss import Mode
+from lightning_subspace.loss.mode import Mode
 from lightning_subspace.measurements import Measurement
 from lightning_subspace.probe.arguments import require_name, require_number, require_steps, require_word
 from lightning_subspace.probe.checkpoint import encode

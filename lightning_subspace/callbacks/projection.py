@@ -35,7 +35,7 @@ from lightning_subspace.curvature.selection import Curvature, OnCheckFail, Preci
 from lightning_subspace.data.micro_batch import Weight
 from lightning_subspace.data.reading import READ_TIMEOUT
 from lightning_subspace.linalg.selection import Which
-from lightning_subspace.loss.training_loss import Mode
+from lightning_subspace.loss.mode import Mode
 from lightning_subspace.measurements import GradientFraction
 from lightning_subspace.probe.arguments import require_integer, require_name, require_word
 from lightning_subspace.probe.entries import CheckpointError

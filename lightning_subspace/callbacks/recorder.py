@@ -17,7 +17,7 @@ from lightning_subspace.callbacks.loss_comparison import LossComparison
 from lightning_subspace.callbacks.runner import ProbeRunner
 from lightning_subspace.callbacks.tab_log import TabLog
 from lightning_subspace.data.sample import Sample
-from lightning_subspace.measurements.base import Prospect
+from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.probe.forecast import Forecast
 from lightning_subspace.probe.open_record import OpenRecord
 from lightning_subspace.probe.run import ProbeRun

@@ -17,11 +17,12 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_subspace.curvature.gradient import backward_gradient
 from lightning_subspace.data.assignment import Assignment, assign, group_by_round, owner_rank
@@ -122,6 +123,17 @@ class BatchMean(ABC):
             raise
         return summed(own)
 
+    def observe(self, around: Callable[[nn.Module, MicroBatch], AbstractContextManager[Any]]) -> None:
+        """Evaluate this rank's micro-batches, each inside of a context.
+
+        `around(module, batch)` is entered around the training step, in which the module is as in training, on copies of
+        its state: its submodules can be given hooks, to be taken off at the end. It is entered again, anew, where an
+        evaluation is repeated. One forward pass of every micro-batch, and no communication but that of the step.
+        """
+        for batch, share in self._assignments:
+            context = partial(around, self._loss.module, batch) if share else nullcontext  # a filler is no example
+            self._loss.value_at(None, [(batch, share)], context)
+
     def part(self, positions: Iterable[int]) -> BatchMean:
         """The operator over some micro-batches, by their positions in `batches`.
 
@@ -164,7 +176,7 @@ class BatchMean(ABC):
         )
 
     def _tallied(self, gradients: Iterable[Tensor], assignments: Sequence[Assignment]) -> Iterator[Tensor]:
-        """Whole gradients at theta, which the loss's tally sees as they pass by."""
+        """Whole gradients at theta, which the loss's tally sees."""
         for (batch, share), gradient in zip(assignments, gradients, strict=True):
             if share and self._loss.tally is not None:
                 self._loss.tally.see(place_of(batch), gradient)

@@ -8,7 +8,10 @@ mean, and the examples of one share its weight. It needs no second derivative. I
 
 A training step gives the mean loss of a batch, so single examples are evaluated as batches of one, each with random
 numbers of its own. `examples_check` finds out whether that is the same loss. Where it is not, and where a batch cannot
-be cut, F is taken over micro-batches: (1 / sum w_b) sum_b w_b g_b g_b^T. What it is not, and its costs: README.md.
+be cut, F is taken over micro-batches: (1 / sum w_b) sum_b w_b g_b g_b^T.
+
+The gradient of the mean loss is the mean of the g_n, so that it lies in the range of F by construction: its fraction in
+the top eigenspace is 1 for k = rank F, and near 1 below. What F is not, and its costs: README.md.
 """
 
 from __future__ import annotations

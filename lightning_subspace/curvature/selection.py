@@ -34,7 +34,8 @@ from lightning_subspace.linalg.result import Outcome
 from lightning_subspace.loss.copied_bytes import copied_bytes
 from lightning_subspace.loss.fsdp_loss import ShardedLoss
 from lightning_subspace.loss.loss_function import LossFunction
-from lightning_subspace.loss.training_loss import Mode, TrainingLoss
+from lightning_subspace.loss.mode import Mode
+from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.fsdp import fsdp_modules, replacements, unsupported_reason
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition

@@ -18,7 +18,7 @@ from lightning_subspace.loss.training_loss import TrainingLoss
 
 
 def another_loss(loss: TrainingLoss, loss_fn: LossFunction | None = None) -> TrainingLoss:
-    """A loss that lives in the context of an open one, and is over with it.
+    """A loss within the context of an open one.
 
     Args:
         loss: an open context.
@@ -57,6 +57,6 @@ def another_loss(loss: TrainingLoss, loss_fn: LossFunction | None = None) -> Tra
         return output
 
     other._step, other.is_another = step, True
-    other.values, other._followed = {}, set()
+    other.values, other._followed, other.tally = {}, set(), None
     loss.served.add(other)
     return other

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from lightning_subspace._torch import without_gradient_hooks
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.loss_function import LossError, LossFunction
+from lightning_subspace.loss.mode import Mode
 from lightning_subspace.loss.roots import extra_roots
 from lightning_subspace.loss.shadow import Shadow
-from lightning_subspace.loss.training_loss import Evaluation, Mode, TrainingLoss
+from lightning_subspace.loss.training_loss import Evaluation, TrainingLoss
 from lightning_subspace.parallel.fsdp import fsdp_modules, is_sharded, local_part, reshard, unsupported_reason
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.ranks import Ranks

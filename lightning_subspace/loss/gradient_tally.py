@@ -1,4 +1,4 @@
-"""What the gradients of micro-batches leave behind as they pass by.
+"""Tally of the gradients of micro-batches, made as they pass by.
 
 A mean gradient needs one vector, however many micro-batches there are; their lengths and, roughly, their inner products
 say how far it may be off. Both are taken while each gradient is there:
@@ -76,7 +76,7 @@ class GradientTally:
         self._squares: dict[int, Tensor] = {}  # by position, on the device: reading them would wait for it
 
     def see(self, place: object, gradient: Tensor) -> None:  # (n,)
-        """Take note of a gradient, the first time that its micro-batch comes."""
+        """Take note of a micro-batch's gradient, the first time it comes."""
         position = self._positions.get(place)
         if position is None or position in self._squares:  # one of several joined, or of a part of the sample
             return
@@ -84,7 +84,10 @@ class GradientTally:
         self._rows[self._groups[position]].add_(self._kept(gradient), alpha=self._sizes[position])
 
     def gathered(self, ranks: Ranks) -> Tallied | None:
-        """The tally of all ranks, by one sum; None where a gradient is missing. A collective."""
+        """The tally of all ranks, by one sum. A collective.
+
+        None where a gradient is missing.
+        """
         count = len(self._positions)
         own = torch.zeros(2, count, dtype=torch.float64, device=self._images.device)
         if self._squares:
@@ -104,7 +107,7 @@ class GradientTally:
 
 
 def square_norm(vector: Tensor) -> Tensor:  # (n,) -> ()
-    """|v|^2 in float64, in about the time of a sum in the vector's own precision.
+    """|v|^2 in float64, nearly as fast as in its own precision.
 
     Example:
         >>> square_norm(torch.ones(70_000)).item()

@@ -62,7 +62,7 @@ def resolve_loss(module: nn.Module, loss_fn: LossFunction | None) -> LossFunctio
 
 
 def key_of(loss_fn: LossFunction | None) -> Any:
-    """What tells a loss of one module from others; it refers to no module."""
+    """Key of a loss that refers to no module."""
     return getattr(loss_fn, "__code__", loss_fn and type(loss_fn))
 
 

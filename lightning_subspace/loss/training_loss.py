@@ -12,7 +12,7 @@ and FSDP2, whose shards are replaced by whole parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -27,6 +27,7 @@ from lightning_subspace.loss.dependence import Dependence
 from lightning_subspace.loss.findings import findings_of
 from lightning_subspace.loss.gradient_tally import GradientTally
 from lightning_subspace.loss.loss_function import LossError, LossFunction, WrittenError, as_scalar, key_of, resolve_loss
+from lightning_subspace.loss.mode import Mode, in_mode
 from lightning_subspace.loss.precision import eager, twice_differentiable, widened, widened_array
 from lightning_subspace.loss.roots import extra_roots
 from lightning_subspace.loss.served import Served
@@ -38,7 +39,7 @@ from lightning_subspace.state.copies import copied
 from lightning_subspace.state.rng import RandomState, preserved_random_state, seed_generators
 from lightning_subspace.state.signals import give_up_again, give_up_if_signalled, waiting_signals
 
-Mode = Literal["train", "eval"]
+Around = Callable[[], AbstractContextManager[Any]]
 
 SEED_STRIDE = 1_000_003  # keeps the draws of neighbouring seeds apart
 
@@ -80,7 +81,7 @@ class TrainingLoss:
         originals: the module's own parameters of the space, in an open context; not to be written to.
         dependence: what the losses since then depend on.
         served: the operators that live on its graphs.
-        is_another: whether it lives in the open context of another one; see `another.py`.
+        is_another: whether it lives in the context of another one; see `another.py`.
         tally: takes note of the gradients of single micro-batches at theta, where one is wanted.
 
     Raises:
@@ -108,19 +109,15 @@ class TrainingLoss:
         replacements: Mapping[int, Tensor] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        self.module = module
-        self.space = space
-        self.mode = mode
-        self.seed = seed
+        self.module, self.space = module, space
+        self.mode, self.seed = mode, seed
         self.dtype = space.widest_dtype(module, torch.float32 if dtype is None else dtype)
         self._narrowest = None if dtype is None else self.dtype
-        self._random_state = random_state
-        self._order = order
+        self._random_state, self._order = random_state, order
         self._replacements = {} if replacements is None else replacements
         self.device = space.tensors(module)[0].device
         self._ranks = ranks or Ranks()
-        self._step = resolve_loss(module, loss_fn)
-        self._loss_key = key_of(loss_fn)
+        self._step, self._loss_key = resolve_loss(module, loss_fn), key_of(loss_fn)
         self.originals: tuple[Tensor, ...] = ()
         self.values: dict[tuple[int, int, int], Tensor] = {}
         self._is_displaced = self.is_another = False
@@ -140,7 +137,7 @@ class TrainingLoss:
             stack.enter_context(eager(self.device, self._narrowest))
             if self._order == 2:
                 stack.enter_context(twice_differentiable(self.module))
-            stack.enter_context(_in_mode(self.module, self.mode))
+            stack.enter_context(in_mode(self.module, self.mode))
             stack.enter_context(muted(self.module))
             self._shadow = self._make_shadow(stack)
             stack.callback(self._shadow.close)
@@ -158,11 +155,10 @@ class TrainingLoss:
             self._stack.close()
         finally:
             self._shadow = self.tally = None
-            self._displacement, self._is_displaced = {}, False
-            self.originals = ()
+            self._displacement, self._is_displaced, self.originals = {}, False, ()
 
     def release(self) -> None:
-        """End one in the context of another, which is being closed."""
+        """End one in the context of another."""
         self._shadow = None
 
     def _make_shadow(self, stack: ExitStack) -> Shadow:
@@ -188,10 +184,12 @@ class TrainingLoss:
         self._displacement.clear()  # in place: other losses in this context displace the same copies
         self._displacement.update(zip(map(id, self.originals), pieces, strict=False))
 
-    def value_at(self, offset: Tensor | None, assignments: Iterable[tuple[MicroBatch, float]]) -> float:
+    def value_at(
+        self, offset: Tensor | None, assignments: Iterable[tuple[MicroBatch, float]], around: Around = nullcontext
+    ) -> float:
         """sum_b s_b L_b at theta + offset, one forward pass a micro-batch.
 
-        Over micro-batches b with shares s_b. A loss that is not finite passes; one of share 0 does not count.
+        Each is evaluated inside of `around()`. A loss that is not finite passes; one of share 0 does not count.
 
         Raises:
             LossError: when a loss cannot be evaluated.
@@ -200,7 +198,7 @@ class TrainingLoss:
         self.displace(offset)
         try:
             for batch, share in assignments:
-                value = self._evaluate(batch, finite=False).value
+                value = self._evaluate(batch, finite=False, around=around).value
                 total += share * float(value.detach()) if share else 0.0
         finally:
             self.displace(None)
@@ -212,8 +210,7 @@ class TrainingLoss:
         """Set the global generators as for an evaluation of a micro-batch."""
         if self._random_state is not None:
             self._random_state.restore()
-        else:  # one stream a micro-batch: the stride keeps the seeds of neighbouring monitors and batches apart,
-            # and what is above the 63 bits that every generator takes is cut off
+        else:  # one stream a micro-batch: the stride keeps those of neighbours apart; all generators take 63 bits
             seed_generators(((self.seed + 7_919 * batch.draw) * SEED_STRIDE + batch.index) % 2**63)
 
     def __call__(self, batch: MicroBatch) -> Evaluation:
@@ -225,7 +222,7 @@ class TrainingLoss:
         """
         return self._evaluate(batch)
 
-    def _evaluate(self, batch: MicroBatch, *, finite: bool = True) -> Evaluation:
+    def _evaluate(self, batch: MicroBatch, *, finite: bool = True, around: Around = nullcontext) -> Evaluation:
         if self._shadow is None:
             raise RuntimeError("TrainingLoss is a context manager; use it inside `with TrainingLoss(...) as loss:`.")
         give_up_if_signalled()
@@ -233,17 +230,17 @@ class TrainingLoss:
         leaves = self.space.tensors(self.module)
         self.seed_generators(batch)
         data = self._copied(batch)
-        with self._around_step() as convert:
+        with self._around_step() as convert, around():
             output = self._step(self.module, convert(data), batch.index if batch.batch_idx is None else batch.batch_idx)
         for leaf in leaves:
             leaf.requires_grad_(True)  # if the step has frozen it, the graph does not lead to it: no gradient
         self._shadow.drop_written()
         if self._is_to_be_repeated(is_written=self._shadow.settle()):
-            return self._evaluate(batch, finite=finite)
+            return self._evaluate(batch, finite=finite, around=around)
         value = as_scalar(output, type(self.module).__name__, finite=finite)
         self._follow(value, leaves, batch)
         if not self._is_displaced:
-            # The first, as a filler may be evaluated again, beside other batches. Not read, since that waits for a GPU.
+            # The first: a filler may be evaluated again, beside others. Not read, since that waits for a GPU.
             self.values.setdefault(place_of(batch), value.detach())
         return Evaluation(value, leaves)
 
@@ -290,14 +287,3 @@ class TrainingLoss:
 def place_of(batch: MicroBatch) -> tuple[int, int, int]:
     """Key of an evaluation, another one for a batch and its examples."""
     return batch.index, batch.draw, batch.size
-
-
-@contextmanager
-def _in_mode(module: nn.Module, mode: Mode) -> Iterator[None]:
-    """Set train or eval mode; put back every submodule's at the end."""
-    with ExitStack() as stack:
-        for m in module.modules():
-            stack.callback(setattr, m, "training", m.training)
-        if mode == "eval" or not module.training:
-            module.train(mode == "train")
-        yield

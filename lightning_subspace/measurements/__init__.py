@@ -1,6 +1,7 @@
 """Quantities that a probe computes and logs, each a small class."""
 
 from lightning_subspace._arguments import require_integer
+from lightning_subspace.measurements.activation_spectrum import ActivationSpectrum as ActivationSpectrum
 from lightning_subspace.measurements.base import Measurement as Measurement
 from lightning_subspace.measurements.base import Probe as Probe
 from lightning_subspace.measurements.critical_sharpness import CriticalSharpness as CriticalSharpness

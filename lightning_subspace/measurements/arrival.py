@@ -28,7 +28,7 @@ class Arrival(Protocol):
     def rounding(self) -> float: ...  # noqa: D102
 
     def value(self, offset: Tensor | None = None) -> float:  # (n,)
-        """The mean loss at theta_{t+1} + offset, finite or not: one forward pass."""
+        """The mean loss at theta_{t+1} + offset: one forward pass."""
         ...
 
     def is_same_loss(self, update: Tensor) -> bool:  # (n,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_subspace._arguments import is_integer, require_flag, require_integer, require_shape, wrong
+from lightning_subspace._arguments import is_integer, require_shape, wrong
 from lightning_subspace.curvature import Operator
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.loss.gradient_tally import GradientTally
 from lightning_subspace.measurements.arrival import Arrival
+from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.subspace.record import Record
-from lightning_subspace.subspace.solver import Solver
 from lightning_subspace.subspace.subspace import Subspace, inner_products
 from lightning_subspace.subspace.table import Table
 
@@ -37,41 +37,6 @@ class Needs(Enum):
     NOTHING = "no eigenpairs"
     EIGENVALUES = "converged eigenvalues"
     SUBSPACE = "a converged subspace whose subspace_error is at most 0.1"
-
-
-@dataclass(frozen=True)
-class Prospect:
-    """Facts known before a probe, for `Measurement.expected_products`.
-
-    Attributes:
-        number: how many probes the run has had before.
-        solver: the settings of the eigensolver.
-        sample: the micro-batches.
-        optimizer: the optimizer in use; None with several.
-        num_ranks: number of processes that measure together.
-        space: names and shapes of the parameters; None where they are not known.
-
-    Example:
-        >>> class Steepest(Measurement):
-        ...     def expected_products(self, prospect):
-        ...         return prospect.solve(k=1)
-        ...     def measure(self, probe):
-        ...         return {"steepest": float(probe.solve(probe.operator, k=1).eigenvalues[0])}
-    """
-
-    number: int
-    solver: Solver
-    sample: Sample
-    optimizer: Optimizer | None = None
-    num_ranks: int = 1
-    space: ParameterSpace | None = None
-
-    def solve(self, k: int | None = None, *, verify: bool = False) -> float:
-        """Expected number of products of `Probe.solve`, or with its certificate (`verify`)."""
-        require_integer("k", k, 1, optional=True)
-        require_flag("verify", verify)
-        solver = self.solver if k is None else replace(self.solver, k=k)
-        return solver.expected_products(trained=self.number > 0, verify=verify)
 
 
 @dataclass(frozen=True)
@@ -261,9 +226,10 @@ class Measurement:
         return {}
 
     def figures(self) -> Iterable[tuple[str, int, Figure]]:
-        """Figures that are new since the last call, for loggers that take them: name, step, figure.
+        """New figures for loggers: name, step, figure of each.
 
-        Called on the first rank alone, where figures of the run are drawn: after 1, 2, 4, 8, ... probes and at the end.
+        Those that the last call has not given. Called on the first rank alone, where figures of the run are drawn:
+        after 1, 2, 4, 8, ... probes and at the end.
         """
         return ()
 

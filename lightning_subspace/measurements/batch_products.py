@@ -1,6 +1,7 @@
-"""Products of each micro-batch's gradient with the mean, the top eigenvectors, and itself.
+"""Products of the micro-batch gradients of a probe, taken once.
 
-They cost a pass over the gradient sample, which several measurements of one probe share.
+With the mean, the top eigenvectors and themselves. They cost a pass over the gradient sample, which several
+measurements share.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from lightning_subspace.measurements.base import Probe
 
 @dataclass(frozen=True)
 class BatchProducts:
-    """Products of the deviations d_j = g_j - g of m micro-batches, in float64.
+    """Products of the deviations d_j = g_j - g, in float64.
 
     Attributes:
         weights: (m,), w_j, not normalised.

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_subspace._arguments import require_integer, require_word
-from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect
+from lightning_subspace.measurements.base import Measurement, Needs, Probe
 from lightning_subspace.measurements.optimizer_rules import Notice, next_step, why_unknown
+from lightning_subspace.measurements.prospect import Prospect
 
 Along = Literal["update", "gradient", "taken"]
 

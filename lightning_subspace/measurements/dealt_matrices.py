@@ -1,4 +1,4 @@
-"""Weight matrices among the coordinates of a probe, and their collection from the ranks that hold their parts.
+"""Weight matrices among coordinates that are dealt to ranks.
 
 A flat vector is dealt to ranks by coordinates, a matrix belongs to one owner. `Round`s of W matrices are collected one
 at a time, by a sum of vectors that are zero elsewhere, and only the owner keeps the sum; then all W owners decompose
@@ -20,7 +20,7 @@ from lightning_subspace.parallel.partition import Partition
 
 @dataclass(frozen=True)
 class WeightMatrix:
-    """A parameter as a matrix, kernels of convolutions as (out, in * k * k).
+    """A parameter as a matrix, of convolutions as (out, in * k * k).
 
     Attributes:
         name: of the parameter.
@@ -92,7 +92,7 @@ def chosen_matrices(partition: Partition, patterns: Sequence[str] | None, rank: 
 
 @dataclass(frozen=True)
 class Round:
-    """W matrices that are decomposed at the same time, one on each rank.
+    """W matrices that are decomposed at once, one on each rank.
 
     Attributes:
         partition: of the vectors.
@@ -109,7 +109,7 @@ class Round:
         return self.matrices[index] if index < len(self.matrices) else None
 
     def collect(self, vector: Tensor) -> Tensor | None:  # (n,) to (m, c)
-        """This rank's matrix of a flat vector: one sum over ranks for each matrix."""
+        """This rank's matrix of a flat vector: one sum for each matrix."""
         found = None
         for matrix in self.matrices:
             whole = self.partition.ranks.all_reduce(matrix.placed(vector))
@@ -118,7 +118,7 @@ class Round:
         return found
 
     def share(self, value: Tensor | None, sizes: Sequence[int], like: Tensor) -> list[Tensor]:
-        """Every owner's flat float64 values, of these sizes, on all ranks: one sum."""
+        """Every owner's float64 values, of these sizes, on all ranks: one sum."""
         total = torch.zeros(sum(sizes), dtype=torch.float64, device="cpu" if like.device.type == "mps" else like.device)
         pieces = list(total.split(list(sizes)))
         if value is not None:
@@ -127,7 +127,7 @@ class Round:
 
 
 def rounds(partition: Partition, matrices: Sequence[WeightMatrix]) -> Iterator[Round]:
-    """All matrices, W at a time; large ones together, so that ranks wait little."""
+    """All matrices, W at a time, of similar size: ranks wait little."""
     ordered = sorted(matrices, key=lambda matrix: -matrix.numel * matrix.side)
     for start in range(0, len(ordered), partition.ranks.count):
         yield Round(partition, ordered[start : start + partition.ranks.count])
@@ -136,9 +136,9 @@ def rounds(partition: Partition, matrices: Sequence[WeightMatrix]) -> Iterator[R
 def shares_inside(
     partition: Partition, matrix: WeightMatrix, basis: Tensor, vectors: Tensor
 ) -> float:  # (m, r), (k, n)
-    """sum_i |U^T V_i|_F^2 / sum_i |V_i|_F^2 for the parts V_i of flat vectors; one sum over ranks.
+    """sum_i |U^T V_i|_F^2 / sum_i |V_i|_F^2 for parts V_i of flat vectors.
 
-    nan where the vectors have no part in the matrix.
+    One sum over ranks; nan where the vectors have no part in the matrix.
     """
     images, squares = [], 0.0
     for vector in vectors:

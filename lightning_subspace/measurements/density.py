@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lightning_subspace._arguments import require_seed
 from lightning_subspace.linalg import Quadrature, quadrature
-from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, positive
 from lightning_subspace.measurements.block_traces import BlockTraces
 from lightning_subspace.measurements.density_state import decode_densities, encode_densities
 from lightning_subspace.measurements.grouping import Grouping, Groups, checked_groups
 from lightning_subspace.measurements.memory import thin_out
+from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.subspace.solver import agreed_product
 from lightning_subspace.subspace.spectral_density import SpectralDensity, trace_metrics

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect
+from lightning_subspace.measurements.base import Measurement, Needs, Probe
+from lightning_subspace.measurements.prospect import Prospect
 
 
 class GradientFraction(Measurement):

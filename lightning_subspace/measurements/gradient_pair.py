@@ -1,4 +1,4 @@
-"""Two gradients at one theta: their cosines in the top space and outside of it."""
+"""Two gradients at one theta, in the top space and outside of it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class GradientPair:
 
     @property
     def bulk(self) -> tuple[float, float, float]:
-        """The inner products outside of the top space; nan where it is not known."""
+        """Those outside of the top space; nan where it is not known."""
         if self.top is None:
             return math.nan, math.nan, math.nan
         first, mixed, second = (a - b for a, b in zip(self.whole, self.top, strict=True))
@@ -88,7 +88,7 @@ class GradientPair:
 
 
 def noise_of(probe: Probe, gradients: Iterable[tuple[MicroBatch, Tensor]], mean: Tensor, share: float = 0.0) -> float:
-    """Expected |(1 - P)(mean - truth)|^2 of a mean over micro-batches. A collective.
+    """Expected |(1 - P)(mean - truth)|^2 of a mean gradient. A collective.
 
     From the spread of the micro-batches b with weights w_b, m/(m - 1) sum_b w_b^2 |(1 - P)(g_b - mean)|^2 / (sum w)^2.
 

@@ -1,8 +1,8 @@
-"""Left singular space of one matrix, on its shorter side, with the numbers of its spectrum.
+"""Left singular space of one matrix, and numbers of its spectrum.
 
-Matrices with a shorter side of at most `EXACT_SIDE` are decomposed by the eigenvalues of G G^T in float64. Larger ones
-by randomised block Krylov iteration (Musco and Musco 2015, arXiv 1504.05477, algorithm 2) that starts at an earlier
-space of the same matrix where there is one: it moves slowly, so that few passes are enough.
+The space is that of the shorter side. Where this is at most `EXACT_SIDE` long, it comes from the eigenvectors of G G^T
+in float64; otherwise from randomised block Krylov iteration (Musco and Musco 2015, arXiv 1504.05477, algorithm 2), which
+starts at an earlier space of the same matrix where there is one: it moves slowly, so that few passes are enough.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WARM_PASSES = 2
 
 @dataclass(frozen=True, eq=False)
 class LeftSpace:
-    """The first r left singular vectors of a matrix, and its spectrum in numbers.
+    """First r left singular vectors of a matrix, with its spectrum.
 
     Attributes:
         basis: (m, r), orthonormal columns; zeros for a matrix of zeros or one that is not finite.
@@ -73,9 +73,9 @@ class LeftSpace:
 
 
 def space_overlap(one: Tensor, other: Tensor) -> float:  # (m, r), (m, r)
-    """|U^T U'|_F^2 / r of orthonormal columns, in [0, 1]; r/m for random spaces.
+    """|U^T U'|_F^2 / r of orthonormal columns, in [0, 1].
 
-    nan where one of them is zeros.
+    r/m for random spaces; nan where one of them is zeros.
 
     Example:
         >>> space_overlap(torch.eye(4)[:, :2], torch.eye(4)[:, 1:3])

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lightning_subspace.measurements.base import Measurement, Probe, Prospect
+from lightning_subspace.measurements.base import Measurement, Probe
 from lightning_subspace.measurements.optimizer_rules import next_step
+from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.subspace.subspace import inner_products
 
 

@@ -1,4 +1,4 @@
-"""Gradients of single weight matrices: how low their rank is, and how fast their space moves."""
+"""Gradients of single weight matrices: their rank, and the motion of their space."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_subspace._arguments import is_list_like, require_integer, wrong
-from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
+from lightning_subspace._arguments import require_integer, require_patterns
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, positive
 from lightning_subspace.measurements.dealt_matrices import Round, chosen_matrices, rounds, shares_inside
 from lightning_subspace.measurements.left_space import LeftSpace, space_overlap
 from lightning_subspace.measurements.memory import kind
+from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.measurements.reliability import GRADIENT
 
 SMALL_SIDE = 256  # up to here the halves and the weights are decomposed wholly, too
@@ -22,7 +23,7 @@ NUMBERS = ("energy", "stable_rank", "effective_rank", "overlap_halves", "weight_
 
 
 class Matrices(Measurement):
-    """`matrices/...`: for each weight matrix, the rank of its gradient and the motion of its space.
+    """`matrices/...`: rank of each weight matrix's gradient, and motion of its space.
 
     G is the gradient of one weight matrix over the gradient sample, laid so that its m rows are the shorter side
     (kernels of convolutions as (out, in * k * k)), s_i its singular values, U its first r left singular vectors: the
@@ -69,7 +70,7 @@ class Matrices(Measurement):
         self, rank: int = 8, modules: Sequence[str] | None = None, anchor_step: int = 0, every: int = 1
     ) -> None:
         self.rank = positive("rank", rank)
-        self.modules = _patterns(modules)
+        self.modules = require_patterns("modules", modules)
         self.anchor_step = int(require_integer("anchor_step", anchor_step, 0))
         self.every = positive("every", every)
         self._previous: _Bases | None = None
@@ -117,7 +118,7 @@ class Matrices(Measurement):
         self._previous, self._anchor = loaded
 
     def _taken(self, together: Round, vectors: Sequence[Tensor]) -> list[tuple[dict[str, float], Tensor]]:
-        """Numbers and spaces of W matrices, each found by its owner. A collective."""
+        """Numbers and spaces of W matrices, found by their owners. A collective."""
         gradient, weights, *halves = (together.collect(vector) for vector in vectors)
         own, packed = together.own, None
         if own is not None and gradient is not None and weights is not None:
@@ -145,7 +146,7 @@ class Matrices(Measurement):
 
 @dataclass(frozen=True, eq=False)
 class _Bases:
-    """The spaces of one probe, (m, r), by the name of their matrix."""
+    """The spaces of one probe, (m, r), by name of their matrix."""
 
     step: int
     of: Mapping[str, Tensor]
@@ -175,7 +176,7 @@ class _Bases:
 
 
 def _halves(probe: Probe) -> list[Tensor]:
-    """Gradients over the even and the odd micro-batches; none of a single one."""
+    """Gradients over even and odd micro-batches; none of a single one."""
     if len(probe.sample.hessian) + len(probe.sample.extra) < 2:
         return []
     halves = [torch.zeros_like(probe.gradient) for _ in range(2)]
@@ -194,12 +195,3 @@ def _keyed(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         if values:
             metrics[f"matrices/{key}"] = sum(values) / len(values)
     return metrics
-
-
-def _patterns(modules: Sequence[str] | None) -> tuple[str, ...] | None:
-    if modules is None:
-        return None
-    patterns = tuple(modules) if is_list_like(modules) else ()
-    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
-        raise wrong("modules", "a list of patterns such as ['blocks.*.attn'], or None", modules)
-    return patterns

@@ -58,7 +58,7 @@ def require_own(measurements: Iterable[Measurement], user: object) -> None:
 
 
 def thin_out(history: list[Any], keep: int) -> None:
-    """Keep at most `keep` entries: drop every second one of the older half.
+    """Drop every second entry of the older half, beyond `keep`.
 
     Example:
         >>> entries = [1, 2, 3, 4, 5]

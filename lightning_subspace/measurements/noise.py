@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_subspace.curvature import Operator
-from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, positive
+from lightning_subspace.measurements.prospect import Prospect
 
 
 class BatchSharpness(Measurement):

@@ -1,4 +1,4 @@
-"""Noise of a mean gradient, and its length without it, from the gradients of micro-batches.
+"""Noise of a mean gradient, and its length without that.
 
 Micro-batches j of b_j examples, disjoint, drawn from N without replacement; B = sum b_j, g the mean over all of them:
 
@@ -47,7 +47,7 @@ class Deviations:
     square: float
 
     def __sub__(self, other: Deviations) -> Deviations:
-        """Those outside of a subspace, from the whole and those inside; 0 for rounding."""
+        """Those outside of a subspace, from those inside; 0 for rounding."""
         if float((self.squares - other.squares).sum()) <= ROUNDING * float(self.squares.sum()):
             zero = torch.zeros_like(self.squares)
             return Deviations(self.counts, self.sizes, zero, zero, zero, 0.0)
@@ -57,7 +57,7 @@ class Deviations:
 
 @dataclass(frozen=True)
 class NoiseEstimate:
-    """S, G^2, and B_simple with its interval; what cannot be told is nan.
+    """S, G^2, B_simple and its interval; nan where unknown.
 
     Example:
         >>> one = torch.ones(4, dtype=torch.float64)
@@ -104,7 +104,7 @@ class NoiseEstimate:
 
 
 def example_sizes(sample: Sample) -> Tensor:  # (m,), float64
-    """Examples in each micro-batch of the gradient sample, in proportion to the weights.
+    """Examples in each micro-batch, in proportion to the weights.
 
     A micro-batch of an unknown number of examples counts as one.
     """
@@ -114,7 +114,7 @@ def example_sizes(sample: Sample) -> Tensor:  # (m,), float64
 
 
 def participation(gram: Tensor) -> float:  # (M, M)
-    """(sum of the eigenvalues)^2 over the sum of their squares, in [1, M]; nan for zero.
+    """Squared trace over the sum of squared eigenvalues, in [1, M].
 
     Example:
         >>> participation(torch.diag(torch.tensor([1.0, 1.0, 0.0])))

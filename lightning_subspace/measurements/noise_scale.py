@@ -1,4 +1,4 @@
-"""How noisy the gradient is: the batch size at which noise and gradient are equal."""
+"""Batch size at which the noise of the gradient equals the gradient."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_subspace.loss.gradient_tally import Tallied
-from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, positive
 from lightning_subspace.measurements.batch_products import BatchProducts
 from lightning_subspace.measurements.noise_estimate import Deviations, NoiseEstimate, example_sizes, participation
+from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.measurements.reliability import GRADIENT, can_be_halved
 
 
@@ -21,7 +22,7 @@ def _keys(part: str) -> tuple[str, ...]:
 
 
 class NoiseScale(Measurement):
-    """`noise/...`: gradient noise scale B_simple, with its error, and inside and outside the top space.
+    """`noise/...`: gradient noise scale with its error, also outside the top space.
 
     B_simple = S/G^2, with S the trace of the covariance of single examples' gradients and G^2 the squared gradient of
     the training set (McCandlish et al., arXiv 1812.06162, section 2.2). In examples (sequences, if these are the
@@ -79,7 +80,7 @@ class NoiseScale(Measurement):
         return 0.0 if is_paid else GRADIENT * (1.0 + len(sample.extra) / len(sample.hessian))
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
-        """One sum over ranks, and at some probes a pass over the gradient sample."""
+        """Two sums over ranks; at some probes a pass over the sample."""
         sample, sizes = probe.sample, example_sizes(probe.sample)
         if len(sizes) < 2 or any(batch.draw for batch in (*sample.hessian, *sample.extra)):
             return {}

@@ -1,4 +1,4 @@
-"""Stability edge and next step of the optimizer in use, from its update rule in torch.
+"""Stability edge and next step of the optimizer, from its rule.
 
 How an edge follows from a rule: on a quadratic with curvature h along a direction, with the preconditioner P held fixed
 (and schedules with it), a step is a linear recursion in (theta, momentum). Its characteristic polynomial z^2 - p z + q
@@ -162,7 +162,7 @@ def sgd_threshold(optimizer: Optimizer | None) -> float | None:
 
 
 def why_no_edge(optimizer: Optimizer | None) -> str | None:
-    """Reason, in a sentence, why there is no stability edge; None if there is one.
+    """Reason, in a sentence, why there is no stability edge, or None.
 
     Example:
         >>> why_no_edge(SGD([torch.zeros(1)], lr=0.1)) is None
@@ -203,7 +203,7 @@ def _nadam_threshold(group: Settings, state: Settings) -> float:
 
 
 def _nadam_weights(group: Settings, state: Settings, ahead: float) -> tuple[float, float]:
-    """Weights of gradient and average in the last step of NAdam, or in the next one (`ahead` = 1)."""
+    """Weights of gradient and average in NAdam's last or next (`ahead`) step."""
 
     def momentum(number: float) -> float:  # of a step; 0.96 is Dozat's, and torch's
         decay: float = 0.96 ** (number * float(group["momentum_decay"]))
@@ -219,7 +219,7 @@ def _nadam_weights(group: Settings, state: Settings, ahead: float) -> tuple[floa
 
 
 def _rectified(view: OptimizerView, square: Tensor, ahead: float) -> Tensor:
-    """What RAdam divides its mean by, (n,), in the last step or in the next one (`ahead` = 1)."""
+    """Divisor of RAdam's mean in its last or next (`ahead`) step."""
 
     def factor(group: Settings, state: Settings) -> float:  # 0 before the second moment is used
         beta, step = group["beta2"], max(float(state.get("step", 0.0)) + ahead, 1.0)

@@ -68,7 +68,10 @@ class OptimizerView:
 
     @property
     def moved(self) -> list[float]:
-        """1 for each parameter with a rate and, where steps have a state, a step behind it; else 0."""
+        """1 for each parameter with a rate and its state, else 0.
+
+        Some versions of torch make a state before the first step: one without a step behind it does not count.
+        """
         needs_state = type(self.optimizer) is not SGD
         pairs = zip(self.groups, self.states, strict=True)
         return [

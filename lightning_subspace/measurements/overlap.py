@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_subspace._arguments import require_integer
-from lightning_subspace.measurements.base import Measurement, Probe, Prospect, positive
+from lightning_subspace.measurements.base import Measurement, Probe, positive
+from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.measurements.spaces import Spaces
 from lightning_subspace.subspace.subspace import TRUSTED_ERROR, Subspace
 

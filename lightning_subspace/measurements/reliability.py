@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lightning_subspace.data.sample import Sample
-from lightning_subspace.measurements.base import Measurement, Probe, Prospect, positive
+from lightning_subspace.measurements.base import Measurement, Probe, positive
 from lightning_subspace.measurements.batch_products import BatchProducts
+from lightning_subspace.measurements.prospect import Prospect
 
 STANDARD_ERRORS = 2.0  # of the gradient's noise, on each side of the band
 SPREADS = 3.0  # multiples of the change by halving the sample; more than those, since only two halves estimate it

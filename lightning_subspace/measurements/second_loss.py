@@ -12,17 +12,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_subspace._arguments import require_flag, require_function
+from lightning_subspace._arguments import require_flag, require_function, require_loss
 from lightning_subspace.curvature import Operator
 from lightning_subspace.data.given import require_given_batches, sample_of_batches
 from lightning_subspace.data.micro_batch import MicroBatch, Weight
 from lightning_subspace.data.reading import READ_TIMEOUT, ReadProgress
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.loss.loss_function import LossFunction
-from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, positive
 from lightning_subspace.measurements.critical_sharpness import ROUNDING, critical_multiple
 from lightning_subspace.measurements.gradient_pair import GradientPair, noise_of
 from lightning_subspace.measurements.optimizer_rules import Notice, next_step, why_unknown
+from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.measurements.reliability import GRADIENT
 from lightning_subspace.measurements.sample_loss import SampleMean, known_losses
 from lightning_subspace.parallel.partition import Partition
@@ -31,7 +32,7 @@ MAX_POINTS = 10  # displaced points of the search for the critical step
 
 
 class SecondLoss(Measurement):
-    """`second/...`: another loss or data set at theta, such as validation, beside the training loss.
+    """`second/...`: another loss or data set at the same parameters, such as validation.
 
     With g and g_b the gradients of the training loss L and of the second one L_b, P the projector on the top k
     eigenvectors of the *training* Hessian, and u the step that was taken:
@@ -61,9 +62,12 @@ class SecondLoss(Measurement):
     the second set. With `reliability=True`, `second/reliability_bulk` and `second/training_reliability_bulk` estimate
     the share of |(1 - P) g|^2 that is no noise, for the two samples, from micro-batches, with the share of the training
     set that was seen taken into account; `second/cosine_bulk_corrected` is cosine_bulk / sqrt(product of the two)
-    (Spearman 1904), at most 1 up to the errors of both; left out where one is not above .1. A rate of 1 - f says
-    nothing of this error. A loss with dropout draws masks at the probe's seed; batch-norm in train mode takes the
-    statistics of the second batches: the mode is the monitor's (`mode=`).
+    (Spearman 1904), at most 1 up to the errors of both; left out where one is not above .1. Ten micro-batches or more
+    are needed for that, on both sides. A small 1 - f says nothing of this error.
+
+    Dropout draws masks at the probe's seed, and batch-norm takes the statistics of the second batches: the module is in
+    the mode of the monitor (`mode=`). For a loss in eval mode beside it, call `module.eval()` in `loss_fn`: it is put
+    back behind each evaluation.
 
     Costs one gradient over the second set and 2k inner products; with `reliability` a gradient over the training sample
     besides; with `critical` 3 to 10 forward passes; with `overlap` an eigensolve. It holds n floats until the step is
@@ -106,7 +110,7 @@ class SecondLoss(Measurement):
         reliability: bool = False,
     ) -> None:
         require_given_batches("batches", batches)
-        require_function("loss_fn", loss_fn, ("module", "batch", "batch_idx"))
+        require_loss("loss_fn", loss_fn)
         require_function("weight", weight, ("batch",))
         for name, flag in (("overlap", overlap), ("critical", critical), ("reliability", reliability)):
             require_flag(name, flag)
@@ -165,7 +169,7 @@ class SecondLoss(Measurement):
         return {"second/gain": -probe.dot(held[1], update)}
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Nothing: what is kept from the probe to its step is not of a checkpoint."""
+        """Nothing: what waits for the step is not of a checkpoint."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -218,7 +222,7 @@ def _in_own_space(probe: Probe, other: Operator, gradient: Tensor) -> dict[str, 
 
 
 def _passes(batches: Iterable[Any], prospect: Prospect) -> float:
-    """Size of the second set over that of the Hessian's sample, as far as it is known."""
+    """Size of the second set over that of the Hessian's sample."""
     hessian = prospect.sample.hessian
     if isinstance(batches, tuple) and batches and isinstance(batches[0], MicroBatch):
         return float(sum(batch.size for batch in batches) / max(sum(batch.size for batch in hessian), 1))

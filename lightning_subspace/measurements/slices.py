@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_subspace._arguments import is_integer, is_list_like, require_flag, require_integer, require_number, wrong
-from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, positive
 from lightning_subspace.measurements.memory import thin_out
+from lightning_subspace.measurements.prospect import Prospect
+from lightning_subspace.measurements.slices_state import decode_slices, encode_slices
 from lightning_subspace.subspace.loss_slices import LossSlices, grid, slice_range
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ FORWARD = 0.2  # of a Hessian product: a forward pass is .4 of a gradient, a pro
 
 
 class Slices(Measurement):
-    """The loss along v_1, v_2, v_3 and on the plane (v_1, v_2), beside its quadratic.
+    """The loss along v_1, v_2, v_3 and on (v_1, v_2).
 
     phi_i(a) = L(theta + a v_i) and L + a g.v_i + a^2 lambda_i / 2 for a in [-a_i, a_i], with a_i = sqrt(2 c/|lambda_i|)
     and c = `share` |L|: the quadratic term is c at both ends, so that `share` 1 shows the whole valley and .1 the range
@@ -118,15 +120,15 @@ class Slices(Measurement):
 
     def state_dict(self) -> Mapping[str, Any]:
         """The history."""
-        return {"history": [slices.state() for slices in self._history]} if self._history else {}
+        return encode_slices(self._history)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with a history."""
-        self._history = [LossSlices.from_state(one) for one in state.get("history", ())][-self.keep :]
+        self._history = decode_slices(state, self.keep)
         self._drawn = -1
 
     def figures(self) -> Iterator[tuple[str, int, Figure]]:
-        """What is new of `plot`: at listed steps each, at others the last."""
+        """New slices: each of the listed steps, or else the last."""
         new = [slices for slices in self._history if slices.step > self._drawn]
         if new:
             from lightning_subspace.report.slices_figure import slices_figure  # matplotlib takes a while to import

@@ -1,4 +1,4 @@
-"""The norm in which Muon takes its steps: the largest singular value over all matrices.
+"""Norm of Muon's steps: the largest singular value over all matrices.
 
 |d| = max_l |d_l|_op / s_l for the weight matrices l with scales s_l. Its dual is |v|_* = sum_l s_l |v_l|_nuc, and the
 vector of unit length with the largest inner product with v is lmo(v)_l = s_l polar(v_l) (Crawshaw et al., "An
@@ -54,7 +54,7 @@ class SpectralNorm:
         return sum(matrix.scale * float(s.sum()) for matrix, (_, s, _) in self._decomposed(whole))
 
     def best(self, whole: Tensor) -> Tensor:  # (n,)
-        """The vector of unit length with the largest inner product with this one."""
+        """The vector of unit length with the largest inner product."""
         found = torch.zeros_like(whole)
         for matrix, (u, s, vh) in self._decomposed(whole):
             # Directions of singular value 0 have no sign: they are left out, as in the limit of the gradient.

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_subspace._arguments import is_list_like, require_integer, require_number, require_word, wrong
-from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, positive
 from lightning_subspace.measurements.memory import kind
 from lightning_subspace.measurements.optimizer_rules import Notice
+from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.measurements.spectral_norm import Adjustment, Matrix, SpectralNorm, muon_scale
 from lightning_subspace.parallel.fsdp import is_sharded
 
@@ -38,8 +39,8 @@ class SpectralSharpness(Measurement):
     What to keep in mind. The iteration finds local maxima, up to 5 % below the largest on small networks and 15 % on
     larger ones, so S is a lower bound. Where H has much negative curvature, as at the start, it need not settle within
     `max_products`, and both numbers are left out. |g|_* of a sample is mostly noise, 1 to 4 times that of the whole
-    set, which makes the ratio too small: take it for full-batch studies. `step/edge_ratio` tells the same for one forward
-    pass. Muon's own iteration is not exactly polar: its steps are 1.13 to 1.2 times as long.
+    set, which makes the ratio too small: take it for full-batch studies. `step/edge_ratio` tells the same for one
+    forward pass. Muon's own iteration is not exactly polar: its steps are 1.13 to 1.2 times as long.
 
     Costs 6 products the first time, mostly 3 later, and a singular value decomposition of each matrix for each of them,
     on every rank; two copies of theta on the CPU and in checkpoints, as the search begins at the direction of the last
@@ -143,7 +144,10 @@ class SpectralSharpness(Measurement):
         self._last = (step, start, found) if state else None  # type: ignore[assignment]
 
     def _start(self, probe: Probe) -> Tensor | None:  # (n,)
-        """The last direction; of a probe that is taken again behind a checkpoint, where it began."""
+        """Where to begin: the last direction, if any.
+
+        A probe that is taken again behind a checkpoint begins where it did.
+        """
         if self._last is None:
             return None
         step, start, found = self._last
@@ -186,7 +190,9 @@ def largest_curvature(
     start: Tensor,  # (n,)
     max_products: int = 40,
 ) -> tuple[float, Tensor] | None:
-    """Largest d.Hd over directions of unit length, and its d; None where it has not settled.
+    """Largest d.Hd over directions of unit length, and its d.
+
+    None where it has not settled.
 
     Args:
         product: d to d.Hd and Hd.

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.optim import SGD
 
 from lightning_subspace._arguments import require_flag
-from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, positive
 from lightning_subspace.measurements.optimizer_rules import Notice, StabilityEdge, edge, sgd_threshold, why_no_edge
+from lightning_subspace.measurements.prospect import Prospect
 
 
 class SharpnessOverThreshold(Measurement):
@@ -63,9 +64,10 @@ class Stability(Measurement):
 
     Args:
         eigensolve: False leaves out `stability` and `preconditioned_sharpness`: the rest is one product.
+        every: taken at each probe whose number is a multiple of this.
 
     Raises:
-        ValueError: for an `eigensolve` that is not True or False.
+        ValueError: for an `eigensolve` that is not True or False, or `every` that is not a positive integer.
 
     Example:
         >>> from lightning_subspace import SubspaceMonitor
@@ -74,9 +76,10 @@ class Stability(Measurement):
 
     needs: ClassVar[Needs] = Needs.NOTHING
 
-    def __init__(self, eigensolve: bool = True) -> None:
+    def __init__(self, eigensolve: bool = True, every: int = 1) -> None:
         require_flag("eigensolve", eigensolve)
         self.eigensolve = eigensolve
+        self.every = positive("every", every)
         self._notice = Notice()
 
     def expected_products(self, prospect: Prospect) -> float:
@@ -113,7 +116,7 @@ def _along_gradient(probe: Probe, limit: StabilityEdge) -> dict[str, float]:
 
 
 def _largest(probe: Probe, limit: StabilityEdge) -> dict[str, float]:
-    """The largest eigenvalue of S^1/2 (H + D) S^1/2: no product, or an eigensolve."""
+    """The largest eigenvalue: no product, or an eigensolve."""
     if isinstance(limit.scale, float) and isinstance(limit.shift, float):
         space = probe.solve(probe.operator, k=1) if probe.subspace is None else probe.subspace
         return {"stability": (float(space.eigenvalues[0]) + limit.shift) * limit.scale} if space.converged else {}

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from lightning_subspace._arguments import require_flag
 from lightning_subspace.measurements.arrival import Arrival
-from lightning_subspace.measurements.base import Measurement, Needs, Probe, Prospect, positive
+from lightning_subspace.measurements.base import Measurement, Needs, Probe, positive
+from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.subspace.record import Record
 

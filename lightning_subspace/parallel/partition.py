@@ -113,6 +113,12 @@ class Partition:
                 local[place.start : place.stop] = values if is_sharded(tensor) else values[offset : offset + len(place)]
         return local
 
+    def point(self, module: nn.Module) -> Tensor:  # (local_n,)
+        """This rank's part of a module's parameters, copied, in the widest type."""
+        parameters = self.space.tensors(module)
+        like = torch.empty(0, dtype=self.space.widest_dtype(module), device=parameters[0].device)
+        return self.flatten(parameters, like)
+
     def random(  # (local_n,)
         self, seed: int, number: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Tensor:

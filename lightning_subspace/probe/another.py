@@ -1,4 +1,4 @@
-"""Operators of other losses within a probe, and the data that measurements read before."""
+"""Operators of other losses within a probe, and data read before."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_subspace.parallel.partition import Partition
 
 
 def prepare(measurements: Iterable[Measurement], number: int, partition: Partition) -> None:
-    """Have those read their data that are due at a probe. A collective."""
+    """Have those that are due read their data. A collective."""
     for measurement in measurements:
         if measurement.is_due(number):
             measurement.prepare(partition)
@@ -33,7 +33,7 @@ def another_operator(
     *,
     products: bool = True,
 ) -> Operator:
-    """The operator of another loss over other batches, at the same theta. A collective.
+    """The operator of another loss, at the same theta. A collective.
 
     Args:
         loss: of the probe, an open context.

@@ -18,7 +18,9 @@ from lightning_subspace._arguments import require_flag as require_flag
 from lightning_subspace._arguments import require_function as require_function
 from lightning_subspace._arguments import require_instance as require_instance
 from lightning_subspace._arguments import require_integer as require_integer
+from lightning_subspace._arguments import require_loss as require_loss
 from lightning_subspace._arguments import require_number as require_number
+from lightning_subspace._arguments import require_patterns as require_patterns
 from lightning_subspace._arguments import require_word as require_word
 from lightning_subspace._arguments import wrong as wrong
 from lightning_subspace.data.given import require_given_batches
@@ -35,24 +37,6 @@ MEASUREMENT_METHODS = {
     "expected_products": ("prospect",),
     "after_step": ("probe", "gradient", "update"),
 }
-
-
-def require_patterns(name: str, value: Any) -> tuple[str, ...] | None:
-    """Shell-style patterns, or None; not a lone string."""
-    if value is None:
-        return None
-    patterns = tuple(value) if is_list_like(value) else ()
-    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
-        raise wrong(name, "a list of patterns such as ['head.*'], or None", value)
-    return patterns
-
-
-def require_loss(name: str, value: Any) -> None:
-    """A function (module, batch, batch_idx) -> scalar, or None."""
-    require_function(name, value, ("module", "batch", "batch_idx"))
-    if getattr(value, "__module__", None) == "torch.nn.functional":  # its third argument is another one
-        expected = "a function (module, batch, batch_idx) -> scalar tensor"
-        raise wrong(name, expected, value, "apply it to the module's output in a function of your own")
 
 
 def require_measurement(value: Measurement) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from lightning_subspace.curvature.graph_memory import Footprint
 from lightning_subspace.measurements import Measurement
-from lightning_subspace.measurements.base import Prospect
+from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import in_words
 from lightning_subspace.probe.settings import ProbeSettings

@@ -1,4 +1,6 @@
-"""Space that a user gives: rows of a function, or gradients of batches.
+"""Space that a user gives, by a function or by batches.
+
+A function returns rows that span it; of each batch it is the gradient of the loss.
 
 Gradients of a retain set, or of earlier tasks, span what a step must not change to first order: with g_A the gradient
 of their mean loss and u' orthogonal to all of them, g_A . u' = 0. Orthogonal gradient descent (Farajtabar, Azizan, Mott
@@ -77,8 +79,8 @@ class GivenBasis:
     """
 
     def __init__(self, basis: Rows | Iterable[Any]) -> None:
-        self.is_function = callable(basis)
-        if callable(basis):
+        self.is_function = callable(basis) and not isinstance(basis, nn.Module | type)
+        if self.is_function:
             require_function("basis", basis, ("module",))
         else:
             require_given_batches("basis", basis, "a function of the module, ")

@@ -37,6 +37,6 @@ def gradient_over(hessian: Operator, own: Tensor, sample: Sample) -> Tensor:  # 
 
 
 def gradients_by_batch(hessian: Operator, sample: Sample) -> Iterator[tuple[MicroBatch, Tensor]]:
-    """Each micro-batch of the gradient sample, of all ranks, with its gradient, (n,)."""
+    """Each micro-batch of the gradient sample with its gradient, (n,)."""
     yield from hessian.batch_gradients()
     yield from hessian.other_gradients(sample.extra)

@@ -27,7 +27,8 @@ from lightning_subspace.data.sample import Sample
 from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss.bare import bare_module, bare_optimizer
 from lightning_subspace.loss.loss_function import LossFunction
-from lightning_subspace.loss.training_loss import Mode, TrainingLoss
+from lightning_subspace.loss.mode import Mode
+from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.measurements.base import Measurement, Needs, Probe, positive
 from lightning_subspace.measurements.memory import declares_memory, take_over
 from lightning_subspace.measurements.sample_loss import known_losses

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -145,7 +144,7 @@ class ProbeRun:
 
         def take(left: Sample) -> tuple[Tensor, Probe, Record, tuple[Tensor, dict[int, float]] | None]:
             require_equal(dict(zip(self.space.names, self.space.tensors(module), strict=True)), self.ranks)
-            theta = self._theta(module)
+            theta = self.partition.point(module)
             probe, record = self._take(module, left, step, optimizer, on_matvec)
             record = self._resumed.complete(self.examples.counted(record))
             return theta, probe, record, self._prepared(record)
@@ -222,12 +221,6 @@ class ProbeRun:
         other.overlaps, other.history = overlaps, records
         other.num_probes = state.num_probes - (reopened is not None)
         return other, reopened is not None
-
-    def _theta(self, module: nn.Module) -> Tensor:
-        """This rank's part of the parameters."""
-        parameters = self.space.tensors(module)
-        like = torch.empty(0, dtype=self.space.widest_dtype(module), device=parameters[0].device)
-        return self.partition.flatten(parameters, like)
 
     def _take(
         self,

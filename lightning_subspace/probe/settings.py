@@ -21,7 +21,7 @@ from lightning_subspace.data.reading import READ_TIMEOUT
 from lightning_subspace.data.sample import SampleSpec
 from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss.loss_function import LossFunction
-from lightning_subspace.loss.training_loss import Mode
+from lightning_subspace.loss.mode import Mode
 from lightning_subspace.measurements import Measurement, default_measurements
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.arguments import (

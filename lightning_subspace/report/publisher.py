@@ -84,7 +84,7 @@ class Publisher:
                 self._reporter.figure(trainer.loggers, f"{self._name}/overlaps", figure, step)
 
     def draw_new(self, trainer: Trainer, figures: Iterable[tuple[str, int, Figure]]) -> None:
-        """Log figures of measurements: name, step, figure; made where a logger takes them."""
+        """Log figures of measurements, made where a logger takes them."""
         with self._guard.of("the figures of a measurement could not be drawn"):
             if trainer.is_global_zero and self._reporter.takes_figures(trainer.loggers):
                 for name, step, figure in figures:

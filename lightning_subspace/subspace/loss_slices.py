@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,18 +41,27 @@ class LossSlices:
 
     @property
     def quadratic_lines(self) -> Tensor:  # (d, p)
-        """L + a g.v_i + a^2 lambda_i / 2 at the points of the lines."""
+        """The quadratic at the points of the lines.
+
+        L + a g.v_i + a^2 lambda_i / 2.
+        """
         return self.loss + self._change(self.units[None], self.slopes, self.eigenvalues, self.ranges)
 
     @property
     def quadratic_plane(self) -> Tensor:  # (p, p)
-        """The same at the points of the plane, where there is no mixed term."""
+        """The quadratic at the points of the plane.
+
+        Between eigenvectors there is no mixed term.
+        """
         along = self._change(self.units[None], self.slopes, self.eigenvalues, self.ranges)
         return self.loss + along[0][None] + along[1][:, None]
 
     @property
     def even_ratios(self) -> Tensor:  # (d, (p - 1) / 2)
-        """(phi(x) + phi(-x) - 2 L) / (a^2 lambda) for x > 0: 1 where the loss is a quadratic."""
+        """Even part over the quadratic, 1 for a quadratic.
+
+        (phi(x) + phi(-x) - 2 L) / (a^2 lambda) for x > 0.
+        """
         middle = self.lines.shape[1] // 2
         even = (self.lines[:, middle + 1 :] + self.lines[:, :middle].flip(1)) / 2.0 - self.loss
         lengths = self.units[middle + 1 :] * self.ranges[:, None]
@@ -66,32 +73,6 @@ class LossSlices:
         for i, (ratio, length) in enumerate(zip(self.even_ratios[:, -1], self.ranges, strict=True), start=1):
             found[f"slices/even_{i}"], found[f"slices/range_{i}"] = float(ratio), float(length)
         return found
-
-    def state(self) -> dict[str, Any]:
-        """Plain values and tensors, for a checkpoint."""
-        return dict(vars(self))
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> LossSlices:
-        """The slices that `state` was called on.
-
-        Raises:
-            ValueError: for what it cannot have returned.
-        """
-        made = cls(**{name: state.get(name) for name in cls.__dataclass_fields__})  # type: ignore[arg-type]
-        are_tensors = all(isinstance(value, Tensor) and value.dtype == torch.float64 for value in made._tensors)
-        if not are_tensors or not isinstance(made.step, int) or not isinstance(made.loss, float):
-            raise ValueError(f"slices: expected a step, a loss and tensors of float64, got those of {sorted(state)}")
-        d, p = made.lines.shape if made.lines.ndim == 2 else (0, 0)
-        shapes = [tuple(value.shape) for value in made._tensors]
-        if shapes[:4] != [(d,), (d,), (d,), (d, p)] or shapes[4:] not in ([], [(p, p)]) or p % 2 == 0:
-            raise ValueError(f"slices: expected tensors for d directions and an odd number of points, got {shapes}")
-        return made
-
-    @property
-    def _tensors(self) -> list[Tensor]:
-        found = [self.eigenvalues, self.slopes, self.ranges, self.lines]
-        return found if self.plane is None else [*found, self.plane]
 
     @staticmethod
     def _change(units: Tensor, slopes: Tensor, eigenvalues: Tensor, ranges: Tensor) -> Tensor:  # (d, p)
@@ -111,7 +92,7 @@ def grid(points: int) -> Tensor:  # (points,)
 
 
 def slice_range(share: float, loss: float, eigenvalue: float) -> float:
-    """sqrt(2 c/|lambda|) for c = share |L|; nan where that is no length.
+    """sqrt(2 c/|lambda|) for c = share |L|, or nan.
 
     Example:
         >>> slice_range(0.5, 4.0, 1.0)

@@ -60,17 +60,29 @@ NAN, INF = math.nan, math.inf
 NOW = 1_764_130_000_000_000_000  # as `time.time_ns` gives
 
 # Names without a row, and why.
-MADE_HERE = {"EigshResult", "Estimate", "Probe", "Prospect", "Quadrature", "SpectralDensity", "Subspace"}  # only read
+MADE_HERE = {
+    "EigshResult",
+    "Estimate",
+    "LossSlices",
+    "Probe",
+    "Prospect",
+    "Quadrature",
+    "SpectralDensity",
+    "Subspace",
+}  # only read
 DRIVEN = {"Publisher", "ProgressLine", "Reporter"}  # called by the callbacks alone, and never raise
 # What the package calls, and users override or leave alone.
 CALLED = {
     "after_step",
     "expected_products",
+    "figures",
     "is_due",
     "measure",
+    "prepare",
     "record_at",
     "refusal",
     "require_space",
+    "see_update",
     "should_measure",
     "with_found",
 }
@@ -98,7 +110,9 @@ RECORD = Record(0, {"sharpness": 7.0}, SPACE)
 PART = Partition.even(ParameterSpace.of(NET))
 
 
-FOUR = Probe(**{**dict.fromkeys(f.name for f in fields(Probe)), "partition": Partition.even(ParameterSpace.of(LINE))})
+FOUR = Probe(
+    **{**dict.fromkeys(f.name for f in fields(Probe) if f.init), "partition": Partition.even(ParameterSpace.of(LINE))}
+)
 PROSPECT = Prospect(0, Solver(), sample_of_batches([X]))
 
 
@@ -236,6 +250,8 @@ TABLE = {
         SubspaceProjection,
         keep=WORDS,
         k=integers(1),
+        basis=[*functions(none=True)[:2], *functions()[3:], *DATA],
+        where=WORDS,
         refresh_every_n_steps=integers(1),
         start_when=[
             -1,
@@ -364,6 +380,15 @@ TABLE = {
         {"k": integers(1, none=True), "verify": FLAGS},
         PROSPECT.solve,
     ),
+    "ActivationSpectrum": Row(
+        {"modules": ["layer"]},
+        {
+            "modules": [None, *PATTERNS],
+            "tail": [None, 3, "ab", (1,), (1, 2, 3), (0, 5), (-3, 5), (3, 4), (5, 1), (1.0, 9), (True, 9), {1: 9}, NAN],
+            "dim": [1.5, NAN, "3", True, [3], torch.tensor(1), *OTHERS],
+            **MEASUREMENT,
+        },
+    ),
     "BatchSharpness": Row({}, {"batches": integers(1), **MEASUREMENT}),
     "GradientNoise": Row({}, {"batches": integers(1), **MEASUREMENT}),
     "Control": Row({}, {"reference_step": integers(0, none=True), **MEASUREMENT}),
@@ -373,6 +398,53 @@ TABLE = {
     ),
     "Trace": Row({}, {"vectors": integers(1), "seed": SEEDS, "groups": GROUPS, **MEASUREMENT}),
     "Layers": Row({}, {"groups": [None, *GROUPS], "exact": [None, *PATTERNS_OF_GROUPS], **MEASUREMENT}),
+    "Matrices": Row(
+        {},
+        {
+            "rank": integers(1),
+            "modules": [pattern for pattern in PATTERNS if pattern is not None],
+            "anchor_step": integers(0),
+            **MEASUREMENT,
+        },
+    ),
+    "SecondLoss": Row(
+        {"batches": [(X, Y)]},
+        {
+            "batches": [None, 3, "all", True, *DATA],
+            "loss_fn": functions(two, F.cross_entropy, F.mse_loss, nn.MSELoss(), nn.MSELoss, "cross_entropy"),
+            "weight": functions(),
+            "overlap": FLAGS,
+            "critical": FLAGS,
+            "reliability": FLAGS,
+            **MEASUREMENT,
+        },
+    ),
+    "Slices": Row(
+        {},
+        {
+            "at": [[], [-1], 3, "all", [1.5], [True]],
+            "directions": integers(1),
+            "share": [0.0, -1.0, NAN, INF, "1"],
+            "points": [2, 4, *integers(3)],
+            "plane": FLAGS,
+            "keep": integers(1),
+            **MEASUREMENT,
+        },
+    ),
+    "SpectralSharpness": Row(
+        {},
+        {
+            "params": ["*.weight", [1], 3],
+            "lr": [0.0, -1.0, NAN, INF, "1"],
+            "adjust_lr_fn": [word for word in WORDS if word is not None],
+            "max_products": [2, *integers(3)],
+            **MEASUREMENT,
+        },
+    ),
+    "Stability": Row({}, {"eigensolve": FLAGS, **MEASUREMENT}),
+    "Step": Row({}, {"pool": integers(1)}),
+    "StepCurvature": Row({}, {"hessian": FLAGS, **MEASUREMENT}),
+    "UpdateSpectrum": Row({}, {"window": [1, *integers(2)], "stride": integers(1), **MEASUREMENT}),
     "measurements.Reliability": Row({}, MEASUREMENT),
     "measurements.default_measurements": Row({"k": 2}, {"k": integers(0)}),
     "metrics.gradient_fraction": Row(
@@ -570,11 +642,16 @@ TAKEN = [
     ("SubspaceMonitor", {"sample": ([X, Y] for _ in range(2))}),
     ("SubspaceMonitor", {"curvature": "finite_difference"}),
     ("SubspaceProjection", {"keep": "top", "k": np.int64(2), "start_when": np.int64(3)}),
+    ("SubspaceProjection", {"keep": "bulk", "basis": (X for _ in range(2)), "where": "gradient"}),
+    ("SubspaceProjection", {"keep": "bulk", "basis": partial(two, b=1)}),
+    ("ActivationSpectrum", {"modules": (name for name in ["layer"]), "tail": [np.int64(1), 9], "dim": np.int8(-1)}),
     ("StartWhenAligned", {"chi": np.float32(0.5), "decay": 0}),
     ("Density", {"steps": np.int64(3), "seed": NOW}),
     ("Trace", {"every": np.uint8(2), "seed": 2**63 - 1}),
     ("Layers", {"groups": {"head": (name for name in ["*.weight"])}, "exact": "head", "every": np.uint8(2)}),
     ("CriticalSharpness", {"max_points": np.int64(2)}),
+    ("Matrices", {"rank": np.int64(2), "modules": (name for name in ["layer"])}),
+    ("SecondLoss", {"batches": DataLoader(TensorDataset(X, Y)), "loss_fn": Callable3(), "weight": len}),
     ("Control", {"reference_step": np.int64(0)}),
     ("metrics.PrincipalAngles", {"num_angles": np.int64(2)}),
     ("eigsh", {"n": np.int64(8), "k": np.int64(2), "tol": np.float32(1e-3), "seed": 2**63 - 1, "ncv": np.int64(8)}),

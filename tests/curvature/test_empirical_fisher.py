@@ -22,6 +22,7 @@ from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
 from tests.oracles import EPS, dense_gradient, top_eigenspace
 from tests.processes import run
+from tests.thorough import covering
 
 ROUNDING = 1e4 * EPS
 CLASSES = 3
@@ -199,9 +200,7 @@ def product_on_ranks(memory, examples):
     return [partition.gather(image) for image in found], loss.evaluations
 
 
-@pytest.mark.parametrize("examples", [True, False], ids=["examples", "micro-batches"])
-@pytest.mark.parametrize("memory", [None, 0.0])
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("examples", "memory", "size"), covering([True, False], [None, 0.0], [2, 3]))
 def test_ranks_give_what_one_process_gives(size, memory, examples):
     module = built(net)
     partition = Partition.even(ParameterSpace.of(module))
@@ -403,3 +402,27 @@ def test_a_projection_takes_its_space():
     flat = lambda m: torch.cat([p.detach().double().reshape(-1) for p in m.parameters()])  # noqa: E731
     update, unprojected = (flat(m.seen[1]) - flat(before.net) for m in (module, free))
     torch.testing.assert_close(update, vectors.T @ (vectors @ unprojected), rtol=0.0, atol=1e-3 * float(update.norm()))
+
+
+def test_the_gradient_lies_in_it_by_construction_whatever_the_network():
+    data = batches(sizes := (3, 2))
+    for seed in range(2):
+        torch.manual_seed(seed)
+        module = net().double()
+        found = measure_subspace(
+            module,
+            data,
+            k=sum(sizes),  # its rank, of 43
+            loss_fn=classify,
+            curvature="empirical-fisher",
+            dtype="float64",
+            tol=1e-10,
+        )
+        assert found.metrics["gradient_fraction"] == pytest.approx(1.0, abs=1e-9)
+        # where the Hessian's space of as many dimensions does not hold all of it
+        other = measure_subspace(module, data, k=sum(sizes), loss_fn=classify, dtype="float64")
+        assert other.subspace.fraction(dense_gradient(module, lambda m: mean_loss(m, data))) < 0.999
+
+
+def mean_loss(module, data):
+    return sum(len(labels) * classify(module, (x, labels), 0) for x, labels in data) / sum(len(y) for _, y in data)

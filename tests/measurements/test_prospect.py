@@ -20,10 +20,11 @@ from lightning_subspace.measurements import (
     LossChange,
     Measurement,
     Reliability,
+    SpectralSharpness,
     Stability,
     Trace,
 )
-from lightning_subspace.measurements.base import Prospect
+from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.forecast import expected_products
 from lightning_subspace.probe.measure import take_probe
@@ -87,6 +88,7 @@ def expected_and_taken(measurement, monkeypatch, optimizer=sgd, number=0, k=K):
         LossChange(),
         Stability(),
         Trace(vectors=4, groups="tensors"),
+        Stability(eigensolve=False),
     ],
     ids=lambda measurement: type(measurement).__name__,
 )
@@ -97,8 +99,14 @@ def test_products_that_are_known_beforehand(measurement, monkeypatch):
 
 @pytest.mark.parametrize(
     ("measurement", "optimizer"),
-    [(Control(), sgd), (Layers(exact=True), sgd), (Reliability(), sgd), (Stability(), adam)],
-    ids=["Control", "Layers", "Reliability", "Stability"],
+    [
+        (Control(), sgd),
+        (Layers(exact=True), sgd),
+        (Reliability(), sgd),
+        (Stability(), adam),
+        (SpectralSharpness(), sgd),
+    ],
+    ids=["Control", "Layers", "Reliability", "Stability", "SpectralSharpness"],
 )
 def test_eigensolves_are_guessed_within_a_factor(measurement, optimizer, monkeypatch):
     expected, taken = expected_and_taken(measurement, monkeypatch, optimizer)

@@ -1,5 +1,6 @@
 """Two ranks measure what one does, on a module that each has whole, and on the shards of FSDP2."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,8 @@ from lightning_subspace import (
     Layers,
     LossChange,
     Measurement,
+    Slices,
+    SpectralSharpness,
     Stability,
     Trace,
     measure_subspace,
@@ -71,6 +74,7 @@ def everything():
         GradientNoise(),
         Layers(exact=["0.*"]),
         LossChange(),
+        Slices(points=3),
         Stability(),
         Trace(groups="types"),
     ]
@@ -150,6 +154,39 @@ def test_differences_on_the_shards_measure_the_same():
     assert first == second
     for key in ("critical_sharpness", "critical_step", "stability", "batch_sharpness", "trace", "frobenius_norm"):
         assert first[key] == pytest.approx(alone[key], rel=2e-3), key
+
+
+def in_norms_of_matrices(sharded):
+    """The sharpness in the spectral norm on whole matrices, or what is said on shards."""
+    module = net()
+    if sharded:
+        fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        record = measure_subspace(
+            module,
+            data(),
+            k=0,
+            dtype="float64",
+            loss_fn=loss_fn,
+            measurements=[SpectralSharpness(lr=0.02)],
+            group=dist.group.WORLD,
+        )
+    found = {key: value for key, value in record.metrics.items() if key.startswith("spectral_sharpness")}
+    return found, [str(one.message) for one in told if "SpectralSharpness" in str(one.message)]
+
+
+def test_matrices_are_put_together_from_the_parts_of_three_ranks_and_not_from_shards():
+    alone = metrics(net(), SpectralSharpness(lr=0.02), k=0)
+    found, told = zip(*run(in_norms_of_matrices, 3, False), strict=True)
+    assert found[0] == found[1] == found[2]
+    assert set(found[0]) == {"spectral_sharpness", "spectral_sharpness_over_threshold"}
+    for key, value in found[0].items():
+        assert value == pytest.approx(alone[key], rel=1e-9)
+    assert told == ([], [], [])
+    (first, said), (second, _) = run(in_norms_of_matrices, 2, True)
+    assert first == second == {}
+    assert "got shards of FSDP2, so that SpectralSharpness is left out" in said[0]
 
 
 def failing(place):

@@ -1,6 +1,7 @@
 """Singular values of the last updates, against weights saved after every step and against closed forms."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def found_in(history):
 
 def expected(weights, step, stride=1, count=W):
     ends = [weights.at[step - stride * i].double() for i in range(count, -1, -1)]
-    return torch.linalg.svdvals(torch.stack([b - a for a, b in zip(ends[:-1], ends[1:], strict=True)]))
+    return torch.linalg.svdvals(torch.stack([b - a for a, b in pairwise(ends)]))
 
 
 @pytest.mark.parametrize("stride", [1, 3])

@@ -12,7 +12,7 @@ from lightning_subspace.curvature import graph_memory
 from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.linalg.lanczos import Lanczos
 from lightning_subspace.loss.training_loss import TrainingLoss
-from lightning_subspace.measurements.base import Prospect
+from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.probe.forecast import Forecast, Held, num_vectors
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.settings import ProbeSettings

@@ -209,7 +209,7 @@ PLACES: list[tuple[Any, str, str | Callable[..., str]]] = [
     (forecast, "forecast", "forecast"),
     (tracker.ProbeRun, "refresh_parameters", "adapt"),
     (tracker.ProbeRun, "_partition_of", lambda *args: here.phase or "begin"),
-    (tracker.ProbeRun, "_theta", "theta"),
+    (Partition, "point", "theta"),
     (tracker.ProbeRun, "measure", "probe"),
     (tracker.ProbeRun, "close", "close"),
     (tracker, "finite", _within("finite")),

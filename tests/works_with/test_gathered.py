@@ -16,6 +16,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 from lightning_subspace import SubspaceMonitor, SubspaceProjection
 from lightning_subspace.data.training_set import TrainingSet, is_in_memory
 from tests.modules import BATCH, EXAMPLES, examples
+from tests.thorough import covering
 from tests.works_with.numbered import Numbered, by_index, everything, indices, loader
 from tests.works_with.same_run import Classifier, KeepSample, compare
 
@@ -189,7 +190,7 @@ class Later(Callback):
             batch[0].mul_(3.0)
 
 
-@pytest.mark.parametrize(("first", "epochs"), [(2, 4), (3, 4), (30, 12)])
+@pytest.mark.parametrize(("first", "epochs"), [(2, 4), (3, 4), (30, 9)])
 def test_a_hook_that_sets_in_later_is_noticed(first, epochs, tmp_path):
     with pytest.warns(UserWarning, match=r"a hook .* has changed a batch at step .* gathered behind the hooks"):
         watched, module = run(
@@ -373,8 +374,9 @@ def _of_epoch(kind: Any) -> Any:
     return lambda epoch: kind(8 * epoch, 8)
 
 
-@pytest.mark.parametrize("kind", [Numbered, lambda first, count: Numbered(first, count).tensors])
-@pytest.mark.parametrize("resample", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "resample"), covering([Numbered, lambda first, count: Numbered(first, count).tensors], [True, False])
+)
 def test_data_that_are_reloaded(kind, resample, tmp_path):
     watched, _ = run(
         tmp_path,
@@ -473,14 +475,14 @@ def test_a_dataset_that_is_written_to_is_gathered_anew(tmp_path):
 
 
 def test_data_that_stay_keep_their_sample(tmp_path):
-    watched, _ = run(tmp_path, lambda: by_index(shuffle=True), max_epochs=20)
+    watched, _ = run(tmp_path, lambda: by_index(shuffle=True), Classifier, max_epochs=20)
     assert watched.differing == []
     first, *others = (sample.hessian for step, sample in watched.samples.items() if step > 1)
     assert len(others) > 30
     assert all(torch.equal(a.data[0], b.data[0]) for other in others for a, b in zip(first, other, strict=True))
 
 
-class Renamed(Recording):
+class Renamed(Classifier):
     """Classes that get other names in mid-run: nothing of the loader tells."""
 
     def __init__(self):

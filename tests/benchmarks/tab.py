@@ -4,8 +4,8 @@
 
 The record is one late in a run: 64 spaces are held, and the entry has the overlaps with 63 of them; its numbers are
 those of a monitor with its defaults, at a probe that looks for all of them. Layers are told apart. Times are those of
-the processor, in which other work does not count. Ends in an error above 2,000 bytes at k = 10 without layers, or where the
-median time is above 1 ms.
+the processor, in which other work does not count. Ends in an error above 2,000 bytes at k = 10 without
+layers, or where the median time is above 1 ms.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def take_picture(logs: Path, picture: Path) -> None:
     address = server.launch()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 1180})
+        page = browser.new_page(viewport={"width": 1280, "height": 1332})
         page.goto(f"{address}#lightning_subspace")
         frame = page.frame_locator("iframe[src*=lightning_subspace]")
         frame.locator("body[data-ready='3']").wait_for(timeout=60_000)

@@ -65,7 +65,10 @@ def finish(axes: Axes, records: Sequence[Record], title: str, quantity: str) -> 
 
 
 def logged_figure(*heights: float) -> tuple[Figure, list[Axes]]:
-    """A figure for loggers: panels of these heights in inches, one below another."""
+    """A figure for loggers, of panels one below another.
+
+    Heights are in inches.
+    """
     figure = Figure(figsize=(LOGGED_WIDTH, sum(heights)), dpi=LOGGED_DPI, layout="constrained")
     panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes in panels:
@@ -74,7 +77,10 @@ def logged_figure(*heights: float) -> tuple[Figure, list[Axes]]:
 
 
 def fitting(steps: Sequence[int], width: float) -> range:
-    """Places of those steps whose labels have room within a width, in points."""
+    """Places of those steps whose labels have room.
+
+    The width is in points.
+    """
     digits = max(len(str(step)) for step in steps)
     most = max(min(MOST_LABELS, int(width / (DIGIT * digits + APART))), 1)
     return range(0, len(steps), -(-len(steps) // most))

@@ -45,7 +45,7 @@ def to_json(probe: Mapping[str, Any]) -> str:
         >>> to_json({"step": 3, "metrics": {"sharpness": 2.0000001, "lost": float("nan")}, "values": [1.0, math.inf]})
         '{"v":1,"step":3,"metrics":{"sharpness":2},"values":[1,null]}'
     """
-    return json.dumps({"v": SCHEMA, **_packed(_short(probe))}, separators=(",", ":"), allow_nan=False)
+    return json.dumps({"v": SCHEMA, **_short(_packed(probe))}, separators=(",", ":"), allow_nan=False)
 
 
 def from_json(text: str | bytes) -> Any:
@@ -65,7 +65,7 @@ def _refuse(word: str) -> None:
     raise ValueError(f"the number {word}")
 
 
-def _packed(probe: dict[str, Any]) -> dict[str, Any]:
+def _packed(probe: Mapping[str, Any]) -> dict[str, Any]:
     """A probe with its long parts in fewer bytes."""
     packed = {key: value for key, value in probe.items() if key != "overlaps"}
     if "metrics" in probe:
@@ -73,7 +73,7 @@ def _packed(probe: dict[str, Any]) -> dict[str, Any]:
     if probe.get("overlaps"):
         steps, values = probe["overlaps"]
         differences = [step - before for step, before in zip(steps, [0, *steps], strict=False)]
-        packed["packed"] = [differences, [None if value is None else round(PARTS * value) for value in values]]
+        packed["packed"] = [differences, [None if _is_lost(value) else round(PARTS * value) for value in values]]
     return packed
 
 

@@ -29,6 +29,7 @@ ORDER = (
     "matrices",
     "second_loss",
     "two_tasks",
+    "noise_scale",
 )
 INTRODUCTION = """\
 # Reproductions

@@ -391,6 +391,7 @@ TABLE = {
     ),
     "BatchSharpness": Row({}, {"batches": integers(1), **MEASUREMENT}),
     "GradientNoise": Row({}, {"batches": integers(1), **MEASUREMENT}),
+    "NoiseScale": Row({}, {"split_every": integers(1)}),
     "Control": Row({}, {"reference_step": integers(0, none=True), **MEASUREMENT}),
     "CriticalSharpness": Row({}, {"along": WORDS, "max_points": [1, *integers(2)]}),
     "Density": Row(

@@ -24,6 +24,7 @@ ORDER = (
     "edge_of_stability",
     "outliers",
     "gauss_newton",
+    "layers",
 )
 INTRODUCTION = """\
 # Reproductions

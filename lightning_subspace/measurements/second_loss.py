@@ -32,7 +32,7 @@ MAX_POINTS = 10  # displaced points of the search for the critical step
 
 
 class SecondLoss(Measurement):
-    """`second/...`: another loss or data set at the same parameters, such as validation.
+    """`second/...`: another loss at the same parameters, such as validation.
 
     With g and g_b the gradients of the training loss L and of the second one L_b, P the projector on the top k
     eigenvectors of the *training* Hessian, and u the step that was taken:

@@ -213,9 +213,10 @@ def drawn(sampled: SubspaceMonitor, whole: SubspaceMonitor, starts: Sequence[int
             (ratio(whole, "_bulk"), ORANGE, "B_bulk, truth"),
             (curve(whole, "noise/scale_bulk"), GREEN, "noise/scale_bulk"),
         ):
-            place = [starts.index(start) * (WINDOW + 4) + i for i in range(WINDOW)]
+            shown = {step - start: value for step, value in values.items() if start <= step < start + WINDOW}
+            place = [starts.index(start) * (WINDOW + 4) + step for step in shown]
             style = "." if name.startswith("noise") else "-"
-            right.plot(place, window(values, start), style, color=colour, label=name if start == starts[0] else None)
+            right.plot(place, list(shown.values()), style, color=colour, label=name if start == starts[0] else None)
     right.set_xticks([i * (WINDOW + 4) + WINDOW / 2 for i in range(len(starts))], [f"from step {s}" for s in starts])
     right.set(yscale="log", ylabel="examples")
     right.set_title("The whole set, 20 consecutive steps each")

@@ -4,6 +4,12 @@ It is kept in a string tensor.
 
 What is absent is not known. Keys may be added; a reader ignores those that it does not know. Where the meaning of one
 changes, `SCHEMA` does, and an older page says that it does not show the newer probes.
+
+What is long is written in fewer bytes, and `from_json` undoes that, as does `packed.js`:
+
+- metrics of one prefix are an object under it: `{"noise/": {"scale": 3, "variance": 2}}`
+- `overlaps` are `packed`: the first step and the differences of the others, and thousandths
+- metrics have five digits, and residuals two, for they are bounds; other numbers six
 """
 
 from __future__ import annotations
@@ -11,10 +17,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 PLUGIN = "lightning_subspace"  # in the metadata of each tensor, and in the addresses of the server
 SCHEMA = 1
+DIGITS, DIGITS_OF = 6, {"metrics": 5, "residuals": 2}
+PARTS = 1000  # of an overlap, whose standard deviation is several of them
 
 
 def tag_of(name: str) -> str:
@@ -36,7 +45,7 @@ def to_json(probe: Mapping[str, Any]) -> str:
         >>> to_json({"step": 3, "metrics": {"sharpness": 2.0000001, "lost": float("nan")}, "values": [1.0, math.inf]})
         '{"v":1,"step":3,"metrics":{"sharpness":2},"values":[1,null]}'
     """
-    return json.dumps({"v": SCHEMA, **_short(probe)}, separators=(",", ":"), allow_nan=False)
+    return json.dumps({"v": SCHEMA, **_packed(_short(probe))}, separators=(",", ":"), allow_nan=False)
 
 
 def from_json(text: str | bytes) -> Any:
@@ -49,21 +58,59 @@ def from_json(text: str | bytes) -> Any:
         >>> from_json(to_json({"step": 3}))
         {'v': 1, 'step': 3}
     """
-    return json.loads(text, parse_constant=_refuse)
+    return json.loads(text, parse_constant=_refuse, object_hook=_unpacked)
 
 
 def _refuse(word: str) -> None:
     raise ValueError(f"the number {word}")
 
 
-def _short(value: Any) -> Any:
-    """A value with finite numbers of six digits."""
+def _packed(probe: dict[str, Any]) -> dict[str, Any]:
+    """A probe with its long parts in fewer bytes."""
+    packed = {key: value for key, value in probe.items() if key != "overlaps"}
+    if "metrics" in probe:
+        packed["metrics"] = _by_prefix(probe["metrics"])
+    if probe.get("overlaps"):
+        steps, values = probe["overlaps"]
+        differences = [step - before for step, before in zip(steps, [0, *steps], strict=False)]
+        packed["packed"] = [differences, [None if value is None else round(PARTS * value) for value in values]]
+    return packed
+
+
+def _by_prefix(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    groups: dict[str, dict[str, Any]] = {}
+    for key, value in metrics.items():
+        prefix, slash, rest = key.partition("/")
+        if slash:
+            groups.setdefault(prefix + slash, {})[rest] = value
+    return {key: value for key, value in metrics.items() if "/" not in key} | groups
+
+
+def _unpacked(found: dict[str, Any]) -> dict[str, Any]:
+    """An object of JSON as it was before it was packed."""
+    whole: dict[str, Any] = {}
+    for key, value in found.items():
+        if key.endswith("/") and isinstance(value, dict):
+            whole |= {key + rest: item for rest, item in value.items()}
+        elif key == "packed":
+            differences, parts = value
+            whole["overlaps"] = [
+                list(accumulate(differences)),
+                [None if part is None else part / PARTS for part in parts],
+            ]
+        else:
+            whole[key] = value
+    return whole
+
+
+def _short(value: Any, digits: int = DIGITS) -> Any:
+    """A value with finite numbers of so many digits."""
     if isinstance(value, Mapping):
-        return {key: _short(item) for key, item in value.items() if not _is_lost(item)}
+        return {key: _short(item, DIGITS_OF.get(key, digits)) for key, item in value.items() if not _is_lost(item)}
     if isinstance(value, list | tuple):
-        return [None if _is_lost(item) else _short(item) for item in value]
+        return [None if _is_lost(item) else _short(item, digits) for item in value]
     if isinstance(value, float):
-        rounded = float(f"{value:.6g}")
+        rounded = float(f"{value:.{digits}g}")
         return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
     return value
 

@@ -1,5 +1,6 @@
 """The loss along eigenvectors and on their plane, against evaluations of the module itself."""
 
+import io
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_subspace import LossSlices, Slices, SubspaceMonitor, measure_subspace
+from lightning_subspace import LossSlices, Slices, SpectralSharpness, Stability, SubspaceMonitor, measure_subspace
 from lightning_subspace.curvature.batch_mean import BatchMean
 from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.measurements.slices import FORWARD
@@ -147,8 +148,10 @@ def test_what_is_kept_is_bounded_and_goes_on_from_a_state():
     slices = Slices(points=3, keep=4)
     run(slices, list(range(7)))
     assert [found.step for found in slices.history] == [0, 4, 5, 6]
-    other = Slices(points=3, keep=4)
-    other.load_state_dict(slices.state_dict())
+    other, file = Slices(points=3, keep=4), io.BytesIO()
+    torch.save(slices.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
     assert [one.step for one in other.history] == [one.step for one in slices.history]
     torch.testing.assert_close(other.history[-1].plane, slices.history[-1].plane, rtol=0, atol=0)
     other.load_state_dict({})
@@ -192,3 +195,15 @@ def test_batch_normalisation_in_train_mode_uses_the_batches_of_the_eigensolve():
     )
     assert torch.equal(module[1].running_mean, statistics)
     torch.testing.assert_close(slices.history[-1].even_ratios, torch.ones(2, 1, dtype=F64), rtol=1e-3, atol=0)
+
+
+def test_training_is_the_same_to_the_bit_with_and_without():
+    weights = []
+    for measurements in ([], [Slices(points=3), Stability(), SpectralSharpness(max_products=5)]):
+        monitor = SubspaceMonitor(k=2, every_n_steps=2, max_overhead=None, verify="never", measurements=measurements)
+        module = small(optimizer=torch.optim.NAdam, lr=0.01)
+        torch.manual_seed(1)
+        fit(module, DataLoader(blobs(), batch_size=32, shuffle=True), monitor, max_steps=5)
+        weights.append(flat(module))
+    assert torch.equal(*weights)
+    assert {"slices/even_1", "gradient_stability"} <= monitor.history[-1].metrics.keys()

@@ -8,6 +8,11 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, Adamax, NAdam, RAdam, RMSprop
 
 from lightning_subspace import Stability
+from lightning_subspace.data.given import sample_of_batches
+from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.probe.measure import take_probe
+from lightning_subspace.subspace.solver import Solver
 
 from .probes import F64, data, derivatives, flat, metrics, stepped
 from .test_optimizer import RULES, See, of
@@ -171,3 +176,49 @@ def test_before_the_first_step_nothing_is_said_also_where_there_is_a_state(kind)
     for state in optimizer.state.values():  # some versions of torch make it at once
         state["step"].zero_()
     assert "gradient_stability" not in metrics(module, Stability(), optimizer=optimizer, k=0)
+
+
+# A spike of Adam's loss: the fit of two sines with 481 parameters, full batch. Steps and heights of its spikes are known
+# from code that shares nothing with this one; examples/reproduce/spikes.py has all of them.
+
+X = torch.linspace(-1.0, 1.0, 200).double()[:, None]
+Y = torch.sin(math.pi * X) + torch.sin(5.0 * math.pi * X)
+
+
+def along_a_fit(rate, steps):
+    """Loss and ratio along the preconditioned gradient at these steps."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 1)]
+    module = nn.Sequential(*layers).to(F64)
+    optimizer = Adam(module.parameters(), lr=rate)
+    sample = sample_of_batches([(X, Y)])
+    losses, ratios = {}, {}
+    for at in range(steps[-1] + 1):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(module(X), Y)
+        if at in steps:
+            losses[at] = loss.item()
+            space = ParameterSpace.of(module)
+            with TrainingLoss(module, space, lambda m, b, i: nn.functional.mse_loss(m(b[0]), b[1])) as taken:
+                _, record = take_probe(taken, sample, Solver(0), [Stability(eigensolve=False)], optimizer=optimizer)
+            ratios[at] = record.metrics["gradient_stability"]
+        loss.backward()
+        optimizer.step()
+    return losses, ratios
+
+
+def test_the_ratio_crosses_one_a_few_steps_before_the_loss_spikes():
+    losses, ratios = along_a_fit(0.02, range(780, 841))
+    lowest = min(losses, key=losses.get)
+    rise = next(at for at in losses if at > lowest and losses[at] > 1.5 * losses[lowest])
+    assert rise == 833
+    assert max(losses.values()) / losses[lowest] == pytest.approx(6.46, rel=0.02)
+    crossing = max(at for at in ratios if at <= rise and ratios[at] > 1.0 >= ratios[at - 1])
+    assert 0 <= rise - crossing <= 20
+    assert max(ratios[at] for at in range(780, 813)) < 1.0
+
+
+def test_far_below_the_edge_the_ratio_is_small():
+    losses, ratios = along_a_fit(0.001, range(600, 603))
+    assert losses[602] < losses[600]
+    assert max(map(abs, ratios.values())) < 0.01

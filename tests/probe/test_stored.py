@@ -258,7 +258,11 @@ def test_whatever_is_damaged_in_a_state_of_today_is_found_and_named(of_today):
     # Keys of metrics, of which there are more than then.
     kinds = {path for path in apart if path[:2] == ("history", "keys") and path[-1] in ("text", "backwards")}
     absent = {("complex_names", "absent"), ("sample", "None")}  # it is None, as batches were given
-    assert apart - PLAUSIBLE - AHEAD - kinds - absent == set()
+    # Names of groups and rows, and numbers, could be others; and an older state has no tables.
+    tables = {path for path in apart if path[:2] == ("history", "tables")}
+    assert {path[-1] for path in tables if len(path) > 3} == {"text", "backwards", "scaled", "full of nan"}
+    assert {path[-1] for path in tables if len(path) == 3} == {"absent", "dict", "other keys"}
+    assert apart - PLAUSIBLE - AHEAD - kinds - absent - tables == set()
 
 
 def test_a_run_that_is_resumed_from_any_change_in_a_measurement_measures(of_today, tmp_path):

@@ -5,13 +5,12 @@ Screenshots of the main states go to the folder that SUBSPACE_TAB_SHOTS names, i
 
 import csv
 import io
-import json
 import os
 import re
 import shutil
 from pathlib import Path
 
-from lightning_subspace.tensorboard_tab.schema import tag_of, to_json
+from lightning_subspace.tensorboard_tab.schema import from_json, tag_of, to_json
 from lightning_subspace.tensorboard_tab.standalone import page as page_of
 from tests.tensorboard_tab.runs import probes
 
@@ -22,7 +21,7 @@ PATIENCE = 30_000  # milliseconds, on a machine that has other work
 
 def written(*arguments, **options):
     """The probes of `runs.probes` as a page holds them."""
-    return [json.loads(to_json(probe)) for probe in probes(*arguments, **options)]
+    return [from_json(to_json(probe)) for probe in probes(*arguments, **options)]
 
 
 def of_one_monitor(runs, name="subspace"):

@@ -20,7 +20,7 @@ from lightning_subspace.tensorboard_tab.schema import to_json
 from tests.processes import run as run_in_processes
 from tests.tensorboard_tab.fits import DECAY, EXAMPLES, LR, Net, data, fit, trainer_of
 
-DIGITS = 5e-6  # relative error of a number that is written with six digits
+DIGITS = 5e-5  # relative error of a number that is written with five digits
 N = sum(parameter.numel() for parameter in Net().parameters())
 
 
@@ -60,7 +60,8 @@ def test_eigenvalues_come_with_their_residuals_and_the_next_one(run):
     for entry, record in zip(found, monitor.history, strict=True):
         space = record.subspace
         assert entry["eigenvalues"] == [near(value) for value in space.eigenvalues.tolist()]
-        assert entry["residuals"] == [near(value) for value in space.residuals.tolist()]
+        # Of bounds two digits are written.
+        assert entry["residuals"] == [pytest.approx(value, rel=5e-2) for value in space.residuals.tolist()]
         assert entry.get("next") == (near(record.metrics[key]) if (key := "eigenvalues/04") in record.metrics else None)
         assert (entry["outcome"], entry["trusted"]) == (space.outcome.name, space.trusted)
         assert entry["verified"] == space.verified
@@ -74,7 +75,7 @@ def test_overlaps_are_a_row_of_the_matrix(run):
         if "overlaps" not in entry:
             continue
         for other, value in zip(*entry["overlaps"], strict=True):
-            assert value == pytest.approx(matrix[steps.index(entry["step"]), steps.index(other)], abs=5e-5)
+            assert value == pytest.approx(matrix[steps.index(entry["step"]), steps.index(other)], abs=5e-4)
             assert other < entry["step"]
             known += 1
     trusted = sum(record.subspace.trusted for record in monitor.history)
@@ -209,7 +210,10 @@ def test_an_entry_of_ten_eigenvalues_is_at_most_two_kilobytes(tmp_path, logged):
     beside = {key: written[1][key] for key in ("lr", "threshold")}
     entry = tab_entry(record, state.overlaps, **beside, passed_over=123_456)
     assert (len(entry["eigenvalues"]), len(entry["overlaps"][0])) == (10, 63)
+    layers = entry.pop("layers")
     assert len(to_json(entry)) <= 2000
+    assert len(to_json({"layers": layers})) <= 100 * len(layers["groups"])
+    del written[0]["layers"]
     assert len(to_json(written[0])) <= 2000  # with the header
 
 

@@ -1,14 +1,12 @@
 """Event files that are read without a TensorBoard: what was written is found, and nothing else."""
 
-import json
-
 import pytest
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from lightning_subspace.tensorboard_tab.event_files import read_probes
-from lightning_subspace.tensorboard_tab.schema import to_json
+from lightning_subspace.tensorboard_tab.schema import from_json, to_json
 from lightning_subspace.tensorboard_tab.summary import summary_of
 from tests.tensorboard_tab.runs import probes, write
 
@@ -16,7 +14,7 @@ STEPS = range(0, 1100, 100)
 
 
 def as_read(steps, scale=1.0, **options):
-    return [json.loads(to_json(probe)) for probe in probes(steps, scale, **options)]
+    return [from_json(to_json(probe)) for probe in probes(steps, scale, **options)]
 
 
 def events(folder):

@@ -30,7 +30,7 @@ def test_its_numbers_are_those_of_the_other_loggers(tmp_path):
         rows = {int(row["step"]): float(row["projection/removed"]) for row in csv.DictReader(file)}
     assert [entry["step"] for entry in found] == [2, 3, 4, 5]
     assert {entry["step"]: entry["metrics"] for entry in found} == {
-        step: {"removed": pytest.approx(share, rel=1e-5)} for step, share in rows.items()
+        step: {"removed": pytest.approx(share, rel=5e-5)} for step, share in rows.items()
     }
 
 

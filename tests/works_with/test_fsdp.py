@@ -283,11 +283,16 @@ def monitored(ranks, curvature, folder):
             original(self, trainer, module, *args)
         numbers.append(sum(local(p).numel() for p in module.parameters() if p.requires_grad))
 
+    def close(self, trainer, module=None, *args, original=Recorder.close, **kwargs):
+        with contextlib.nullcontext() if module is None else watched(trainer, module, changes):
+            original(self, trainer, module, *args, **kwargs)
+
     def made(self, *args, original=Lanczos.__init__, **kwargs):
         original(self, *args, **kwargs)
         bases.append((self.basis.shape, self.basis.untyped_storage().nbytes() // 4, self.basis.dtype))
 
-    with mock.patch.object(Recorder, "take", take), mock.patch.object(Lanczos, "__init__", made):
+    watch = mock.patch.multiple(Recorder, take=take, close=close)
+    with watch, mock.patch.object(Lanczos, "__init__", made):
         observed = fitted(Classifier(), folder, [one], ranks=ranks)
     return len(alone), differences(alone, observed), changes, bases, numbers, ddp.rows(one)
 
@@ -327,7 +332,7 @@ def fit_in_shards(ranks, data, *callbacks, **options):
 def measured(ranks, curvature):
     one = ddp.monitor(every_n_steps=1, curvature=curvature, tol=1e-5)
     fit_in_shards(ranks, ddp.in_turn(ranks), one, steps=3)
-    return ddp.rows(one), [record.subspace.eigenvalues.tolist() for record in one.history]
+    return ddp.rows(one), [[] if r.subspace is None else r.subspace.eigenvalues.tolist() for r in one.history]
 
 
 @pytest.mark.parametrize(("ranks", "curvatures"), [(2, CURVATURES), (3, ["hessian"])])
@@ -336,6 +341,7 @@ def test_records_are_those_of_one_process(ranks, curvatures):
     ((expected, eigenvalues),) = ddp.on(1, measured, "hessian")
     for curvature in curvatures:
         found = ddp.on(ranks, measured, curvature)
+        assert_step_of(found[0][0], expected, 1e-9 if curvature == "hessian" else 2e-3)
         ddp.assert_equal_on_all(found)
         rows, values = found[0]
         assert len(rows) >= 3
@@ -347,6 +353,24 @@ def test_records_are_those_of_one_process(ranks, curvatures):
                 if key in other:
                     assert one[key] == pytest.approx(other[key], abs=1e-9 if exact else 1e-4, nan_ok=True)
         assert "overlap_previous" in rows[-1]
+
+
+def assert_step_of(rows, expected, tolerance):
+    """The step that was taken, from float32 parameters: the loss itself is right to 1e-7."""
+    for one, other in zip(rows[:-1], expected[:-1], strict=True):
+        for key in ("gain", "change", "curvature", "edge_ratio", "norm", "relative_norm"):
+            assert one[f"step/{key}"] == pytest.approx(other[f"step/{key}"], rel=tolerance)
+        if other["step"] > 0:
+            assert one["step/cosine_previous"] == pytest.approx(other["step/cosine_previous"], abs=1e-5)
+
+
+def test_the_step_is_measured_on_shards_without_second_derivatives():
+    """Nothing whole is made of the shards: the parameters, the gradient and the update are parts."""
+    ((expected, _),) = ddp.on(1, measured, "none")
+    found = ddp.on(2, measured, "none")
+    ddp.assert_equal_on_all(found)
+    assert_step_of(found[0][0], expected, 2e-3)
+    assert not any(key.startswith("eigenvalues") for row in found[0][0] for key in row)
 
 
 def resumed(ranks, folder, resume):

@@ -1,5 +1,6 @@
 /** Where probes come from: a TensorBoard that serves them, or this page itself, which holds them. */
 
+import { unpacked } from './packed.js';
 import { Run } from './run.js';
 
 /**
@@ -30,7 +31,7 @@ function server() {
       const query = new URLSearchParams({ run: run.name, tag: run.tag, after: String(run.last) });
       const { last, probes } = await get(`./probes?${query}`);
       run.last = last;
-      run.add(probes);
+      run.add(probes.map(unpacked));
       return probes.length > 0;
     },
   };
@@ -50,7 +51,7 @@ function embedded(runs) {
     runs: async () => Object.fromEntries(tags),
     update: async (run) => {
       if (run.probes.length) return false;
-      run.add(runs[run.name][run.tag]);
+      run.add(runs[run.name][run.tag].map(unpacked));
       return true;
     },
   };

@@ -1,4 +1,4 @@
-"""A hundred thousand probes, by a stub of the solver: memory is that of the scalars, work a probe constant."""
+"""Ten thousand probes or a hundred thousand, by a stub of the solver: memory is that of the scalars, work a probe constant."""
 
 import gc
 import io
@@ -24,8 +24,9 @@ from lightning_subspace.subspace.overlap_history import OverlapHistory
 from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.sketch import Sketch
 from lightning_subspace.subspace.subspace import Subspace
+from tests.thorough import how_many
 
-PROBES, K = 100_000, 2
+PROBES, K = how_many(10_000, thorough=100_000), 2
 METRICS = 12  # beside those that the recorder adds
 SKETCHED = 25  # every so many probes has a sketch, which is compared with 64 others
 BASES = torch.eye(4)
@@ -130,7 +131,7 @@ def grown(take, first, last):
         tracemalloc.stop()
 
 
-def test_a_hundred_thousand_probes_take_the_memory_of_their_scalars_and_no_more_work_each(many, monkeypatch):
+def test_very_many_probes_take_the_memory_of_their_scalars_and_no_more_work_each(many, monkeypatch):
     monitor, take, logged = many
     compared = []
     compare = OverlapHistory.compare

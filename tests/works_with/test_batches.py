@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from lightning_subspace import Measurement, Needs, measure_subspace
 from tests.modules import BATCH, CLASSES, examples
 from tests.oracles import dense_hessian, top_eigenspace
+from tests.thorough import covering
 from tests.works_with.same_run import Classifier, compare
 
 pytestmark = [
@@ -155,8 +156,7 @@ def expected(net: nn.Module, parameters: list[Tensor], x: Tensor, y: Tensor) -> 
     return top_eigenspace(dense_hessian(net, lambda m: F.cross_entropy(m(x.double()), y)), 2)[0]
 
 
-@pytest.mark.parametrize("sample", ["all", "list"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "sample"), covering(list(KINDS), ["all", "list"], strength=1))
 def test_batches_of_every_kind_are_measured_as_they_are(kind, sample, tmp_path):
     keep, dataset = Keep(), examples()
     x, y = dataset.tensors

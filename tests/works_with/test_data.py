@@ -20,6 +20,7 @@ from torch.utils.data import (
 
 from lightning_subspace.data.drawn import sample_of_dataset
 from tests.modules import BATCH, EXAMPLES, RandomDataset
+from tests.thorough import IS_THOROUGH
 from tests.works_with.numbered import ByList, Holding, Numbered, everything, indices, loader
 from tests.works_with.same_run import Classifier, compare
 
@@ -227,7 +228,8 @@ print("probes", [record.step for record in monitor.history])
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+# The other two under `thorough` alone: of a spawned process Python runs the script again, if there is one.
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"] if IS_THOROUGH else ["spawn"])
 def test_a_script_without_workers_needs_no_main_guard(method, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(WITHOUT_A_GUARD.format(method=method))

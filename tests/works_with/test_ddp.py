@@ -5,6 +5,7 @@ ranks with batches of b take the steps of one process with batches of W b. Light
 """
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -39,6 +40,7 @@ from lightning_subspace.callbacks.strategy import ranks_of
 from lightning_subspace.subspace.sketch import Sketch, sketch_error
 from tests.modules import CLASSES, FEATURES, Observer, RandomDataset, differences
 from tests.processes import run
+from tests.thorough import IS_THOROUGH
 
 COUNT, GLOBAL_BATCH = 60, 12  # divisible by 2 and 3
 COSTS = ("solver/seconds", "solver/overhead", "solver/megabytes_moved")
@@ -265,24 +267,34 @@ def train(ranks, make, steps=6, *, accumulate=1, **arguments):
     return rows(one), one.overlap_matrix()[1], [p.tolist() for p in trainer.model.parameters()]
 
 
-def train_in_all_ways(ranks):
-    return {
-        "plain": train(ranks, Net, reference_step=2),
-        "sketched": train(ranks, lambda: Net(600), steps=4, reference_step=0),
-        "differences": train(ranks, Net, steps=2, every_n_steps=[0], curvature="finite-difference"),
-        "k = 0": train(ranks, Net, k=0),
-        "accumulated": train(ranks, Net, steps=4, accumulate=2, k=0),
-        # In every round each of 2 or of 3 ranks has a batch: the loss of one is the mean over those of its round.
-        "collectives": train(ranks, Collective, steps=2, every_n_steps=[1], gradient_sample=48, batch_size=4),
-    }
+RUNS = {
+    "plain": lambda ranks: train(ranks, Net, reference_step=2),
+    "sketched": lambda ranks: train(ranks, lambda: Net(600), steps=4, reference_step=0),
+    "differences": lambda ranks: train(ranks, Net, steps=2, every_n_steps=[0], curvature="finite-difference"),
+    "k = 0": lambda ranks: train(ranks, Net, k=0),
+    "accumulated": lambda ranks: train(ranks, Net, steps=4, accumulate=2, k=0),
+    # In every round each of 2 or of 3 ranks has a batch: the loss of one is the mean over those of its round.
+    "collectives": lambda ranks: train(ranks, Collective, steps=2, every_n_steps=[1], gradient_sample=48, batch_size=4),
+}
+# What three ranks do otherwise than two: how batches and vectors are dealt.
+DEALT = ["plain", "accumulated", "collectives"]
+
+
+def train_in(ranks, names):
+    return {name: RUNS[name](ranks) for name in names}
+
+
+@functools.cache
+def run_alone(name):
+    return RUNS[name](1)
 
 
 @pytest.mark.filterwarnings(GATHERING)
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_records_are_those_of_one_process(ranks):
+@pytest.mark.parametrize(("ranks", "names"), [(2, list(RUNS)), (3, list(RUNS) if IS_THOROUGH else DEALT)])
+def test_records_are_those_of_one_process(ranks, names):
     """Every number, those of the steps between the probes too; to the bit the same on all ranks."""
-    (alone,) = on(1, train_in_all_ways)
-    found = on(ranks, train_in_all_ways)
+    alone = {name: run_alone(name) for name in names}
+    found = on(ranks, train_in, names)
     for name, (history, overlaps, weights) in alone.items():
         assert_equal_on_all([of_rank[name] for of_rank in found])
         assert history, name
@@ -297,7 +309,7 @@ def test_records_are_those_of_one_process(ranks):
         "overlap_previous",
         "overlap_reference",
     } <= keys  # "reliability" is among those of tests/probe/test_ranks.py
-    assert len(alone["sketched"][0]) == 3
+    assert "sketched" not in alone or len(alone["sketched"][0]) == 3
 
 
 def fit_twice(ranks, folder):
@@ -417,7 +429,10 @@ def take_samples(ranks, names):
     return found
 
 
-@pytest.mark.parametrize(("ranks", "names"), [(2, list(SAMPLES)), (3, ["number", "current", "iterable", "weighted"])])
+@pytest.mark.parametrize(
+    ("ranks", "names"),
+    [(2, list(SAMPLES)), (3, ["number", "current", "iterable", "weighted"] if IS_THOROUGH else ["number", "iterable"])],
+)
 def test_the_sample_is_that_of_one_process(ranks, names):
     (alone,) = on(1, take_samples, names)
     found = on(ranks, take_samples, names)
@@ -610,7 +625,10 @@ def train_on(ranks, folder, resume, width):
 
 @pytest.mark.parametrize(
     ("width", "changes"),
-    [(6, [(2, 1, 5), (2, 1, 4), (2, 3, 5), (1, 2, 5), (1, 2, 4)]), (600, [(2, 1, 5), (1, 2, 5)])],
+    [
+        (6, [(2, 1, 4), (2, 3, 5), (1, 2, 5), *([(2, 1, 5), (1, 2, 4)] if IS_THOROUGH else [])]),
+        (600, [(2, 1, 5), (1, 2, 5)]),
+    ],
     ids=["sketch is basis", "sketch estimates"],
 )
 def test_a_checkpoint_can_be_resumed_on_another_number_of_ranks(tmp_path, width, changes):

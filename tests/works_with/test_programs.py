@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_subspace import SubspaceMonitor
+from lightning_subspace.probe import randomness
 
 VOCABULARY = 30
 STEPS = 4
@@ -151,9 +152,11 @@ def train(make, with_monitor, sample="all"):
 
 @pytest.mark.parametrize("sample", ["all", 4])
 @pytest.mark.parametrize(("make", "needs"), PROGRAMS.values(), ids=PROGRAMS)
-def test_a_program_from_elsewhere_trains_as_before_and_is_measured(make, needs, sample):
+def test_a_program_from_elsewhere_trains_as_before_and_is_measured(make, needs, sample, monkeypatch):
     if needs is not None and importlib.util.find_spec(needs) is None:
         pytest.skip(f"needs {needs}: pip install lightning-subspace[programs]")
+    monkeypatch.setattr(randomness, "HESSIAN", 32)  # evaluations for sample="all" where there is dropout, not hundreds
+    monkeypatch.setattr(randomness, "GRADIENT", 64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the programs' own
         before, _ = train(make, with_monitor=False)

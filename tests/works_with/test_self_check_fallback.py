@@ -29,6 +29,8 @@ K = 3
 INPUTS = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randint(6, (12, 5), generator=torch.Generator().manual_seed(1))
 LABELS = torch.randint(3, (12,), generator=torch.Generator().manual_seed(2))
+# Of the loss with dropout as many draws are taken as these allow: by the defaults hundreds.
+SIZES = {"sample": len(INPUTS), "gradient_sample": 2 * len(INPUTS)}
 
 
 class Net(LightningModule):
@@ -201,7 +203,7 @@ class Probing(Callback):
 
     def __init__(self, inputs, **options):
         self.sample = sample_of_batches([(inputs, LABELS)])
-        self.settings = ProbeSettings(k=K, **options)
+        self.settings = ProbeSettings(k=K, **SIZES, **options)
 
     def on_train_start(self, trainer, pl_module):
         self.tracker = ProbeRun(self.settings, pl_module)
@@ -273,7 +275,7 @@ def test_a_run_stops_on_request():
 @pytest.mark.parametrize("name", RUNS)
 def test_the_monitor_says_once_what_it_is_measured_with(name):
     make, inputs, options, outcome, curvature = RUNS[name]
-    monitor = SubspaceMonitor(k=K, every_n_steps=2, max_overhead=None, **options)
+    monitor = SubspaceMonitor(k=K, every_n_steps=2, max_overhead=None, **SIZES, **options)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         with_monitor = trained(make, inputs, monitor)

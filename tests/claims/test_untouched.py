@@ -45,6 +45,7 @@ from tests.modules import (
     random_bytes,
     train,
 )
+from tests.thorough import covering
 
 
 def monitor(**options) -> SubspaceMonitor:
@@ -89,13 +90,15 @@ def watched(name, folder, callback, accumulate=1):
 # -- bit identity -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PROJECTS)
-@pytest.mark.parametrize(
-    ("options", "accumulate"),
-    [({"sample": 16}, 1), ({"sample": "current", "every_n_steps": 1}, 4)],
-    ids=["fixed sample", "current batch, accumulated"],
-)
-def test_a_monitored_run_is_the_same_run(name, options, accumulate, alone, tmp_path):
+WAYS = {  # arguments of the monitor, and how many batches make a step
+    "fixed sample": ({"sample": 16}, 1),
+    "current batch, accumulated": ({"sample": "current", "every_n_steps": 1}, 4),
+}
+
+
+@pytest.mark.parametrize(("name", "way"), covering(list(PROJECTS), list(WAYS), strength=1))
+def test_a_monitored_run_is_the_same_run(name, way, alone, tmp_path):
+    options, accumulate = WAYS[way]
     callback = monitor(**options)
     run = watched(name, tmp_path, callback, accumulate)
     assert differences(alone(name, accumulate), run) == []
@@ -105,7 +108,7 @@ def test_a_monitored_run_is_the_same_run(name, options, accumulate, alone, tmp_p
 @pytest.mark.parametrize(
     ("name", "size", "accumulate", "mode"),
     [
-        *itertools.product(["Everything"], [16, "all", "current"], [1, 4], ["train"]),
+        *covering(["Everything"], [16, "all", "current"], [1, 4], ["train"], strength=1),
         *itertools.product(["InPlaceBatch", "Augmented"], ["all", "current"], [1], ["train"]),
         ("Everything", "all", 1, "eval"),
         ("Toggled", "current", 4, "eval"),
@@ -295,11 +298,16 @@ def test_a_failing_logger_is_told_and_changes_nothing(alone, tmp_path, monkeypat
 
 
 @pytest.mark.filterwarnings("ignore:(What trains this model is not|The second derivatives of this model are)")
-@pytest.mark.parametrize("name", ["Everything", "Teacher", "Hooks"])
 @pytest.mark.parametrize(
-    ("owner", "function"), [(Hessian, "matvec"), (training_loss, "as_scalar"), (containment.Shadow, "reset")]
+    ("name", "place"),
+    covering(
+        ["Everything", "Teacher", "Hooks"],
+        [(Hessian, "matvec"), (training_loss, "as_scalar"), (containment.Shadow, "reset")],
+        strength=1,
+    ),
 )
-def test_an_interrupted_probe_leaves_every_object_in_place(name, owner, function, monkeypatch):
+def test_an_interrupted_probe_leaves_every_object_in_place(name, place, monkeypatch):
+    owner, function = place
     module = PROJECTS[name]()
     for cover in ("log", "log_dict"):  # without a Trainer there is nowhere to log to
         monkeypatch.setattr(type(module), cover, lambda *args, **kwargs: None)

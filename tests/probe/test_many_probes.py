@@ -1,4 +1,4 @@
-"""Ten thousand probes or a hundred thousand, by a stub of the solver: memory is that of the scalars, work a probe constant."""
+"""Ten thousand probes, by a stub of the solver: memory is that of the scalars, and the work of each is constant."""
 
 import gc
 import io

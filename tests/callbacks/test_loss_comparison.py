@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, Wei
 
 from lightning_subspace import SubspaceMonitor
 from lightning_subspace.probe.second_opinion import BLOCK
+from tests.thorough import how_many
 
 DIGITS = load_digits()
 INPUTS, LABELS = torch.tensor(DIGITS.data / 16.0, dtype=torch.float32), torch.tensor(DIGITS.target)
@@ -146,7 +147,12 @@ MATCHES = {
     "in order": lambda: (Digits(), loader(shuffle=False), {}, {}),
     "interpolating": lambda: (Digits(), loader(INPUTS[:64], LABELS[:64], batch_size=16), {}, {"steps": 400}),
     "learnt by heart": lambda: (Digits(), loader(INPUTS[:512], SHUFFLED[:512]), {}, {"steps": 400}),
-    "every step": lambda: (Digits(), loader(), {"every_n_steps": 1, "gradient_sample": 256}, {"steps": 80}),
+    "every step": lambda: (
+        Digits(),
+        loader(),
+        {"every_n_steps": 1, "gradient_sample": 256},
+        {"steps": how_many(40, 80)},
+    ),
 }
 
 

@@ -142,8 +142,8 @@ def fit(make, callbacks, steps=2):
     return rows, [str(w.message) for w in told if "Subspace" in str(w.message)], trainer.global_step
 
 
-def monitor():
-    settings = {"k": 2, "every_n_steps": 1, "max_overhead": None, "sample": 16, "gradient_sample": 16}
+def monitor(every_n_steps=2):
+    settings = {"k": 2, "every_n_steps": every_n_steps, "max_overhead": None, "sample": 16, "gradient_sample": 16}
     return [SubspaceMonitor(**settings, dtype="float64")]
 
 
@@ -272,7 +272,7 @@ class Drift(Callback):
 
 
 def test_no_probe_is_taken_of_parameters_that_differ_between_processes():
-    for rows, told, step in run(fit, 2, lambda: "ddp", lambda: [Drift(), *monitor()], 5, group=False):
+    for rows, told, step in run(fit, 2, lambda: "ddp", lambda: [Drift(), *monitor(1)], 5, group=False):
         assert step == 5
         assert [row["step"] for row in rows[0]] == [0, 3, 4, 5]
         for text in told:

@@ -18,6 +18,7 @@ from lightning_subspace import StartWhenAligned, SubspaceMonitor, SubspaceProjec
 from lightning_subspace.curvature import Hessian
 from tests.oracles import dense_gradient, dense_hessian, top_eigenspace
 from tests.processes import run
+from tests.thorough import covering
 
 # Of ModelCheckpoint, which a resumed run does not have here.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
@@ -133,9 +134,9 @@ def test_with_plain_sgd_it_is_descent_along_the_projected_gradient(keep):
     assert_same_path(train(project(keep)), by_hand(keep, 6))
 
 
-@keeps
-@pytest.mark.parametrize(("refresh", "start"), [(3, 0), (1, 2), (3, 2)])
-def test_the_space_is_refreshed_and_the_projection_begins_when_asked(keep, refresh, start):
+@pytest.mark.parametrize(("when", "keep"), covering([(3, 0), (1, 2), (3, 2)], ["top", "bulk"], strength=1))
+def test_the_space_is_refreshed_and_the_projection_begins_when_asked(when, keep):
+    refresh, start = when
     found = train(project(keep, refresh_every_n_steps=refresh, start_when=start))
     assert_same_path(found, by_hand(keep, 6, refresh=refresh, start=start))
     assert not torch.allclose(found[6], by_hand(keep, 6)[6], atol=1e-6)  # it makes a difference
@@ -150,11 +151,13 @@ OPTIMIZERS = {
 OPTIONS = {"plain": {}, "clip": {"gradient_clip_val": 0.1}, "accumulate": {"accumulate_grad_batches": 2}}
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+# Under LBFGS, which evaluates its closure several times, Lightning accumulates and clips inside of that.
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [("lbfgs", "plain"), *covering([name for name in OPTIMIZERS if name != "lbfgs"], list(OPTIONS), strength=1)],
+)
 def test_the_two_parts_of_a_step_add_up_to_it(optimizer, options):
-    if optimizer is OPTIMIZERS["lbfgs"] and options:
-        pytest.skip("Lightning accumulates and clips inside the closure, which LBFGS evaluates several times")
+    optimizer, options = OPTIMIZERS[optimizer], OPTIONS[options]
     steps = {
         keep: train(*callbacks, module=Net(optimizer), steps=1, **options)
         for keep, callbacks in {"all": [], "top": [project("top")], "bulk": [project("bulk")]}.items()
@@ -167,10 +170,9 @@ def test_the_two_parts_of_a_step_add_up_to_it(optimizer, options):
     assert all(float(update.norm()) > 1e-4 for update in updates.values())
 
 
-@keeps
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_every_step_is_in_its_space(keep, optimizer):
-    module = Net(optimizer)
+@pytest.mark.parametrize(("optimizer", "keep"), covering(list(OPTIMIZERS), ["top", "bulk"], strength=1))
+def test_every_step_is_in_its_space(optimizer, keep):
+    module = Net(OPTIMIZERS[optimizer])
     at = train(project(keep), module=module, steps=3)
     for step in range(3):
         nn.utils.vector_to_parameters(at[step].clone(), module.parameters())

@@ -135,7 +135,7 @@ SAMPLERS = {
 @pytest.mark.parametrize("case", SAMPLERS)
 def test_the_sample_holds_what_training_draws_from(case, tmp_path):
     options, limits, expected = SAMPLERS[case]
-    monitor = {"sample": "all", "batch_size": BATCH}
+    monitor = {"k": 0, "sample": "all", "batch_size": BATCH}  # a sample is the same for every k
     data = (lambda: loader(ByList(), **options)) if case == "batching off" else (lambda: loader(**options))
     run = compare(tmp_path, Classifier, data, monitor=monitor, **limits)
     assert run.differing == []

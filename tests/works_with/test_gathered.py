@@ -49,9 +49,9 @@ def equal(sample: Any, given: list[list[torch.Tensor]]) -> bool:
     )
 
 
-def run(tmp_path: Any, data: Any, module: Any = Recording, **options: Any) -> Any:
-    """A compared run, and the module that was watched."""
-    made = []
+def run(tmp_path: Any, data: Any, module: Any = Recording, monitor: Any = None, **options: Any) -> Any:
+    """A compared run, and the module that was watched. A sample is the same for every k, so that none is the usual."""
+    made, options = [], {**options, "monitor": {"k": 0, **(monitor or {})}}
 
     def make() -> Any:
         made.append(module())
@@ -189,11 +189,15 @@ class Later(Callback):
             batch[0].mul_(3.0)
 
 
-@pytest.mark.parametrize("first", [2, 3, 30])
-def test_a_hook_that_sets_in_later_is_noticed(first, tmp_path):
+@pytest.mark.parametrize(("first", "epochs"), [(2, 4), (3, 4), (30, 12)])
+def test_a_hook_that_sets_in_later_is_noticed(first, epochs, tmp_path):
     with pytest.warns(UserWarning, match=r"a hook .* has changed a batch at step .* gathered behind the hooks"):
         watched, module = run(
-            tmp_path, lambda: loader(shuffle=True), callbacks=lambda: [Later(first)], max_epochs=12, monitor={"seed": 1}
+            tmp_path,
+            lambda: loader(shuffle=True),
+            callbacks=lambda: [Later(first)],
+            max_epochs=epochs,
+            monitor={"seed": 1},
         )
     assert watched.differing == []
     assert watched.steps[0] == 0
@@ -376,7 +380,7 @@ def test_data_that_are_reloaded(kind, resample, tmp_path):
         tmp_path,
         lambda: None,
         lambda: Reloaded(_of_epoch(kind)),
-        monitor={"sample": 8, "gradient_sample": 8, "every_n_steps": 1, "resample": resample},
+        monitor={"k": 2, "sample": 8, "gradient_sample": 8, "every_n_steps": 1, "resample": resample},
         max_epochs=4,
         reload_dataloaders_every_n_epochs=1,
     )
@@ -450,7 +454,8 @@ class InPlace(Recording):
 
 @pytest.mark.parametrize("sample", [16, "all"])
 def test_tensors_that_are_written_to_are_read_anew(sample, tmp_path):
-    watched, _ = run(tmp_path, lambda: None, lambda: InPlace(True), monitor={"sample": sample}, max_epochs=6)
+    own = {"k": 2, "sample": sample}
+    watched, _ = run(tmp_path, lambda: None, lambda: InPlace(True), monitor=own, max_epochs=6)
     assert watched.differing == []
     largest = {step: float(found.hessian[0].data[0].abs().max()) for step, found in watched.samples.items()}
     assert largest[24] == pytest.approx(30.0 * largest[12])

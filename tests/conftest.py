@@ -1,8 +1,46 @@
-"""Log levels, which a test leaves as it has found them, and notices that go to the log."""
+"""Which tests are fast; log levels, which a test leaves as it has found them; notices that go to the log."""
 
 import logging
+from pathlib import Path
 
 import pytest
+
+# Files and folders whose tests train little or nothing, in this process.
+FAST = (
+    "lightning_subspace",
+    "tests/callbacks/test_arguments.py",
+    "tests/claims/test_exceptions.py",
+    "tests/claims/test_rooms.py",
+    "tests/data",
+    "tests/linalg/test_blocked.py",
+    "tests/linalg/test_certificate.py",
+    "tests/linalg/test_lanczos.py",
+    "tests/linalg/test_normals.py",
+    "tests/linalg/test_selection.py",
+    "tests/linalg/test_stopping.py",
+    "tests/loss/test_places.py",
+    "tests/loss/test_shadow.py",
+    "tests/parallel/test_parameters.py",
+    "tests/probe/test_freshness.py",
+    "tests/probe/test_sample_state.py",
+    "tests/probe/test_schedule.py",
+    "tests/report/test_guard.py",
+    "tests/report/test_loggers.py",
+    "tests/report/test_progress.py",
+    "tests/state",
+    "tests/subspace",
+    "tests/thorough.py",
+)
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
+def pytest_collection_modifyitems(items):
+    for item in items:
+        path = item.path.relative_to(ROOT)
+        if any(path.is_relative_to(fast) for fast in FAST):
+            item.add_marker("fast")
+
 
 LOGGERS = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
 NOTICES = logging.getLogger("lightning_subspace")

@@ -6,7 +6,6 @@ same in every run.
 
 import itertools
 import os
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,31 +17,14 @@ def how_many(usual: int, thorough: int) -> int:
     return thorough if IS_THOROUGH else usual
 
 
-def covering(*factors: Sequence[Any], strength: int = 2) -> list[tuple[Any, ...]]:
-    """Combinations of a value of each factor: all, or enough for every `strength` values to meet.
-
-    With 1, every value of every factor is there; with 2, every pair of values of two factors, and so on.
+def covering(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Combinations of a value of each factor: all, or so many that every value occurs, each about as often.
 
     Example:
-        >>> covering("ab", "12", "xy", strength=1)
-        [('a', '1', 'x'), ('b', '2', 'y')]
-        >>> len(covering("ab", "12", "xy"))
-        4
+        >>> covering("abc", "12", "xy")
+        [('a', '1', 'x'), ('b', '2', 'y'), ('c', '1', 'x')]
     """
-    combinations = list(itertools.product(*(range(len(factor)) for factor in factors)))
-
-    def parts(combination: tuple[int, ...]) -> set[tuple[tuple[int, int], ...]]:
-        return set(itertools.combinations(enumerate(combination), strength))
-
-    chosen = combinations if IS_THOROUGH else []
-    left = set().union(*map(parts, combinations)) if not chosen else set()
-    used = Counter[tuple[int, int]]()
-
-    def worth(combination: tuple[int, ...]) -> tuple[int, int]:
-        return len(parts(combination) & left), -sum(used[value] for value in enumerate(combination))
-
-    while left:  # greedy: the one with most that is new, of values that were used least
-        chosen.append(max(combinations, key=worth))
-        left -= parts(chosen[-1])
-        used.update(enumerate(chosen[-1]))
-    return [tuple(factor[i] for factor, i in zip(factors, one, strict=True)) for one in sorted(chosen)]
+    if IS_THOROUGH:
+        return list(itertools.product(*factors))
+    count = max(map(len, factors))
+    return [tuple(factor[i % len(factor)] for factor in factors) for i in range(count)]

@@ -151,7 +151,7 @@ MATCHES = {
         Digits(),
         loader(),
         {"every_n_steps": 1, "gradient_sample": 256},
-        {"steps": how_many(40, 80)},
+        {"steps": how_many(40, thorough=80)},
     ),
 }
 

@@ -96,7 +96,7 @@ WAYS = {  # arguments of the monitor, and how many batches make a step
 }
 
 
-@pytest.mark.parametrize(("name", "way"), covering(list(PROJECTS), list(WAYS), strength=1))
+@pytest.mark.parametrize(("name", "way"), covering(list(PROJECTS), list(WAYS)))
 def test_a_monitored_run_is_the_same_run(name, way, alone, tmp_path):
     options, accumulate = WAYS[way]
     callback = monitor(**options)
@@ -108,7 +108,7 @@ def test_a_monitored_run_is_the_same_run(name, way, alone, tmp_path):
 @pytest.mark.parametrize(
     ("name", "size", "accumulate", "mode"),
     [
-        *covering(["Everything"], [16, "all", "current"], [1, 4], ["train"], strength=1),
+        *covering(["Everything"], [16, "all", "current"], [1, 4], ["train"]),
         *itertools.product(["InPlaceBatch", "Augmented"], ["all", "current"], [1], ["train"]),
         ("Everything", "all", 1, "eval"),
         ("Toggled", "current", 4, "eval"),
@@ -303,7 +303,6 @@ def test_a_failing_logger_is_told_and_changes_nothing(alone, tmp_path, monkeypat
     covering(
         ["Everything", "Teacher", "Hooks"],
         [(Hessian, "matvec"), (training_loss, "as_scalar"), (containment.Shadow, "reset")],
-        strength=1,
     ),
 )
 def test_an_interrupted_probe_leaves_every_object_in_place(name, place, monkeypatch):

@@ -517,7 +517,7 @@ def of_gathered_losses(module, batch, batch_idx):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional.all_gather is deprecated:FutureWarning")
-@pytest.mark.parametrize(("loss_fn", "count"), covering([with_a_collective, of_gathered_losses], [2, 3], strength=1))
+@pytest.mark.parametrize(("loss_fn", "count"), covering([with_a_collective, of_gathered_losses], [2, 3]))
 def test_a_loss_may_have_collectives_of_its_own(loss_fn, count):
     """With unequal numbers of batches a rank, for the Hessian and its halves and for the gradient."""
     case = Case(**UNEVEN, extra=MORE, k=2, halves=True, dtype="float64")

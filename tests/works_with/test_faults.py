@@ -100,7 +100,7 @@ def cause(fault: Fault) -> list[str]:
 def cases(*places: str, kinds: Sequence[str] = ("exception",), ranks: Sequence[int | None] = (0, 1), **options):
     """Cases of each place, each kind and each rank; under `thorough` all that these can make."""
     step, operation = options.pop("step", 1), options.pop("operation", 0)
-    chosen = covering(places, kinds, ranks, strength=1)
+    chosen = covering(places, kinds, ranks)
     faults = [Fault(place, rank, kind, step, operation) for place, kind, rank in chosen]
     return [Case([fault], **options) for fault in faults]
 

@@ -66,8 +66,12 @@ def with_items(value: Any, items: list[Any]) -> Any:
 # A class derived from one of these may do anything in methods of its own, so those of the built-in class are called.
 
 
+KINDS = (OrderedDict, dict, list, deque, set)
+
+
 def _kind(target: Any) -> Any:
-    return next(kind for kind in (OrderedDict, dict, list, deque, set) if isinstance(target, kind))
+    exact = type(target)
+    return exact if exact in KINDS else next(kind for kind in KINDS if isinstance(target, kind))
 
 
 def read_dict(target: dict[Any, Any]) -> list[Any]:
@@ -83,6 +87,8 @@ def fill_dict(target: dict[Any, Any], items: list[Any]) -> None:
         kind.clear(target)
         for key, value in zip(keys, values, strict=True):
             kind.__setitem__(target, key, value)
+        return
+    if all(map(is_, kind.values(target), values)):
         return
     # By entry if the keys are unchanged: guards of compiled code look at the dict.
     for key, old, new in zip(keys, list(kind.values(target)), values, strict=True):

@@ -13,6 +13,7 @@ from lightning_subspace import Control, CriticalSharpness, Density, Measurement,
 from lightning_subspace._lightning import MisconfigurationException
 from lightning_subspace.measurements import Chi
 from lightning_subspace.measurements.base import Needs
+from tests.thorough import covering
 
 # Of lightning: the saver is not in the run that is resumed.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
@@ -102,8 +103,8 @@ def each():
     return Control(reference_step=2), Density(steps=6, keep=3), CriticalSharpness(), Counting()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("at", [1, 2, 4, 5])  # a record is open at 2, whose space is the reference, and at 4
+# A record is open at 2, whose space is the reference, and at 4.
+@pytest.mark.parametrize(("at", "dtype"), covering([1, 2, 4, 5], ["float32", "float64"]))
 def test_a_resumed_run_remembers_to_the_bit(tmp_path, at, dtype):
     own, other = each(), each()
     one, two = monitor(*own, dtype=dtype), monitor(*other, dtype=dtype)

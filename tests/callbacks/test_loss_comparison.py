@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, Wei
 
 from lightning_subspace import SubspaceMonitor
 from lightning_subspace.probe.second_opinion import BLOCK
-from tests.thorough import how_many
+from tests.thorough import covering, how_many
 
 DIGITS = load_digits()
 INPUTS, LABELS = torch.tensor(DIGITS.data / 16.0, dtype=torch.float32), torch.tensor(DIGITS.target)
@@ -182,8 +182,9 @@ def over_sample(module, parts):
     return float(F.cross_entropy(twin.net(inputs.double()), labels))
 
 
-@pytest.mark.parametrize("curvature", ["hessian", "ggn", "finite-difference", "empirical-fisher"])
-@pytest.mark.parametrize("k", [0, 2])
+@pytest.mark.parametrize(
+    ("curvature", "k"), covering(["hessian", "ggn", "finite-difference", "empirical-fisher"], [0, 2])
+)
 def test_the_loss_of_the_sample_and_the_running_mean(curvature, k):
     parts, expected = [(INPUTS[:24], LABELS[:24]), (INPUTS[24:40], LABELS[24:40])], {}
 

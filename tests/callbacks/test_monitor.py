@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_subspace import Measurement, Needs, SubspaceMonitor
 from lightning_subspace.probe import forecast
 from lightning_subspace.report import logged_name, progress, select
+from tests.thorough import covering
 
 # The first is raised by torch's own pytree, in Lightning's CombinedLoader; the second depends on the machine, the third
 # on the length of the run.
@@ -160,8 +161,7 @@ def csv_scalars(folder, prefix="subspace"):
 # Loggers
 
 
-@pytest.mark.parametrize("log", ["default", "all"])
-@pytest.mark.parametrize("log_every_n_steps", [1, 50])
+@pytest.mark.parametrize(("log", "log_every_n_steps"), covering(["default", "all"], [1, 50]))
 def test_tensorboard_has_every_value_once_at_the_step_of_its_point(tmp_path, log_every_n_steps, log):
     monitor = probing(log=log)
     fit(monitor, logger=TensorBoardLogger(tmp_path), log_every_n_steps=log_every_n_steps)
@@ -720,8 +720,9 @@ def test_a_fast_development_run_works():
     assert is_usable(monitor)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda monitor: pickle.loads(pickle.dumps(monitor))])
-@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize(
+    ("copied", "used"), covering([copy.deepcopy, lambda monitor: pickle.loads(pickle.dumps(monitor))], [False, True])
+)
 def test_a_copy_has_the_history_and_can_be_used(copied, used):
     monitor = probing()
     if used:

@@ -10,6 +10,7 @@ from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.measure import measure_subspace
+from tests.thorough import covering
 
 SEEDS = range(3)
 
@@ -55,8 +56,7 @@ def direction(n, seed):
     return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(("seed", "name"), covering(list(SEEDS), list(NETS)))
 def test_products_are_those_of_double_backward(name, seed):
     sample = sample_of_batches(batches(seed)).hessian
     with opened(built(NETS[name], seed)) as loss:

@@ -22,6 +22,7 @@ from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
 from tests.oracles import EPS, dense_gradient, top_eigenspace
 from tests.processes import run
+from tests.thorough import covering
 
 ROUNDING = 1e4 * EPS
 CLASSES = 3
@@ -199,9 +200,7 @@ def product_on_ranks(memory, examples):
     return [partition.gather(image) for image in found], loss.evaluations
 
 
-@pytest.mark.parametrize("examples", [True, False], ids=["examples", "micro-batches"])
-@pytest.mark.parametrize("memory", [None, 0.0])
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("examples", "memory", "size"), covering([True, False], [None, 0.0], [2, 3]))
 def test_ranks_give_what_one_process_gives(size, memory, examples):
     module = built(net)
     partition = Partition.even(ParameterSpace.of(module))

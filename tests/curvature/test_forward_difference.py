@@ -17,6 +17,7 @@ from lightning_subspace.curvature import (
 from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
+from tests.thorough import covering
 
 SEEDS = range(3)
 EXAMPLES = 128
@@ -72,8 +73,7 @@ def opened(module, **options):
     return TrainingLoss(module, ParameterSpace.of(module), classify, **options)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(("seed", "name"), covering(list(SEEDS), list(NETS)))
 def test_float64_products_are_those_of_double_backward_up_to_truncation(name, seed):
     sample = sample_of_batches(batches(seed)).hessian
     with opened(built(NETS[name], seed), dtype=torch.float64) as loss:

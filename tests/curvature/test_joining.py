@@ -27,6 +27,7 @@ from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.settings import ProbeSettings
 from tests.oracles import dense_hessian
 from tests.processes import run
+from tests.thorough import covering
 
 CLASSES = 3
 
@@ -104,8 +105,7 @@ def tried(module, loss_fn, batches, **settings):
     return choice.joining(module, sample, Partition.even(ParameterSpace.of(module)))
 
 
-@pytest.mark.parametrize("operator", [Hessian, GaussNewton])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "operator"), covering(list(CASES), [Hessian, GaussNewton]))
 def test_products_gradients_values_and_parts_are_those_of_single_ones(case, operator):
     make, loss_fn, batches = CASES[case]
     module, sample = made(make), sample_of_batches(batches).hessian

@@ -20,6 +20,7 @@ from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.measure import measure_subspace
 from tests.custom_functions import KeepsInput, OnceDifferentiable
 from tests.oracles import EPS, dense_hessian_by_differences
+from tests.thorough import covering
 
 SEEDS = range(3)
 INPUTS = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
@@ -197,8 +198,7 @@ UNFAITHFUL = {
 }
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("name", UNFAITHFUL)
+@pytest.mark.parametrize(("seed", "name"), covering(list(SEEDS), list(UNFAITHFUL)))
 def test_it_fails_on_gradients_that_are_not_derivatives(name, seed):
     assert check(UNFAITHFUL[name](), seed=seed).outcome is CheckOutcome.FAILED
 
@@ -274,8 +274,7 @@ FAITHFUL = {
 }
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("name", FAITHFUL)
+@pytest.mark.parametrize(("name", "mode"), covering(list(FAITHFUL), ["train", "eval"]))
 def test_it_passes_with_a_wide_margin(name, mode):
     make, inputs = FAITHFUL[name]
     results = [check(built(make), (inputs, LABELS), seed=seed, mode=mode) for seed in range(8)]

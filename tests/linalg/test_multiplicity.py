@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lightning_subspace.linalg import EigshResult, Outcome, Which, eigsh
+from tests.thorough import covering
 
 from .spectra import Operator, copies_behind_an_outlier, generator, mirrored, normal, num_missed, shortfall, spectra
 
@@ -32,9 +33,9 @@ def solve(operator: Operator, seed: int, **arguments: object) -> EigshResult:
     return eigsh(operator, operator.n, K, **(defaults | arguments))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("ncv", [None, K + 5])
-@pytest.mark.parametrize("precision", ["float64", "float32"])
-@pytest.mark.parametrize("name", DEGENERATE)
+@pytest.mark.parametrize(
+    ("name", "ncv", "precision"), covering(list(DEGENERATE), [None, K + 5], ["float64", "float32"])
+)
 def test_no_copy_is_missed(name: str, precision: str, ncv: int | None) -> None:
     for seed in SEEDS:
         operator = Operator(spectra(N)[name], noise=1e-7 if precision == "float32" else 0.0, seed=seed)
@@ -46,8 +47,7 @@ def test_no_copy_is_missed(name: str, precision: str, ncv: int | None) -> None:
         assert result.orthogonality < (1e-5 if precision == "float32" else 1e-12)
 
 
-@pytest.mark.parametrize("which", ["SA", "LM", "BE"])
-@pytest.mark.parametrize("name", DEGENERATE)
+@pytest.mark.parametrize(("name", "which"), covering(list(DEGENERATE), ["SA", "LM", "BE"]))
 def test_no_copy_is_missed_at_other_ends(name: str, which: Which) -> None:
     # Magnitudes with no outlier make a hard problem, not a degenerate one.
     if name == "ten equal, all negative" and which != "SA":
@@ -82,8 +82,7 @@ def test_a_multiple_of_the_identity_costs_a_product_more_than_k(name: str) -> No
     assert solve(Operator(spectra(N)[name]), 0, subspace_tol=None).num_matvecs == K
 
 
-@pytest.mark.parametrize("ncv", [None, K + 5])
-@pytest.mark.parametrize("name", ORDINARY)
+@pytest.mark.parametrize(("name", "ncv"), covering(list(ORDINARY), [None, K + 5]))
 def test_verifying_an_ordinary_spectrum_is_cheap(name: str, ncv: int | None) -> None:
     operator = Operator(spectra(2000)[name])
     for seed in SEEDS:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_subspace.linalg import Quadrature, eigsh, quadrature
+from tests.thorough import covering
 
 from .fake_ranks import FakeRanks
 from .spectra import Operator, normal, spectra
@@ -44,8 +45,12 @@ def test_it_is_exact_for_polynomials_in_the_start_vector(name: str, k: int) -> N
         image = image - known[2].T @ (known[2] @ image)
 
 
-@pytest.mark.parametrize("name", ["power law", "outliers", "indefinite", "heavy tail"])
-@pytest.mark.parametrize("function", [identity, torch.square, lambda x: x.clamp(max=0.0)])
+@pytest.mark.parametrize(
+    ("name", "function"),
+    covering(
+        ["power law", "outliers", "indefinite", "heavy tail"], [identity, torch.square, lambda x: x.clamp(max=0.0)]
+    ),
+)
 def test_the_standard_error_is_that_of_many_runs(name: str, function: object) -> None:
     operator = Operator(spectra(N)[name])
     runs = [quadrature(operator, N, steps=20, vectors=2, seed=seed, **F64).sum(function) for seed in range(60)]

@@ -19,6 +19,7 @@ from lightning_subspace.loss.shadow import Shadow
 from tests.loss import kinds_of_state as table
 from tests.loss.generated_modules import OWNERS, State, require_the_same
 from tests.modules import Holder
+from tests.thorough import covering
 
 ALWAYS = ("always", True)
 
@@ -28,14 +29,17 @@ def test_every_kind_in_a_module_is_contained_or_refused_when_it_is_used(kind):
     require_the_same([State(kind, "itself", "module", *ALWAYS)])
 
 
-@pytest.mark.parametrize("place", table.PLACES)
-@pytest.mark.parametrize("kind", ["tensor", "list", "large list of tensors", "replay memory"])
+@pytest.mark.parametrize(
+    ("place", "kind"), covering(list(table.PLACES), ["tensor", "list", "large list of tensors", "replay memory"])
+)
 def test_every_place_is_looked_at(kind, place):
     require_the_same([State(kind, place, "module", "for some batches", True)])
 
 
-@pytest.mark.parametrize("owner", OWNERS)
-@pytest.mark.parametrize("kind", ["tensor through .data", "array", "object", "large list of pairs, an entry", "queue"])
+@pytest.mark.parametrize(
+    ("owner", "kind"),
+    covering(list(OWNERS), ["tensor through .data", "array", "object", "large list of pairs, an entry", "queue"]),
+)
 def test_every_owner_is_looked_at(kind, owner):
     require_the_same([State(kind, "itself", owner, *ALWAYS)])
 

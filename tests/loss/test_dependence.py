@@ -14,6 +14,7 @@ from lightning_subspace.loss.loss_function import LossError
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from tests.oracles import dense_hessian
+from tests.thorough import covering
 
 BATCH = (torch.randn(16, 5, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3)
 WIDE = (BATCH[0].double(), BATCH[1])
@@ -47,8 +48,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("curvature", ["hessian", "ggn", "finite-difference", "empirical-fisher"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "curvature"), covering(list(WAYS), ["hessian", "ggn", "finite-difference", "empirical-fisher"])
+)
 def test_a_parameter_from_elsewhere_is_refused_by_its_name(way, curvature):
     net = Net()
     keep, read = WAYS[way]

@@ -19,6 +19,7 @@ from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.settings import ProbeSettings
 from tests.processes import run
+from tests.thorough import covering
 
 K = 2
 RUNS = 40
@@ -178,9 +179,11 @@ def sometimes_none(net, batch, batch_idx):
     return None if torch.rand((), dtype=torch.float32) < 0.2 else cross_entropy(net, batch, batch_idx)
 
 
-@pytest.mark.parametrize("loss_fn", [noisy, by_numpy, by_python])
-@pytest.mark.parametrize("curvature", ["hessian", "ggn", "finite-difference", "empirical-fisher"])
 @pytest.mark.filterwarnings("ignore:The empirical Fisher")
+@pytest.mark.parametrize(
+    ("loss_fn", "curvature"),
+    covering([noisy, by_numpy, by_python], ["hessian", "ggn", "finite-difference", "empirical-fisher"]),
+)
 def test_random_numbers_of_any_kind_are_found(loss_fn, curvature):
     net = dropout_network().eval()
     assert begun(net, quarters(), loss_fn, mode="eval", curvature=curvature).examples.is_random

@@ -15,6 +15,7 @@ from lightning_subspace.measurements import Reliability
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.settings import ProbeSettings
 from tests.processes import run
+from tests.thorough import covering
 
 COUNT = "solver/batches_without_loss"
 SAYS = "micro-batches gave no loss"
@@ -57,9 +58,10 @@ def same(one, other):
         assert torch.equal(one.subspace.eigenvectors, other.subspace.eigenvectors)
 
 
-@pytest.mark.parametrize("curvature", ["hessian", "ggn", "finite-difference", "empirical-fisher"])
-@pytest.mark.parametrize("k", [0, 2])
 @pytest.mark.filterwarnings("ignore:The empirical Fisher is taken over micro-batches")
+@pytest.mark.parametrize(
+    ("curvature", "k"), covering(["hessian", "ggn", "finite-difference", "empirical-fisher"], [0, 2])
+)
 def test_they_have_no_part_in_the_mean(curvature, k):
     without = {0, 3}
     options = {"k": k, "loss_fn": loss_fn, "curvature": curvature, "measurements": [Reliability()]}

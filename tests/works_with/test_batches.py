@@ -208,15 +208,16 @@ def test_a_wrong_second_derivative_is_found_whatever_the_batch_is(kind):
 
 
 @pytest.mark.parametrize(
-    "refuse",
-    [
-        lambda x: 1.0 / (len(x) // 32),
-        lambda x: float("nan") if len(x) < 32 else 1.0,
-        lambda x: None if len(x) < 32 else 1.0,
-    ],
-    ids=["an exception", "not finite", "no loss"],
+    ("refuse", "curvature"),
+    covering(
+        [
+            lambda x: 1.0 / (len(x) // 32),
+            lambda x: float("nan") if len(x) < 32 else 1.0,
+            lambda x: None if len(x) < 32 else 1.0,
+        ],
+        ["hessian", "ggn", "finite-difference", "empirical-fisher"],
+    ),
 )
-@pytest.mark.parametrize("curvature", ["hessian", "ggn", "finite-difference", "empirical-fisher"])
 def test_a_batch_whose_part_has_no_loss_is_checked_whole(curvature, refuse):
     x, y = examples().tensors
     net = nn.Linear(5, CLASSES)

@@ -15,6 +15,7 @@ from lightning_subspace import Stability, measure_subspace
 from lightning_subspace.loss.bare import bare_module
 from tests.oracles import dense_gradient, dense_hessian, projected_share, top_eigenspace
 from tests.processes import run
+from tests.thorough import covering
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS = torch.randn(40, 4, generator=GENERATOR)
@@ -68,8 +69,7 @@ def contents(module):
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
-@pytest.mark.parametrize("with_optimizer", [False, True])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("precision", "with_optimizer"), covering(list(PRECISIONS), [False, True]))
 def test_the_numbers_are_those_of_the_bare_module_in_every_precision(precision, with_optimizer):
     module = network()
     fabric = Fabric(accelerator="cpu", devices=1, precision=precision)

@@ -16,6 +16,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 from lightning_subspace import SubspaceMonitor, SubspaceProjection
 from lightning_subspace.data.training_set import TrainingSet, is_in_memory
 from tests.modules import BATCH, EXAMPLES, examples
+from tests.thorough import covering
 from tests.works_with.numbered import Numbered, by_index, everything, indices, loader
 from tests.works_with.same_run import Classifier, KeepSample, compare
 
@@ -373,8 +374,9 @@ def _of_epoch(kind: Any) -> Any:
     return lambda epoch: kind(8 * epoch, 8)
 
 
-@pytest.mark.parametrize("kind", [Numbered, lambda first, count: Numbered(first, count).tensors])
-@pytest.mark.parametrize("resample", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "resample"), covering([Numbered, lambda first, count: Numbered(first, count).tensors], [True, False])
+)
 def test_data_that_are_reloaded(kind, resample, tmp_path):
     watched, _ = run(
         tmp_path,

@@ -20,6 +20,7 @@ from lightning_subspace import SubspaceMonitor
 from lightning_subspace.curvature import CheckOutcome, CurvatureConfig, Hessian
 from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.parallel.parameters import ParameterSpace
+from tests.thorough import covering
 
 STEP = 1e-6
 INPUTS = torch.randn(12, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -185,8 +186,7 @@ def product(module, batch, v, dtype, mode="train"):
         return Hessian(loss, sample_of_batches([batch]).hessian).matvec(v).double()
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "mode"), covering(list(MODELS), ["train", "eval"]))
 def test_products_are_those_of_differences(name, mode):
     make, inputs = MODELS[name]
     module, batch = built(make).train(mode == "train"), (inputs, LABELS[: len(inputs)])

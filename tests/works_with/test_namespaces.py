@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor
 from lightning_subspace._lightning import Callback, MisconfigurationException
+from tests.thorough import covering
 
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": False}
@@ -148,7 +149,10 @@ YAML = {
     "patterns": {"params": ["layer.*"]},
     "loss by name": {"loss_fn": "tests.works_with.test_namespaces.boring_loss"},
     "weight by name": {"weight": "builtins.len"},
-    "words": {"dtype": "float64", "curvature": "finite-difference", "on_check_fail": "raise", "mode": "eval"},
+    "words": {
+        **{"dtype": "float64", "curvature": "finite-difference", "on_check_fail": "raise", "mode": "eval"},
+        **{"sample": 16, "gradient_sample": 16},  # less work
+    },
     "current batch": {"sample": "current"},
 }
 
@@ -159,8 +163,9 @@ def boring_loss(module, batch, batch_idx):
 
 @pytest.mark.filterwarnings("ignore:.*LightningCLI's args parameter:UserWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, about Lightning's use of it
-@pytest.mark.parametrize("arguments", YAML.values(), ids=YAML)
-def test_the_command_line_reads_it_from_yaml(pl, arguments, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("case", "pl"), covering(list(YAML), NAMESPACES), indirect=["pl"])
+def test_the_command_line_reads_it_from_yaml(case, pl, tmp_path, monkeypatch):
+    arguments = YAML[case]
     monkeypatch.syspath_prepend(".")
     cli = sub(pl, "cli").LightningCLI(
         sub(pl, "demos.boring_classes").BoringModel,

@@ -21,6 +21,7 @@ from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from tests.custom_functions import KeepsInput
+from tests.thorough import covering
 
 K = 2
 GENERATOR = torch.Generator().manual_seed(0)
@@ -199,9 +200,14 @@ def test_the_asymmetry_is_that_of_the_dense_derivative(name):
     assert truth / 1.5 < statistics.median(found) < 1.5 * truth
 
 
-@pytest.mark.parametrize("options", [{"on_check_fail": "finite-difference"}, {"curvature": "finite-difference"}])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", NO_GRADIENT)
+@pytest.mark.parametrize(
+    ("name", "options", "dtype"),
+    covering(
+        list(NO_GRADIENT),
+        [{"on_check_fail": "finite-difference"}, {"curvature": "finite-difference"}],
+        ["float32", "float64"],
+    ),
+)
 def test_finite_differences_of_it_are_refused(name, options, dtype):
     with pytest.raises(CheckError, match=r"is not the gradient of a function.*[Nn]othing is measured"):
         measure(built(NO_GRADIENT[name][0]), dtype=dtype, **options)

@@ -20,6 +20,7 @@ from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.measure import measure_subspace
 from tests.modules import CLASSES
 from tests.oracles import STEP, dense_hessian
+from tests.thorough import covering
 from tests.works_with.numbered import by_index, loader
 from tests.works_with.same_run import Classifier, compare
 
@@ -270,8 +271,7 @@ class Lazy(Classifier):
         self.net = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(CLASSES))
 
 
-@pytest.mark.parametrize("data", [loader, by_index])
-@pytest.mark.parametrize("sample", [16, "all", "current"])
+@pytest.mark.parametrize(("data", "sample"), covering([loader, by_index], [16, "all", "current"]))
 def test_lazy_parameters_are_measured_from_the_first_batch_on(tmp_path, data, sample, caplog):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[lL]azy", module="torch|lightning")

@@ -22,6 +22,7 @@ from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.settings import ProbeSettings
 from tests.oracles import dense_hessian
+from tests.thorough import covering
 
 PRECISIONS = ["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"]
 STORED = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
@@ -89,8 +90,7 @@ def reference(module, inputs):
     return dense_hessian(module, lambda net: net.training_step((inputs.double(), LABELS), 0))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("precision", "dtype"), covering(list(PRECISIONS), ["float32", "float64"]))
 def test_products_are_those_of_float64(precision, dtype):
     errors = []
 
@@ -134,8 +134,7 @@ def test_native_is_the_loss_as_it_is_trained(precision):
     assert seen == [{(stored, computed, stored)}]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "native"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("precision", "dtype"), covering(list(PRECISIONS), ["float32", "float64", "native"]))
 def test_training_is_left_alone(precision, dtype):
     records = []
 

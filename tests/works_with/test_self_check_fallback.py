@@ -24,6 +24,7 @@ from lightning_subspace.probe.settings import ProbeSettings
 from tests.custom_functions import KeepsInput, OnceDifferentiable
 from tests.oracles import dense_hessian, dense_hessian_by_differences, top_eigenspace
 from tests.processes import run
+from tests.thorough import covering
 
 K = 3
 INPUTS = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
@@ -137,8 +138,7 @@ def test_raise_raises(name):
         measure(built(WRONG[name]), INPUTS, on_check_fail="raise")
 
 
-@pytest.mark.parametrize("spelling", ["finite-difference", "finite_difference"])
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize(("name", "spelling"), covering(list(WRONG), ["finite-difference", "finite_difference"]))
 def test_finite_difference_measures_what_is_right(name, spelling):
     module = built(WRONG[name])
     expected = reference(module, INPUTS)
@@ -155,8 +155,7 @@ def test_finite_difference_measures_what_is_right(name, spelling):
     assert not wrong
 
 
-@pytest.mark.parametrize("policy", ["warn", "raise", "finite-difference"])
-@pytest.mark.parametrize("name", MISSING)
+@pytest.mark.parametrize(("name", "policy"), covering(list(MISSING), ["warn", "raise", "finite-difference"]))
 def test_what_torch_cannot_derive_falls_back_by_itself(name, policy):
     make, inputs = MISSING[name]
     module = built(make)
@@ -325,8 +324,7 @@ def checks(monkeypatch):
 UNDERIVABLE = {"missing": MISSING["embedding-bag"], "wrong": (WRONG["once-differentiable"], INPUTS)}
 
 
-@pytest.mark.parametrize("policy", ["warn", "finite-difference"])
-@pytest.mark.parametrize("name", UNDERIVABLE)
+@pytest.mark.parametrize(("name", "policy"), covering(list(UNDERIVABLE), ["warn", "finite-difference"]))
 def test_a_gauss_newton_matrix_that_cannot_be_had_does_not_stop_training(name, policy, checks):
     make, inputs = UNDERIVABLE[name]
     monitor = SubspaceMonitor(k=K, curvature="ggn", every_n_steps=1, max_overhead=None, on_check_fail=policy)
@@ -338,8 +336,7 @@ def test_a_gauss_newton_matrix_that_cannot_be_had_does_not_stop_training(name, p
     assert len(checks) == 1
 
 
-@pytest.mark.parametrize("argument", ["on_check_fail", "on_failure"])
-@pytest.mark.parametrize("name", UNDERIVABLE)
+@pytest.mark.parametrize(("name", "argument"), covering(list(UNDERIVABLE), ["on_check_fail", "on_failure"]))
 def test_a_gauss_newton_matrix_that_cannot_be_had_stops_training_on_request(name, argument):
     make, inputs = UNDERIVABLE[name]
     with pytest.raises(CheckError, match="curvature='hessian'"):

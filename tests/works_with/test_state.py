@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_subspace import SubspaceMonitor
 from lightning_subspace.subspace.overlap_history import OverlapHistory
 from lightning_subspace.subspace.sketch import Sketch, sketch_error
+from tests.thorough import IS_THOROUGH
 
 # Of ModelCheckpoint, which a resumed run does not have here.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
@@ -82,8 +83,8 @@ def numbers(record):
     return {key: value for key, value in record.metrics.items() if not key.startswith(apart)}
 
 
-# 6: a probe is open when the checkpoint is written; 7 and 8: between two; 1: only the start has been probed
-@pytest.mark.parametrize("at", [1, 6, 7, 8, 9])
+# 6 and 9: a probe is open when the checkpoint is written; 7 and 8: between two; 1: only the start has been probed
+@pytest.mark.parametrize("at", [1, 6, 7, 8, 9] if IS_THOROUGH else [1, 6, 8])
 @pytest.mark.filterwarnings(NOT_CERTIFIED)
 def test_a_resumed_run_is_the_straight_run(straight, at):
     one, trainer, folder, width = straight

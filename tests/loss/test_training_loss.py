@@ -33,6 +33,7 @@ from tests.modules import (
     random_bytes,
     train,
 )
+from tests.thorough import covering
 
 
 def batch_of(index=0, size=BATCH):
@@ -82,9 +83,9 @@ def are_equal(values):
     )
 
 
-@pytest.mark.parametrize("name", PROJECTS)
-@pytest.mark.parametrize(("mode", "dtype"), [("train", torch.float32), ("eval", torch.float64)])
-def test_evaluations_are_equal_to_the_bit_and_touch_no_object(name, mode, dtype, tmp_path):
+@pytest.mark.parametrize(("name", "way"), covering(list(PROJECTS), [("train", torch.float32), ("eval", torch.float64)]))
+def test_evaluations_are_equal_to_the_bit_and_touch_no_object(name, way, tmp_path):
+    mode, dtype = way
     evaluator = Evaluator(mode, dtype)
     train(PROJECTS[name], tmp_path, evaluator, steps=3)
     assert are_equal(evaluator.values)

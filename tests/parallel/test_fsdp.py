@@ -26,6 +26,7 @@ from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import shards
 from tests.oracles import dense_hessian
 from tests.processes import run
+from tests.thorough import covering
 
 SIZE = 8
 
@@ -166,9 +167,9 @@ def product_on_whole_tensors(name, dtype, options):
         return summed_product(loss, data)
 
 
-@pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_products_are_those_of_one_process(name, dtype, tolerance):
+@pytest.mark.parametrize(("name", "precision"), covering(list(NETS), [(torch.float64, 1e-10), (torch.float32, 1e-5)]))
+def test_products_are_those_of_one_process(name, precision):
+    dtype, tolerance = precision
     expected = exact_product(name, 2)
     for product in run(product_on_whole_tensors, 2, name, dtype, {}):
         assert (product - expected).norm() < tolerance * expected.norm()

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_subspace import SubspaceMonitor
 from lightning_subspace.probe import randomness
+from tests.thorough import covering
 
 VOCABULARY = 30
 STEPS = 4
@@ -150,9 +151,9 @@ def train(make, with_monitor, sample="all"):
     return [*module.state_dict().values(), torch.rand(2)], monitor
 
 
-@pytest.mark.parametrize("sample", ["all", 4])
-@pytest.mark.parametrize(("make", "needs"), PROGRAMS.values(), ids=PROGRAMS)
-def test_a_program_from_elsewhere_trains_as_before_and_is_measured(make, needs, sample, monkeypatch):
+@pytest.mark.parametrize(("name", "sample"), covering(list(PROGRAMS), ["all", 4]))
+def test_a_program_from_elsewhere_trains_as_before_and_is_measured(name, sample, monkeypatch):
+    make, needs = PROGRAMS[name]
     if needs is not None and importlib.util.find_spec(needs) is None:
         pytest.skip(f"needs {needs}: pip install lightning-subspace[programs]")
     monkeypatch.setattr(randomness, "HESSIAN", 32)  # evaluations for sample="all" where there is dropout, not hundreds

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import Measurement, SignalError, SubspaceMonitor, SubspaceProjection, measure_subspace
+from tests.thorough import covering
 from tests.works_with.faults import Case, Fault, run_cases
 
 SIGNUM = signal.SIGUSR2
@@ -297,7 +298,7 @@ def test_all_ranks_give_up_within_differences_on_shards():
 
 
 def check_on_two_ranks(project, options, places):
-    faults = [Fault(place, rank, "signal") for place in places for rank in (0, 1)]
+    faults = [Fault(place, rank, "signal") for place, rank in covering(places, [0, 1])]
     found = [Case([fault], {"on_failure": "raise", **options}, project=project) for fault in faults]
     for (name, fits), fault in zip(run_cases(found, 2).items(), faults, strict=True):
         for rank, fit in enumerate(fits):

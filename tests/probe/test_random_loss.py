@@ -19,10 +19,10 @@ from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.settings import ProbeSettings
 from tests.processes import run
-from tests.thorough import covering
+from tests.thorough import covering, how_many
 
 K = 2
-RUNS = 40
+RUNS = how_many(20, thorough=40)
 
 
 def network(*parts):

@@ -37,8 +37,10 @@ DIFFERENT = "the ranks have come to different places"
 FAILED = "the probe at step 1 failed and is left out"
 
 
-def check(cases: Sequence[Case], steps: Sequence[int] = (2,), told: str | None = FAILED, ranks: int = 2) -> None:
-    """Run cases and compare what they came to with what it has to be.
+def check(
+    cases: Sequence[Case], steps: Sequence[int] = (2,), told: str | None = FAILED, ranks: int = 2
+) -> dict[str, list[Fit]]:
+    """Run cases, compare what they came to with what it has to be, and return it.
 
     Args:
         cases: the fits.
@@ -46,12 +48,13 @@ def check(cases: Sequence[Case], steps: Sequence[int] = (2,), told: str | None =
         told: of the one warning, before its cause; None: there is none.
         ranks: the number of processes.
     """
-    wrong = {}
-    for (name, fits), case in zip(run_cases(cases, ranks).items(), cases, strict=True):
+    wrong, found = {}, run_cases(cases, ranks)
+    for (name, fits), case in zip(found.items(), cases, strict=True):
         differing = [*problems(case, fits, list(steps), told)]
         if differing:
             wrong[name] = differing
     assert not wrong, "\n".join(f"{name}: {'; '.join(texts)}" for name, texts in wrong.items())
+    return found
 
 
 def problems(case: Case, fits: list[Fit], steps: list[int], told: str | None):
@@ -324,8 +327,7 @@ def test_what_the_step_tells():
         *cases("stubborn after_step", measurements=lambda: [Stubborn()]),
         *cases("text after step", kinds=["nan"], ranks=[1], measurements=lambda: [Text()]),
     ]
-    check(found, steps=[1, 2], told=told)
-    for case, fits in zip(found, run_cases(found, 2).values(), strict=True):
+    for case, fits in zip(found, check(found, steps=[1, 2], told=told).values(), strict=True):
         if case.faults[0].place == "UpdateFraction":
             assert all("update_fraction" not in fit.rows[0] and "gradient_fraction" in fit.rows[0] for fit in fits)
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor
+from tests.thorough import IS_THOROUGH
 
 K = 10
 STEPS = [0, 50, 200, 500, 1000]
@@ -175,7 +176,8 @@ def test_the_oracle_differentiates_as_torch_does(dataset):
 def test_the_metrics_are_those_of_arpack_at_saved_weights(run, dataset):
     records, weights = run
     bases, start = {}, None
-    for step, record in records.items():
+    # At the last step under `thorough` alone: every number has been compared by then.
+    for step, record in list(records.items())[: None if IS_THOROUGH else -1]:
         basis, fraction, cosine = oracle(weights[step], *dataset.tensors, start)
         expected = {"gradient_fraction": fraction, "gradient_hessian_cosine": cosine}
         if bases:

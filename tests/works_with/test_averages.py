@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_subspace import Measurement, SubspaceMonitor, SubspaceProjection
 from lightning_subspace.measurements.base import Needs
 from tests.oracles import dense_gradient, dense_hessian, projected_share, top_eigenspace
-from tests.thorough import covering
+from tests.thorough import IS_THOROUGH, covering
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": False}
 GENERATOR = torch.Generator().manual_seed(0)
@@ -122,8 +122,9 @@ AVERAGES = {
 }
 
 
-@pytest.mark.parametrize("is_first", [True, False], ids=["monitor first", "monitor last"])
-@pytest.mark.parametrize("name", AVERAGES)
+@pytest.mark.parametrize(
+    ("name", "is_first"), [*covering(list(AVERAGES), [True, False]), *([] if IS_THOROUGH else [("EMA", False)])]
+)
 def test_the_last_probe_is_of_the_weights_that_were_trained(name, is_first):
     seen, average = Seen(), AVERAGES[name]()
     one = monitor(measurements=[seen])

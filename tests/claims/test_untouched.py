@@ -211,7 +211,9 @@ FAILURES = {
     "transfer": failing_after_the_check(training_loss, "transfer", 2, sample="all"),  # what is gathered has been
     "first product": failing_after_the_check(Hessian, "matvec", 1),
     "tenth product": failing_after_the_check(Hessian, "matvec", 10),
-    "restart": lambda patch: patch.setattr(Lanczos, "contract", failing_at(Lanczos.contract, 1)),
+    "restart": lambda patch: (
+        patch.setattr(Lanczos, "contract", failing_at(Lanczos.contract, 1)) or {"every_n_steps": 4}
+    ),
     "measurement": lambda patch: {"measurements": [FailingMeasurement("measure")]},
     "after_step": lambda patch: {"measurements": [FailingMeasurement("after_step")]},
 }
@@ -220,7 +222,7 @@ FAILURES = {
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_failing_probe_is_told_and_changes_nothing(failure, alone, tmp_path, monkeypatch):
     options = FAILURES[failure](monkeypatch) or {}
-    callback = monitor(on_failure="warn", ncv=5, **options)
+    callback = monitor(**{"on_failure": "warn", "ncv": 5, "every_n_steps": 8, **options})
     with pytest.warns(UserWarning, match="DeliberateError: on purpose"):
         run = watched("Everything", tmp_path, callback)
     assert differences(alone("Everything"), run) == []

@@ -45,13 +45,15 @@ export function layers(host) {
   body.classList.add('pair');
   const [left, right] = [make('div', {}, body), make('div', {}, body)];
   let place = () => {};
+  let most = 1; // of the map: it is looked for when probes are others, not at each step
   /** @param {View} view */
   const draw = (view) => {
     place = () => {};
     const run = runOf(view);
+    most = run ? mostOf(run) : 1;
     right.hidden = !run?.probes.some((probe) => probe.layers?.participation);
     bars(view);
-    if (run && !right.hidden) place = map(right, view, run);
+    if (run && !right.hidden) place = map(right, view, run, most);
   };
   /** @param {View} view */
   const bars = (view) => {
@@ -61,7 +63,7 @@ export function layers(host) {
     node.hidden = !run || !probe?.layers;
     if (!run || !probe?.layers) return;
     title.textContent = `Layers at step ${thousands(probe.step)}${view.shown.length > 1 ? `, ${run.name}` : ''}`;
-    legend(note, view, probe.layers, mostOf(run));
+    legend(note, view, probe.layers, most);
     drawBars(left, view, probe.layers);
   };
   return {
@@ -179,16 +181,17 @@ function tellOf(of, g, dark) {
  * @param {HTMLElement} host
  * @param {View} view
  * @param {Run} run
+ * @param {number} most - participation that has the last colour
  * @returns {() => void}
  */
-function map(host, view, run) {
+function map(host, view, run, most) {
   const probes = run.probes.filter((probe) => probe.layers?.participation);
   const groups = [...new Set(probes.toReversed().flatMap((probe) => probe.layers?.groups ?? []))];
   const at = probes.map(({ layers: of }) => new Map(of?.groups.map((group, g) => [group, of.participation?.[g]])));
   const own = probes.map((probe) => probe.step);
   const frame = chart(host, { ...frameOf(groups), x: steps(view), xLabel: 'step', yLabel: '' });
   const { left, right, top, bottom } = frame.inner;
-  const [width, most] = [Math.max(Math.round(right - left), 1), mostOf(run)];
+  const width = Math.max(Math.round(right - left), 1);
   const canvas = make('canvas', { width, height: groups.length });
   const context = canvas.getContext('2d');
   const pixels = context.createImageData(width, groups.length);

@@ -26,10 +26,13 @@ ORDER = (
     "slices",
     "outliers",
     "gauss_newton",
+    "layers",
     "matrices",
     "second_loss",
     "two_tasks",
     "noise_scale",
+    "step_taken",
+    "update_spectrum",
 )
 INTRODUCTION = """\
 # Reproductions

@@ -162,15 +162,16 @@ def claim_order(reproduction: Reproduction, runs: Sequence[Run]) -> None:
     leads = {name: [run.lead(name, spike) for run, spike in high(runs)] for name in RATIOS}
     reproduction.claim(
         f"gamma lr/38 crosses 1 from 0 to 20 steps before the loss has risen by half, at every spike of {HEIGHT:g}",
-        "a spike begins when the curvature along the gradient exceeds the threshold; 0 to 13 by independent code",
+        "a spike begins when the curvature along the gradient exceeds the threshold",
         f"{', '.join(str(lead) for lead in leads['gamma'])} steps",
         all(lead is not None and 0 <= lead <= 20 for lead in leads["gamma"]),
     )
     middle = {name: statistics.median([lead for lead in found if lead is not None]) for name, found in leads.items()}
     least = 1 if len(runs) == 1 else 6  # lambda_1 is known at every fifth step only
     reproduction.claim(
-        f"first lambda_1, then gamma, then the edge ratio: the medians of these steps, lambda_1 {least} or more before",
-        "lambda_1 crosses long before; 39 and 22, 10, 8 by independent code",
+        "first lambda_1, then gamma, then the edge ratio: the medians of these steps, lambda_1 at least "
+        f"{least} before gamma",
+        "lambda_1 crosses long before",
         ", ".join(f"{name} {lead:g}" for name, lead in middle.items()),
         middle["lambda_1"] >= middle["gamma"] + least and middle["gamma"] > middle["edge ratio"],
     )
@@ -182,7 +183,8 @@ def claim_calm(reproduction: Reproduction, runs: Sequence[Run]) -> None:
         values = [run.ratios[name][step] for run in runs for step in run.calm() if step in run.ratios[name]]
         shares[name] = sum(value > 1.0 for value in values) / len(values)
     reproduction.claim(
-        "away from spikes gamma is above its edge at less than 5 % of the steps, the other two more often",
+        "away from spikes gamma is above its edge at less than 5 % of the steps, lambda_1 and the edge ratio more "
+        "often",
         "lambda_1 alone does not tell",
         ", ".join(f"{name} {share:.1%}" for name, share in shares.items()),
         shares["gamma"] < 0.05 and shares["gamma"] < min(shares["lambda_1"], shares["edge ratio"]),

@@ -41,7 +41,7 @@ Batches = list[tuple[Tensor, Tensor]]
 def main() -> None:
     reproduction = Reproduction.start(
         __file__,
-        "A second task outside of the gradients of the first: several fresh ones protect it, one does not",
+        "A second task outside of the gradients of the first: several and fresh ones protect it best",
         "After Farajtabar et al. 2020, arXiv 1910.07104, who project out of the gradients of outputs",
         __doc__,
         seeds={"type": int, "nargs": "+", "default": [0, 1], "help": "of initial weights and batches"},
@@ -331,32 +331,42 @@ def numbers(values: Sequence[float | None]) -> str:
 
 # -- figure -----------------------------------------------------------------------------------------------------------
 
-COLOURS = {"none": GREY, "random": "black", "mean gradient": BLUE, "classes": ORANGE, "micro-batches": GREEN}
+COLOURS = {
+    "none": GREY,
+    "random": "black",
+    "mean gradient": BLUE,
+    "classes": ORANGE,
+    "micro-batches": GREEN,
+    "Hessian": PURPLE,
+}
+STYLES = {"": "-", "every step": "--", "every 100": ":", "update": "--", "gradient": "-"}
 
 
 def draw(singles: dict[str, list[Single]], sgd: dict[str, Path], adam: dict[str, Path]) -> Figure:
     figure = Figure(figsize=(12.0, 3.9), layout="constrained")
-    bars, left, right = figure.subplots(1, 3)
+    parts = [("SGD on B", sgd), *([("Adam on B", adam)] if adam else [])]
+    bars, *panels = figure.subplots(1, 1 + len(parts))
     heights = [max(abs(one.change_a) for one in singles[kind]) for kind in KINDS]
-    colours = [COLOURS.get(kind, PURPLE) for kind in KINDS]
-    bars.bar(range(len(KINDS)), heights, color=colours)
+    bars.bar(range(len(KINDS)), heights, color=[COLOURS[kind] for kind in KINDS])
     bars.set_yscale("log")
     bars.set_xticks(range(len(KINDS)), [kind.replace(" ", "\n").replace("-", "-\n") for kind in KINDS], fontsize=8)
-    bars.set_title("change of A's loss by one step of length .1", fontsize=10)
-    for axes, paths, title in ((left, sgd, "SGD on B"), (right, adam, "Adam on B")):
+    bars.set_title("rise of A's loss by one step of length .1", fontsize=10)
+    for axes, (title, paths) in zip(panels, parts, strict=True):
         for name, path in paths.items():
             kind, _, rest = name.partition(", ")
-            style = {"": "-", "every step": "--", "every 100": ":", "update": "--", "gradient": "-"}[rest]
             losses = [(b, a) for a, b in path.at.values()]
-            axes.plot(*zip(*losses, strict=True), style, color=COLOURS.get(kind, PURPLE), linewidth=1.3, label=name)
-        axes.set_title(title + ": from right to left", fontsize=10)
+            width = 4.0 if kind == "none" else 1.3  # random directions lie upon it
+            axes.plot(*zip(*losses, strict=True), STYLES[rest], color=COLOURS[kind], linewidth=width, label=name)
+        axes.set_title(f"{title}: from right to left", fontsize=10)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.set_xticks([0.3, 1, 3, 10], ["0.3", "1", "3", "10"])
+        axes.set_xticks([], minor=True)
+        axes.set_ylim(0.0015, 8.0)
         axes.set_xlabel("loss of B")
         axes.set_ylabel("loss of A")
         axes.grid(alpha=0.25)
-        if paths:
-            axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="lower left", ncols=2)
     return figure
 
 

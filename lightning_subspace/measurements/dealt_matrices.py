@@ -20,7 +20,7 @@ from lightning_subspace.parallel.partition import Partition
 
 @dataclass(frozen=True)
 class WeightMatrix:
-    """A parameter as a matrix, of convolutions as (out, in * k * k).
+    """A parameter as a matrix; of convolutions (out, in k k).
 
     Attributes:
         name: of the parameter.

@@ -1,4 +1,4 @@
-"""Two gradients at one theta, in the top space and outside of it."""
+"""Two gradients at one theta, inside the top space and outside."""
 
 from __future__ import annotations
 

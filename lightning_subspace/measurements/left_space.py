@@ -1,7 +1,7 @@
 """Left singular space of one matrix, and numbers of its spectrum.
 
 The space is that of the shorter side. Where this is at most `EXACT_SIDE` long, it comes from the eigenvectors of G G^T
-in float64; otherwise from randomised block Krylov iteration (Musco and Musco 2015, arXiv 1504.05477, algorithm 2), which
+in float64; otherwise from randomised block Krylov iteration (Musco and Musco 2015, arXiv 1504.05477, algorithm 2) that
 starts at an earlier space of the same matrix where there is one: it moves slowly, so that few passes are enough.
 """
 

@@ -1,4 +1,4 @@
-"""Gradients of single weight matrices: their rank, and the motion of their space."""
+"""Gradients of single weight matrices: rank, and motion of their space."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class _Bases:
     of: Mapping[str, Tensor]
 
     def overlap(self, name: str, basis: Tensor) -> float:
-        """Overlap with a space of now; nan where there was none of this shape."""
+        """Overlap with a space of now; nan where there was none."""
         held = self.of.get(name)
         return space_overlap(basis, held) if held is not None and held.shape == basis.shape else math.nan
 

@@ -32,7 +32,7 @@ MAX_POINTS = 10  # displaced points of the search for the critical step
 
 
 class SecondLoss(Measurement):
-    """`second/...`: another loss or data set at the same parameters, such as validation.
+    """`second/...`: another loss at the same parameters, such as validation.
 
     With g and g_b the gradients of the training loss L and of the second one L_b, P the projector on the top k
     eigenvectors of the *training* Hessian, and u the step that was taken:
@@ -41,10 +41,10 @@ class SecondLoss(Measurement):
     - `second/fraction`: |P g_b|^2 / |g_b|^2 in [0, 1], the second gradient's share in the training top space; k/n for a
       random vector.
     - `second/cosine`, `second/cosine_top`, `second/cosine_bulk`: cosines in [-1, 1] of g and g_b, of P g and P g_b, and
-      of (1 - P) g and (1 - P) g_b; with k = 0 the bulk is everything. Inside the top space the two gradients oscillate
-      together, and the first two tell the phase of that oscillation. The last one tells whether descent on L still
-      lowers L_b: on overfitted digits it falls from .95 to 0 as the validation loss stops falling
-      (`examples/reproduce/second_loss.py`).
+      of (1 - P) g and (1 - P) g_b; with k = 0 the bulk is everything (left out with `curvature="none"`). Inside the top
+      space the two gradients oscillate together, and the first two tell the phase of that oscillation. The last one
+      tells whether descent on L still lowers L_b: on overfitted digits it falls from .95 to 0 as the validation loss
+      stops falling (`examples/reproduce/second_loss.py`).
     - `second/gain`: -g_b.u in units of the loss, the first-order decrease of L_b by the step. Of either sign from one
       step to the next: average it over probes.
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -13,7 +14,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import ActivationSpectrum, SubspaceMonitor, measure_subspace
+from lightning_subspace.curvature.gradient_mean import GradientMean
+from lightning_subspace.data.given import sample_of_batches
+from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.measurements.moments import Moments
+from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.ranks import Ranks, world
 from tests.processes import run
 
@@ -64,13 +69,22 @@ def loss_fn(module, batch, batch_idx):
     return module(batch).square().mean()
 
 
-def measured(module, batches, *patterns, k=0, loss_fn=loss_fn, group=None, **options):
+def measured(module, batches, *patterns, loss_fn=loss_fn, mode="train", **options):
+    """What is found at an open loss: numbers and eigenvalues."""
     spectrum = ActivationSpectrum(list(patterns), **options)
-    record = measure_subspace(
-        module, batches, k=k, loss_fn=loss_fn, measurements=[spectrum], dtype="float64", group=group
-    )
-    found = {key: value for key, value in record.metrics.items() if key.startswith("activations/")}
+    space = ParameterSpace.of(module)
+    with TrainingLoss(module, space, loss_fn, mode=mode, dtype=F64, order=1) as loss:
+        operator = GradientMean(loss, sample_of_batches(batches).hessian)
+        probe = SimpleNamespace(operator=operator, partition=operator.partition, gradient=operator.gradient())
+        found = spectrum.measure(probe)
     return found, spectrum.eigenvalues
+
+
+def through_probe(module, batches, *patterns, **options):
+    """The same numbers, from `measure_subspace`."""
+    spectrum = ActivationSpectrum(list(patterns))
+    record = measure_subspace(module, batches, k=0, loss_fn=loss_fn, measurements=[spectrum], **options)
+    return {key: value for key, value in record.metrics.items() if key.startswith("activations/")}
 
 
 def entropy_rank(eigenvalues):
@@ -190,16 +204,8 @@ def test_what_is_seen_are_the_outputs_of_the_loss_with_its_masks():
     again, _ = measured(module, list(white().split(SIZES)), "drop")
     assert once == again
     module.eval()
-    plain = measure_subspace(
-        module,
-        list(white().split(SIZES)),
-        k=0,
-        mode="eval",
-        loss_fn=loss_fn,
-        measurements=[ActivationSpectrum(["drop"])],
-        dtype="float64",
-    )
-    assert plain.metrics["activations/drop/variance"] < 0.8 * once["activations/drop/variance"]
+    plain, _ = measured(module, list(white().split(SIZES)), "drop", mode="eval")
+    assert plain["activations/drop/variance"] < 0.8 * once["activations/drop/variance"]
     assert not module.drop._forward_hooks
 
 
@@ -280,7 +286,7 @@ def test_any_number_of_ranks_finds_the_same():
     def ranked():
         group = world() if dist.is_initialized() else None
         torch.manual_seed(0)
-        found, _ = measured(Here(), batches, "net.body", "rare", group=group)
+        found = through_probe(Here(), batches, "net.body", "rare", dtype="float64", group=group)
         if group is None or dist.get_world_size() > 2:
             return [found]
         # On shards outputs are whole, with exact second derivatives and by differences.
@@ -291,17 +297,8 @@ def test_any_number_of_ranks_finds_the_same():
             module = Net(power_law(1.0)).float()
             for child in (module.body, module.head, module.unused, module):
                 fully_shard(child, mesh=mesh)
-            spectrum = ActivationSpectrum(["body"])
-            record = measure_subspace(
-                module,
-                [batch.float() for batch in batches],
-                k=0,
-                loss_fn=loss_fn,
-                curvature=curvature,
-                measurements=[spectrum],
-                group=group,
-            )
-            sharded.append({key: value for key, value in record.metrics.items() if key.startswith("activations/")})
+            narrow = [batch.float() for batch in batches]
+            sharded.append(through_probe(module, narrow, "body", curvature=curvature, group=group))
         return [found, *sharded]
 
     [alone] = ranked()

@@ -19,8 +19,10 @@ from lightning_subspace.measurements.grouping import Grouping, checked_groups
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.checkpoint import decode
 from lightning_subspace.report import layers_figure
-from lightning_subspace.subspace.record import History
+from lightning_subspace.report.tab_entry import tab_entry
+from lightning_subspace.subspace.record import History, Record
 from lightning_subspace.subspace.table import MOST_GROUPS, Table
+from lightning_subspace.tensorboard_tab.schema import to_json
 from tests.measurements.test_measurements import Classifier, batched_hessian, blobs, digits, fit
 from tests.processes import run
 
@@ -343,6 +345,19 @@ def test_tables_come_back_from_a_checkpoint(fitted):
     again = decode(fitted.state_dict()).records
     for one, other in zip(fitted.history, again, strict=True):
         assert other.tables["layers"].plain() == one.tables["layers"].plain()
+
+
+def test_sixteen_groups_add_little_to_an_entry_of_the_tab():
+    grouping = Grouping.coarse(ParameterSpace.of(tree({"transformer": 15, "head": 1})), MOST_GROUPS)
+    generator = torch.Generator().manual_seed(0)
+    rows = {row: torch.rand(16, generator=generator) / 30 for row in ("participation", "gradient", "null", "update")}
+    table = Table.of(grouping.names, {**rows, "block_sharpness": 20 * torch.rand(16, generator=generator)})
+    record = Record(3, {}, tables={"layers": table})
+    entry = tab_entry(record)
+    assert entry["layers"].keys() == {"groups", *table.names}
+    assert entry["layers"]["participation"] == pytest.approx(rows["participation"].tolist(), rel=5e-3)
+    assert len(grouping.names) == 16
+    assert len(to_json(entry)) - len(to_json(tab_entry(replace(record, tables={})))) <= 950
 
 
 def test_a_table_of_other_groups_adds_no_rows_and_too_many_are_refused():

@@ -178,8 +178,8 @@ def test_before_the_first_step_nothing_is_said_also_where_there_is_a_state(kind)
     assert "gradient_stability" not in metrics(module, Stability(), optimizer=optimizer, k=0)
 
 
-# A spike of Adam's loss: the fit of two sines with 481 parameters, full batch. Steps and heights of its spikes are known
-# from code that shares nothing with this one; examples/reproduce/spikes.py has all of them.
+# A spike of Adam's loss: the fit of two sines with 481 parameters, full batch. Its steps and heights are known from
+# code that shares nothing with this one; examples/reproduce/spikes.py has all the spikes.
 
 X = torch.linspace(-1.0, 1.0, 200).double()[:, None]
 Y = torch.sin(math.pi * X) + torch.sin(5.0 * math.pi * X)

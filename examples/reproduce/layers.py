@@ -299,7 +299,7 @@ def draw(cases: Sequence[Case]) -> Figure:
         axes.set_yticks(places, groups)
         axes.invert_yaxis()
         axes.set_title(f"{case.name}: share of the top space", fontsize=10)
-        axes.legend(fontsize=8, loc="lower right")
+        axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
         axes.grid(axis="x", alpha=0.25)
     return figure
 

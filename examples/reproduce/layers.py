@@ -223,7 +223,8 @@ def main() -> None:
     reproduction.claim(
         f"fully connected: from step {TRAINED} on the last weights hold at least .25 of the top space",
         "layers differ in sharpness",
-        ", ".join(f"{value:.2f} at {step}" for step, value in held.items()) + f"; of the parameters {share:.2f}",
+        ", ".join(f"{value:.2f} at {step}" for step, value in held.items())
+        + f"; they are {share:.2f} of the parameters",
         min(held.values()) >= 0.25,
     )
     ratios = [ratio for step in late for group, ratio in dense.ratios(step).items() if group.endswith("weight")]
@@ -253,7 +254,7 @@ def main() -> None:
     sharpest = {case.name: [case.sharpest(step) for step in case.steps] for case in cases}
     reproduction.claim(
         "the sharpest block has at most .9 of the largest eigenvalue of the whole, at every measured step",
-        "the Hessian is nearly block-diagonal by layers in much of the literature",
+        "not in a paper",
         "; ".join(f"{name} {min(values):.2f} to {max(values):.2f}" for name, values in sharpest.items()),
         max(max(values) for values in sharpest.values()) <= 0.9,
     )
@@ -271,7 +272,7 @@ def claim_of_language(reproduction: Reproduction, case: Case) -> None:
     reproduction.claim(
         "GPT: once it trains, the token embedding holds at least 4 times its share of the parameters of the top space, "
         "and the up projections at most half of theirs",
-        "embeddings are sharp, dense parts are flat",
+        "types of modules differ in sharpness",
         "; ".join(f"{row['token']:.2f} and {row['up']:.2f} at step {step}" for step, row in held.items())
         + f"; of the parameters they are {token:.2f} and {up:.2f}",
         all(row["token"] >= 4.0 * token and row["up"] <= 0.5 * up for row in held.values()),
@@ -298,7 +299,7 @@ def draw(cases: Sequence[Case]) -> Figure:
         axes.set_yticks(places, groups)
         axes.invert_yaxis()
         axes.set_title(f"{case.name}: share of the top space", fontsize=10)
-        axes.legend(fontsize=8, loc="lower right")
+        axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
         axes.grid(axis="x", alpha=0.25)
     return figure
 

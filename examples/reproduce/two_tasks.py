@@ -231,7 +231,7 @@ def claim_singles(reproduction: Reproduction, singles: dict[str, list[Single]]) 
     )
     reproduction.claim(
         "one step: with the mean gradient alone the loss of A rises by .002 or more, to second order",
-        "in an own study .0032 and .0024",
+        "code apart: .0032 and .0024",
         words("change_a", "none", "random", "mean gradient"),
         min(one.change_a for one in singles["mean gradient"]) >= 0.002,
     )
@@ -242,7 +242,7 @@ def claim_singles(reproduction: Reproduction, singles: dict[str, list[Single]]) 
     ]
     reproduction.claim(
         "one step: with classes or micro-batches it rises by at most 5 % of that",
-        "in an own study 2.1 and 2.7 %, 1.4 and .6 %",
+        "code apart: 2.1 and 2.7 %, 1.4 and .6 %",
         words("change_a", "classes", "micro-batches"),
         max(pairs) <= 0.05,
     )
@@ -253,7 +253,7 @@ def claim_singles(reproduction: Reproduction, singles: dict[str, list[Single]]) 
     ]
     reproduction.claim(
         "one step: of what the loss of B falls by without a projection, .7 or more is left with them",
-        "in an own study .86 to .89 and .78 to .81",
+        "code apart: .86 to .89 and .78 to .81",
         f"{min(shares):.2f} to {max(shares):.2f}",
         min(shares) >= 0.7,
     )
@@ -274,33 +274,29 @@ def claim_sgd(reproduction: Reproduction, paths: Sequence[dict[str, Path]]) -> N
                 all(value is not None and holds(value) for value in values),
             )
 
-    claim(
-        "without, or out of random directions, >= 2", "in an own study 3.9 to 4.2", ["none", "random"], lambda a: a >= 2
-    )
+    claim("without, or out of random directions, >= 2", "code apart: 3.9 to 4.2", ["none", "random"], lambda a: a >= 2)
     claim(
         "out of the mean gradient, every 10 steps, <= 1.5",
-        "in an own study .76 and .87",
+        "code apart: .76 and .87",
         ["mean gradient"],
         lambda a: a <= 1.5,
     )
     claim(
         "out of classes or micro-batches <= 1",
-        "in an own study .36 to .67",
+        "code apart: .36 to .67",
         ["classes", "micro-batches"],
         lambda a: a <= 1,
     )
-    claim(
-        "the same, out of the top 10 of the Hessian <= 1", "in an own study .35 and .51", ["Hessian"], lambda a: a <= 1
-    )
+    claim("the same, out of the top 10 of the Hessian <= 1", "code apart: .35 and .51", ["Hessian"], lambda a: a <= 1)
     claim(
         "out of micro-batches taken at every step <= .25",
-        "in an own study .09 and .11",
+        "code apart: .09 and .11",
         ["micro-batches, every step"],
         lambda a: a <= 0.25,
     )
     claim(
         "out of those taken every 100 steps >= 1.5",
-        "in an own study 3.5",
+        "code apart: 3.5",
         ["micro-batches, every 100"],
         lambda a: a >= 1.5,
     )
@@ -312,7 +308,7 @@ def claim_adam(reproduction: Reproduction, paths: Sequence[dict[str, Path]]) -> 
     values = [value for name in kinds for value in at[name]]
     reproduction.claim(
         "Adam, the loss of A where that of B is first <= 2, with the gradient projected: <= .3",
-        "in an own study .14, .14, .12, .17; without a projection .74 and .64",
+        "code apart: .14, .14, .12, .17; without a projection .74 and .64",
         "; ".join(f"{name} {numbers(at[name])}" for name in at),
         all(value is not None and value <= 0.3 for value in values),
     )

@@ -32,9 +32,8 @@ class UpdateSpectrum(Measurement):
     - `updates/gap_ratio`, `updates/gap_index`: sigma_1 / sigma_2, and the i at which sigma_i / sigma_{i+1} is largest.
     - `updates/singular_value/01` ... `W`; those that are rounding are left out.
 
-    A jump of the gap ratio has been read as a sign of generalisation to come (arXiv 2603.15678). It is none by itself:
-    on modular addition it jumps at the same step for labels that are random, where the loss has reached its floor
-    (`examples/reproduce/update_spectrum.py`). Without any structure a random walk has a participation of W and a ratio
+    A gap that opens has been read as a sign of generalisation to come (arXiv 2603.15678). It is none by itself: on
+    modular addition the ratio rises alike for labels that are random (`examples/reproduce/update_spectrum.py`). Without any structure a random walk has a participation of W and a ratio
     of 1; noise with momentum .9 has 1.8, a drift 2 and more, and a learning rate that drops by 10 within the window any
     ratio up to 10, at the index of the updates before the drop.
 

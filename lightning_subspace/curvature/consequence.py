@@ -60,6 +60,22 @@ def consequence(policy: str, check: SelfCheck, curvature: str, *, has_difference
     return {"curvature": "finite-difference"}, f"{text} {told}"
 
 
+def require_products(had: bool, has: bool, policy: str, notice: str | None) -> None:
+    """Refuse to go on without products, where nothing is of use without them.
+
+    Args:
+        had: whether there were products to be had before the check.
+        has: whether there are any behind it.
+        policy: `on_check_fail`.
+        notice: of the check.
+
+    Raises:
+        CheckError: where they have gone and "omit" has not asked for that.
+    """
+    if had and not has and policy != "omit":
+        raise CheckError(f"{notice} on_check_fail='omit' goes on without what is left out.")
+
+
 def _another_matrix(check: SelfCheck, curvature: str) -> str:
     """What to pass where differences would be another matrix."""
     if check.is_no_gradient:

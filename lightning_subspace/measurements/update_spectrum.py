@@ -33,9 +33,10 @@ class UpdateSpectrum(Measurement):
     - `updates/singular_value/01` ... `W`; those that are rounding are left out.
 
     A gap that opens has been read as a sign of generalisation to come (arXiv 2603.15678). It is none by itself: on
-    modular addition the ratio rises alike for labels that are random (`examples/reproduce/update_spectrum.py`). Without any structure a random walk has a participation of W and a ratio
-    of 1; noise with momentum .9 has 1.8, a drift 2 and more, and a learning rate that drops by 10 within the window any
-    ratio up to 10, at the index of the updates before the drop.
+    modular addition the ratio rises alike for labels that are random (`examples/reproduce/update_spectrum.py`). Without
+    any structure a random walk has a participation of W and a ratio of 1; noise with momentum .9 has 1.8, a drift 2 and
+    more, and a learning rate that drops by 10 within the window any ratio up to 10, at the index of the updates before
+    the drop.
 
     Costs a copy of the parameters and a sketch at each of the W * stride steps before a probe, and no product; known
     from the first probe on that has so many steps before it. With 4,096 cells ratios are right within 2 %.

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from lightning_subspace.curvature import CheckError, CurvatureConfig, NoProductsError, Operator
+from lightning_subspace.curvature import CurvatureConfig, NoProductsError, Operator
+from lightning_subspace.curvature.consequence import require_products
 from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.data.micro_batch import Weight
 from lightning_subspace.data.sample import Sample
@@ -153,8 +154,7 @@ def measure_subspace(
 
     def checked(left: Sample) -> tuple[CurvatureConfig, str | None]:
         found, notice = choice.follow(choice.check(module, left, partition), module, left, partition)
-        if choice.has_products and not found.has_products and on_check_fail != "omit":
-            raise CheckError(f"{notice} on_check_fail='omit' gives a record of those.")
+        require_products(choice.has_products, found.has_products, choice.on_check_fail, notice)
         return joining.begin(found, module, left, partition), notice
 
     def taken(left: Sample) -> Record:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_subspace.curvature import CheckError, CurvatureConfig, SelfCheck
+from lightning_subspace.curvature.consequence import require_products
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.measurements import Probe
 from lightning_subspace.measurements.base import Found
@@ -93,13 +94,15 @@ class ProbeRun:
             result = self._choice.check(module, left, self.partition)
             try:
                 choice, notice = self._choice.follow(result, module, left, self.partition)
+                if not self.settings.measures_without_products:
+                    require_products(self._choice.has_products, choice.has_products, choice.on_check_fail, notice)
             except CheckError as error:
                 self.self_check, self._refusal = result, str(error)
                 raise
             return result, self.examples.prepared(choice, module, left, self.partition), notice
 
-        few = Sample(sample.hessian)
-        result, choice, notice = self.examples.screened(checked, few, self._choice, module, self.partition)
+        args = Sample(sample.hessian), self._choice, module, self.partition
+        result, choice, notice = self.examples.screened(checked, *args)
         # Not before: after any other failure the check is still to be made.
         self._choice, self.notice, self.self_check, self._refusal = choice, notice, result, None
         return result

@@ -23,6 +23,7 @@ from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss.loss_function import LossFunction
 from lightning_subspace.loss.mode import Mode
 from lightning_subspace.measurements import Measurement, default_measurements
+from lightning_subspace.measurements.base import Needs
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.arguments import (
     require_flag,
@@ -135,6 +136,11 @@ class ProbeSettings:
         own = tuple(self.measurements or ())
         defaults = default_measurements(self.k) if self.defaults else []
         return (*(default for default in defaults if not any(type(one) is type(default) for one in own)), *own)
+
+    @property
+    def measures_without_products(self) -> bool:
+        """Whether anything is measured that needs no eigenpairs."""
+        return any(measurement.needs is Needs.NOTHING for measurement in self.taken)
 
     @property
     def sample_spec(self) -> SampleSpec:

@@ -1,5 +1,7 @@
 """The Gauss-Newton product against J^T H_L J, dense, from Jacobians that are taken one output at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -207,5 +209,8 @@ def test_the_check():
     choice = CurvatureConfig(loss_fn, curvature="ggn")
     broken = net(act=lambda: Through(OnceDifferentiable))
     check = choice.check(broken, sample_of_batches(batches()))
+    after, notice = choice.after_check(check)
+    assert not after.has_products
+    assert "curvature='hessian'" in notice
     with pytest.raises(CheckError, match="curvature='hessian'"):
-        choice.after_check(check)
+        replace(choice, on_check_fail="raise").after_check(check)

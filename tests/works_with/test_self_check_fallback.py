@@ -325,22 +325,31 @@ UNDERIVABLE = {"missing": MISSING["embedding-bag"], "wrong": (WRONG["once-differ
 
 
 @pytest.mark.parametrize(("name", "policy"), covering(list(UNDERIVABLE), ["warn", "finite-difference"]))
-def test_a_gauss_newton_matrix_that_cannot_be_had_does_not_stop_training(name, policy, checks):
+def test_where_a_gauss_newton_matrix_cannot_be_had_the_step_and_the_noise_are_measured(name, policy, checks):
+    """As they are without second derivatives from the start."""
     make, inputs = UNDERIVABLE[name]
-    monitor = SubspaceMonitor(k=K, curvature="ggn", every_n_steps=1, max_overhead=None, on_check_fail=policy)
-    with pytest.warns(UserWarning, match=r"training goes on.*another matrix.*curvature='hessian'") as said:
+    settings = {"k": K, "every_n_steps": 1, "max_overhead": None, "on_failure": "raise"}
+    monitor = SubspaceMonitor(curvature="ggn", on_check_fail=policy, **settings)
+    with pytest.warns(UserWarning, match=r"left out; those of the step.*another matrix.*curvature='hessian'") as said:
         with_monitor = trained(make, inputs, monitor)
     assert len([s for s in said if "SubspaceMonitor" in str(s.message)]) == 1
     assert all(torch.equal(a, b) for a, b in zip(with_monitor, trained(make, inputs), strict=True))
-    assert monitor.history == []
     assert len(checks) == 1
+    without = SubspaceMonitor(curvature="none", **settings)
+    trained(make, inputs, without)
+    assert len(monitor.history) == len(without.history) >= 3
+    for record, other in zip(monitor.history, without.history, strict=True):
+        assert record.subspace is None
+        assert ("step/curvature" in record.metrics) == (record is not monitor.history[-1])
+        found, expected = ({k: v for k, v in one.metrics.items() if "solver/" not in k} for one in (record, other))
+        assert found == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize(("name", "argument"), covering(list(UNDERIVABLE), ["on_check_fail", "on_failure"]))
-def test_a_gauss_newton_matrix_that_cannot_be_had_stops_training_on_request(name, argument):
+@pytest.mark.parametrize("name", UNDERIVABLE)
+def test_a_gauss_newton_matrix_that_cannot_be_had_stops_training_on_request(name):
     make, inputs = UNDERIVABLE[name]
     with pytest.raises(CheckError, match="curvature='hessian'"):
-        trained(make, inputs, SubspaceMonitor(k=K, curvature="ggn", **{argument: "raise"}))
+        trained(make, inputs, SubspaceMonitor(k=K, curvature="ggn", on_check_fail="raise"))
     with pytest.raises(CheckError, match="curvature='hessian'"):
         measure(built(make), inputs, curvature="ggn")
 
@@ -360,7 +369,7 @@ def test_a_projection_without_a_space_leaves_steps_as_they_are(keep, checks):
 def refused_on_ranks():
     ranks, (make, inputs) = Ranks(dist.group.WORLD), UNDERIVABLE["missing"]
     module, sample = built(make), sample_of_batches([(inputs, LABELS)] * 2, ranks=ranks)
-    tracker, said = ProbeRun(ProbeSettings(k=K, curvature="ggn"), module, ranks), []
+    tracker, said = ProbeRun(ProbeSettings(k=K, curvature="ggn", defaults=False), module, ranks), []
     for attempt in (lambda: tracker.check(module, sample), lambda: tracker.measure(module, sample, 0)):
         try:
             attempt()

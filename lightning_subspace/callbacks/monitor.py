@@ -90,12 +90,12 @@ class SubspaceMonitor(Measured):
         dtype: narrowest type computed in, "float32" or "float64"; or "native", the loss as it is trained.
         curvature: "hessian", exact second derivatives; "ggn", the Gauss-Newton matrix; "finite-difference", the Hessian
             without second derivatives: at one gradient a product where the self-check finds the loss smooth, elsewhere
-            of float64 gradients; or "empirical-fisher", the second moment of the gradients of single examples, or of
-            micro-batches where the loss is no mean over examples. Where a model has no second derivatives,
-            "finite-difference" takes the place of "hessian" by itself.
+            of float64 gradients; "empirical-fisher", the second moment of the gradients of single examples, or of
+            micro-batches where the loss is no mean over examples; or "none", the step, the noise and the gradient alone
+            (k counts as 0). Where a model has no second derivatives, "finite-difference" takes the place of "hessian".
         on_check_fail: where second derivatives turn out wrong at the first probe: "warn" and mark what rests on them,
-            "omit" it, "raise", or go on by "finite-difference", with which nothing is measured for "ggn" and where what
-            trains is no gradient. Where they cannot be checked, "raise" raises, and the others warn.
+            "omit" it, "raise", or go on by "finite-difference", with which "ggn" omits it, and nothing is measured
+            where what trains is no gradient. Where they cannot be checked, "raise" raises, and the others warn.
         measurements: more measurements, beside the default ones.
         log: "default" for what a person looks at, "all" for everything.
         on_failure: "warn" or "raise" when a probe fails.

@@ -114,6 +114,8 @@ class ProbeSettings:
         ):
             require_word(name, getattr(self, name), get_args(words))
         if self.curvature == "none":
+            if not self.defaults:
+                raise wrong("curvature", "a matrix, as its eigenvectors are asked for", "none")
             self._take("k", 0)  # there is no matrix to have eigenpairs
         self._take("seed", require_seed("seed", self.seed))
         _ = self.choice  # checks how they go together

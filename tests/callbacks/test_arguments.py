@@ -50,7 +50,7 @@ WRONG = {
     "loss_fn": [("a function or None", [3, "cross_entropy"])],
     "mode": [("one of 'train', 'eval'", ["test", None, True])],
     "dtype": [("one of 'float32', 'float64', 'native'", ["bfloat16", torch.float64, None])],
-    "curvature": [("one of 'hessian', 'ggn', 'finite-difference', 'empirical-fisher'", ["gauss-newton", None])],
+    "curvature": [("one of 'hessian', 'ggn', 'finite-difference', 'empirical-fisher', 'none'", ["gauss-newton", None])],
     "on_check_fail": [("one of 'warn', 'raise', 'finite-difference', 'omit'", ["ignore", None, True])],
     "measurements": [("a list of instances of lightning_subspace.Measurement", [[3], 3, 0, ""])],
     "log": [("one of 'default', 'all'", ["everything", None, True])],

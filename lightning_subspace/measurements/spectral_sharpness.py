@@ -91,7 +91,7 @@ class SpectralSharpness(Measurement):
 
     def expected_products(self, prospect: Prospect) -> float:
         """A few, fewer once there is a direction to begin at."""
-        return COLD if self._last is None else WARM
+        return WARM if prospect.number else COLD
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """A few products, and decompositions of the matrices."""

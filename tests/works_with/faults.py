@@ -56,6 +56,7 @@ from lightning_subspace.probe import run as tracker
 from lightning_subspace.probe.resumed import Resumed
 from lightning_subspace.report.progress import ProgressLine
 from lightning_subspace.subspace.overlap_history import OverlapHistory
+from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.solver import Solver
 from tests.modules import Observer, differences, fingerprint, random_bytes
 from tests.processes import RankErrorsError, run
@@ -212,8 +213,7 @@ PLACES: list[tuple[Any, str, str | Callable[..., str]]] = [
     (Partition, "point", "theta"),
     (tracker.ProbeRun, "measure", "probe"),
     (tracker.ProbeRun, "close", "close"),
-    (tracker, "finite", _within("finite")),
-    (probe, "finite", _within("finite")),
+    (Record, "with_found", _within("record")),
     (tracker.OpenRecord, "see_gradient", "see gradient"),
     (Resumed, "complete", "complete"),
     (OverlapHistory, "compare", "compare sketches"),

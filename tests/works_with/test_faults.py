@@ -248,8 +248,8 @@ def test_the_measurements():
 
 
 def test_what_is_kept_of_a_probe():
-    check(cases("sketch", "compare sketches", "complete", "probe finite"))
-    again(cases("sketch", "compare sketches", "complete", "probe finite", kinds=["memory"]))
+    check(cases("sketch", "compare sketches", "complete", "probe record"))
+    again(cases("sketch", "compare sketches", "complete", "probe record", kinds=["memory"]))
 
 
 def test_a_measurement_of_the_users():

@@ -141,14 +141,14 @@ class ActivationSpectrum(Measurement):
     def _watched(self, module: nn.Module, batch: MicroBatch, found: dict[str, Moments]) -> Iterator[None]:
         """Collect the rows of one evaluation; they count once it has ended."""
         seen: dict[str, Moments] = {}
-        failures: list[ValueError] = []
+        refusals: list[str] = []  # not raised in the midst of the user's code, which may handle it
 
         def see(name: str, child: nn.Module, output: Any) -> None:
             try:
                 rows = self._rows(name, child, output)
                 seen.setdefault(name, Moments(rows.shape[1], rows.device)).add(rows)
-            except ValueError as error:  # not in the midst of the user's code, which may handle it
-                failures.append(error)
+            except ValueError as error:
+                refusals.append(str(error))
 
         handles = [
             child.register_forward_hook(lambda child, args, output, name=name: see(name, child, output))
@@ -159,8 +159,8 @@ class ActivationSpectrum(Measurement):
         finally:
             for handle in handles:
                 handle.remove()
-        if failures:
-            raise failures[0]
+        if refusals:
+            raise ValueError(refusals[0])
         for name, moments in seen.items():
             if name in found and len(found[name].mean) != len(moments.mean):
                 raise _uneven(name, len(found[name].mean), len(moments.mean))

@@ -25,6 +25,7 @@ class Prospect:
         space: names and shapes of the parameters; None where they are not known.
 
     Example:
+        >>> from lightning_subspace import Measurement
         >>> class Steepest(Measurement):
         ...     def expected_products(self, prospect):
         ...         return prospect.solve(k=1)

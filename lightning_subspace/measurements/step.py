@@ -29,7 +29,7 @@ CHECKED_EVERY = 5  # probes, where the loss is known to be the same before and a
 
 
 class Step(Measurement):
-    """`step/...`: gain, change of the loss, curvature and edge ratio of the step taken.
+    """`step/...`: gain, loss change, curvature and edge ratio of a step.
 
     By one forward pass, for any optimizer, without second derivatives (k = 0 too):
 
@@ -90,6 +90,8 @@ class Step(Measurement):
     def after_step(self, probe: Probe, gradient: Tensor | None, update: Tensor) -> Mapping[str, float]:
         """One forward pass, and at some probes that of a micro-batch."""
         before = self._before[1] if self._before is not None and self._before[0] == probe.step else None
+        if before is not None and before.shape != update.shape:  # of other parameters than are measured now
+            before = None
         self._before = None
         arrival, slope = _known(probe)
         norm, start = probe.norm(update), probe.norm(arrival.theta)
@@ -166,7 +168,7 @@ class StepCurvature(Measurement):
 
 
 def bend(change: float, slope: float, norm: float, rounding: float) -> dict[str, float]:
-    """Curvature and edge ratio of a step, from the change of the loss.
+    """Curvature and edge ratio of a step, by its loss change.
 
     Args:
         change: of the loss.
@@ -186,7 +188,7 @@ def bend(change: float, slope: float, norm: float, rounding: float) -> dict[str,
 
 
 def pooled(records: Sequence[Record]) -> dict[str, float]:
-    """Edge ratio over several probes, and the share of those without a gain.
+    """Edge ratio over several probes, and the share without a gain.
 
     Example:
         >>> one = {"step/gain": 1.0, "step/norm": 1.0, "step/curvature": 3.0}

@@ -25,7 +25,7 @@ ROUNDING = 1e-6
 
 
 class UpdateSpectrum(Measurement):
-    """`updates/...`: singular values of the last W updates, with their gap and participation.
+    """`updates/...`: singular values of the last W updates.
 
     - `updates/participation`: (sum sigma_i^2)^2 / sum sigma_i^4, in [1, W]: how many directions the trajectory has.
     - `updates/first_share`: sigma_1^2 / sum sigma_i^2.
@@ -70,11 +70,12 @@ class UpdateSpectrum(Measurement):
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """A sum over ranks."""
         images = self._consecutive(probe.step)
-        count = min(probe.partition.ranks.all_gather_object(len(images)))
-        if count < self.window:
+        length = probe.partition.local_n if probe.partition.n <= CELLS else CELLS
+        # Where the budget has missed one on some rank, or they are of other parameters, there is no window.
+        is_whole = len(images) == self.window and all(len(image) == length for image in images)
+        if not all(probe.partition.ranks.all_gather_object(is_whole)):
             return {}
-        lengths = probe.partition.local_n if probe.partition.n <= CELLS else CELLS
-        moved = torch.stack(images).view(self.count, self.stride, lengths).sum(1)
+        moved = torch.stack(images).view(self.count, self.stride, length).sum(1)
         if probe.partition.n <= CELLS:
             gram = inner_products(moved, moved, probe.partition.ranks)
         else:

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_subspace import Measurement, Needs, SubspaceMonitor
+from lightning_subspace import Measurement, Needs, NoiseScale, Step, SubspaceMonitor
 from lightning_subspace.probe import forecast
 from lightning_subspace.report import logged_name, progress, select
 from tests.thorough import covering
@@ -37,6 +37,9 @@ DEFAULT = {
     "subspace/update_fraction",
     "subspace/solver/subspace_error",
     "subspace/solver/overhead",
+    "subspace/step/edge_ratio",
+    "subspace/step/curvature",
+    "subspace/noise/scale",
     *(f"subspace_eigenvalues/{i:02d}" for i in range(1, 4)),
 }
 
@@ -126,7 +129,7 @@ def is_usable(monitor):
 def expected_scalars(monitor, name="subspace", log="default"):
     """(tag, step) -> value of all that should have been logged."""
     extra = {"batch_gradient_fraction", "gap_index", "gradient_norm", "gradient_curvature"}
-    extra |= {"sample_loss", "training_loss"}
+    extra |= {"sample_loss", "training_loss"} | NoiseScale.extra | Step.extra
     return {
         (logged_name(name, key), record.step): value
         for record in monitor.history
@@ -537,7 +540,7 @@ def test_the_current_batch_is_the_sample():
     seen = {}
 
     def loss_fn(module, batch, batch_idx):
-        seen[module.global_step] = batch[0].float()
+        seen[module.global_step] = batch[0].float()  # also behind the step that was taken from there
         return module.training_step(batch, batch_idx)
 
     monitor = probing(sample="current", loss_fn=loss_fn, weight=lambda batch: 0.0)  # one batch needs no weight
@@ -546,8 +549,9 @@ def test_the_current_batch_is_the_sample():
         fit(monitor)
         assert steps(monitor) == [0, 4, 8, 12]
         for step, batch in seen.items():  # the batch of the step behind; at the start the one to come
-            assert torch.equal(batch, batches[max(step - 1, 0) % 8])
-        assert set(seen) == {0, 4, 8, 12}
+            probed = step - step % 4
+            assert torch.equal(batch, batches[max(probed - 1, 0) % 8])
+        assert set(seen) == {0, 1, 4, 5, 8, 9, 12}
         seen.clear()
 
 

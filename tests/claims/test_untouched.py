@@ -436,7 +436,7 @@ PIECES = {
     "self.log": (lambda p: p.setattr(_lightning, "_cover", nothing), "Metrics", {}),
     "loggers": (lambda p: p.setattr(_lightning, "Silent", lambda logger: logger), "Writers", {}),
     "kept writers": (lambda p: p.setattr(_lightning, "_writes", lambda *args: False), "Writers", {}),
-    "modes": (lambda p: p.setattr(training_loss, "_in_mode", mode_for_good), "Statistics", {"mode": "eval"}),
+    "modes": (lambda p: p.setattr(training_loss, "in_mode", mode_for_good), "Statistics", {"mode": "eval"}),
     "reading": (lambda p: p.setattr(reading, "unmoved", nothing), "Augmented", {"sample": "all"}),
     "batch": (both_batch_copies, "InPlaceBatch", {"sample": "current"}),
 }

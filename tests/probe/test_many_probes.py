@@ -73,7 +73,12 @@ def many(monkeypatch):
     def probe_stub(step, number, sample, partition, history):
         given = {"step": step, "number": number, "sample": sample, "partition": partition, "history": history}
         return Probe(
-            **{**dict.fromkeys(field.name for field in fields(Probe) if field.init), **given, "losses": (1.0,)}
+            **{
+                **dict.fromkeys(field.name for field in fields(Probe) if field.init),
+                **given,
+                "losses": (1.0,),
+                "operator": SimpleNamespace(dtype=torch.float32),
+            }
         )
 
     monkeypatch.setattr(probe_run, "take_probe", take_probe)

@@ -37,7 +37,8 @@ def test_a_stored_checkpoint_is_resumed_as_on_the_day_it_was_written(width):
     rows = [{key: value for key, value in row.items() if math.isfinite(value)} for row in monitor.to_rows()]
     assert [row["step"] for row in rows] == [row["step"] for row in expected["rows"]] == [0, 3, 6, 9, 10]
     for found, then in zip(rows, expected["rows"], strict=True):
-        later = {"sample_loss", "training_loss", BEHIND}  # keys that came after that day
+        # Keys that came after that day.
+        later = {"sample_loss", "training_loss", BEHIND, *(key for key in found if key.startswith(("step/", "noise/")))}
         assert {key for key in found if SOLVER not in key} - later == {key for key in then if SOLVER not in key} - later
         for key, value in then.items():
             if SOLVER not in key and (key not in OF_IT or (BEHIND in found) is (BEHIND in then)):

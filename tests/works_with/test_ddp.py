@@ -441,6 +441,13 @@ def test_the_sample_is_that_of_one_process(ranks, names):
         apart = ["batch_gradient_fraction", "training_loss"]  # training takes other batches, as it is shuffled
         if name in ("current", "iterable"):  # the batches are those of training, which cannot be halved in the same way
             apart += ["reliability", "gradient_fraction_low", "gradient_fraction_high"]
+            apart += {
+                key
+                for rows in (alone[name], *(of[name] for of in found))
+                for row in rows
+                for key in row
+                if "noise/" in key
+            }
         assert alone[name], name
         assert_close(name, found[0][name], alone[name], apart=apart)
     norms = {alone[name][0]["gradient_norm"] for name in names}
@@ -593,7 +600,7 @@ def test_all_ranks_choose_the_same_steps():
     assert found == other
     # The first rank is the slow one, and then the fast one; the other would have chosen as in the other case.
     assert found[1, "budget"] == list(range(9))
-    assert 2 < len(found[0, "budget"]) < 9
+    assert 1 < len(found[0, "budget"]) < 9
     assert found[1, "list in a budget"] == [0, 1, 2, 5, 6, 8]
     assert 1 < len(found[0, "list in a budget"]) < 6
     for slow in range(2):
@@ -650,8 +657,9 @@ def test_a_checkpoint_can_be_resumed_on_another_number_of_ranks(tmp_path, width,
         np.testing.assert_allclose(overlaps, matrix, rtol=0, atol=error)
         for one, expected in zip(rows_then, history, strict=True):
             assert one.keys() == expected.keys()
-            # The running mean of training's losses begins anew.
-            for key in (key for key in expected if not key.startswith(("solver/", "training_loss"))):
+            # The running mean of training's losses begins anew, and the step before was not taken in this run.
+            apart = ("solver/", "training_loss", *(["step/cosine_previous"] if expected["step"] == at else []))
+            for key in (key for key in expected if not key.startswith(apart)):
                 # Beyond 4,096 parameters there are no eigenvectors to begin with, and it ends as near as the tolerance.
                 near = error if "overlap" in key or width == 6 else 1e-3
                 assert one[key] == pytest.approx(expected[key], rel=near, abs=near, nan_ok=True), (

@@ -46,10 +46,10 @@ def test_many_probes_in_flat_memory():
     trainer = Trainer(max_steps=PROBES - 1, callbacks=[monitor, watch], enable_checkpointing=False, **QUIET)
     trainer.fit(Net(width=250), loader)  # n = 5,003
     assert len(monitor.history) == PROBES
-    # A record has two small tensors, its eigenvalues and residuals; a kept sketch one more, of which there are 64.
+    # A record has three small tensors: eigenvalues, residuals and its table; a kept sketch is one of 64.
     assert len(monitor._runner.run.overlaps.sketches) <= 64
     first, last = 70, PROBES - 10  # from where on sketches are as many as are kept
-    assert watch.tensors[last] - watch.tensors[first] <= 2 * (last - first) + 10
+    assert watch.tensors[last] - watch.tensors[first] <= 3 * (last - first) + 10
     assert watch.resident[last] - watch.resident[first] <= 8e6
     for step, size in watch.state.items():
         assert size <= 256 * K * 4096 + 2_000 * (step + 1) + 20_000

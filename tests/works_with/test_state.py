@@ -96,6 +96,8 @@ def test_a_resumed_run_is_the_straight_run(straight, at):
     error = 5.0 * sketch_error(Sketch(torch.eye(2, 4096), exact=False)) if width == 400 else 1e-5
     for expected, found in zip(one.history, other.history, strict=True):
         values = numbers(expected)
+        if expected.step == at:  # the step before it was not taken in this run
+            values.pop("step/cosine_previous")
         assert numbers(found).keys() == values.keys()
         for key, value in numbers(found).items():
             tolerance = error if "overlap" in key else 1e-3

@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import json
 import logging
 import pickle
 import re
@@ -23,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_subspace import Measurement, Needs, NoiseScale, Step, SubspaceMonitor
 from lightning_subspace.probe import forecast
 from lightning_subspace.report import logged_name, progress, select
+from lightning_subspace.tensorboard_tab.schema import from_json
 from tests.thorough import covering
 
 # The first is raised by torch's own pytree, in Lightning's CombinedLoader; the second depends on the machine, the third
@@ -225,12 +225,12 @@ def test_tensorboard_gets_an_entry_a_probe_and_no_pictures(tmp_path):
 def test_other_loggers_keep_all_entries_in_a_file_at_the_end(tmp_path):
     monitor = probing(1)
     fit(monitor, logger=CSVLogger(tmp_path), max_steps=10)
-    kept = json.loads((tmp_path / "lightning_logs/version_0/subspace_probes.json").read_text())
+    kept = from_json((tmp_path / "lightning_logs/version_0/subspace_probes.json").read_text())
     probes = kept["subspace"]["subspace/probes"]
     assert [probe["step"] for probe in probes] == list(range(11))
     for probe, record in zip(probes, monitor.history, strict=True):
         assert probe["metrics"] == pytest.approx(
-            {key: value for key, value in record.metrics.items() if not key.startswith("eigenvalues/")}, rel=1e-5
+            {key: value for key, value in record.metrics.items() if not key.startswith("eigenvalues/")}, rel=1e-4
         )
 
 

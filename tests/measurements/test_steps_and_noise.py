@@ -122,7 +122,7 @@ def test_on_a_quadratic_it_is_the_curvature_along_the_gradient(k):
     for measurement in (CriticalSharpness(), CriticalSharpness("gradient")):
         found = metrics(module, measurement, k=k, optimizer=optimizer, loss_fn=quadratic)
         assert found["critical_sharpness"] == pytest.approx(found["gradient_curvature"], rel=1e-3)
-        if measurement.direction == "update":
+        if measurement.along == "update":
             assert found["critical_step"] == pytest.approx(2.0 / (0.07 * found["gradient_curvature"]), rel=1e-3)
             assert measurement.state_dict()["found"] == pytest.approx(found["critical_step"])
         else:
@@ -149,7 +149,7 @@ def test_what_has_no_critical_step_is_left_out():
     assert "critical_sharpness" not in metrics(module, CriticalSharpness(), k=0, optimizer=optimizer)
     with pytest.raises(UserWarning, match="no optimizer, or several"):
         metrics(module, CriticalSharpness(), k=0)
-    with pytest.raises(ValueError, match="direction: expected"):
+    with pytest.raises(ValueError, match="along: expected"):
         CriticalSharpness("newton")
     with pytest.raises(ValueError, match="max_points: expected"):
         CriticalSharpness(max_points=1)

@@ -72,14 +72,8 @@ def many(monkeypatch):
 
     def probe_stub(step, number, sample, partition, history):
         given = {"step": step, "number": number, "sample": sample, "partition": partition, "history": history}
-        return Probe(
-            **{
-                **dict.fromkeys(field.name for field in fields(Probe) if field.init),
-                **given,
-                "losses": (1.0,),
-                "operator": SimpleNamespace(dtype=torch.float32),
-            }
-        )
+        given |= {"losses": (1.0,), "operator": SimpleNamespace(dtype=torch.float32)}
+        return Probe(**{**dict.fromkeys(field.name for field in fields(Probe) if field.init), **given})
 
     monkeypatch.setattr(probe_run, "take_probe", take_probe)
     monkeypatch.setattr(CurvatureConfig, "loss", lambda *args: nullcontext())

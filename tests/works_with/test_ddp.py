@@ -441,13 +441,8 @@ def test_the_sample_is_that_of_one_process(ranks, names):
         apart = ["batch_gradient_fraction", "training_loss"]  # training takes other batches, as it is shuffled
         if name in ("current", "iterable"):  # the batches are those of training, which cannot be halved in the same way
             apart += ["reliability", "gradient_fraction_low", "gradient_fraction_high"]
-            apart += {
-                key
-                for rows in (alone[name], *(of[name] for of in found))
-                for row in rows
-                for key in row
-                if "noise/" in key
-            }
+            every = [*alone[name], *(row for of in found for row in of[name])]
+            apart += [key for row in every for key in row if key.startswith("noise/")]
         assert alone[name], name
         assert_close(name, found[0][name], alone[name], apart=apart)
     norms = {alone[name][0]["gradient_norm"] for name in names}

@@ -61,7 +61,7 @@ def consequence(policy: str, check: SelfCheck, curvature: str, *, has_difference
 
 
 def require_products(had: bool, has: bool, policy: str, notice: str | None) -> None:
-    """Refuse to go on without products, where nothing is of use without them.
+    """Refuse to go on without the products that were asked for.
 
     Args:
         had: whether there were products to be had before the check.

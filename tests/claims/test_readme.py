@@ -149,7 +149,7 @@ def test_every_argument_of_the_callbacks_is_explained() -> None:
 
 def test_every_measurement_on_request_is_in_the_table() -> None:
     text = PAGES["lightning_subspace/measurements/README.md"]
-    named = re.findall(r"^\| `(\w+)\(\)` \|", text, flags=re.MULTILINE)
+    named = re.findall(r"^\| `([A-Z]\w+)\(\)` \|", text, flags=re.MULTILINE)
     public = [getattr(lightning_subspace, name) for name in lightning_subspace.__all__]
     ours = [item for item in public if inspect.isclass(item) and issubclass(item, Measurement)]
     default = {type(item).__name__ for item in default_measurements(k=1)}

@@ -51,7 +51,7 @@ from lightning_subspace.probe.screening import Screening
 from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.state.notice import LOG, warn
 from lightning_subspace.state.signals import waiting_signals
-from lightning_subspace.subspace.record import Record
+from lightning_subspace.subspace.record import Record, as_numbers
 from lightning_subspace.subspace.sketch import sketch
 from lightning_subspace.subspace.solver import Solver
 from lightning_subspace.subspace.subspace import Subspace
@@ -266,7 +266,7 @@ def take_probe(
             with suppress(NoProductsError):
                 found.update(measurement.measure(probe))
     image = sketch(subspace.basis, partition) if subspace is not None and subspace.trusted else None
-    return probe, Record(step, {}, subspace, image).with_found(partition.ranks.broadcast_object(found))
+    return probe, Record(step, {}, subspace, image).with_found(partition.ranks.broadcast_object(as_numbers(found)))
 
 
 def is_taken(measurement: Measurement, number: int, subspace: Subspace | None) -> bool:

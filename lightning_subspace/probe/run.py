@@ -35,7 +35,7 @@ from lightning_subspace.probe.schedule import Position
 from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.probe.verification import is_verified
 from lightning_subspace.subspace.overlap_history import OverlapHistory
-from lightning_subspace.subspace.record import History, Record
+from lightning_subspace.subspace.record import History, Record, as_numbers
 
 
 class ProbeRun:
@@ -266,7 +266,7 @@ class ProbeRun:
         for measurement in self.settings.taken:
             if is_taken(measurement, probe.number, probe.subspace):
                 found.update(measurement.after_step(probe, opened.gradient, update))
-        return self.ranks.broadcast_object(found)
+        return self.ranks.broadcast_object(as_numbers(found))  # wrong ones of any rank are noticed
 
     def _prepared(self, record: Record) -> tuple[Tensor, dict[int, float]] | None:
         """Basis and overlaps of a trusted subspace, for the probes to come."""

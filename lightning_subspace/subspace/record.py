@@ -49,17 +49,26 @@ class Record:
 
         A number that is not finite means "not defined here" and is left out. A table adds its rows to one of its name.
         """
-        numbers = {key: float(value) for key, value in found.items() if not isinstance(value, Table)}
-        tables = dict(self.tables)
-        for name, value in found.items():
+        metrics, tables = dict(self.metrics), dict(self.tables)
+        for name, value in as_numbers(found).items():
             if isinstance(value, Table):
                 tables[name] = tables[name].with_rows_of(value) if name in tables else value
-        finite = {key: value for key, value in numbers.items() if math.isfinite(value)}
-        return replace(self, metrics={**self.metrics, **finite}, tables=tables)
+            elif math.isfinite(value):
+                metrics[name] = value
+        return replace(self, metrics=metrics, tables=tables)
 
     def without_eigenvectors(self) -> Record:
         """The record as a history keeps it."""
         return self if self.subspace is None else replace(self, subspace=self.subspace.without_eigenvectors())
+
+
+def as_numbers(found: Mapping[str, float | Table]) -> dict[str, float | Table]:
+    """Numbers and tables by key.
+
+    Raises:
+        ValueError, TypeError: for a value that is none.
+    """
+    return {key: value if isinstance(value, Table) else float(value) for key, value in found.items()}
 
 
 class History(list[Record]):

@@ -14,7 +14,7 @@ from lightning_subspace.measurements.base import Measurement, Needs, Probe, posi
 from lightning_subspace.measurements.block_traces import BlockTraces
 from lightning_subspace.measurements.density_state import decode_densities, encode_densities
 from lightning_subspace.measurements.grouping import Grouping, Groups, checked_groups
-from lightning_subspace.measurements.memory import thin_out
+from lightning_subspace.measurements.memory import remember
 from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.subspace.solver import agreed_product
@@ -92,10 +92,7 @@ class Density(Measurement):
         if not spectrum.finite:
             return {}
         found = SpectralDensity(probe.step, _compact(spectrum))
-        while self._history and self._history[-1].step >= probe.step:  # taken again behind a checkpoint
-            self._history.pop()
-        self._history.append(found)
-        thin_out(self._history, self.keep)
+        remember(self._history, found, self.keep)
         return found.metrics()
 
     def state_dict(self) -> Mapping[str, Any]:

@@ -57,6 +57,17 @@ def require_own(measurements: Iterable[Measurement], user: object) -> None:
             )
 
 
+def remember(history: list[Any], found: Any, keep: int) -> None:
+    """Add what was found to a history of at most `keep` entries.
+
+    It takes the place of an entry of its step, or a later one: a probe may be taken again behind a checkpoint.
+    """
+    while history and history[-1].step >= found.step:
+        history.pop()
+    history.append(found)
+    thin_out(history, keep)
+
+
 def thin_out(history: list[Any], keep: int) -> None:
     """Drop every second entry of the older half, beyond `keep`.
 

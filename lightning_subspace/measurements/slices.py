@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_subspace._arguments import is_integer, is_list_like, require_flag, require_integer, require_number, wrong
 from lightning_subspace.measurements.base import Measurement, Needs, Probe, positive
-from lightning_subspace.measurements.memory import thin_out
+from lightning_subspace.measurements.memory import remember
 from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.measurements.slices_state import decode_slices, encode_slices
 from lightning_subspace.subspace.loss_slices import LossSlices, grid, slice_range
@@ -112,10 +112,7 @@ class Slices(Measurement):
         found = self._slices(probe)
         if found is None:
             return {}
-        while self._history and self._history[-1].step >= probe.step:  # taken again behind a checkpoint
-            self._history.pop()
-        self._history.append(found)
-        thin_out(self._history, self.keep)
+        remember(self._history, found, self.keep)
         return found.metrics()
 
     def state_dict(self) -> Mapping[str, Any]:

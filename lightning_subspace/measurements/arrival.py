@@ -31,12 +31,13 @@ class Arrival(Protocol):
         """The mean loss at theta_{t+1} + offset: one forward pass."""
         ...
 
-    def is_same_loss(self, update: Tensor) -> bool:  # (n,)
+    @property
+    def is_same_loss(self) -> bool:
         """Whether the loss has changed with the measured parameters alone.
 
-        That of the first micro-batch, taken at theta_{t+1} - update, is compared with that of the probe. It is another
-        one where it depends on parameters that are not measured, on the number of steps, on an averaged teacher or, in
-        eval mode, on the statistics of batch-norm. One forward pass of a micro-batch.
+        That of the first micro-batch, taken at theta_{t+1} less the update, is compared with that of the probe. It is
+        another one where it depends on parameters that are not measured, on the number of steps, on an averaged teacher
+        or, in eval mode, on the statistics of batch-norm. One forward pass of a micro-batch, however often it is asked.
         """
         ...
 
@@ -44,8 +45,8 @@ class Arrival(Protocol):
         """Gradient of the mean loss at theta_{t+1}."""
         ...
 
-    def curvature(self, update: Tensor) -> float:  # (n,)
-        """u.H u for u = update, with H at theta_t.
+    def curvature(self) -> float:
+        """u.H u for the update u, with H at theta_t.
 
         A graph and a product; nan where products are differences of gradients, or there are none.
         """

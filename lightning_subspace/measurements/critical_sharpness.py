@@ -78,7 +78,7 @@ class CriticalSharpness(Measurement):
                 text = f"CriticalSharpness: {reason}, so that it is left out; pass along='taken' or 'gradient'."
                 self._notice.say(probe, text)
                 return {}
-            rate, step = _rate(probe.optimizer), update
+            rate, step = largest_rate(probe.optimizer), update
         slope = probe.dot(probe.operator.gradient(), step)
         if not slope < 0.0:
             return {}
@@ -93,13 +93,13 @@ class CriticalSharpness(Measurement):
         if self.along != "taken" or arrival is None or probe.sample_gradient is None or probe.optimizer is None:
             return {}
         slope = probe.dot(probe.sample_gradient, update)
-        if not slope < 0.0 or not arrival.is_same_loss(update):
+        if not slope < 0.0 or not arrival.is_same_loss:
             return {}
 
         def change(a: float) -> float:
             return arrival.value(update * (a - 1.0)) - arrival.loss
 
-        return self._found(probe, change, slope, 1.0, _rate(probe.optimizer), arrival.rounding)
+        return self._found(probe, change, slope, 1.0, largest_rate(probe.optimizer), arrival.rounding)
 
     def _found(
         self, probe: Probe, change: Callable[[float], float], slope: float, first: float, rate: float, rounding: float
@@ -128,7 +128,7 @@ class CriticalSharpness(Measurement):
         self._last = (step, start, found) if state else None  # type: ignore[assignment]
 
 
-def _rate(optimizer: Optimizer) -> float:
+def largest_rate(optimizer: Optimizer) -> float:
     """The largest learning rate."""
     return max(float(group["lr"]) for group in optimizer.param_groups)
 

@@ -20,7 +20,7 @@ from lightning_subspace.data.reading import READ_TIMEOUT, ReadProgress
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.loss.loss_function import LossFunction
 from lightning_subspace.measurements.base import Measurement, Needs, Probe, positive
-from lightning_subspace.measurements.critical_sharpness import ROUNDING, critical_multiple
+from lightning_subspace.measurements.critical_sharpness import ROUNDING, critical_multiple, largest_rate
 from lightning_subspace.measurements.gradient_pair import GradientPair, noise_of
 from lightning_subspace.measurements.optimizer_rules import Notice, next_step, why_unknown
 from lightning_subspace.measurements.prospect import Prospect
@@ -196,8 +196,7 @@ class SecondLoss(Measurement):
             found = critical_multiple(lambda a: other.value(step * a) - loss, slope, 1.0, MAX_POINTS, rounding)
         if found is None:
             return {"critical_undefined": 1.0}
-        rate = max(float(group["lr"]) for group in probe.optimizer.param_groups)
-        sharpness = 2.0 / (found * rate)
+        sharpness = 2.0 / (found * largest_rate(probe.optimizer))
         return {"critical_undefined": 0.0, "critical_step": found, "critical_sharpness": sharpness}
 
 

@@ -103,7 +103,7 @@ class Step(Measurement):
         if norm == 0.0:
             return found
         if probe.number % CHECKED_EVERY == 0 or not self._is_same:
-            self._is_same = arrival.is_same_loss(update)
+            self._is_same = arrival.is_same_loss
         if self._is_same:
             change = arrival.value() - arrival.loss
             found |= {"step/change": change, **bend(change, probe.dot(slope, update), norm, arrival.rounding)}
@@ -156,11 +156,11 @@ class StepCurvature(Measurement):
         """One gradient."""
         arrival, slope = _known(probe)
         norm, along = probe.norm(update), probe.dot(slope, update)
-        if norm == 0.0 or not arrival.is_same_loss(update):
+        if norm == 0.0 or not arrival.is_same_loss:
             return {}
         bends = {"secant": probe.dot(arrival.gradient(), update) - along}
         if self.hessian:
-            bends["hessian"] = arrival.curvature(update)
+            bends["hessian"] = arrival.curvature()
         found = {f"step/curvature_{name}": value / norm**2 for name, value in bends.items()}
         if along < 0.0:
             found |= {f"step/edge_ratio_{name}": value / (-2.0 * along) for name, value in bends.items()}

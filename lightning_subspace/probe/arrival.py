@@ -21,12 +21,11 @@ from lightning_subspace.data.sample import Sample
 from lightning_subspace.loss.precision import trained_in
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.measurements import Probe
+from lightning_subspace.measurements.critical_sharpness import ROUNDING
 from lightning_subspace.probe.screening import Screening
 from lightning_subspace.subspace.subspace import inner_products
 
 T = TypeVar("T")
-
-ROUNDING = 20.0  # a change of the loss below this, times eps and the loss, may be rounding
 
 
 class LossAfterStep:
@@ -37,10 +36,12 @@ class LossAfterStep:
         module: after the step.
         probe: over by now.
         theta: (n,), the parameters at the probe.
+        update: (n,), the step that was taken from there.
     """
 
-    def __init__(self, choice: CurvatureConfig, module: nn.Module, probe: Probe, theta: Tensor) -> None:
+    def __init__(self, choice: CurvatureConfig, module: nn.Module, probe: Probe, theta: Tensor, update: Tensor) -> None:
         self.theta = theta
+        self._update = update
         self._choice = choice
         self._module = module
         self._partition = probe.partition
@@ -64,8 +65,10 @@ class LossAfterStep:
         """The mean loss at theta_{t+1} + offset."""
         return self._evaluated(lambda loss, sample: self._mean(loss, sample).value(offset))
 
-    def is_same_loss(self, update: Tensor) -> bool:  # (n,)
+    @cached_property
+    def is_same_loss(self) -> bool:
         """Whether the first micro-batch has the loss of the probe at theta_t."""
+        update = self._update
         again = self._evaluated(lambda loss, sample: self._mean(loss, sample).part([0]).value(-update))
         # The update is rounded where a parameter has changed by more than its half.
         vectors = torch.stack([self._slope, update.to(self._slope)])
@@ -77,8 +80,9 @@ class LossAfterStep:
         """Gradient of the mean loss at theta_{t+1}."""
         return self._evaluated(lambda loss, sample: self._mean(loss, sample).gradient())
 
-    def curvature(self, update: Tensor) -> float:  # (n,)
+    def curvature(self) -> float:
         """u.H u, from a graph at theta_{t+1} - u and a product."""
+        update = self._update
 
         def bend(loss: TrainingLoss, sample: Sample) -> float:
             loss.displace(-self._partition.gather(update.to(loss.dtype)))

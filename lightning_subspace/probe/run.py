@@ -262,7 +262,7 @@ class ProbeRun:
         found: dict[str, Any] = {}
         probe, theta = opened.probe, opened.theta
         update = probe.partition.flatten(probe.space.tensors(module), like=theta).sub_(theta)
-        probe = replace(probe, arrival=LossAfterStep(opened.choice, module, probe, theta))
+        probe = replace(probe, arrival=LossAfterStep(opened.choice, module, probe, theta, update))
         for measurement in self.settings.taken:
             if is_taken(measurement, probe.number, probe.subspace):
                 found.update(measurement.after_step(probe, opened.gradient, update))

@@ -51,7 +51,7 @@ class UpdateWatch:
             return
         with self._runner.schedule.aside():
             try:
-                self._before = self._theta(module)
+                self._before = self._run.partition.point(module, self._room(module))
             except Exception as error:  # such as no memory
                 self._tell(error)
 
@@ -64,7 +64,7 @@ class UpdateWatch:
             return
         with self._runner.schedule.aside():
             try:
-                update = self._theta(module, before.device).sub_(before)
+                update = self._run.partition.point(module, before.device).sub_(before)
                 for measurement in self._wanting:
                     measurement.see_update(step, update, self._run.partition)
             except Exception as error:  # also of a user's measurement
@@ -94,17 +94,11 @@ class UpdateWatch:
         assert self._runner.run is not None, "a measurement has asked for it"
         return self._runner.run
 
-    def _theta(self, module: nn.Module, device: torch.device | None = None) -> Tensor:
-        """This rank's part of the parameters."""
-        run = self._run
-        parameters = run.space.tensors(module)
-        if device is None:
-            device = parameters[0].device
-            itemsize = run.space.widest_dtype(module).itemsize
-            if device.type != "cpu" and free_memory(device) < 2 * run.partition.local_n * itemsize:
-                device = torch.device("cpu")
-        like = torch.empty(0, dtype=run.space.widest_dtype(module), device=device)
-        return run.partition.flatten(parameters, like)
+    def _room(self, module: nn.Module) -> torch.device:
+        """Where a copy of this rank's part of the parameters has room."""
+        space, device = self._run.space, self._run.space.tensors(module)[0].device
+        nbytes = self._run.partition.local_n * space.widest_dtype(module).itemsize
+        return torch.device("cpu") if device.type != "cpu" and free_memory(device) < 2 * nbytes else device
 
     def _tell(self, error: Exception) -> None:
         self._before = None

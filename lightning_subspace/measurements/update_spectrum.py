@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_subspace._arguments import require_integer
 from lightning_subspace.measurements.base import Measurement, Needs, Probe, positive
+from lightning_subspace.measurements.noise_estimate import participation
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.subspace.sketch import CELLS, TABLES, local_cells
 from lightning_subspace.subspace.subspace import inner_products
@@ -111,7 +112,7 @@ def spectrum_of(gram: Tensor) -> dict[str, float]:  # (W, W)
         return {}
     known = squares[squares > ROUNDING * squares[0]]
     found = {
-        "updates/participation": total**2 / float(squares.square().sum()),
+        "updates/participation": participation(gram.double()),
         "updates/first_share": float(squares[0]) / total,
     }
     if len(known) > 1:

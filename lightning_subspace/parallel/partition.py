@@ -113,10 +113,10 @@ class Partition:
                 local[place.start : place.stop] = values if is_sharded(tensor) else values[offset : offset + len(place)]
         return local
 
-    def point(self, module: nn.Module) -> Tensor:  # (local_n,)
+    def point(self, module: nn.Module, device: torch.device | None = None) -> Tensor:  # (local_n,)
         """This rank's part of a module's parameters, copied, in the widest type."""
         parameters = self.space.tensors(module)
-        like = torch.empty(0, dtype=self.space.widest_dtype(module), device=parameters[0].device)
+        like = torch.empty(0, dtype=self.space.widest_dtype(module), device=device or parameters[0].device)
         return self.flatten(parameters, like)
 
     def random(  # (local_n,)

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 from contextlib import nullcontext
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
@@ -23,6 +24,7 @@ from lightning_subspace.data.sample import Sample
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.probe.given_basis import GivenBasis
+from tests.callbacks import test_projection
 from tests.processes import run
 
 # Of ModelCheckpoint, which a resumed run does not have here.
@@ -130,11 +132,7 @@ def by_hand(steps, keep="bulk", refresh=1, start=0, lr=0.3, rows=retained_gradie
     return at
 
 
-def assert_same_path(found, expected, atol=1e-12):
-    assert found.keys() == expected.keys()
-    for step in expected:
-        torch.testing.assert_close(found[step], expected[step], rtol=0.0, atol=atol, msg=lambda m, s=step: f"{s}: {m}")
-
+assert_same_path = partial(test_projection.assert_same_path, atol=1e-12)
 
 wheres = pytest.mark.parametrize("where", ["update", "gradient"])
 OPTIMIZERS = {

@@ -1,4 +1,4 @@
-"""Long vectors as rows, in tiles of columns, on the device or in host memory.
+"""Long vectors as rows, in tiles, on the device or the host.
 
 Every operation goes tile by tile, and adds what it finds in their order. Where the tiles lie in host memory, each is
 copied to the device for it, the next one meanwhile, and what has changed is copied back. A tile has the same shape and
@@ -73,7 +73,7 @@ class Tiles:
         return sum(tile.nbytes for tile in self._tiles)
 
     def read(self, row: int) -> Tensor:  # (n,)
-        """A row on the device: a view, or a copy of what lies in several tiles."""
+        """A row on the device: a view, or a copy."""
         if self._stage is None and len(self._tiles) == 1:
             return self._view(self._tiles[0])[row]
         vector = torch.empty(self._n, dtype=self.dtype, device=self._device)
@@ -112,7 +112,10 @@ class Tiles:
             tile[last].addmv_(tile[first:last].T, coefficients, alpha=-1)
 
     def contract(self, rotation: Tensor) -> None:  # (m, kept)
-        """Replace the first m rows by rotation^T times them, and row `kept` by row m."""
+        """Replace the first m rows V by rotation^T V.
+
+        Row m, the pending one, moves up behind them.
+        """
         m, kept = rotation.shape
         for tile in self._on_device(0, m + 1, changed=(0, kept + 1)):
             blocked.rotate(tile[:m], rotation, tile[:kept])
@@ -135,11 +138,11 @@ class Tiles:
 
     @property
     def _is_queued(self) -> bool:
-        """Whether the host need not wait for copies of rows: all are in the device's queue."""
+        """Whether all that touches the tiles is in the device's queue."""
         return self._stage is not None and self._stage.is_queued
 
     def _on_device(self, first: int, last: int, changed: tuple[int, int] = (0, 0)) -> Iterator[Tensor]:
-        """Each tile, with rows `first` to `last` on the device; what has `changed` is kept."""
+        """Each tile, with these rows on the device; `changed` ones stay."""
         tiles = self._tiles if self._stage is None else self._stage.run(first, last, changed)
         return map(self._view, tiles)
 
@@ -148,12 +151,12 @@ class Tiles:
 
 
 def is_staged(place: BasisPlace, device: torch.device) -> bool:
-    """Whether what lies there has to be copied for computations on a device."""
+    """Whether what lies there is copied to a device for computations."""
     return place == "cpu" and device.type != "cpu"
 
 
 class _Stage:
-    """Copies of two tiles on a device, which takes turns with them.
+    """Two buffers on a device, which take turns.
 
     On CUDA transfers have a stream of their own: one tile is fetched while another is computed with. All that touches
     the tiles is in the order of streams; the host never waits.
@@ -168,7 +171,7 @@ class _Stage:
             _pin(self, tiles, device)
 
     def run(self, first: int, last: int, changed: tuple[int, int]) -> Iterator[Tensor]:
-        """Each tile with these rows on the device, and those changed copied back."""
+        """Each tile, with these rows on the device; `changed` ones go back."""
         stream, current = self._stream, self._current
         _follow(stream, current)
         ahead = self._fetch(0, first, last)
@@ -186,7 +189,7 @@ class _Stage:
         _follow(current, stream)
 
     def _fetch(self, number: int, first: int, last: int) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Begin to copy rows of a tile: where to, and the event of their arrival."""
+        """Begin to copy rows of a tile: where to, and their arrival."""
         tile = self._tiles[number]
         # The last tile may be narrower: its copy begins in the same place and has its own strides.
         buffer = self._buffers[number % 2].view(-1)[: tile.numel()].view(tile.shape)
@@ -200,7 +203,7 @@ class _Stage:
 
 
 def _follow(stream: torch.cuda.Stream | None, other: torch.cuda.Stream | None) -> None:
-    """Have what a stream does from now on wait for what another one has to do."""
+    """Have a stream wait for what another one has to do."""
     if stream is not None and other is not None:
         stream.wait_stream(other)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_subspace.linalg.normals import normals
-from lightning_subspace.parallel.fsdp import fsdp_parameters, is_sharded, sharded_parameters
+from lightning_subspace.parallel.fsdp import compute_device, fsdp_parameters, is_sharded, sharded_parameters
 from lightning_subspace.parallel.holding import Holding, first_row
 from lightning_subspace.parallel.parameters import ParameterSpace, flat_values
 from lightning_subspace.parallel.ranks import Ranks
@@ -124,7 +124,7 @@ class Partition:
     def point(self, module: nn.Module, device: torch.device | None = None) -> Tensor:  # (local_n,)
         """This rank's part of a module's parameters, copied, in the widest type."""
         parameters = self.space.tensors(module)
-        like = torch.empty(0, dtype=self.space.widest_dtype(module), device=device or parameters[0].device)
+        like = torch.empty(0, dtype=self.space.widest_dtype(module), device=device or compute_device(parameters[0]))
         return self.flatten(parameters, like)
 
     def random(  # (local_n,)

@@ -210,18 +210,14 @@ def _set_aside(stack: ExitStack, owner: Any, name: str) -> None:
 
 @contextmanager
 def without_gradient_hooks(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Set aside the hooks on accumulated gradients, not only one's own.
+    """Set aside the hooks on gradients of leaves, not only one's own.
 
-    FSDP calls these itself when it has summed a gradient: an optimizer may step in one.
+    An optimizer may step in one, or ranks may average what FSDP2 does not.
     """
-    before = [parameter._post_accumulate_grad_hooks for parameter in parameters]
-    try:
+    with ExitStack() as stack:
         for parameter in parameters:
-            parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+            _set(stack, parameter, _post_accumulate_grad_hooks=None, _backward_hooks=None)
         yield
-    finally:
-        for parameter, hooks in zip(parameters, before, strict=True):
-            parameter._post_accumulate_grad_hooks = hooks
 
 
 @contextmanager

@@ -49,11 +49,6 @@ def everything(module, mesh=None, **options):
     return fully_shard(blocks(module, mesh, **options), mesh=mesh, **options)
 
 
-def one_block(module):
-    fully_shard(module.blocks[1], mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    return module
-
-
 def embeddings_left_out(module):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     return fully_shard(blocks(module, mesh), mesh=mesh, ignored_params={module.embed.weight})
@@ -80,7 +75,7 @@ def checkpointed_inside(module):
 def checkpointed_around(module):
     for index, block in enumerate(module.blocks):
         module.blocks[index] = checkpoint_wrapper(block)
-    return everything(module)
+    return blocks(module)
 
 
 def two():
@@ -99,18 +94,15 @@ def two_meshes(module):
 
 
 ON_TWO = {
-    "root not wrapped": blocks,
-    "one block of all": one_block,
     "embeddings left out": embeddings_left_out,
     "a replicated block": replicated_block,
     "host memory": partial(everything, offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "bfloat16": partial(everything, mp_policy=BFLOAT16),
     "bfloat16, root not wrapped": partial(blocks, mp_policy=INSIDE, reshard_after_forward=False),
     "checkpointed inside": checkpointed_inside,
-    "checkpointed around": checkpointed_around,
+    "checkpointed around, root not wrapped": checkpointed_around,
 }
 ON_FOUR = {
-    "HSDP": lambda module: everything(module, two()),
     "HSDP, root not wrapped": lambda module: blocks(module, two(), mp_policy=INSIDE),
     "HSDP, transposed": lambda module: everything(module, transposed()),
     "HSDP and FSDP": two_meshes,

@@ -32,7 +32,7 @@ from lightning_subspace.loss.precision import eager, twice_differentiable, widen
 from lightning_subspace.loss.roots import extra_roots
 from lightning_subspace.loss.served import Served
 from lightning_subspace.loss.shadow import Shadow
-from lightning_subspace.parallel.fsdp import reshard, without_fsdp
+from lightning_subspace.parallel.fsdp import compute_device, reshard, without_fsdp
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.state.copies import copied
@@ -115,7 +115,7 @@ class TrainingLoss:
         self._narrowest = None if dtype is None else self.dtype
         self._random_state, self._order = random_state, order
         self._replacements = {} if replacements is None else replacements
-        self.device = space.tensors(module)[0].device
+        self.device = compute_device(space.tensors(module)[0])
         self._ranks = ranks or Ranks()
         self._step, self._loss_key = resolve_loss(module, loss_fn), key_of(loss_fn)
         self.originals: tuple[Tensor, ...] = ()

@@ -34,7 +34,7 @@ class Options(NamedTuple):
 
 
 def closed_cross_entropy(args: tuple[Any, ...], named: dict[str, Any]) -> Callable[[Tensor], Tensor] | None:
-    """The function of the logits that a call of `F.cross_entropy` stands for.
+    """A call of `F.cross_entropy` as a function of its logits.
 
     Returns:
         None for a call that is left to torch: of tensors of a class of their own or of 16 bits, with a target or
@@ -146,9 +146,9 @@ Index = tuple[slice, ...]
 
 
 def pieces(z: Tensor) -> list[tuple[Index, Index]]:
-    """Indices of logits, (N, C, ...), and of their tokens, (N, ...), by pieces.
+    """Indices of the logits and of the tokens of each piece.
 
-    They give views, whatever the layout: rows of the first dimension, or parts of a row along the third.
+    Logits are (N, C, ...), tokens (N, ...). They give views, whatever the layout: rows of the first dimension, or parts of a row along the third.
     """
     most, row, whole = ENTRIES.get(z.device.type, ENTRIES["cuda"]), z[0].numel(), slice(None)
     if z.dim() == 2 or row <= most:

@@ -148,7 +148,8 @@ Index = tuple[slice, ...]
 def pieces(z: Tensor) -> list[tuple[Index, Index]]:
     """Indices of the logits and of the tokens of each piece.
 
-    Logits are (N, C, ...), tokens (N, ...). They give views, whatever the layout: rows of the first dimension, or parts of a row along the third.
+    Logits are (N, C, ...), tokens (N, ...). They give views, whatever the layout: rows of the first dimension, or parts
+    of a row along the third.
     """
     most, row, whole = ENTRIES.get(z.device.type, ENTRIES["cuda"]), z[0].numel(), slice(None)
     if z.dim() == 2 or row <= most:

@@ -195,7 +195,7 @@ def _total(z: Tensor, target: Tensor, weight: Tensor | None, options: Options) -
 
 
 def _classes(target: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Classes, 0 in the place of what is ignored, and whether they count."""
+    """Classes (0 for what is ignored), and whether each counts."""
     valid = target != options.ignore_index
     return target.long().masked_fill(~valid, 0), valid
 

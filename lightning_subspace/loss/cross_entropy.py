@@ -76,7 +76,7 @@ def closed_cross_entropy(args: tuple[Any, ...], named: dict[str, Any]) -> Callab
 
 
 class CrossEntropy(torch.autograd.Function):
-    """The loss of each token, (N, ...), of logits, (N, C, ...)."""
+    """The loss of each token, (N, ...), from (N, C, ...)."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:

@@ -120,7 +120,7 @@ class CrossEntropySlope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
-        """The derivatives along u, towards z and g; there is no third one."""
+        """The derivatives along u, towards z and g."""
         if torch.is_grad_enabled():  # no step can ask for it: between it and the logits is the cut of the operator
             raise RuntimeError("cross_entropy: expected at most two derivatives of its closed form, got a third.")
         z, g, target, weight = ctx.saved_tensors

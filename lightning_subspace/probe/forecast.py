@@ -90,7 +90,8 @@ class Forecast:
             more=(solver.k + VECTORS) * partition.local_n * footprint.itemsize
             + footprint.largest * (1 + (footprint.kept < footprint.rounds)),
         )
-        return held.text(footprint.kept, footprint.rounds, self._peak.text, partition.ranks.count)
+        text = held.text(footprint.kept, footprint.rounds, self._peak.text, partition.ranks.count)
+        return text + footprint.scores.text
 
 
 def is_enough(count: int, k: int, seconds: float) -> bool:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_subspace._torch import base_of, storages_of
-from lightning_subspace.loss.attention_scores import AttentionScores
 from lightning_subspace.state.free_memory import free_memory
 
 FREE_SHARE = 0.5  # of the free memory, that retained graphs may take
@@ -39,7 +38,6 @@ class Footprint:
         copies: bytes of the copies of the module's state.
         joined: bytes of the data of joined micro-batches, which are copies.
         itemsize: bytes of a number in the vectors of the operator.
-        scores: of the module's attention, that is in the graphs.
         notice: what a user should know about it; None where memory has not run out.
 
     Example:
@@ -61,7 +59,6 @@ class Footprint:
     copies: int = 0
     joined: int = 0
     itemsize: int = 4
-    scores: AttentionScores = field(default_factory=AttentionScores)
     notice: str | None = None
 
     def begin(self) -> None:

@@ -22,7 +22,6 @@ from lightning_subspace.curvature.gradient import pruned_gradient
 from lightning_subspace.curvature.graph_memory import Footprint, SavedBytes, memory_budget
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.convolution import regular_convolutions
-from lightning_subspace.loss.findings import findings_of
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.partition import Partition
 
@@ -80,7 +79,6 @@ class RetainedGraphs(BatchMean):
     ) -> None:
         super().__init__(loss, batches, partition=partition)
         self._footprint = Footprint() if footprint is None else footprint
-        self._footprint.scores = findings_of(loss.module).scores
         self._retain(memory_budget(self.device, self.partition.ranks.count) if memory is None else memory)
 
     @abstractmethod

@@ -21,7 +21,7 @@ from lightning_subspace.loss.lasting_mode import LastingMode
 from lightning_subspace.state.free_memory import free_memory
 
 KEPT, KEPT_WITH_DROPOUT = 3, 5  # counted by autograd's hooks on saved tensors, in torch 2.14
-MADE = 5  # at once, in the backward pass of one call
+MADE = 10  # at once, in the backward pass of one call: 9.5 by the resident set, of 4 heads at T = 2,048
 SHARE = 0.5  # as for graphs that are kept; the rest of a graph and the solver need the other half
 MANY = 48  # calls, where none was counted yet and a decision cannot be changed any more
 

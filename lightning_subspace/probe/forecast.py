@@ -90,8 +90,7 @@ class Forecast:
             more=(solver.k + VECTORS) * partition.local_n * footprint.itemsize
             + footprint.largest * (1 + (footprint.kept < footprint.rounds)),
         )
-        text = held.text(footprint.kept, footprint.rounds, self._peak.text, partition.ranks.count)
-        return text + footprint.scores.text
+        return held.text(footprint.kept, footprint.rounds, self._peak.text, partition.ranks.count)
 
 
 def is_enough(count: int, k: int, seconds: float) -> bool:

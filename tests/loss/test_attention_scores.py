@@ -1,18 +1,22 @@
 """What is counted of an attention's scores, where blocks take their place, and that a probe is the same with them."""
 
+import logging
+
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_subspace import measure_subspace
+from lightning_subspace import SubspaceMonitor, measure_subspace
 from lightning_subspace.curvature import CheckOutcome, CurvatureConfig, GaussNewton, Hessian
 from lightning_subspace.curvature.graph_memory import Footprint, SavedBytes
 from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss import attention, attention_scores
 from lightning_subspace.loss.attention import NODES
-from lightning_subspace.loss.attention_scores import AttentionMode, AttentionScores
+from lightning_subspace.loss.attention_scores import KEPT, MADE, AttentionMode, AttentionScores
 from lightning_subspace.loss.findings import findings_of
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
@@ -64,10 +68,10 @@ def net(**options):
         return nn.Sequential(Block(**options), Block(**options), nn.Linear(WIDTH, 3)).double()
 
 
-def batch(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(EXAMPLES, LENGTH, WIDTH, generator=generator, dtype=torch.float64)
-    return x, torch.randint(3, (EXAMPLES, LENGTH), generator=generator)
+def batch(length=LENGTH):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(EXAMPLES, length, WIDTH, generator=generator, dtype=torch.float64)
+    return x, torch.randint(3, (EXAMPLES, length), generator=generator)
 
 
 def loss_fn(module, data, index):
@@ -78,20 +82,20 @@ def product(module, operator=Hessian):
     with TrainingLoss(module, ParameterSpace.of(module), loss_fn, dtype=torch.float64) as loss:
         made = operator(loss, sample_of_batches([batch()]).hessian, footprint=(footprint := Footprint()))
         direction = torch.randn(made.n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        return made.matvec(direction), made.gradient(), footprint
+        return made.matvec(direction), made.gradient(), footprint.largest, findings_of(module).scores
 
 
 @pytest.mark.parametrize("operator", [Hessian, GaussNewton])
 @pytest.mark.parametrize("kind", ["function", "module", "checkpoint"])
 def test_products_with_blocks_are_those_of_math(kind, operator, free):
-    expected, gradient, footprint = product(net(kind=kind), operator)
-    assert footprint.scores.calls == 2
-    assert footprint.scores.nbytes == 2 * 3 * 8 * SCORES
-    assert footprint.scores.avoided == 0
+    expected, gradient, _, scores = product(net(kind=kind), operator)
+    assert scores.calls == 2
+    assert scores.nbytes == 2 * 3 * 8 * SCORES
+    assert scores.avoided == 0
     free(0.0)
-    found, own, footprint = product(net(kind=kind), operator)
-    assert footprint.scores.nbytes == 0
-    assert footprint.scores.avoided == 2 * 3 * 8 * SCORES
+    found, own, _, scores = product(net(kind=kind), operator)
+    assert scores.nbytes == 0
+    assert scores.avoided == 2 * 3 * 8 * SCORES
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(own, gradient, rtol=0, atol=1e-12)
 
@@ -107,9 +111,9 @@ def test_blocks_are_in_the_graph_and_scores_are_not(free):
         nodes.add(type(node))
         stack += [following for following, _ in node.next_functions if following is not None]
     assert not nodes.isdisjoint(NODES)
-    math = product(net())[-1].largest
+    math = product(net())[-2]
     free(1e9)
-    assert math < product(net())[-1].largest - 2 * 2 * 8 * SCORES
+    assert math < product(net())[-2] - 2 * 2 * 8 * SCORES
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -133,19 +137,19 @@ def test_all_calls_of_an_evaluation_have_to_fit(free):
     scores = AttentionScores()
     call = attention.AttentionCall.of(tuple(torch.randn(EXAMPLES, HEADS, LENGTH, 4).double() for _ in range(3)), {})
     scores.calls = 10
-    free(2 * (10 * 3 + 5) * each - 1.0)
+    free(2 * (10 * KEPT + MADE) * each - 1.0)
     assert scores.are_in_blocks(call)
     free(1e9)
     assert scores.are_in_blocks(call)  # as it was decided
     scores = AttentionScores()
     scores.calls = 10
-    free(2 * (10 * 3 + 5) * each)
+    free(2 * (10 * KEPT + MADE) * each)
     assert not scores.are_in_blocks(call)
     free(0.0)
     assert not scores.are_in_blocks(call)
     scores = AttentionScores()
     scores.calls, scores.num_ranks = 10, 2
-    free(2 * (10 * 3 + 5) * each)
+    free(2 * (10 * KEPT + MADE) * each)
     assert scores.are_in_blocks(call)
 
 
@@ -187,9 +191,34 @@ def test_a_module_without_attention_is_not_watched_for_long(monkeypatch):
 
 
 def test_the_words_of_a_forecast(free):
-    text = product(net())[-1].scores.text
+    text = product(net())[-1].text
     assert text == f"; attention scores (T x T a head) are {6 * 8 * SCORES / 1e6:.1f} MB of the largest graph"
     free(0.0)
-    text = product(net())[-1].scores.text
+    text = product(net())[-1].text
     assert text == f"; attention in blocks, since its scores (T x T a head) would be {6 * 8 * SCORES / 1e6:.1f} MB"
-    assert product(nn.Linear(WIDTH, 3).double())[-1].scores.text == ""
+    assert product(nn.Linear(WIDTH, 3).double())[-1].text == ""
+
+
+class Trained(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = net().float()
+
+    def training_step(self, batch, batch_idx):
+        return loss_fn(self.net, batch, batch_idx)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_forecast_of_a_run_says_it(free, caplog):
+    length = 128
+    x, y = batch(length)
+    data = DataLoader(TensorDataset(x.float(), y), batch_size=EXAMPLES)
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    monitor = SubspaceMonitor(k=1, every_n_steps=1, sample=EXAMPLES, max_overhead=None)
+    with caplog.at_level(logging.INFO):
+        pl.Trainer(callbacks=[monitor], max_steps=1, enable_checkpointing=False, **options).fit(Trained(), data)
+    (line,) = [message for message in caplog.messages if "s a probe, " in message]
+    assert "; attention scores (T x T a head) are 2.4 MB of the largest graph" in line
+    assert f"{2 * 3 * 4 * EXAMPLES * HEADS * length**2 / 1e6:.1f}" == "2.4"

@@ -6,7 +6,7 @@ Each entry says what it is for and why nothing public does. Seen in torch 2.6 to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import Lock
 from types import FunctionType
 from typing import Any
@@ -31,7 +31,7 @@ __all__ = [
     "is_of_fsdp",
     "is_operator",
     "is_transformed",
-    "mixed_precision_policy",
+    "managed_parameters",
     "module_hooks",
     "node_class",
     "set_fp32_precision",
@@ -41,6 +41,7 @@ __all__ = [
     "unwrap_fsdp_method",
     "version_of",
     "without_gradient_hooks",
+    "without_mixed_precision",
 ]
 
 # The package of FSDP2, by which its own functions are told from a user's.
@@ -141,25 +142,82 @@ def unwrap_fsdp_method(value: Any) -> Any:
     return found
 
 
-def mixed_precision_policy(module: Any) -> Any:
-    """The `MixedPrecisionPolicy` of a module, which has no public reader."""
-    return getattr(module._get_fsdp_state(), "_mp_policy", None)
+def managed_parameters(module: Any) -> list[Tensor]:
+    """The parameters of a module's own FSDP2 groups, which have no public reader.
+
+    Read from where FSDP puts them: before the first forward pass its own references may be old.
+    """
+    places = [parameter._module_info for group in _groups_of(module) for parameter in group.fsdp_params]
+    return [getattr(place.module, place.param_name) for place in places]
+
+
+@contextmanager
+def without_mixed_precision(modules: list[Any]) -> Iterator[None]:
+    """Have FSDP2 gather, compute and sum in the type of its parameters.
+
+    A `MixedPrecisionPolicy` is set when a module is sharded, and nothing public changes it. The modules must hold their
+    shards, before and after.
+    """
+    narrow = [module for module in modules if _policy_types(module)]
+    with ExitStack() as stack:
+        for module in narrow:
+            state = module._get_fsdp_state()
+            plain = type(state._mp_policy)()
+            _set(stack, state, _mp_policy=plain)
+            for group in _groups_of(module):
+                stack.callback(group._init_mp_dtypes)  # behind the old policies: callbacks run from the last
+                _set(stack, group, mp_policy=plain)
+                for parameter in group.fsdp_params:
+                    # Buffers of the other type, empty between two uses. FSDP makes them where there are none.
+                    _set(stack, parameter, mp_policy=plain, all_gather_outputs=[])
+                    _set_aside(stack, parameter, "_unsharded_param")
+                group._init_mp_dtypes()
+        yield
+
+
+def _groups_of(module: Any) -> list[Any]:
+    state = module._get_fsdp_state()
+    several = getattr(state, "_fsdp_param_groups", None)  # older versions of torch have one at most
+    found = [state._fsdp_param_group] if several is None else several
+    return [group for group in found if group is not None]
+
+
+def _policy_types(module: Any) -> bool:
+    """Whether the policy of a module names a type."""
+    policy = module._get_fsdp_state()._mp_policy
+    return any(getattr(policy, f"{kind}_dtype") is not None for kind in ("param", "reduce", "output"))
+
+
+def _set(stack: ExitStack, owner: Any, **values: Any) -> None:
+    """Set attributes until the stack is closed."""
+    for name, value in values.items():
+        stack.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
+
+
+def _set_aside(stack: ExitStack, owner: Any, name: str) -> None:
+    """Take an attribute away until the stack is closed, and what has come in its place then."""
+    missing = object()
+    before = vars(owner).pop(name, missing)
+
+    def put_back() -> None:
+        vars(owner).pop(name, None)
+        if before is not missing:
+            vars(owner)[name] = before
+
+    stack.callback(put_back)
 
 
 @contextmanager
 def without_gradient_hooks(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Set aside the hooks on accumulated gradients, not only one's own.
+    """Set aside the hooks on gradients of leaves, not only one's own.
 
-    FSDP calls these itself when it has summed a gradient: an optimizer may step in one.
+    An optimizer may step in one, or ranks may average what FSDP2 does not.
     """
-    before = [parameter._post_accumulate_grad_hooks for parameter in parameters]
-    try:
+    with ExitStack() as stack:
         for parameter in parameters:
-            parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+            _set(stack, parameter, _post_accumulate_grad_hooks=None, _backward_hooks=None)
         yield
-    finally:
-        for parameter, hooks in zip(parameters, before, strict=True):
-            parameter._post_accumulate_grad_hooks = hooks
 
 
 @contextmanager

@@ -16,7 +16,7 @@ the second orders over the sum of the gains -g.u.
 4. AdamW (1e-3, batches of 64): single steps go uphill at every third probe, and rho of one is no number; the sums of
    gain and second order are.
 
-With --quick descent and AdamW end at step 320, and there are no other runs.
+With --quick descent and AdamW end at step 320, Muon is measured from step 500 on, and there is no SGD.
 """
 
 from __future__ import annotations
@@ -68,12 +68,14 @@ def main() -> None:
         "gradient descent": train(lambda p: torch.optim.SGD(p, lr=RATE), *squares, starts, seed),
         "AdamW": train(lambda p: torch.optim.AdamW(p, lr=1e-3), *entropy, starts, seed),
     }
+    late = [500] if quick else starts
+    muons = train(muon, *squares, late, seed, frozen="bias")
     if not quick:
-        runs["Muon"] = train(muon, *squares, starts, seed, frozen="bias")
+        runs["Muon"] = muons
         runs["SGD"] = train(lambda p: torch.optim.SGD(p, lr=0.1), *entropy, starts, seed)
     claim_edge(reproduction, runs["gradient descent"], starts)
+    claim_muon(reproduction, muons, late)
     if not quick:
-        claim_muon(reproduction, runs["Muon"], starts)
         claim_noise(reproduction, runs["SGD"], starts)
         claim_erratic(reproduction, runs["AdamW"], starts)
     claim_secants(reproduction, runs, starts)

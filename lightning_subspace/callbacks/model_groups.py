@@ -53,16 +53,11 @@ def why_shared(trainer: Trainer) -> str | None:
         return None
     if said is not None:
         return f"its attribute {SAID} is {said!r}"
-    return _why_by_sampler(strategy) or _why_by_names(strategy, own) or _why_by_groups(strategy, trainer)
+    return why_by_sampler(strategy) or _why_by_names(strategy, own) or _why_by_groups(strategy, trainer)
 
 
-def _own_classes(strategy: Any) -> list[type]:
-    """The classes of a strategy below Lightning's."""
-    names = [cls.__name__ for cls in type(strategy).__mro__]
-    return list(type(strategy).__mro__[: names.index("DDPStrategy")])
-
-
-def _why_by_sampler(strategy: Any) -> str | None:
+def why_by_sampler(strategy: Any) -> str | None:
+    """Why batches are dealt to fewer shares than processes, in words, or None."""
     count, rank = strategy.world_size, strategy.global_rank
     try:
         asked = dict(strategy.distributed_sampler_kwargs)
@@ -72,6 +67,12 @@ def _why_by_sampler(strategy: Any) -> str | None:
     if found == (count, rank):
         return None
     return f"its distributed_sampler_kwargs are {asked} in process {rank} of {count}"
+
+
+def _own_classes(strategy: Any) -> list[type]:
+    """The classes of a strategy below Lightning's."""
+    names = [cls.__name__ for cls in type(strategy).__mro__]
+    return list(type(strategy).__mro__[: names.index("DDPStrategy")])
 
 
 def _why_by_names(strategy: Any, own: Iterable[type]) -> str | None:

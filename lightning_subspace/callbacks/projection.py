@@ -299,17 +299,19 @@ class SubspaceProjection(Resumable):
     def _refresh(self, trainer: Trainer, module: nn.Module, step: int) -> None:
         if not self._wants_space or not self._runner.should_probe(trainer):
             return
-        self._wants_space = False
+        self._wants_space, self._notices.last_failure = False, None
         if self._given is not None:
             self._refresh_given(self._given, trainer, module, step)
             return
         record = self._record_of(trainer, module, step)
         if record is None or record.subspace is None:
+            self._log.lack(trainer, step, self._notices.last_failure)
             return
         if not record.subspace.trusted:
             refusal = record.subspace.refusal("the space is not used")
             cause = f"{record.subspace.outcome.name}, {record.subspace.gap_given_up}"
             self._notices.warn_once(cause, f"at step {step}, {refusal}")
+            self._log.lack(trainer, step, refusal)
             return
         if self._start.watches and "gradient_fraction" in record.metrics:
             average = self._start.see_chi(math.sqrt(record.metrics["gradient_fraction"]))
@@ -332,6 +334,7 @@ class SubspaceProjection(Resumable):
         """Take the space of `basis=`, and tell of it."""
         space, run = given.take(self._runner, module, step, INSTEAD), self._runner.run
         if space is None or run is None:
+            self._log.lack(trainer, step, self._notices.last_failure)
             return
         self._steps.projector = Projector(space.basis, run.partition, keep=self._keep, gradient=space.gradient)
         run.num_probes += 1

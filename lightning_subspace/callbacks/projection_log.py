@@ -24,11 +24,18 @@ class ProjectionLog:
         self._tab = TabLog(runner, self._publisher)
         self._keep = keep
         self._last: Record | None = None  # with all numbers of the last step
+        self._lack: tuple[int, str] | None = None  # the last step without a new space, and why
 
     def begin(self) -> None:
         """Another fit begins."""
         self._tab.begin()
-        self._last = None
+        self._last = self._lack = None
+
+    def lack(self, trainer: Trainer, step: int, reason: str | None) -> None:
+        """Tell the tab why a step has no new space, if it is known."""
+        if reason is not None:
+            self._lack = step, reason
+            self._tell(trainer, Record(step, {}))
 
     def write(self, trainer: Trainer, key: str, value: float, step: int) -> None:
         """Publish a number of a step."""
@@ -38,4 +45,8 @@ class ProjectionLog:
         # Of two entries of a step the later one counts: it has the numbers of the earlier one, too.
         earlier = self._last.metrics if self._last is not None and self._last.step == step else {}
         self._last = Record(step, {**earlier, key: value})
-        self._tab.tell(trainer, step, self._last.metrics, keep=self._keep)
+        self._tell(trainer, self._last)
+
+    def _tell(self, trainer: Trainer, record: Record) -> None:
+        reason = self._lack[1] if self._lack is not None and self._lack[0] == record.step else None
+        self._tab.tell(trainer, record, reason, keep=self._keep)

@@ -17,6 +17,7 @@ from lightning_subspace.callbacks.loss_comparison import LossComparison
 from lightning_subspace.callbacks.runner import ProbeRunner
 from lightning_subspace.callbacks.tab_log import TabLog
 from lightning_subspace.data.sample import Sample
+from lightning_subspace.loss.findings import findings_of
 from lightning_subspace.measurements.prospect import Prospect
 from lightning_subspace.probe.forecast import Forecast
 from lightning_subspace.probe.open_record import OpenRecord
@@ -162,7 +163,7 @@ class Recorder:
 
         def on_matvec(count: int, residual: float) -> None:
             if notices.is_new("forecast") and (text := forecast.see(count)) is not None:
-                notices.info_once(text, "forecast")
+                notices.info_once(text + findings_of(module).scores.text, "forecast")
             line.update(f"{self._name}: {count} Hessian products, residual {residual:.0e}")
 
         return run.measure(module, sample, step, optimizer=optimizer, on_matvec=on_matvec)

@@ -5,7 +5,6 @@ There is one a probe, or a step; the first of each fit says what was asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import lightning_subspace
@@ -57,21 +56,19 @@ class TabLog:
         if (text := self._runner.notices.last_failure) is not None:
             self._publisher.tell(trainer, lambda: failed_entry(step, text))
 
-    def tell(self, trainer: Trainer, step: int, metrics: Mapping[str, float], **asked: Any) -> None:
-        """Write numbers that belong to no record.
+    def tell(self, trainer: Trainer, record: Record, reason: str | None, **asked: Any) -> None:
+        """Write numbers of a step without a probe.
 
         Args:
             trainer: has the loggers.
-            step: that they belong to.
-            metrics: the numbers, by their keys.
+            record: the step and its numbers.
+            reason: why something is missing, if it is.
             asked: what was asked for beyond the settings; told once a fit.
         """
-        self._publisher.tell(trainer, lambda: self._numbers(trainer, step, metrics, asked))
+        self._publisher.tell(trainer, lambda: self._numbers(trainer, record, reason, asked))
 
-    def _numbers(
-        self, trainer: Trainer, step: int, metrics: Mapping[str, float], asked: dict[str, Any]
-    ) -> dict[str, Any]:
-        entry: dict[str, Any] = {"step": step, "metrics": dict(metrics)}
+    def _numbers(self, trainer: Trainer, record: Record, reason: str | None, asked: dict[str, Any]) -> dict[str, Any]:
+        entry = tab_entry(record, reason=reason)
         if not self._has_header and (run := self._runner.run) is not None:
             entry["run"] = {**asked, **self._header(trainer, run)}
             self._has_header = True

@@ -10,7 +10,8 @@ of dL/dz do not depend on v and are kept for a whole probe.
 
 A training step gives a scalar and no z. So the call of a loss function (`LOSSES`) is caught while the step runs, and
 its first argument is replaced by a copy that is a leaf. H_L is then that of all that the step makes of its output:
-weights, masks and means. Steps without a single output are refused; README.md says which.
+weights, masks and means. Steps without a single output are refused; README.md says which. The derivatives of a
+cross-entropy are taken in closed form (`loss/cross_entropy.py`), so that of its logits one copy is kept.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -36,6 +38,7 @@ from lightning_subspace.curvature.self_check import (
 )
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.convolution import regular_convolutions
+from lightning_subspace.loss.cross_entropy import closed_cross_entropy
 from lightning_subspace.loss.loss_function import LossError
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.state.signals import SignalError
@@ -60,7 +63,7 @@ class OutputGraph(GradientGraph):
 
     output: Tensor  # z, with the graph that ends in the leaves
     place: Tensor  # a copy of z, the leaf that the loss was computed from
-    slope: Tensor  # dL/dz, with the graph that ends in `place`
+    slope: GradientEdge  # the graph of dL/dz, which ends in `place`; its values are not needed
     cotangent: Tensor  # w, a leaf of the shape of z
     pullback: list[Tensor | None]  # J^T w by leaf, with the graph that ends in w; None where z does not depend on it
 
@@ -73,16 +76,17 @@ class OutputGraph(GradientGraph):
         """
         with regular_convolutions(loss.device):
             leaves, output, place, slope = _evaluated(loss, batch, create_graph=True)
-            cotangent = torch.zeros_like(output, requires_grad=True)
+            # One zero in memory: all that is asked of J^T w is its derivative.
+            cotangent = output.new_zeros(()).expand_as(output).detach().requires_grad_()
             pullback = torch.autograd.grad(output, leaves, cotangent, create_graph=True, allow_unused=True)
             gradients = torch.autograd.grad(output, leaves, slope.detach(), retain_graph=True, allow_unused=True)
-        return cls(leaves, list(gradients), output, place, slope, cotangent, list(pullback))
+        return cls(leaves, list(gradients), output, place, get_gradient_edge(slope), cotangent, list(pullback))
 
     @property
     def held(self) -> list[Tensor]:
         """Tensors kept beside the leaves and what autograd saves for backward."""
         images = [image for image in self.pullback if image is not None]
-        return [*super().held, *images, self.output, self.place, self.slope, self.cotangent]
+        return [*super().held, *images, self.output, self.place, self.cotangent]
 
     def product(self, direction: list[Tensor]) -> list[Tensor | None]:
         """J^T H_L J v by leaf; None for a leaf without influence."""
@@ -92,6 +96,7 @@ class OutputGraph(GradientGraph):
         with regular_convolutions(self.place.device):
             (forward,) = torch.autograd.grad(images, self.cotangent, weights, retain_graph=True)
             (curved,) = torch.autograd.grad(self.slope, self.place, forward, retain_graph=True)
+        del forward  # as large as all logits
         return self.pulled_back(curved)
 
     def pulled_back(self, cotangent: Tensor) -> list[Tensor | None]:
@@ -209,7 +214,11 @@ class _Cut(TorchFunctionMode):
             return func(*args, **kwargs)
         given, rest = (args[0], args[1:]) if args else (kwargs.pop("input"), ())
         if func in LOSSES:
-            return func(self._cut(func.__name__, given) if given.requires_grad else given, *rest, **kwargs)
+            if not given.requires_grad:
+                return func(given, *rest, **kwargs)
+            place = self._cut(func.__name__, given)
+            closed = closed_cross_entropy((place, *rest), kwargs) if func is F.cross_entropy else None
+            return func(place, *rest, **kwargs) if closed is None else closed(place)
         result = func(given, *rest, **kwargs)
         self._normalised.append((result, given, lambda logits: func(logits, *rest, **kwargs)))
         return result

@@ -28,6 +28,7 @@ from lightning_subspace.curvature.joining import joined_operator, most_joined
 from lightning_subspace.curvature.operators import OPERATORS, WITHOUT_PRODUCTS, Order, Row
 from lightning_subspace.curvature.rounding import chosen
 from lightning_subspace.curvature.self_check import CheckOutcome, SelfCheck, self_check
+from lightning_subspace.curvature.whole_copies import whole_copies
 from lightning_subspace.data.micro_batch import MicroBatch, few_examples
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.linalg.result import Outcome
@@ -88,9 +89,8 @@ class CurvatureConfig:
         ranks = Ranks() if ranks is None else ranks
         if self._is_on_shards(module):
             buffers = replacements(module, ranks, whole=False)
-            return ShardedLoss(
-                module, space, self.loss_fn, mode=self.mode, seed=self.seed, replacements=buffers, ranks=ranks
-            )
+            options: dict[str, Any] = {"mode": self.mode, "seed": self.seed, "replacements": buffers, "ranks": ranks}
+            return ShardedLoss(module, space, self.loss_fn, **options)
         return self._loss(module, space, ranks, self._narrowest_of_loss, self._row.order)
 
     def operator(
@@ -295,6 +295,6 @@ class CurvatureConfig:
             dtype=dtype,
             seed=self.seed,
             order=order,
-            replacements=replacements(module, ranks, narrowest=dtype),
+            replacements=whole_copies(module, ranks, dtype),
             ranks=ranks,
         )

@@ -19,7 +19,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
 from lightning_subspace._torch import gradient_hook
-from lightning_subspace.loss.convolution import NODES
+from lightning_subspace.loss import attention, convolution, cross_entropy
 from lightning_subspace.loss.loss_function import ElsewhereError
 
 MESSAGE = (
@@ -29,6 +29,8 @@ MESSAGE = (
 )
 
 
+# Custom functions of this package, which hide nothing.
+NODES = (*convolution.NODES, *cross_entropy.NODES, *attention.NODES)
 # The class of the nodes that a graph ends in, which has no public name.
 ACCUMULATE = type(get_gradient_edge(torch.empty(0, requires_grad=True, device="cpu")).node)
 # The name of those of a reentrant activation checkpoint, torch's or another package's.

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_subspace.loss.attention_scores import AttentionScores
 from lightning_subspace.state.bulk import SMALLEST, Bulk
 
 MANY = 10_000  # entries, before those of tensors that are gone are looked for
@@ -24,6 +25,7 @@ class Findings:
         skipped: types of objects whose state cannot be asked for in short time.
         is_agreed: whether a first evaluation has been taken by all ranks without having to be taken again.
         refusals: why a loss is not evaluated any more, by what tells one loss from another.
+        scores: of its attention.
     """
 
     def __init__(self) -> None:
@@ -32,6 +34,7 @@ class Findings:
         self.skipped: set[type] = set()
         self.is_agreed = False
         self.refusals: dict[Any, str] = {}
+        self.scores = AttentionScores()
         self._verified: dict[int, weakref.ref[Any]] = {}
         self._most = MANY
         self._bulks: dict[int, Bulk] = {}

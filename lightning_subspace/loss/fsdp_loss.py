@@ -1,9 +1,11 @@
 """Gradient of the training loss on FSDP2's shards, by FSDP itself.
 
 The module's own parameters are used with FSDP's hooks on. FSDP gathers and frees them layer by layer, and sums and
-scatters the gradients, as in a training step; nothing else is communicated. A displacement is added to this rank's
-shards in place, and undone by a copy of the old values. All other state is copies, as in `TrainingLoss`. If a training
-step raises on one rank, the others wait in FSDP's collectives (see `parallel/README.md`).
+scatters the gradients, as in a training step. Of a parameter that is not sharded, gradients are summed here, and what
+several ranks hold is displaced alike on all of them (`parallel/replicas.py`); nothing else is communicated. A
+`MixedPrecisionPolicy` is set aside: FSDP gathers, computes and sums in the parameters' own type. A displacement is
+added to this rank's shards in place, and undone by a copy of the old values. All other state is copies, as in
+`TrainingLoss`. If a training step raises on one rank, the others wait in FSDP's collectives (see `parallel/README.md`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace._torch import without_gradient_hooks
+from lightning_subspace._torch import without_gradient_hooks, without_mixed_precision
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.loss_function import LossError, LossFunction
 from lightning_subspace.loss.mode import Mode
@@ -23,8 +25,11 @@ from lightning_subspace.loss.roots import extra_roots
 from lightning_subspace.loss.shadow import Shadow
 from lightning_subspace.loss.training_loss import Evaluation, TrainingLoss
 from lightning_subspace.parallel.fsdp import fsdp_modules, is_sharded, local_part, reshard, unsupported_reason
+from lightning_subspace.parallel.holding import own_index
 from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.parallel.partition import holdings_of
 from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.parallel.replicas import Replicas
 
 
 class ShardedLoss(TrainingLoss):
@@ -32,7 +37,8 @@ class ShardedLoss(TrainingLoss):
 
     Vectors are flat and of this rank's shards, in the order of the space. All ranks evaluate equally often: every
     method but the constructor is a collective. The arguments are those of `TrainingLoss`, where the module is sharded
-    by `fully_shard`, and `ranks`: the process group that the parameters are sharded over, None for no checks.
+    by `fully_shard`, in whole or in part, and `ranks`: the process group that shares the data; None for no checks,
+    where all parameters are sharded.
 
     Attributes:
         n: number of coordinates of this rank.
@@ -40,7 +46,7 @@ class ShardedLoss(TrainingLoss):
 
     Raises:
         TypeError: without `loss_fn`, when the module has no `training_step` that takes a batch.
-        ValueError: when a parameter of the space is not sharded, or gradients come in a type narrower than float32.
+        ValueError: when no parameter is sharded, one is not and `ranks` are not given, or one is narrower than float32.
     """
 
     def __init__(
@@ -58,19 +64,26 @@ class ShardedLoss(TrainingLoss):
         super().__init__(module, space, loss_fn, mode=mode, seed=seed, order=1, replacements=replacements, ranks=ranks)
         if (reason := unsupported_reason(module)) is not None:
             raise ValueError(reason)
-        for name, parameter in zip(space.names, space.tensors(module), strict=True):
-            if not is_sharded(parameter):
-                raise ValueError(
-                    f"curvature: {name!r} is not sharded, so that FSDP2 does not sum its gradient over ranks; apply "
-                    "fully_shard to the whole module, or use curvature='hessian'."
-                )
-        self._parameters: list[Any] = [*space.tensors(module)]  # DTensors
-        self._count: int = self._parameters[0].device_mesh.size()
+        self._parameters: list[Any] = [*space.tensors(module)]  # DTensors, and whole ones
+        holdings = holdings_of(space, module, self._ranks.members)
+        if holdings is None:
+            raise ValueError(f"curvature: {space.names[0]!r} is not sharded, nor is any other parameter of the module.")
+        self._count = len(holdings[0].shard_of)
+        self._is_whole = [not is_sharded(parameter) for parameter in self._parameters]
+        if any(self._is_whole) and self._count != self._ranks.count:
+            name = space.names[self._is_whole.index(True)]
+            raise ValueError(
+                f"curvature: {name!r} is not sharded, so that FSDP2 does not sum its gradient over ranks; pass the "
+                "process group that does, or apply fully_shard to the whole module."
+            )
+        index = self._ranks.index if self._count == self._ranks.count else own_index(self._parameters[0])
+        self._replicas = Replicas(space, self._parameters, holdings, self._ranks, index)
         self._offset_local: Tensor | None = None
-        self.local_numels = tuple(len(part) for part in self._local_parts())
+        self.local_numels = tuple(piece.stop - piece.start for piece in self._replicas.dealt)
         self.n = sum(self.local_numels)
 
     def _make_shadow(self, stack: ExitStack) -> Shadow:
+        stack.enter_context(without_mixed_precision(fsdp_modules(self.module)))
         self._values = stack.enter_context(_preserved(self.module))
         around = extra_roots(self.module)
         return Shadow(
@@ -119,16 +132,33 @@ class ShardedLoss(TrainingLoss):
                 value += share * float(loss.detach())
             # None for a parameter that the losses of all ranks do not depend on.
             gradients = [parameter.grad for parameter in self._parameters]
-            if all(gradient is None for gradient in gradients):
+            synced = [gradient for gradient, is_whole in zip(gradients, self._is_whole, strict=True) if not is_whole]
+            if synced and all(gradient is None for gradient in synced):
                 raise LossError(
                     "FSDP2 has given no gradient to any shard; set_requires_gradient_sync(False) is in effect, or the "
                     "loss does not depend on these parameters."
                 )
+            self._sum_whole(gradients)
             flat = torch.zeros(self.n, dtype=self.dtype, device=self.device)
-            for piece, gradient in zip(torch.split(flat, list(self.local_numels)), gradients, strict=True):
+            pieces = torch.split(flat, list(self.local_numels))
+            for piece, gradient, own in zip(pieces, gradients, self._replicas.dealt, strict=True):
                 if gradient is not None:
-                    piece.copy_(_real(local_part(gradient)))
+                    piece.copy_(_real(local_part(gradient))[own])
             return flat, value
+
+    def _sum_whole(self, gradients: list[Any]) -> None:
+        """Average the gradients of what is not sharded, as FSDP does those of shards."""
+        places = [place for place, is_whole in enumerate(self._is_whole) if is_whole]
+        if not places:
+            return
+        numels = [self.space.numels[place] for place in places]
+        flat = torch.zeros(sum(numels), dtype=self.dtype, device=self.device)
+        for place, piece in zip(places, torch.split(flat, numels), strict=True):
+            if gradients[place] is not None:
+                piece.copy_(_real(gradients[place].to_dense()))
+        total = self._ranks.all_reduce(flat).div_(self._count)
+        for place, piece in zip(places, torch.split(total, numels), strict=True):
+            gradients[place] = piece
 
     def _local_parts(self) -> list[Tensor]:
         """Views of this rank's shards of the space, flat and real."""
@@ -141,7 +171,7 @@ class ShardedLoss(TrainingLoss):
             parameter.grad = None
         try:
             if self._offset_local is not None:
-                offsets = torch.split(self._offset_local, list(self.local_numels))
+                offsets = self._replicas.held(self._offset_local)
                 for part, offset in zip(self._local_parts(), offsets, strict=True):
                     part.add_(offset.to(part))
             yield

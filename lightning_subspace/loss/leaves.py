@@ -41,7 +41,7 @@ class ParameterCopy:
         part = local_slice(self.copy.detach(), self.original)
         if part is None:
             return self.copy.new_empty(0), self.copy.new_empty(0)
-        value = local_part(self.original).detach().to(part.dtype)
+        value = local_part(self.original).detach().to(part)  # from the host, under a CPUOffloadPolicy
         if self.offset is not None:
             value = value + local_slice(self.offset, self.original).to(value)  # type: ignore[union-attr]
         return part, value

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_subspace._lightning import attached_trainer
 from lightning_subspace._torch import default_type_of_thread
+from lightning_subspace.loss.attention_scores import AttentionMode, AttentionScores
 from lightning_subspace.loss.default_type import DefaultType
 from lightning_subspace.state.cudnn import without_cudnn, without_search
 from lightning_subspace.state.ieee import ieee_arithmetic
@@ -37,9 +38,14 @@ def eager(device: torch.device, narrowest: torch.dtype | None) -> Iterator[None]
 
 
 @contextmanager
-def twice_differentiable(module: nn.Module) -> Iterator[None]:
-    """Turn off kernels without a second derivative: fused attention, cuDNN's RNNs."""
+def twice_differentiable(module: nn.Module, scores: AttentionScores) -> Iterator[None]:
+    """Turn off kernels without a second derivative: fused attention, cuDNN's RNNs.
+
+    Math attention takes their place, or blocks where its `scores` do not fit.
+    """
     with sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
+        if scores.calls != 0:  # a mode costs some microseconds a call of torch: only for a module that has attention
+            stack.enter_context(AttentionMode(scores))
         if any(isinstance(m, nn.RNNBase) for m in module.modules()):
             stack.enter_context(without_cudnn)
         yield

@@ -32,7 +32,7 @@ from lightning_subspace.loss.precision import eager, twice_differentiable, widen
 from lightning_subspace.loss.roots import extra_roots
 from lightning_subspace.loss.served import Served
 from lightning_subspace.loss.shadow import Shadow
-from lightning_subspace.parallel.fsdp import reshard, without_fsdp
+from lightning_subspace.parallel.fsdp import compute_device, reshard, without_fsdp
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.state.copies import copied
@@ -115,9 +115,10 @@ class TrainingLoss:
         self._narrowest = None if dtype is None else self.dtype
         self._random_state, self._order = random_state, order
         self._replacements = {} if replacements is None else replacements
-        self.device = space.tensors(module)[0].device
+        self.device = compute_device(space.tensors(module)[0])
         self._ranks = ranks or Ranks()
         self._step, self._loss_key = resolve_loss(module, loss_fn), key_of(loss_fn)
+        self._scores = findings_of(module).scores
         self.originals: tuple[Tensor, ...] = ()
         self.values: dict[tuple[int, int, int], Tensor] = {}
         self._is_displaced = self.is_another = False
@@ -136,7 +137,8 @@ class TrainingLoss:
             stack.enter_context(preserved_random_state())
             stack.enter_context(eager(self.device, self._narrowest))
             if self._order == 2:
-                stack.enter_context(twice_differentiable(self.module))
+                self._scores.begin(self._ranks.count)
+                stack.enter_context(twice_differentiable(self.module, self._scores))
             stack.enter_context(in_mode(self.module, self.mode))
             stack.enter_context(muted(self.module))
             self._shadow = self._make_shadow(stack)
@@ -230,7 +232,8 @@ class TrainingLoss:
         leaves = self.space.tensors(self.module)
         self.seed_generators(batch)
         data = self._copied(batch)
-        with self._around_step() as convert, around():
+        counted = self._scores.counted() if self._order == 2 else nullcontext()
+        with self._around_step() as convert, around(), counted:
             output = self._step(self.module, convert(data), batch.index if batch.batch_idx is None else batch.batch_idx)
         for leaf in leaves:
             leaf.requires_grad_(True)  # if the step has frozen it, the graph does not lead to it: no gradient

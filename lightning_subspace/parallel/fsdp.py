@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace._torch import FSDP, is_of_fsdp, mixed_precision_policy, module_hooks, unwrap_fsdp_method
+from lightning_subspace._torch import FSDP, is_of_fsdp, managed_parameters, module_hooks, unwrap_fsdp_method
+from lightning_subspace.parallel.holding import first_row, shard_dim, shard_ranks, why_not_by_rows
 from lightning_subspace.parallel.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ def fsdp_modules(module: nn.Module) -> list[Any]:
     """The modules in the tree that `fully_shard` was applied to, outermost first."""
     fsdp = sys.modules.get(FSDP)
     return [] if fsdp is None else [m for m in module.modules() if isinstance(m, fsdp.FSDPModule)]
+
+
+def fsdp_parameters(module: nn.Module) -> list[Tensor]:
+    """The parameters that `fully_shard` has made, shared ones once, while they are shards."""
+    return [parameter for m in fsdp_modules(module) for parameter in managed_parameters(m)]
 
 
 def type_name(module: nn.Module) -> str:
@@ -153,14 +159,17 @@ def unsupported_reason(module: nn.Module) -> str | None:
                 f"curvature: expected parameters of float32 for finite differences on the shards of FSDP2, got "
                 f"{parameter.dtype} for {name!r}; with curvature='hessian' every rank makes a float32 copy."
             )
-    for policy in map(mixed_precision_policy, fsdp_modules(module)):
-        for field in ("param_dtype", "reduce_dtype"):
-            if (dtype := getattr(policy, field, None)) not in (None, *wide):
-                return (
-                    "curvature: finite differences on the shards of FSDP2 need gradients in float32, but its "
-                    f"MixedPrecisionPolicy has {field}={dtype}; use curvature='hessian', which computes in float32."
-                )
     return None
+
+
+def compute_device(tensor: Tensor) -> torch.device:
+    """The device that a parameter is computed with on.
+
+    Under a CPUOffloadPolicy its shards are elsewhere.
+    """
+    if not is_sharded(tensor) or (kind := tensor.device_mesh.device_type) in ("cpu", tensor.device.type):
+        return tensor.device
+    return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -171,39 +180,31 @@ def local_part(tensor: Tensor) -> Tensor:
         return tensor.to_local()
 
 
-def local_slice(whole: Tensor, parameter: Tensor) -> Tensor | None:  # both (d, ...) to (this rank's rows, ...)
-    """View of this rank's shard in the whole; None unless `Shard(0)`."""
+def local_slice(whole: Tensor, parameter: Tensor) -> Tensor | None:  # (d, ...) to (this rank's rows, ...)
+    """View of this rank's shard in the whole; None if not cut by rows."""
     assert is_sharded(parameter)
-    if not is_dim0_sharded(parameter):
+    if why_not_by_rows(parameter) is not None:
         return None
-    size = -(-parameter.shape[0] // parameter.device_mesh.size())
-    first = min(parameter.device_mesh.get_local_rank() * size, parameter.shape[0])
-    return whole[first : first + size]
+    first = first_row(parameter)
+    return whole[first : first + len(local_part(parameter))] if shard_dim(parameter) is not None else whole
 
 
 def _gathered(parameter: DTensor, ranks: Ranks | None) -> Tensor:
-    """The whole of a parameter, a copy."""
-    mesh = parameter.device_mesh
-    if not is_dim0_sharded(parameter):  # a frozen one, which `shards` does not refuse
-        return parameter.full_tensor().clone(memory_format=torch.contiguous_format)
+    """The whole of a parameter, a copy, where it is computed with."""
+    device = compute_device(parameter)
+    if why_not_by_rows(parameter) is not None:  # a frozen one, which `shards` does not refuse
+        return parameter.full_tensor().to(device).clone(memory_format=torch.contiguous_format)
+    own, shape = local_part(parameter).to(device), parameter.shape
+    if (sharing := shard_ranks(parameter, ranks)) is None:
+        return own.clone(memory_format=torch.contiguous_format)
     # Not by `DTensor.full_tensor`: a rank that runs out of memory there would leave the others waiting. The check in
     # `Ranks` stands between the allocations here and the collective.
-    if ranks is None or ranks.count != mesh.size():
-        ranks = Ranks(mesh.get_group(), parameter.device)
-    own, shape = local_part(parameter), parameter.shape
-    size = -(-shape[0] // ranks.count)
-    received = own.new_empty(ranks.count * size, *shape[1:])
+    size = -(-shape[0] // sharing.count)
+    received = own.new_empty(sharing.count * size, *shape[1:])
     sent = own.contiguous()
     if len(own) < size:  # all ranks send equally much
         sent = own.new_zeros(size, *shape[1:])
         sent[: len(own)] = own
     # As bytes, since not every backend takes every type.
-    ranks.all_gather(sent.view(-1).view(torch.uint8), received.view(-1).view(torch.uint8))
+    sharing.all_gather(sent.view(-1).view(torch.uint8), received.view(-1).view(torch.uint8))
     return received[: shape[0]]
-
-
-def is_dim0_sharded(parameter: DTensor) -> bool:
-    """Whether a parameter is cut by rows over a one-dimensional mesh."""
-    return parameter.device_mesh.ndim == 1 and all(
-        placement.is_shard(0) and type(placement).__name__ == "Shard" for placement in parameter.placements
-    )

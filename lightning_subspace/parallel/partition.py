@@ -2,22 +2,23 @@
 
 Each rank holds a few contiguous ranges of every flat vector, about n / W coordinates in all: under plain strategies and
 DDP a part of ceil(n / W), the last ranks less; under FSDP2 its own shards, one range a parameter, so that the solver's
-vectors lie where the parameters do. Only buffers of transfers are padded. A transfer moves n numbers: every rank sends
-and receives (W - 1) / W of them.
+vectors lie where the parameters do (`holding.py`). Only buffers of transfers are padded. A transfer moves n numbers:
+every rank sends and receives (W - 1) / W of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_subspace.linalg.normals import normals
-from lightning_subspace.parallel.fsdp import is_dim0_sharded, is_sharded, sharded_parameters
+from lightning_subspace.parallel.fsdp import compute_device, fsdp_parameters, is_sharded, sharded_parameters
+from lightning_subspace.parallel.holding import Holding, first_row
 from lightning_subspace.parallel.parameters import ParameterSpace, flat_values
 from lightning_subspace.parallel.ranks import Ranks
 
@@ -56,7 +57,12 @@ class Partition:
         Raises:
             ValueError: for a module that is sharded in another way (see `shards`).
         """
-        ranges = shards(space, module)
+        ranges = shards(space, module, ranks.members)
+        if ranges is not None and len(ranges) != ranks.count:
+            raise ValueError(
+                f"group: expected the {len(ranges)} processes that the module is sharded over, got {ranks.count}; pass "
+                "their process group."
+            )
         return cls.even(space, ranks) if ranges is None else cls(space, ranges, ranks)
 
     @property
@@ -110,13 +116,15 @@ class Partition:
             tensor, shape = named[name]
             if tensor is not None:
                 values = flat_values(tensor, name, shape)
-                local[place.start : place.stop] = values if is_sharded(tensor) else values[offset : offset + len(place)]
+                if is_sharded(tensor):  # these values begin where this rank's shard does
+                    offset -= first_row(tensor) * (math.prod(shape[1:]) * (2 if tensor.is_complex() else 1))
+                local[place.start : place.stop] = values[offset : offset + len(place)]
         return local
 
     def point(self, module: nn.Module, device: torch.device | None = None) -> Tensor:  # (local_n,)
         """This rank's part of a module's parameters, copied, in the widest type."""
         parameters = self.space.tensors(module)
-        like = torch.empty(0, dtype=self.space.widest_dtype(module), device=device or parameters[0].device)
+        like = torch.empty(0, dtype=self.space.widest_dtype(module), device=device or compute_device(parameters[0]))
         return self.flatten(parameters, like)
 
     def random(  # (local_n,)
@@ -228,45 +236,52 @@ class VectorBuffers:
         return self._part[: partition.local_n].clone()
 
 
-def shards(space: ParameterSpace, module: nn.Module) -> tuple[tuple[range, ...], ...] | None:
+def shards(
+    space: ParameterSpace, module: nn.Module, members: Sequence[int] | None = None
+) -> tuple[tuple[range, ...], ...] | None:
     """The ranges of flat coordinates on every rank, one a parameter.
 
-    A range may be empty. A parameter that is not sharded, in a module where others are, is cut evenly.
+    A range may be empty. What several ranks hold is cut among them: the shards of HSDP, and parameters that are not
+    sharded in a module where others are.
+
+    Args:
+        space: whose coordinates they are.
+        module: with the parameters.
+        members: the ranks that measure together, as numbers among all processes; by default those of the mesh.
 
     Returns:
-        None when no parameter of the space is sharded.
+        None when no parameter of the module is sharded.
 
     Raises:
-        ValueError: when a parameter is sharded other than along dimension 0 over one mesh of one dimension.
+        ValueError: when a parameter is sharded otherwise than by rows (see `Holding`), or by tensor parallelism.
     """
-    sharded = sharded_parameters(module)
-    mesh = _mesh(space, sharded)
-    if mesh is None:
+    holdings = holdings_of(space, module, members)
+    if holdings is None:
         return None
-    ranges: list[list[range]] = [[] for _ in range(mesh.size())]
-    start = 0
-    for name, shape, numel in zip(space.names, space.shapes, space.numels, strict=True):
-        rows = shape[0] if name in sharded else numel
-        size = -(-rows // mesh.size())  # the first ranks hold the larger parts, the last one perhaps nothing
-        for rank, own in enumerate(ranges):
-            first, last = (min(k * size, rows) * (numel // max(rows, 1)) for k in (rank, rank + 1))
-            own.append(range(start + first, start + last))
-        start += numel
-    return tuple(map(tuple, ranges))
+    starts = [0, *accumulate(space.numels)]
+    return tuple(
+        tuple(_moved(holding.dealt(rank), start) for holding, start in zip(holdings, starts, strict=False))
+        for rank in range(len(holdings[0].shard_of))
+    )
 
 
-def _mesh(space: ParameterSpace, sharded: dict[str, Any]) -> Any:
-    """The one mesh of all sharded parameters of the space, or None."""
-    found = None
-    for name, parameter in ((name, sharded[name]) for name in space.names if name in sharded):
-        mesh = parameter.device_mesh
-        if not is_dim0_sharded(parameter):
+def holdings_of(space: ParameterSpace, module: nn.Module, members: Sequence[int] | None = None) -> list[Holding] | None:
+    """Where the coordinates of each parameter are; otherwise as `shards`."""
+    sharded = sharded_parameters(module)
+    if not sharded:
+        return None
+    own = set(map(id, fsdp_parameters(module)))
+    for name in space.names:
+        if name in sharded and id(sharded[name]) not in own:
             raise ValueError(
-                f"{name!r}: expected (Shard(0),) on a mesh of one dimension, as fully_shard does by default, got "
-                f"{tuple(parameter.placements)} on a mesh of shape {tuple(mesh.shape)}; tensor parallelism, replicated "
-                "groups (HSDP) and other dimensions are not measured."
+                f"{name!r}: expected a parameter that fully_shard has sharded, got a DTensor of another origin, such "
+                "as tensor parallelism, through which second derivatives are wrong in torch; use fully_shard alone."
             )
-        if found is not None and found != mesh:
-            raise ValueError(f"{name!r}: expected one mesh for all parameters, got {mesh} after {found}.")
-        found = mesh
-    return found
+    if members is None:
+        members = sorted(next(iter(sharded.values())).device_mesh.mesh.flatten().tolist())
+    tensors = zip(space.names, space.tensors(module), space.numels, strict=True)
+    return [Holding.of(name, tensor, numel, members) for name, tensor, numel in tensors]
+
+
+def _moved(piece: range, by: int) -> range:
+    return range(piece.start + by, piece.stop + by)

@@ -66,10 +66,25 @@ class Ranks:
         self._source = 0 if group is None else dist.get_global_rank(group, 0)
         self._is_checked = False  # inside of `agree` and not of `unchecked`: a check goes before each collective
         self._ended = ""  # why the block of `agree` is over; the other ranks have left it and answer no more
+        self._whole: Ranks | None = None  # what this is a part of
         self.index = 0 if group is None else dist.get_rank(group)
         self.count = 1 if group is None else dist.get_world_size(group)
         self.calls: Counter[str] = Counter()
         self.nbytes: Counter[str] = Counter()
+
+    @property
+    def members(self) -> tuple[int, ...] | None:
+        """The ranks as numbers among all processes, ascending; None for one alone."""
+        return None if self._group is None else tuple(dist.get_process_group_ranks(self._group))
+
+    def part(self, group: dist.ProcessGroup) -> Ranks:
+        """Some of these ranks, whose calls are counted and checked with these.
+
+        Every rank has such a part, and all call the same in theirs at the same time.
+        """
+        part = Ranks(group, self._device)
+        part._whole, part.calls, part.nbytes = self, self.calls, self.nbytes
+        return part
 
     @property
     def bytes_moved(self) -> int:
@@ -204,6 +219,8 @@ class Ranks:
     def _begin(self, name: str, tensor: Tensor | None = None) -> None:
         if self._is_checked:
             self._check(f"{name} " if tensor is None else f"{name} {tensor.shape}{tensor.dtype}")
+        if self._whole is not None and self._whole._is_checked:
+            self._whole._check(f"{name} in parts")  # their tensors may differ in size
         self.calls[name] += 1
         self.nbytes[name] += 0 if tensor is None else tensor.nbytes
 

@@ -25,7 +25,7 @@ from lightning_subspace._arguments import require_word as require_word
 from lightning_subspace._arguments import wrong as wrong
 from lightning_subspace.data.given import require_given_batches
 from lightning_subspace.measurements.base import Measurement, Needs
-from lightning_subspace.parallel.fsdp import is_sharded
+from lightning_subspace.parallel.fsdp import compute_device, is_sharded
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
@@ -74,7 +74,7 @@ def ranks_of_group(group: Any, module: Any) -> Ranks:
     expected = "a process group of torch.distributed that this process is in, or None"
     require_instance("group", group, ProcessGroup, expected, optional=True)
     parameters = module.parameters() if isinstance(module, nn.Module) else iter(())
-    return Ranks(group, next((p.device for p in parameters), torch.device("cpu")))
+    return Ranks(group, next(map(compute_device, parameters), torch.device("cpu")))
 
 
 def check_given(module: Any, batches: Any, measurements: Any, optimizer: Any, previous: Any) -> None:

@@ -48,11 +48,11 @@ def tab_entry(
     entry["metrics"] = {key: value for key, value in record.metrics.items() if not key.startswith("eigenvalues/")}
     entry |= {name: table.plain() for name, table in record.tables.items()}
     if overlaps is not None and (row := overlaps.row(record.step)):
-        entry["overlaps"] = [list(row), [round(value, 4) for value in row.values()]]
-        entry |= {} if overlaps.error is None else {"overlap_error": overlaps.error}
+        entry["overlaps"] = [list(row), list(row.values())]
+        entry["overlap_error"] = overlaps.error
     if density is not None:
         entry["density"] = _curve(density)
-    return entry | {key: value for key, value in beside.items() if value is not None}
+    return {key: value for key, value in (entry | beside).items() if value is not None}
 
 
 def failed_entry(step: int, text: str) -> dict[str, Any]:

@@ -82,8 +82,7 @@ class OverlapHistory:
         """The overlaps of one held step with the others, by their steps."""
         if step not in self.sketches:
             return {}
-        pairs = {other: self.pairs.get(_pair(other, step)) for other in self.sketches if other != step}
-        return {other: value for other, value in pairs.items() if value is not None}
+        return {other: self.pairs[pair] for other in self.sketches if (pair := _pair(other, step)) in self.pairs}
 
     @property
     def error(self) -> float | None:
@@ -116,4 +115,4 @@ class OverlapHistory:
 
 
 def _pair(a: int, b: int) -> tuple[int, int]:
-    return min(a, b), max(a, b)
+    return (a, b) if a < b else (b, a)

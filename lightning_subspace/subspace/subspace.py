@@ -115,7 +115,8 @@ class Subspace:
     @property
     def reported(self) -> dict[int, float]:
         """The known ones of eigenvalues 1 to k + 1, by place."""
-        values = {i: float(self.eigenvalues[i - 1]) for i in range(1, self.k + 1) if self.known[i - 1]}
+        pairs = zip(self.eigenvalues.tolist(), self.known.tolist(), strict=True)
+        values = {place: value for place, (value, known) in enumerate(pairs, start=1) if known}
         if self.converged and not math.isnan(self.next_eigenvalue):
             values[self.k + 1] = self.next_eigenvalue
         return values

@@ -28,6 +28,7 @@ BENCHMARKS = {
     "overhead, two ranks": "overhead --ranks 2",
     "sample_size": "sample_size",
     "tab": "tab",
+    "tab_page": "tab_page",
     "big": "big --out {out}/big.json",
 }
 

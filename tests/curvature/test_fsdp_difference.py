@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from lightning_subspace.curvature.fsdp_difference import LARGEST_DIFFERENCE, ShardedDifferenceHessian, check_differences
@@ -273,20 +273,6 @@ def partly_undivided(module):
 def test_gradients_that_are_no_mean_over_ranks_are_refused(prepare):
     with pytest.raises(LossError, match="gradients are not those of the mean"):
         run(checked, 2, mlp, images, prepare)
-
-
-def policy(**types):
-    module = shard(mlp(), mp_policy=MixedPrecisionPolicy(**types))
-    ShardedLoss(module, ParameterSpace.of(module), loss_fn)
-
-
-@pytest.mark.parametrize("field", ["param_dtype", "reduce_dtype"])
-def test_a_policy_of_narrow_types_is_refused(field):
-    def build():
-        policy(**{field: torch.bfloat16})
-
-    with pytest.raises(ValueError, match=f"{field}=torch.bfloat16; use curvature='hessian'"):
-        run(build, 2)
 
 
 def bfloat16_parameters():

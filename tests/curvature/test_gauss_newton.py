@@ -14,9 +14,13 @@ from lightning_subspace.curvature import (
     CurvatureConfig,
     GaussNewton,
     Hessian,
+    gauss_newton,
     gauss_newton_check,
 )
+from lightning_subspace.curvature.gauss_newton import OutputGraph
+from lightning_subspace.curvature.graph_memory import Footprint
 from lightning_subspace.data.given import sample_of_batches
+from lightning_subspace.loss.cross_entropy import NODES
 from lightning_subspace.loss.loss_function import LossError
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
@@ -43,6 +47,19 @@ def one_hot(labels):
     return F.one_hot(labels, CLASSES).double()
 
 
+def weighted_mean(losses, weights):
+    return (losses * weights).sum() / weights.sum()
+
+
+def input_of(labels):
+    """The inputs of the batch that has these labels."""
+    return next(x for x, y in batches() if len(y) == len(labels))
+
+
+def focal(losses):
+    return ((1.0 - torch.exp(-losses)).square() * losses).mean()
+
+
 # Each with the loss as a function of the output and the labels, written without the function that is caught.
 LOSSES = {
     "cross-entropy": (
@@ -60,6 +77,22 @@ LOSSES = {
     "masked mean of single losses": (
         lambda m, b, i: 2.0 * F.cross_entropy(m(b[0]), b[1], reduction="none")[1:].mean(),
         lambda z, y: 2.0 * (torch.logsumexp(z, 1) - z[torch.arange(len(y)), y])[1:].mean(),
+    ),
+    "class weights, without a class": (
+        lambda m, b, i: F.cross_entropy(m(b[0]), b[1], torch.arange(1.0, 4.0, dtype=torch.float64), ignore_index=1),
+        lambda z, y: weighted_mean(torch.logsumexp(z, 1) - z[torch.arange(len(y)), y], (y + 1.0) * (y != 1)),
+    ),
+    "soft targets": (
+        lambda m, b, i: F.cross_entropy(m(b[0]), (b[0][:, :CLASSES]).softmax(1)),
+        lambda z, y: ((input_of(y)[:, :CLASSES]).softmax(1) * (torch.logsumexp(z, 1, keepdim=True) - z)).sum(1).mean(),
+    ),
+    "sequences, a sum, a factor": (
+        lambda m, b, i: F.cross_entropy(m(b[0]).unflatten(0, (2, -1)).mT, b[1].view(2, -1), reduction="sum") / 7.0,
+        lambda z, y: (torch.logsumexp(z, 1) - z[torch.arange(len(y)), y]).sum() / 7.0,
+    ),
+    "focal, no linear function of the losses": (
+        lambda m, b, i: focal(F.cross_entropy(m(b[0]), b[1], reduction="none")),
+        lambda z, y: focal(torch.logsumexp(z, 1) - z[torch.arange(len(y)), y]),
     ),
     "mean square": (
         lambda m, b, i: F.mse_loss(m(b[0]), one_hot(b[1])),
@@ -109,6 +142,52 @@ def test_products_and_gradient_are_dense_ones(name, memory):
     torch.testing.assert_close(matrix, expected, rtol=0, atol=ROUNDING * float(expected.abs().max()))
     objective = lambda m: sum(len(y) * of_output(m(x), y) for x, y in batches()) / 10  # noqa: E731
     torch.testing.assert_close(gradient, dense_gradient(module, objective), rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if "cross_entropy" in LOSSES[name][0].__code__.co_names])
+def test_a_cross_entropy_is_taken_in_closed_form_with_the_products_of_the_graph_of_torch(name, monkeypatch):
+    loss_fn, _ = LOSSES[name]
+    found = []
+    with opened(net(), loss_fn) as loss:
+        sample = sample_of_batches(batches()).hessian
+        graph = OutputGraph.build(loss, sample[0])
+        assert isinstance(graph.slope.node, NODES)
+        found.append(as_matrix(GaussNewton(loss, sample)))
+        monkeypatch.setattr(gauss_newton, "closed_cross_entropy", lambda args, named: None)
+        assert not isinstance(OutputGraph.build(loss, sample[0]).slope.node, NODES)
+        found.append(as_matrix(GaussNewton(loss, sample)))
+    torch.testing.assert_close(*found, rtol=0, atol=ROUNDING * float(found[1].abs().max()))
+
+
+def test_in_float32_products_are_as_exact_as_those_of_the_graph_of_torch(monkeypatch):
+    loss_fn, _ = LOSSES["cross-entropy"]
+    sample = sample_of_batches([(x.float(), y) for x, y in batches()]).hessian
+    direction = torch.randn(net().double()[0].weight.numel() + 23, generator=torch.Generator().manual_seed(3))
+
+    def product(module, dtype):
+        with opened(module, loss_fn, dtype=dtype) as loss:
+            return GaussNewton(loss, sample).matvec(direction.to(dtype)).double()
+
+    exact, mine = product(net().float(), torch.float64), product(net().float(), torch.float32)
+    monkeypatch.setattr(gauss_newton, "closed_cross_entropy", lambda args, named: None)
+    general = product(net().float(), torch.float32)
+    assert float((mine - exact).norm()) <= 1e-6 * float(exact.norm())
+    assert float((general - exact).norm()) <= 1e-6 * float(exact.norm())
+
+
+def test_a_graph_keeps_the_logits_once(monkeypatch):
+    tokens, classes = 40, 1000
+    module = nn.Linear(3, classes)
+    data = (torch.randn(tokens, 3), torch.arange(tokens))
+    nbytes = {}
+    for name in ("closed", "general"):
+        with opened(module, lambda m, b, i: F.cross_entropy(m(b[0]), b[1]), dtype=torch.float32) as loss:
+            footprint = Footprint()
+            GaussNewton(loss, sample_of_batches([data]).hessian, footprint=footprint)
+        nbytes[name] = footprint.largest / (4 * tokens * classes)
+        monkeypatch.setattr(gauss_newton, "closed_cross_entropy", lambda args, named: None)
+    assert nbytes["closed"] < 1.3  # and what the linear layer keeps, and gradients of its 4,000 parameters, twice
+    assert nbytes["general"] > 2.9
 
 
 def test_without_curvature_of_the_network_it_is_the_hessian():

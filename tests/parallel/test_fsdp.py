@@ -462,13 +462,18 @@ def other_dimension():
     return shards(ParameterSpace.of(module), module)
 
 
+def test_shards_of_columns_are_refused():
+    with pytest.raises(ValueError, match="expected shards by rows"):
+        run(other_dimension, 2)
+
+
 def replicated():
-    module = nn.Linear(4, 4)
-    fully_shard(module, mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard")))
+    module = nn.Linear(4, 3)
+    fully_shard(module, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
     return shards(ParameterSpace.of(module), module)
 
 
-@pytest.mark.parametrize("place", [other_dimension, replicated])
-def test_other_placements_are_refused(place):
-    with pytest.raises(ValueError, match="expected \\(Shard\\(0\\),\\) on a mesh of one dimension"):
-        run(place, 2)
+def test_what_replicas_hold_is_cut_among_them():
+    """Two rows of four numbers on one shard and one on the other, each held by two ranks."""
+    expected = (range(0, 4), range(12, 13)), (range(8, 10), range(14, 15)), (range(4, 8), range(13, 14))
+    assert run(replicated, 4)[0] == (*expected, (range(10, 12), range(15, 15)))

@@ -17,6 +17,7 @@ from tests.tensorboard_tab.runs import probes
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FRAME = "iframe[src*=lightning_subspace]"
 PATIENCE = 30_000  # milliseconds, on a machine that has other work
+BETWEEN_DOWNLOADS = 110  # milliseconds: Chromium drops what a page saves beyond ten files a second, without a word
 
 
 def written(*arguments, **options):
@@ -105,6 +106,7 @@ class Tab:
         with self.page.expect_download() as started:
             card.locator(".download", has_text=kind).click()
         download = started.value
+        self.page.wait_for_timeout(BETWEEN_DOWNLOADS)
         return download.suggested_filename, Path(download.path()).read_text(encoding="utf-8")
 
     def table(self, card):

@@ -251,6 +251,26 @@ def test_a_run_of_a_projection_is_shown(tmp_path, opened):
     ]
 
 
+def test_a_step_at_which_a_projection_found_no_space_has_a_mark_and_its_reason(tmp_path, opened):
+    run = projected(STEPS)
+    run[3]["reason"] = run[-1]["reason"] = "RuntimeError: no second derivative"
+    tab = opened(write_page(tmp_path, of_one_monitor({"bulk": run}, "projection")))
+    card = tab.card("projection")
+    marks = card.locator(".mark.withheld")
+    assert marks.count() == 2
+    assert "no new space" in card.locator(".note").inner_text()
+    marks.first.focus()
+    tab.shot("projection_lack")
+    assert tab.tip().split("\n")[:2] == [f"bulk · step {STEPS[3]} · no new space", "RuntimeError: no second derivative"]
+    assert (
+        tab.find("#words")
+        .inner_text()
+        .startswith("step 1,000: no new space: RuntimeError: no second derivative. 80 % of the step was taken away")
+    )
+    told = {float(row["step"]): row["reason"] for row in tab.table(card) if row["reason"]}
+    assert told == dict.fromkeys((STEPS[3], STEPS[-1]), "RuntimeError: no second derivative")
+
+
 def test_beside_a_monitor_its_projection_can_be_chosen(tmp_path, opened):
     run = {"projection/probes": projected(STEPS), "subspace/probes": written(STEPS)}
     tab = opened(write_page(tmp_path, {"a": run}))

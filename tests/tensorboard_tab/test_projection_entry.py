@@ -3,6 +3,7 @@
 import csv
 
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_subspace import StartWhenAligned, SubspaceMonitor, SubspaceProjection
@@ -54,6 +55,33 @@ def test_of_two_entries_of_a_step_the_later_one_has_all_numbers(tmp_path):
         at.setdefault(entry["step"], []).append(set(entry["metrics"]))
     both = [of for of in at.values() if len(of) > 1]
     assert both == [[{"chi"}, {"chi", "removed"}]]
+
+
+@pytest.mark.filterwarnings("ignore:.*no second derivative")
+def test_a_refresh_that_fails_has_an_entry_with_its_reason(tmp_path):
+    asked = []
+
+    def rows(module):
+        asked.append(len(asked))
+        if len(asked) == 2:
+            raise RuntimeError("no second derivative")
+        return torch.eye(N)[:3]
+
+    fit(tmp_path, SubspaceProjection("bulk", basis=rows, refresh_every_n_steps=2), steps=5)
+    found = {entry["step"]: entry for entry in entries(tmp_path)}
+    assert {step: entry["reason"] for step, entry in found.items() if "reason" in entry} == {
+        2: "RuntimeError: no second derivative"
+    }
+    assert len(asked) == 3
+    assert "removed" in found[2]["metrics"]  # from the space before
+
+
+@pytest.mark.filterwarnings("ignore:.*the space is not used")
+def test_a_space_that_is_not_used_has_an_entry_with_its_reason(tmp_path):
+    fit(tmp_path, project(max_matvecs=2), steps=2)
+    reasons = [entry["reason"] for entry in entries(tmp_path)]
+    assert len(reasons) == 2
+    assert all("the space is not used" in reason for reason in reasons)
 
 
 def test_beside_a_monitor_each_has_a_tag_of_its_own(tmp_path):

@@ -3,6 +3,7 @@
 import { inLines, textOf } from './legend.js';
 import { make } from './svg.js';
 
+const PATIENCE = 60_000; // milliseconds in which a browser has begun to save a file
 const STYLES = [
   'fill',
   'stroke',
@@ -124,5 +125,5 @@ export function save(name, text, type) {
   link.href = address;
   link.download = name;
   link.click();
-  setTimeout(() => URL.revokeObjectURL(address), 1000);
+  setTimeout(() => URL.revokeObjectURL(address), PATIENCE); // a browser that is busy reads it later
 }

@@ -3,6 +3,10 @@
 import { shareAxis } from '../axis.js';
 import { card, key } from '../card.js';
 import { drawCurves, known, table } from '../curves.js';
+import { thousands } from '../format.js';
+import { leftOut, SIGNS } from '../marks.js';
+import { make } from '../svg.js';
+import { hideTip, showTip } from '../tip.js';
 
 /** @typedef {import('../view.js').View} View */
 
@@ -29,7 +33,11 @@ export function projection(host) {
     name: 'projection',
     title: 'What the projection takes from the steps',
     view: () => shown,
-    lines: () => table(shown, ['removed', 'chi']),
+    lines: () =>
+      table(shown, ['removed', 'chi']).map((row) => ({
+        ...row,
+        reason: shown.shown.find(({ name }) => name === row.run)?.at(row.step)?.reason,
+      })),
   });
   /** @param {View} view */
   const draw = (view) => {
@@ -43,12 +51,27 @@ export function projection(host) {
     for (const { text, dash } of curves) key(note, text, { colour: 'currentColor', dash });
     const told = runs.map((run) => `${view.shown.length > 1 ? `${run.name}: ` : ''}${keeps(run)}`);
     note.append(told.join('; '));
-    place = drawCurves(body, view, {
+    const lacking = runs.filter((run) => run.probes.some(({ reason }) => reason));
+    if (lacking.length) make('span', { class: 'warn' }, note, ` ${SIGNS.withheld} no new space`);
+    const drawn = drawCurves(body, view, {
       name: 'projection',
       curves,
       y: shareAxis(view, 'projection'),
       yLabel: 'share',
-    }).place;
+      below: 14 * lacking.length + (lacking.length ? 4 : 0),
+    });
+    place = drawn.place;
+    lacking.forEach((run, row) =>
+      leftOut(drawn.frame, run, {
+        row,
+        colour: view.colour(run),
+        of: ({ reason }) => (reason ? 'withheld' : 'fine'),
+        says: (event, { step, reason }) => {
+          if (!event) return hideTip();
+          showTip(event, `${run.name} · step ${thousands(step)} · no new space`, [{ label: reason ?? '', value: '' }]);
+        },
+      }),
+    );
   };
   return { draw, move: () => place() };
 }

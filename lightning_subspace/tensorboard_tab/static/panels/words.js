@@ -17,12 +17,15 @@ export function words(host) {
     const name = view.shown.length > 1 ? `${run.name}, ` : '';
     node.append(`${name}step ${thousands(probe.step)}`);
     const found = sentences(probe, run);
-    if (found.length || stateOf(probe) !== 'fine') node.append(': ');
+    if (found.length || probe.reason || stateOf(probe) !== 'fine') node.append(': ');
     if (probe.failed) {
       make('span', { class: 'warn' }, node, `the probe failed: ${probe.failed}`);
       return;
     }
-    if (stateOf(probe) !== 'fine') make('span', { class: 'warn' }, node, `${probe.reason ?? probe.outcome}. `);
+    const lack = run.isProjection
+      ? probe.reason && `no new space: ${probe.reason}`
+      : stateOf(probe) !== 'fine' && (probe.reason ?? probe.outcome);
+    if (lack) make('span', { class: 'warn' }, node, `${lack}. `);
     node.append(...found.map((text) => `${text} `));
     if (run.isNewer)
       make('span', { class: 'warn' }, node, 'Some probes were written by a newer version and are not shown.');

@@ -63,6 +63,11 @@ class Tiles:
         self._stage = _Stage(self._tiles, device) if is_staged(place, device) else None
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and their length."""
+        return self._tiles[0].shape[0], self._n
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type of the numbers."""
         return self._tiles[0].dtype

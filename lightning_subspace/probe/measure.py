@@ -124,6 +124,7 @@ def measure_subspace(
             Fabric's own module with dtype="native".
         TypeError: for a module without a training step, where there is no `loss_fn`.
         CheckError: with `on_check_fail="raise"`; where no product can be had, as "ggn" without its derivatives.
+        NoRoomError: a `MemoryError`, where the basis would not fit, with what is needed and what is free.
         PeerError: when something of this went wrong on another rank.
         SignalError: when a signal with a handler of Python's, other than SIGINT, has arrived; the handler has run.
 

@@ -40,6 +40,18 @@ def test_a_host_that_does_not_say_has_its_free_pages(host, text, monkeypatch):
     assert free_memory(CPU) == 5 * 4096
 
 
+def test_a_host_that_knows_no_free_pages_has_half_of_all(host, monkeypatch):
+    (host / "meminfo").unlink()
+
+    def sysconf(name):
+        if name == "SC_AVPHYS_PAGES":
+            raise ValueError("unrecognized configuration name")
+        return {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 4096}[name]
+
+    monkeypatch.setattr(os, "sysconf", sysconf)
+    assert free_memory(CPU) == 5 * 4096
+
+
 def test_the_limit_of_a_container_leaves_what_is_not_taken(host):
     (host / "memory.current").write_text("1000\n")
     assert free_memory(CPU) == HOST

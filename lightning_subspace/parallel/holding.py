@@ -1,4 +1,4 @@
-"""Coordinates of one parameter that each rank holds, and those that are dealt to it.
+"""Coordinates of a parameter that ranks hold and are dealt.
 
 FSDP2 cuts a parameter by rows over one dimension of a mesh and may repeat it over another: HSDP, `replicate`. One that
 is not sharded is repeated on every rank. What several ranks hold is cut once more among them, so that each coordinate
@@ -85,7 +85,7 @@ class Holding:
         return range(first, last)
 
     def dealt(self, rank: int) -> range:
-        """The flat coordinates that are dealt to a rank, among those it holds."""
+        """Those of the flat coordinates that are dealt to a rank."""
         peers, held = self.peers(rank), self.held(rank)
         size = -(-len(held) // len(peers))
         return held[peers.index(rank) * size : (peers.index(rank) + 1) * size]
@@ -96,7 +96,7 @@ class Holding:
 
 
 def shard_dim(parameter: DTensor) -> int | None:
-    """The dimension of the mesh that a parameter is cut over, or None."""
+    """The mesh dimension that a parameter is cut over, or None."""
     return next((dim for dim, placement in enumerate(parameter.placements) if not placement.is_replicate()), None)
 
 
@@ -116,13 +116,13 @@ def own_index(parameter: DTensor) -> int:
 
 
 def shard_ranks(parameter: DTensor, ranks: Ranks | None) -> Ranks | None:
-    """The process group that has the shards of a parameter; None if it is not cut."""
+    """The process group of a parameter's shards; None if not cut."""
     dim = shard_dim(parameter)
     return None if dim is None else _along(parameter, dim, ranks)
 
 
 def replica_ranks(tensor: Tensor, ranks: Ranks) -> Ranks | None:
-    """The process group whose ranks hold the same part; None if each holds its own."""
+    """The process group that holds the same part, or None."""
     mesh = getattr(tensor, "device_mesh", None)
     if mesh is None:
         return ranks if ranks.count > 1 else None
@@ -131,7 +131,7 @@ def replica_ranks(tensor: Tensor, ranks: Ranks) -> Ranks | None:
 
 
 def why_not_by_rows(parameter: DTensor) -> str | None:
-    """Why a parameter is not cut by rows, and repeated, over a mesh; or None."""
+    """Why a parameter is not cut by rows, or None."""
     mesh, placements = parameter.device_mesh, parameter.placements
     cut = [placement for placement in placements if not placement.is_replicate()]
     repeated = [dim for dim, place in enumerate(placements) if place.is_replicate() and mesh.size(dim) > 1]

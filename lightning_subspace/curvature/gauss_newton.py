@@ -95,7 +95,7 @@ class OutputGraph(GradientGraph):
         weights = [v.reshape(p.shape).to(p.dtype) for p, v in pairs]
         with regular_convolutions(self.place.device):
             (forward,) = torch.autograd.grad(images, self.cotangent, weights, retain_graph=True)
-            (curved,) = torch.autograd.grad(self.slope, self.place, forward, retain_graph=True)
+            (curved,) = torch.autograd.grad([self.slope], self.place, forward, retain_graph=True)
         del forward  # as large as all logits
         return self.pulled_back(curved)
 

@@ -1,8 +1,8 @@
-"""Page of the tab as one HTML file: `lightning-subspace show PATH --html FILE`.
+"""Page of the tab as one HTML file, under its first name.
 
     python -m lightning_subspace.view LOGDIR [--out subspace.html]
 
-This is the same under the name that it had first.
+is `lightning-subspace show LOGDIR --html subspace.html`.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class SavedPoint:
 
 
 def points_of(patterns: Sequence[str], *, trust: bool = False) -> list[SavedPoint]:
-    """The points of files, in the order of their steps, each step once.
+    """The points of files, by step, each step once.
 
     Args:
         patterns: paths, or shell-style patterns of them.
@@ -58,7 +58,7 @@ def points_of(patterns: Sequence[str], *, trust: bool = False) -> list[SavedPoin
 
 
 def read(path: Path, *, trust: bool = False) -> Mapping[str, Any]:
-    """A checkpoint, whose tensors stay on the disk until they are used.
+    """A checkpoint, whose tensors stay on the disk until used.
 
     Raises:
         CheckpointError: for a file that is none of Lightning's checkpoints.
@@ -116,9 +116,9 @@ def put_counters(trainer: Any, saved: Mapping[str, Any]) -> None:
 
 
 def optimizers_at(optimizers: Iterable[Any], saved: Mapping[str, Any], module: nn.Module) -> list[Any]:
-    """The optimizers as they were at a checkpoint; none where it has no states.
+    """The optimizers as they were at a checkpoint.
 
-    Sharded ones are left out: their states are not read.
+    None where it has no states. Sharded ones are left out: their states are not read.
     """
     own, states = list(optimizers), saved.get("optimizer_states", [])
     if len(states) != len(own) or any(map(is_sharded, _parameters(module))):

@@ -1,4 +1,4 @@
-"""Command line: what runs have measured is shown, and what they have not is measured.
+"""Command line, for after a run: show, measure, and describe a machine.
 
 Nothing heavy is imported for the help, or to show TensorBoard's folders.
 """

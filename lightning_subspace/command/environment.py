@@ -1,4 +1,4 @@
-"""Command `env`: what a maintainer needs to know of a machine, for an issue.
+"""Command `env`: versions, platform and devices, for an issue.
 
 Versions are read from what is installed, without importing it; only the devices need torch.
 """

@@ -11,12 +11,12 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from lightning_subspace import Measurement
 from lightning_subspace._arguments import wrong
 from lightning_subspace._lightning import DummyLogger
 from lightning_subspace.callbacks.checkpoint_walk import CheckpointWalk, WalkEnd
 from lightning_subspace.callbacks.saved_points import SavedPoint
 from lightning_subspace.command.project import Configuration, build, imported
-from lightning_subspace.measurements import Measurement
 from lightning_subspace.probe.settings import ProbeSettings
 
 # Everything of a fit that is not needed before its first step.
@@ -109,7 +109,7 @@ def settings_of(asked: Mapping[str, Any]) -> ProbeSettings:
 
 
 def measurement_of(name: str) -> Measurement:
-    """A measurement by the name of its class, or by its class path.
+    """A measurement, by its name or its class path.
 
     Raises:
         ValueError: where there is none of this name, or it needs arguments.
@@ -129,7 +129,7 @@ def measurement_of(name: str) -> Measurement:
 
 
 def _each(bar: Any, points: Sequence[SavedPoint]) -> Iterator[SavedPoint]:
-    """The points with a bar of progress, behind which a probe tells of its products."""
+    """The points, with a bar that shows a probe's products, too."""
     if not points:
         return
     with tqdm(total=len(points), unit="checkpoint", dynamic_ncols=True, disable=bar.is_disabled) as shown:

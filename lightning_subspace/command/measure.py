@@ -1,4 +1,4 @@
-"""Command `measure`: a history of a run that had no monitor, from its checkpoints."""
+"""Command `measure`: a history of checkpoints."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure what is left to measure, and print all of it; the exit code.
+    """Measure what is left, and print all of it; the exit code.
 
     Raises:
         ValueError: for a wrong option, or a project that cannot be measured.

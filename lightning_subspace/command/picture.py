@@ -11,12 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lightning_subspace import Outcome, Record, Subspace
 from lightning_subspace.command.runs import Probe, Runs, by_step
 from lightning_subspace.command.table import monitor_of, numbers
-from lightning_subspace.linalg import Outcome
 from lightning_subspace.report.figures import summary_figure
-from lightning_subspace.subspace.record import Record
-from lightning_subspace.subspace.subspace import Subspace
 
 
 def draw(runs: Runs, file: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""A user's project, built by LightningCLI from the configuration that it was trained with.
+"""A user's project, built by LightningCLI from its configuration.
 
 The module, its data and the optimizer are built as for training, in the same order and under the same seed. Of the
 trainer's section is taken what decides about devices, precision and data; callbacks, loggers and limits of a fit are
@@ -143,7 +143,7 @@ def _namespace(cls: Any) -> str:
 
 
 def _class_of(name: str, sections: Mapping[str, Any], path: str | None) -> Any:
-    """The class that LightningCLI is to be told; None where the section names it."""
+    """The class to be told; None where the section names it."""
     if path is not None:
         return _imported(f"--{name}", path)
     section = sections.get(name)
@@ -175,7 +175,7 @@ def _imported(name: str, path: str) -> Any:
 
 
 def imported(name: str, path: str) -> Any:
-    """What a path of the user's names; the current folder is looked in, too."""
+    """What a path of the user's names, in the current folder too."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     return _imported(name, path)
@@ -225,7 +225,7 @@ def _measuring(
 
 
 def _linked(section: Any, cls: Any, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the module that the files do not have, and the checkpoint has."""
+    """Arguments that the files lack and the checkpoint has."""
     in_subclass_mode = _names_class(section)
     stated = section.get("init_args", {}) if in_subclass_mode else section
     if not isinstance(stated, Mapping):

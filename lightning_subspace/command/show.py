@@ -1,4 +1,4 @@
-"""Command `show`: a table of what runs have measured, and files of it."""
+"""Command `show`: a table of what runs have measured, and files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the table, or write the files that are asked for; the exit code.
+    """Print the table, or write files; the exit code.
 
     Raises:
         OSError: where a path cannot be read, or a file not be written.

@@ -36,8 +36,10 @@ def fixed_sample(loaders: CombinedLoader, spec: SampleSpec, ranks: Ranks) -> Sam
     if len(parts) > 1 or loaders.iterables is not parts[0] or is_sized(parts[0]):
         return sample_of_loaders(loaders, spec, ranks)
     [loader] = parts
-    assert isinstance(spec.sample, int) and isinstance(spec.gradient_sample, int), "refused for 'all'"
-    return first_batches(loader, spec.sample, spec.gradient_sample, spec, ranks)
+    sample, gradient_sample = spec.sample, spec.gradient_sample
+    if isinstance(sample, int) and isinstance(gradient_sample, int):
+        return first_batches(loader, sample, gradient_sample, spec, ranks)
+    raise SampleError("sample: expected a number of examples for data without a length, got 'all'.")
 
 
 def first_batches(loader: Any, sample: int, gradient_sample: int, spec: SampleSpec, ranks: Ranks) -> Sample:
@@ -65,7 +67,7 @@ def first_batches(loader: Any, sample: int, gradient_sample: int, spec: SampleSp
 
 
 def fingerprint(sample: Sample, ranks: Ranks) -> int:
-    """Checksum of a sample, the same for any number of ranks. A collective.
+    """Checksum of a sample, for any number of ranks. A collective.
 
     Raises:
         SampleError: for a batch that cannot be copied.

@@ -60,7 +60,7 @@ def read_states(path: str | os.PathLike[str]) -> dict[str, RunState]:
 
 
 def key_of(name: str) -> str:
-    """The key of a monitor's state in a checkpoint, as Lightning makes it.
+    """The key of a monitor's state in a checkpoint.
 
     Example:
         >>> key_of("subspace")

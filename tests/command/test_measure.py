@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_subspace import measure_subspace, read_history
 from lightning_subspace.callbacks import checkpoint_walk
-from lightning_subspace.command.picture import draw
+from lightning_subspace.command.picture import draw, overlaps_of, record_of
 from lightning_subspace.command.runs import read_runs
 from lightning_subspace.probe.history import read_states
 from tests.command.small_project import BATCH, CLASSES, EPOCHS, EXAMPLES, LR, Data, Net
@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is so close to the next one:UserWarning"),
 ]
 STEPS = [EXAMPLES // BATCH * epoch for epoch in range(1, EPOCHS + 1)]
+K = 2
 # Numbers that count products or seconds, or depend on the solver's path.
 COSTS = ("solver/",)
 CLOSE = 1e-7
@@ -41,7 +42,7 @@ def by_hand(folder, steps=STEPS):
             measure_subspace(
                 net,
                 list(zip(x.split(BATCH), labels.split(BATCH), strict=True)),
-                k=3,
+                k=K,
                 tol=1e-10,
                 dtype="float64",
                 optimizer=torch.optim.SGD(net.parameters(), lr=LR),
@@ -55,35 +56,43 @@ def numbers(records):
     return [{key: value for key, value in r.metrics.items() if not key.startswith(COSTS)} for r in records]
 
 
-def test_the_numbers_are_those_of_measure_subspace(measure, trained, tmp_path, capsys):
-    assert measure() == 0
-    found, expected = read_history(tmp_path / "out" / "history.ckpt"), by_hand(trained)
+def test_the_numbers_are_those_of_measure_subspace(straight, trained):
+    out, _ = straight
+    found, expected = read_history(out / "history.ckpt"), by_hand(trained)
     assert [record.step for record in found] == STEPS
     for ours, theirs in zip(numbers(found), numbers(expected), strict=True):
         # Those that depend on how examples are put into micro-batches are of another split here.
         same = [key for key in theirs if not key.startswith(("noise/", "reliability", "gradient_fraction_"))]
-        assert {"sharpness", "sharpness_over_threshold", "gradient_fraction", "eigenvalues/03"} <= set(same)
+        assert {"sharpness", "sharpness_over_threshold", "gradient_fraction", "eigenvalues/02"} <= set(same)
         for key in same:
             assert ours[key] == pytest.approx(theirs[key], rel=CLOSE, abs=CLOSE), key
-    steps, matrix = read_states(tmp_path / "out" / "history.ckpt")["subspace"].overlaps.matrix()
+    steps, matrix = read_states(out / "history.ckpt")["subspace"].overlaps.matrix()
     bases = [record.subspace.eigenvectors.double() for record in expected]
-    dense = [[float((a @ b.T).square().sum()) / 3 for b in bases] for a in bases]
+    dense = [[float((a @ b.T).square().sum()) / K for b in bases] for a in bases]
     assert steps == STEPS
     np.testing.assert_allclose(matrix, dense, atol=1e-6)  # sketches are in float32
-    told = capsys.readouterr().out
-    assert f"history, subspace: {EPOCHS} probes, steps {STEPS[0]} to {STEPS[-1]}" in told
-    # What TensorBoard, `show` and a figure read is the same history.
-    [events] = read_runs(tmp_path / "out").values()
-    [kept] = read_runs(tmp_path / "out" / "history.ckpt").values()
+
+
+def test_the_events_and_the_picture_are_of_the_same_history(straight, tmp_path):
+    out, printed = straight
+    assert f"history, subspace: {EPOCHS} probes, steps {STEPS[0]} to {STEPS[-1]}; k = 2, n = 27" in printed
+    [events] = read_runs(out).values()
+    [kept] = read_runs(out / "history.ckpt").values()
     for written, saved in zip(events["subspace/probes"], kept["subspace/probes"], strict=True):
         assert written["metrics"] == saved["metrics"]
         assert written["eigenvalues"] == saved["eigenvalues"]
     assert [probe["lr"] for probe in events["subspace/probes"]] == [LR] * EPOCHS
-    assert draw({"run": events}, tmp_path / "a.png")[0].read_bytes().startswith(b"\x89PNG")
+    [file] = draw({"run": events}, tmp_path / "a.png")
+    assert file.read_bytes().startswith(b"\x89PNG")
+    records = [record_of(probe) for probe in events["subspace/probes"]]
+    for drawn, record in zip(records, read_history(out / "history.ckpt"), strict=True):
+        assert drawn.metrics == pytest.approx(record.metrics, rel=1e-4)  # five digits
+    state = read_states(out / "history.ckpt")["subspace"]
+    for ours, theirs in zip(overlaps_of(events["subspace/probes"]), state.overlaps.matrix(), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)  # written in thousandths
 
 
-def test_what_was_killed_goes_on_with_the_next_checkpoint(measure, tmp_path, monkeypatch):
-    assert measure(out="straight") == 0
+def test_what_was_killed_goes_on_with_the_next_checkpoint(straight, measure, tmp_path, monkeypatch):
     write, taken = checkpoint_walk.write_results, []
 
     def dying(*args):
@@ -93,33 +102,33 @@ def test_what_was_killed_goes_on_with_the_next_checkpoint(measure, tmp_path, mon
             os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(checkpoint_walk, "write_results", dying)
-    process = multiprocessing.get_context("fork").Process(target=measure, kwargs={"out": "killed"})
+    process = multiprocessing.get_context("fork").Process(target=measure)
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    assert [r.step for r in read_history(tmp_path / "killed" / "history.ckpt")] == STEPS[:2]
+    file = tmp_path / "out" / "history.ckpt"
+    assert [r.step for r in read_history(file)] == STEPS[:2]
     monkeypatch.setattr(checkpoint_walk, "write_results", write)
     read, opened = checkpoint_walk.read, []
     monkeypatch.setattr(checkpoint_walk, "read", lambda path, **options: opened.append(path) or read(path, **options))
-    assert measure(out="killed") == 0
+    assert measure() == 0
     assert len(opened) == EPOCHS - 2
-    straight, resumed = (read_history(tmp_path / name / "history.ckpt") for name in ("straight", "killed"))
-    for one, other in zip(numbers(straight), numbers(resumed), strict=True):
+    whole = straight[0] / "history.ckpt"
+    for one, other in zip(numbers(read_history(whole)), numbers(read_history(file)), strict=True):
         assert one == pytest.approx(other, rel=CLOSE, abs=1e-6)  # the space before is kept in float32
-    states = [read_states(tmp_path / name / "history.ckpt")["subspace"] for name in ("straight", "killed")]
-    np.testing.assert_allclose(*(state.overlaps.matrix()[1] for state in states), atol=1e-6)
+    overlaps = [read_states(path)["subspace"].overlaps.matrix()[1] for path in (whole, file)]
+    np.testing.assert_allclose(*overlaps, atol=1e-6)
     # In the events each is there once, also those that were written before.
-    [tags] = read_runs(tmp_path / "killed").values()
+    [tags] = read_runs(tmp_path / "out").values()
     assert [probe["step"] for probe in tags["subspace/probes"]] == STEPS
     opened.clear()
-    assert measure(out="killed") == 0
+    assert measure() == 0
     assert opened == []
 
 
-def test_two_processes_find_what_one_does(measure, tmp_path):
-    assert measure(out="one") == 0
-    assert run(lambda: measure(out="two"), 2, group=False, timeout=60.0) == [0, 0]
-    one, two = (read_history(tmp_path / name / "history.ckpt") for name in ("one", "two"))
+def test_two_processes_find_what_one_does(straight, measure, tmp_path):
+    assert run(measure, 2, group=False, timeout=60.0) == [0, 0]
+    one, two = (read_history(folder / "history.ckpt") for folder in (straight[0], tmp_path / "out"))
     for ours, theirs in zip(numbers(one), numbers(two), strict=True):
         assert ours == pytest.approx(theirs, rel=CLOSE, abs=CLOSE)
 
@@ -135,7 +144,7 @@ def test_a_checkpoint_that_fails_costs_itself_alone(measure, trained, tmp_path, 
     saved["state_dict"]["layers.0.weight"] = torch.zeros(1)
     torch.save(saved, broken)
     assert measure(folder=folder) == 3
-    assert [r.step for r in read_history(tmp_path / "out" / "history.ckpt")] == [STEPS[0], *STEPS[2:]]
+    assert [r.step for r in read_history(tmp_path / "out" / "history.ckpt")] == [STEPS[0], STEPS[2]]
     told = capsys.readouterr().err
     assert f"{broken.name}: RuntimeError: Error(s) in loading state_dict" in told
     torch.save({**saved, "state_dict": Net(classes=CLASSES).state_dict()}, broken)  # mended, and too late
@@ -150,7 +159,7 @@ def test_a_checkpoint_that_fails_costs_itself_alone(measure, trained, tmp_path, 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--k", "2"], "--k: expected 3, as for what is measured already, got 2; name another folder"),
+        (["--k", "1"], "--k: expected 2, as for what is measured already, got 1; name another folder"),
         (["--", "--data.examples=32"], "sample: expected the examples that earlier checkpoints were measured on"),
     ],
 )
@@ -165,7 +174,7 @@ def test_results_of_something_else_are_refused(measure, capsys, options, told):
     ("options", "told"),
     [
         (["--k", "-1"], "k: expected an integer of at least 0, got -1"),
-        (["--k", "60"], "k: expected 0..51, the number of parameters, got 60"),
+        (["--k", "60"], "k: expected 0..27, the number of parameters, got 60"),
         (["--measurements", "Nothing"], "--measurements: expected the path of what can be imported"),
         (["--measurements", "Record"], "--measurements: expected the name of a measurement"),
     ],
@@ -192,7 +201,7 @@ def test_more_is_measured_where_it_is_asked_for(measure, tmp_path):
     assert measure(*more, "--", "--data.iterable=true", ckpt=first) == 0
     [record] = read_history(tmp_path / "out" / "history.ckpt")
     assert "trace" in record.metrics
-    assert read_states(tmp_path / "out" / "history.ckpt")["subspace"].space.n == 7 * CLASSES
+    assert read_states(tmp_path / "out" / "history.ckpt")["subspace"].space.n == 4 * CLASSES
     assert record.metrics["gradient_norm"] > 0.0
 
 
@@ -204,22 +213,20 @@ def test_the_last_of_several_files_of_a_step_is_not_measured_again(measure, trai
     assert len(read_history(tmp_path / "out" / "history.ckpt")) == 1
 
 
-def test_the_weights_that_were_trained_are_measured_beside_an_average(measure, trained, tmp_path):
+def test_the_weights_that_were_trained_are_measured_beside_an_average(straight, measure, trained, tmp_path):
     [file] = trained.glob(f"*step={STEPS[0]}.ckpt")
     saved = torch.load(file, weights_only=True)
     average = {name: torch.zeros_like(value) for name, value in saved["state_dict"].items()}
     torch.save({**saved, "state_dict": average, "current_model_state": saved["state_dict"]}, tmp_path / "average.ckpt")
     assert measure("--ckpt", str(tmp_path / "average.ckpt")) == 0
-    [found], [expected] = read_history(tmp_path / "out" / "history.ckpt"), by_hand(trained, STEPS[:1])
+    [found], [expected, *_] = (read_history(folder / "history.ckpt") for folder in (tmp_path / "out", straight[0]))
     assert found.metrics["sharpness"] == pytest.approx(expected.metrics["sharpness"], rel=CLOSE)
 
 
-def test_counters_of_training_are_those_of_the_checkpoint(measure, trained, tmp_path):
-    step = STEPS[1]
-    model = ["--model", "tests.command.small_project.Counting"]
+def test_counters_of_training_are_those_of_the_checkpoint(straight, measure, trained, tmp_path):
     config = (trained / "config.yaml").read_text().replace("small_project.Net", "small_project.Counting")
     (tmp_path / "config.yaml").write_text(config)
-    assert measure("--config", str(tmp_path / "config.yaml"), ckpt=f"*step={step}.ckpt") == 0, model
-    [found], expected = read_history(tmp_path / "out" / "history.ckpt"), by_hand(trained, [step])[0]
-    factor = 1.0 + step + 100.0 * 1  # the second epoch
+    assert measure("--config", str(tmp_path / "config.yaml"), ckpt=f"*step={STEPS[1]}.ckpt") == 0
+    [found], [_, expected, _] = (read_history(folder / "history.ckpt") for folder in (tmp_path / "out", straight[0]))
+    factor = 1.0 + STEPS[1] + 100.0 * 1  # of the second epoch
     assert found.metrics["sample_loss"] == pytest.approx(factor * expected.metrics["sample_loss"], rel=CLOSE)

@@ -55,8 +55,9 @@ def in_terminal(runs: Runs, keys: Sequence[str] = (), last: int | None = None, w
     for run, tags in runs.items():
         for tag, found in tags.items():
             probes = by_step(found)
-            names = _chosen(_numbers_of(probes), keys)
             rows = probes if last is None else probes[max(len(probes) - last, 0) :]
+            shown = set(_numbers_of(rows))
+            names = [name for name in _chosen(_numbers_of(probes), keys) if name in shown]
             parts.append("\n".join([_title(run, tag, probes), *_lines(rows, names, width)]))
     return "\n\n".join(parts)
 

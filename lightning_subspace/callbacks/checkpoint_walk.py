@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from lightning_subspace._lightning import Callback, Trainer, training_loaders
 from lightning_subspace.callbacks.notices import Notices
-from lightning_subspace.callbacks.project import check_project
+from lightning_subspace.callbacks.project import check_project, misconfiguration
 from lightning_subspace.callbacks.recorder import Recorder
 from lightning_subspace.callbacks.runner import ProbeRunner
 from lightning_subspace.callbacks.saved_points import SavedPoint, optimizers_at, put_counters, put_weights, read
@@ -89,13 +89,9 @@ class CheckpointWalk(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: nn.Module, stage: str) -> None:
-        """Refuse what cannot be measured.
-
-        Raises:
-            ValueError: for a strategy or a module that cannot be probed.
-            TypeError: for a module without a training step.
-        """
-        check_project(trainer, pl_module, self._settings.loss_fn)
+        """Refuse a strategy or a module that cannot be probed."""
+        with misconfiguration(SPEAKER):
+            check_project(trainer, pl_module, self._settings.loss_fn)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: nn.Module) -> None:

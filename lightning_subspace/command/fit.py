@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -29,6 +30,7 @@ QUIET = {
     # Every rank reads the whole sample and keeps its part, so that their number changes no number.
     "use_distributed_sampler": False,
 }
+LIGHTNING = r"(lightning|pytorch_lightning)(\.|$)"  # modules whose warnings are not shown
 EVENTS = "events.out.tfevents.*"
 
 
@@ -85,7 +87,7 @@ def walk(
             old.unlink()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=UserWarning, module="lightning|pytorch_lightning")
+            warnings.filterwarnings("ignore", module=LIGHTNING)  # of a fit, which this is none
             project.trainer.fit(project.module, datamodule=project.data)
     except WalkEnd:
         pass
@@ -103,6 +105,7 @@ def settings_of(asked: Mapping[str, Any]) -> ProbeSettings:
         ValueError: for a wrong one.
     """
     given = {**asked, "measurements": [measurement_of(name) for name in asked["measurements"]]}
+    given["read_timeout"] = math.inf  # no training waits for the sample
     if asked["loss_fn"] is not None:
         given["loss_fn"] = imported("--loss-fn", asked["loss_fn"])
     return ProbeSettings(**given)

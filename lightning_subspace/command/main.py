@@ -27,7 +27,12 @@ exit codes: 0 all is done; 1 it cannot be done, and why is told; 2 the command l
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code."""
+    """Run a command; the exit code.
+
+    Raises:
+        OSError: where the command line asks for a traceback.
+        ValueError: likewise.
+    """
     options = parser().parse_args(arguments)
     try:
         code: int = options.run(options)
@@ -35,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        if getattr(options, "traceback", False):
+            raise
         print(error, file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("subspace"), metavar="FOLDER", help="of the results (%(default)s)")
     add("--anew", action="store_true", help="write over earlier results in FOLDER")
     add("--trust", action="store_true", help="read checkpoints by pickle, which runs what is in them")
+    add("--traceback", action="store_true", help="show where an error comes from, as in code of yours")
     project = parser.add_argument_group("the project, where the configuration does not say it all")
     project.add_argument("--model", metavar="CLASS", help="class path of the module, where no class_path is given")
     project.add_argument("--data", metavar="CLASS", help="class path of the data module, likewise")
@@ -129,19 +130,9 @@ def _walk(options: argparse.Namespace, points: Sequence[SavedPoint]) -> tuple[di
             trust=options.trust,
             anew=options.anew,
         )
-    except (MisconfigurationException, CheckError, LossError, PeerError, TypeError) as error:
-        if isinstance(error, TypeError) and "lightning_subspace" not in _origin(error):
-            raise  # of the user's own code
+    except (MisconfigurationException, CheckError, LossError, PeerError) as error:
         raise ValueError(str(error)) from error
     return {point.path.name: reason for point, reason in done.failures.items()}, done.is_stopped
-
-
-def _origin(error: BaseException) -> str:
-    """The module whose code has raised an exception."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
 
 
 def _tell(options: argparse.Namespace) -> None:

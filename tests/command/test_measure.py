@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 
 from lightning_subspace import measure_subspace, read_history
 from lightning_subspace.callbacks import checkpoint_walk
+from lightning_subspace.callbacks.saved_points import points_of
 from lightning_subspace.command.picture import draw, overlaps_of, record_of
 from lightning_subspace.command.runs import read_runs
 from lightning_subspace.probe.history import read_states
@@ -161,13 +163,14 @@ def test_a_checkpoint_that_fails_costs_itself_alone(measure, trained, tmp_path, 
     [
         (["--k", "1"], "--k: expected 2, as for what is measured already, got 1; name another folder"),
         (["--", "--data.examples=32"], "sample: expected the examples that earlier checkpoints were measured on"),
+        (["--name", "other"], "--out: expected the results of `measure` under the name 'other', got"),
     ],
 )
-def test_results_of_something_else_are_refused(measure, capsys, options, told):
-    assert measure(ckpt=f"*step={STEPS[0]}.ckpt") == 0
-    capsys.readouterr()
+def test_results_of_something_else_are_refused(straight, measure, tmp_path, capsys, options, told):
+    shutil.copytree(straight[0], tmp_path / "out")
     assert measure(*options) == 1
     assert told in capsys.readouterr().err
+    assert [r.step for r in read_history(tmp_path / "out" / "history.ckpt")] == STEPS
 
 
 @pytest.mark.parametrize(
@@ -205,12 +208,49 @@ def test_more_is_measured_where_it_is_asked_for(measure, tmp_path):
     assert record.metrics["gradient_norm"] > 0.0
 
 
-def test_the_last_of_several_files_of_a_step_is_not_measured_again(measure, trained, tmp_path):
-    [file] = trained.glob(f"*step={STEPS[0]}.ckpt")
-    copy = tmp_path / "last.ckpt"
-    copy.write_bytes(file.read_bytes())
-    assert measure("--ckpt", str(file), str(copy)) == 0
-    assert len(read_history(tmp_path / "out" / "history.ckpt")) == 1
+def test_the_last_of_several_files_of_a_step_is_not_measured_again(trained, tmp_path):
+    [file] = trained.glob(f"*step={STEPS[1]}.ckpt")
+    shutil.copy(file, tmp_path / "last.ckpt")
+    points = points_of([str(file), str(trained / "*.ckpt"), str(tmp_path / "last.ckpt")])
+    assert [point.step for point in points] == STEPS
+    assert points[1].path == file
+
+
+def test_an_error_of_the_users_code_is_told_with_its_place_where_it_is_asked_for(measure, capsys, monkeypatch):
+    def setup(self, stage):
+        raise ValueError("no data here")
+
+    monkeypatch.setattr(Data, "setup", setup)
+    assert measure() == 1
+    assert capsys.readouterr().err.endswith("no data here\n")
+    with pytest.raises(ValueError, match="no data here") as error:
+        measure("--traceback")
+    assert error.traceback[-1].name == "setup"
+
+
+def test_ctrl_c_has_a_code_of_its_own(measure, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint_walk, "put_weights", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert measure() == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores it from the first one on
+
+
+def test_sigterm_ends_it_between_two_checkpoints(measure, tmp_path, monkeypatch, capsys):
+    write = checkpoint_walk.write_results
+
+    def terminated(*args):
+        write(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(checkpoint_walk, "write_results", terminated)
+    assert measure() == 130
+    assert [r.step for r in read_history(tmp_path / "out" / "history.ckpt")] == STEPS[:1]
+    assert "SIGTERM arrived; the same command goes on with this checkpoint" in capsys.readouterr().err
 
 
 def test_the_weights_that_were_trained_are_measured_beside_an_average(straight, measure, trained, tmp_path):

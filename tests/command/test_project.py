@@ -48,7 +48,8 @@ def test_a_linked_argument_is_not_in_the_file_and_comes_from_the_checkpoint_or_t
     files = [trained / "config.yaml"]
     assert build(Configuration(files), {}, options).module.hparams["classes"] == 2  # the default: nothing tells it
     linking = Configuration(files, cli=f"{HERE}LinkingCLI")
-    assert build(linking, {}, options).module.hparams["classes"] == CLASSES
+    for hyperparameters in ({}, HYPERPARAMETERS):
+        assert build(linking, hyperparameters, options).module.hparams["classes"] == CLASSES
 
 
 def test_what_stands_in_the_file_comes_before_the_checkpoint(tmp_path):
@@ -78,8 +79,9 @@ def test_a_command_line_with_links_and_an_optimizer_of_its_own(tmp_path, monkeyp
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert ("class_path" in saved["optimizer"], "classes" in saved["model"]) == (False, False)
     named = Configuration([run / "config.yaml"], model=f"{HERE}Net", data=f"{HERE}Data", cli=f"{HERE}FixedCLI")
-    made = build(named, {}, options)
-    assert made.module.hparams["classes"] == CLASSES
+    for hyperparameters in ({}, HYPERPARAMETERS):
+        made = build(named, hyperparameters, options)
+        assert made.module.hparams["classes"] == CLASSES
     optimizer = made.module.configure_optimizers()
     assert (type(optimizer), optimizer.param_groups[0]["lr"]) == (torch.optim.Adam, 0.25)
 

@@ -52,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     project.add_argument("--model", metavar="CLASS", help="class path of the module, where no class_path is given")
     project.add_argument("--data", metavar="CLASS", help="class path of the data module, likewise")
     project.add_argument("--cli", metavar="CLASS", help="class path of a LightningCLI of yours, which links arguments")
+    project.add_argument(
+        "--script", type=Path, metavar="FILE", help="the file that was run, where class paths begin with __main__"
+    )
     project.add_argument("overrides", nargs="*", metavar="-- ARGUMENT", help="arguments of LightningCLI")
     what = parser.add_argument_group("what is measured, and how; the defaults are those of SubspaceMonitor")
     what.add_argument("--k", type=int, default=10, help="number of top eigenpairs (%(default)s)")
@@ -114,7 +117,13 @@ def _walk(options: argparse.Namespace, points: Sequence[SavedPoint]) -> tuple[di
     from lightning_subspace.command.project import Configuration
 
     configuration = Configuration(
-        options.config, options.overrides, options.cli, options.model, options.data, options.seed
+        options.config,
+        options.overrides,
+        options.cli,
+        options.model,
+        options.data,
+        options.seed,
+        options.script,
     )
     asked = {name: getattr(options, name) for name in ASKED}
     hyperparameters = read(points[0].path, trust=options.trust).get("hyper_parameters", {})

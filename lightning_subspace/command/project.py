@@ -56,6 +56,7 @@ class Configuration:
         model: class path of the module, where the files do not name it.
         data: class path of the data module, where the files do not name it.
         seed: where the files have none.
+        script: the file that was run, where class paths begin with `__main__`.
     """
 
     files: Sequence[Path]
@@ -64,6 +65,7 @@ class Configuration:
     model: str | None = None
     data: str | None = None
     seed: int = 0
+    script: Path | None = None
 
     def sections(self) -> dict[str, Any]:
         """The sections of all files, as they stand there.
@@ -83,6 +85,11 @@ class Configuration:
             if not isinstance(sections, dict):
                 raise ValueError(f"--config: expected a configuration of LightningCLI in YAML, got {str(file)!r}.")
             found |= sections
+        if "model" not in found and "fit" in found:
+            raise ValueError(
+                "--config: expected the sections of a run, got them under `fit`; pass the config.yaml that "
+                "LightningCLI has saved beside the logs."
+            )
         return found
 
 
@@ -99,8 +106,9 @@ def build(configuration: Configuration, hyperparameters: Mapping[str, Any], opti
         SystemExit: from LightningCLI, which has told what is wrong with the configuration.
     """
     require_package()
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    _look_in(os.getcwd())
+    if configuration.script is not None:
+        _stand_in_for_main(configuration.script)
     sections = configuration.sections()
     classes = [_class_of(name, sections, getattr(configuration, name)) for name in ("model", "data")]
     namespace = _namespace(classes[0] or _imported("model", sections["model"]["class_path"]))
@@ -171,14 +179,32 @@ def _imported(name: str, path: str) -> Any:
         return getattr(importlib.import_module(module), last)
     except (ImportError, AttributeError, ValueError) as error:
         place = "it is looked for where packages are installed, and in the current folder"
+        if module == "__main__":
+            place = "pass --script with the file that was run"
         raise wrong(name, f"the path of what can be imported ({error})", path, place) from error
 
 
 def imported(name: str, path: str) -> Any:
     """What a path of the user's names, in the current folder too."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    _look_in(os.getcwd())
     return _imported(name, path)
+
+
+def _look_in(folder: str) -> None:
+    """Look for modules there, too, before where packages are."""
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
+def _stand_in_for_main(script: Path) -> None:
+    """Let `__main__.Name` be what it was when the script was run."""
+    _look_in(str(script.resolve().parent))
+    try:
+        module = importlib.import_module(script.stem)
+    except ImportError as error:
+        raise wrong("--script", f"a file of Python that can be imported ({error})", str(script)) from error
+    names = {name: value for name, value in vars(module).items() if not name.startswith("__")}
+    vars(sys.modules["__main__"]).update(names)
 
 
 @contextmanager

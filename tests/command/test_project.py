@@ -109,7 +109,22 @@ def test_a_package_that_is_missing_is_named(monkeypatch, trained):
         build(Configuration([trained / "config.yaml"]), {}, options)
 
 
-@pytest.mark.parametrize("text", ["- a list", "a: [1", ""])
+def test_classes_of_a_script_that_was_run_are_found_in_its_file(tmp_path, monkeypatch):
+    (tmp_path / "train_small.py").write_text(f"from {small_project.__name__} import Net, Data\n")
+    file = write(tmp_path, model={"class_path": "__main__.Net"}, data={"class_path": "__main__.Data"})
+    with pytest.raises(ValueError, match=r"model: expected .*, got '__main__.Net'; pass --script with the file that"):
+        build(Configuration([file]), {}, options)
+    main = sys.modules["__main__"]
+    for name in ("Net", "Data"):
+        monkeypatch.setattr(main, name, None, raising=False)  # and taken out again
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    made = build(Configuration([file], script=tmp_path / "train_small.py"), {}, options)
+    assert (type(made.module), type(made.data)) == (Net, Data)
+    with pytest.raises(ValueError, match=r"--script: expected a file of Python that can be imported \(.*\), got '"):
+        build(Configuration([file], script=tmp_path / "nothing.py"), {}, options)
+
+
+@pytest.mark.parametrize("text", ["fit: {model: {class_path: a.B}}", "- a list", "a: [1", ""])
 def test_a_file_that_is_no_configuration_is_told(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ValueError, match="--config: expected"):

@@ -4,8 +4,8 @@
 
 Trains a small network three times, with the monitor almost as it is by default. Look at the runs by
 
-    tensorboard --logdir runs/tab                # the tab "Subspace"
-    python -m lightning_subspace.view runs/tab   # the same page as one file, subspace.html
+    tensorboard --logdir runs/tab                           # the tab "Subspace"
+    lightning-subspace show runs/tab --html subspace.html   # the same page as one file
 
 `--picture` opens TensorBoard in a Chromium that is installed, by playwright, and saves what it shows.
 """

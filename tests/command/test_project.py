@@ -168,7 +168,7 @@ def test_modules_of_the_current_folder_are_found(tmp_path):
     script = "import sys; sys.path.remove(''); sys.path.insert(0, sys.argv.pop(1)); "
     script += "from lightning_subspace.command.main import main; sys.exit(main())"
     command = [sys.executable, "-c", script, str(ROOT), "measure", "--config", "config.yaml", "--ckpt", "a.ckpt"]
-    done = subprocess.run([*command, "--k", "1"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, "--k", "1"], cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     [record] = read_history(tmp_path / "subspace" / "history.ckpt")
     assert record.step == 7

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
@@ -97,7 +98,7 @@ def main() -> None:
     assert max(sharpness) > 2 * min(sharpness), "and of different sharpness"
 
 
-def sequences(rule) -> TensorDataset:  # (100, 8) digits
+def sequences(rule: Callable[[Tensor, Tensor], Tensor]) -> TensorDataset:  # (100, 8) digits
     """All that there are under a rule for the next digit from the last two."""
     digits = [*torch.cartesian_prod(torch.arange(BASE), torch.arange(BASE)).T]
     while len(digits) < LENGTH:

@@ -218,13 +218,12 @@ def test_a_signal_that_comes_while_another_is_named_waits_too(heard, monkeypatch
         signal.raise_signal(OTHER)
         return named(signum)
 
-    with pytest.raises(SignalError, match="SIGUSR1"), waiting_signals():
+    with waiting_signals():
         signal.raise_signal(ONE)
-        monkeypatch.setattr(signals, "_name", naming)
-        try:
-            give_up_if_signalled()
-        finally:
-            monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(signals, "_name", naming)
+            with pytest.raises(SignalError, match="SIGUSR1"):
+                give_up_if_signalled()
     assert [signum for signum, _ in heard] == [ONE, OTHER]
 
 

@@ -12,7 +12,6 @@ from tests.benchmarks.pages import Piece, Sentence, Table, short
 
 BENCHMARKS = "tests/benchmarks/README.md"
 LINALG = "lightning_subspace/linalg/README.md"
-PARALLEL = "lightning_subspace/parallel/README.md"
 
 
 def pieces(results: Mapping[str, Any]) -> list[Piece]:
@@ -61,8 +60,7 @@ def overhead(result: Any) -> list[Piece]:
         "and {} %. The first probe took {} and {} s, and {} and {} s were forecast"
     )
     shares = [f"{100 * of[key]:.1f}" for of in (one, two) for key in ("half", "all")]
-    seconds = [short(of[key], 2) for of in (one, two) for key in ("first", "forecast")]
-    # on one rank the time and its forecast stand beside each other, then those on two
+    seconds = [short(of[key], 2) for key in ("first", "forecast") for of in (one, two)]
     return [Sentence(BENCHMARKS, words, (*shares, *seconds))]
 
 
@@ -77,7 +75,7 @@ def sample_size(result: Any) -> list[Piece]:
             for row in result["rows"]
             if row["sample"] == sample and row["gradient_sample"] == gradient_sample
         }
-        rows.append((number(sample), number(gradient_sample), *(short(of_size[step]["fraction"], 2) for step in steps)))
+        rows.append((number(sample), number(gradient_sample), *(mean(of_size[step]["fraction"]) for step in steps)))
     words = "the error bar covered the value of all data in each of the {} cases that had one"
     header = ("`sample`", "`gradient_sample`", *(f"step {step}" for step in steps))
     found: list[Piece] = [Table(BENCHMARKS, header, tuple(rows))]
@@ -86,20 +84,14 @@ def sample_size(result: Any) -> list[Piece]:
     return found
 
 
+def mean(fraction: float | None) -> str:
+    """A mean; none where every seed's was withheld."""
+    return "withheld" if fraction is None else short(fraction, 2)
+
+
 def number(size: int | str) -> str:
     """A size, or the word "all"."""
     return size if isinstance(size, str) else f"{size:,}"
-
-
-def ranks(result: Any) -> list[Piece]:
-    """Of `ranks.py`, on one and on two ranks."""
-    one, two = result
-    words = (
-        "At n = {} with k = 10 (`python tests/benchmarks/ranks.py`): {} MB moved a product, and a peak of {} MB on one "
-        "rank, {} MB on each of two, of which the shared part is {} and {} MB"
-    )
-    sizes = [f"{of[key] / 1e6:,.0f}" for key in ("peak", "share") for of in (one, two)]
-    return [Sentence(PARALLEL, words, (f"{two['n']:,}", f"{two['moved'] / 1e6:.1f}", *sizes))]
 
 
 def certificate(result: Any) -> list[Piece]:
@@ -129,6 +121,5 @@ MAKERS: dict[str, Callable[[Any], list[Piece]]] = {
     "big": big,
     "overhead": overhead,
     "sample_size": sample_size,
-    "ranks": ranks,
     "certificate": certificate,
 }

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tests.benchmarks.pages import Piece, Sentence, Table, short
+from tests.benchmarks.speed_pages import speed
 
 BENCHMARKS = "tests/benchmarks/README.md"
 LINALG = "lightning_subspace/linalg/README.md"
@@ -79,6 +80,12 @@ def sample_size(result: Any) -> list[Piece]:
     words = "the error bar covered the value of all data in each of the {} cases that had one"
     header = ("`sample`", "`gradient_sample`", *(f"step {step}" for step in steps))
     found: list[Piece] = [Table(BENCHMARKS, header, tuple(rows))]
+    at_1000 = {
+        (row["sample"], row["gradient_sample"]): row["fraction"] for row in result["rows"] if row["step"] == 1000
+    }
+    told = "at step 1,000 is {} with all 5,000 images, {} with 1,024 and 4,096, and {} with 512 and 512"
+    means = tuple(mean(at_1000[size]) for size in (("all", "all"), (1024, 4096), (512, 512)))
+    found.append(Sentence("README.md", told, means))
     if result["covered"] == result["cases"]:
         found.append(Sentence(BENCHMARKS, words, (f"{result['cases']}",)))
     return found
@@ -109,14 +116,17 @@ def certificate(result: Any) -> list[Piece]:
         (row["name"], *(f"{row[key]:.1f}" for key in ("without", "before_more", "more")), f"{row['trusted']:.0%}")
         for row in result["nets"]
     ]
+    more = [row["more"] for row in result["nets"]]
     columns = ("without", "with, before", "with", "trusted, before", "trusted", "undetermined, before", "undetermined")
     return [
         Table(LINALG, ("spectrum", *columns), tuple(spectra)),
         Table(LINALG, ("network", "without", "more, before", "more", "trusted"), tuple(nets)),
+        Sentence("README.md", "and {} to {} to exclude missed copies", (f"{min(more):.0f}", f"{max(more):.0f}")),
     ]
 
 
 MAKERS: dict[str, Callable[[Any], list[Piece]]] = {
+    "speed": speed,
     "growth": growth,
     "big": big,
     "overhead": overhead,

@@ -7,6 +7,7 @@ import pytest
 
 from tests.benchmarks.made import MAKERS, pieces
 from tests.benchmarks.pages import RESULTS, ROOT, Sentence, Table, rewritten, short, stored
+from tests.benchmarks.speed_pages import ratio, summary
 
 benchmarks = importlib.import_module("tests.benchmarks.__main__")
 PIECES = pieces(stored())
@@ -69,6 +70,35 @@ def test_what_is_not_there_or_several_times_is_an_error(piece):
 
 def test_numbers_are_written_without_the_zero_before_the_point():
     assert [short(value, 2) for value in (0.5, -0.25, 1.5, 10.0)] == [".50", "-.25", "1.50", "10.00"]
+
+
+def measured(way, reached=True, **numbers):
+    """A row of `speed.py`, of the MLP."""
+    row = {"workload": "mlp", "k": 10, "tol": 1e-3, "way": way, "matvecs": 30, "reached": reached, "residual": 5e-4}
+    return row | {"seconds": 1.0, "gradients": 40.0, "clock_gradients": 50.0} | numbers
+
+
+def test_the_fastest_tuned_peer_whose_answer_is_right_is_compared():
+    rows = [
+        measured("lightning_subspace, cold"),
+        measured("lightning_subspace, differences", seconds=0.5),
+        measured("hessian-eigenthings, tuned", seconds=1.5, gradients=60.0),
+        measured("hessian-eigenthings, as documented", seconds=3.0, gradients=100.0),
+        measured("curvlinops + ARPACK, tuned", seconds=1.2, reached=False),
+        measured("lightning_subspace, cold", k=20),
+        measured("hessian-eigenthings, tuned", k=20, reached=False),
+    ]
+    found = summary(rows)
+    assert found["cells"]["curvlinops + ARPACK, tuned"]["mlp"]["reached"] is False
+    first, differences, other = found["ratios"]
+    assert (first["mine"], first["tuned"]) == ("lightning_subspace, cold", {"clock": 1.5, "operations": 1.5})
+    assert first["documented"] == {"clock": 3.0, "operations": 2.5}
+    assert (differences["tuned"]["clock"], differences["documented"]["clock"]) == (3.0, 6.0)
+    assert (other["k"], other["tuned"]) == (20, None)
+    table = {(of["k"], of["tol"], of["mine"], of["workload"]): of for of in found["ratios"]}
+    problem = (1e-3, "lightning_subspace, cold", "mlp")
+    assert ratio(table, 10, *problem, "tuned", 2, ", ") == "1.50 (1.50), 3.00 by differences"
+    assert ratio(table, 20, *problem, "tuned", 2, ", ") == "none is right"
 
 
 def test_pictures_of_the_pages_are_made_by_a_benchmark():

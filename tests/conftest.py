@@ -9,6 +9,7 @@ import pytest
 FAST = (
     "lightning_subspace",
     "tests/callbacks/test_arguments.py",
+    "tests/claims/test_bill.py",
     "tests/claims/test_exceptions.py",
     "tests/claims/test_rooms.py",
     "tests/command/test_environment.py",

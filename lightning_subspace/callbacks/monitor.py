@@ -51,6 +51,7 @@ from lightning_subspace.probe.verification import Verify
 from lightning_subspace.report import Publisher
 from lightning_subspace.report.loggers import LogLevel
 from lightning_subspace.subspace.record import Record
+from lightning_subspace.subspace.room import BasisChoice
 
 SPEAKER = "SubspaceMonitor"
 NOT_RESUMED = "the state in the checkpoint is not used, history and overlaps start anew"
@@ -82,7 +83,8 @@ class SubspaceMonitor(Measured):
         which: end of the spectrum: "LA" (largest algebraic, the paper's "top"), "SA", "LM", "BE".
         tol: residual of the eigenpairs relative to the largest |eigenvalue|.
         max_matvecs: Hessian products a probe may take.
-        ncv: largest number of basis vectors, by default min(n, 2k + 10).
+        ncv: largest number of basis vectors; by default min(n, 2k + 10), or what fits, at least k + 5.
+        basis: where they lie: "device", "cpu" (host memory), or "auto", which takes that where a device has no room.
         verify: which probes exclude missed copies of equal eigenvalues; a number m: every m-th. See the README.
         params: shell-style patterns of parameter names; by default all trainable ones.
         loss_fn: `loss_fn(pl_module, batch, batch_idx) -> scalar` in place of `training_step`.
@@ -129,6 +131,7 @@ class SubspaceMonitor(Measured):
         tol: float = 1e-3,
         max_matvecs: int = 200,
         ncv: int | None = None,
+        basis: BasisChoice = "auto",
         verify: Verify | int = "always",
         params: Sequence[str] | None = None,
         loss_fn: Callable[..., Any] | None = None,  # LightningCLI would refuse one without annotations as LossFunction

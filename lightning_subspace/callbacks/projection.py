@@ -163,7 +163,7 @@ class SubspaceProjection(Resumable):
             self._given = None if basis is None else GivenSpaces(basis, locals(), SubspaceProjection)
             own = [GradientFraction()] if isinstance(start_when, StartWhenAligned) else []
             more = {} if self._given is None else self._given.settings
-            self._settings = ProbeSettings.of({**locals(), **more}, measurements=own, defaults=False)
+            self._settings = ProbeSettings.of({**locals(), **more}, measurements=own, defaults=False, basis="auto")
             require_sizes(self._settings)
             require_word("on_failure", on_failure, get_args(OnFailure))
             require_name("name", name)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_subspace.curvature.gradient import backward_gradient
+from lightning_subspace.curvature.graph_memory import Footprint
 from lightning_subspace.data.assignment import Assignment, assign, group_by_round, owner_rank
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.training_loss import TrainingLoss, place_of
@@ -45,6 +46,7 @@ class BatchMean(ABC):
 
     Attributes:
         n: length of this rank's part of a vector; `partition.n` is that of the whole.
+        footprint: what it holds.
 
     Raises:
         LossError: when a loss cannot be evaluated (see `TrainingLoss`).
@@ -75,6 +77,7 @@ class BatchMean(ABC):
         self.dtype = loss.dtype if dtype is None else dtype
         self.device = loss.device
         self.batches = tuple(batches)
+        self.footprint = Footprint()
         self._loss = loss
         self._held = self.batches  # also in a part: fillers, which are evaluated at weight zero, come from here
         self._assignments = self._rounds(self.batches)

@@ -78,7 +78,8 @@ class EmpiricalFisher(BatchMean):
         # A training step may contain collectives of its own, so all ranks evaluate equally often in every round.
         passes = [max(together) for together in zip(*ranks.all_gather_object(counts), strict=True)]
         budget = memory_budget(self.device, ranks.count) if memory is None else memory
-        size, footprint = loss.space.n * loss.dtype.itemsize, Footprint() if footprint is None else footprint
+        size = loss.space.n * loss.dtype.itemsize
+        footprint = self.footprint = self.footprint if footprint is None else footprint
         room = budget / size
         kept = ranks.all_reduce_min(sum(needed <= room for needed in accumulate(counts)))
         kept = int(min(kept, footprint.most))

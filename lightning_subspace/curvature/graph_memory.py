@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_subspace._torch import base_of, storages_of
 from lightning_subspace.state.free_memory import free_memory
+from lightning_subspace.subspace.room import Place
 
 FREE_SHARE = 0.5  # of the free memory, that retained graphs may take
 
@@ -39,6 +40,7 @@ class Footprint:
         joined: bytes of the data of joined micro-batches, which are copies.
         itemsize: bytes of a number in the vectors of the operator.
         notice: what a user should know about it; None where memory has not run out.
+        basis: of the solver; None before a solve.
 
     Example:
         >>> footprint = Footprint()
@@ -60,10 +62,28 @@ class Footprint:
     joined: int = 0
     itemsize: int = 4
     notice: str | None = None
+    basis: Place | None = None
+
+    @property
+    def of_product(self) -> int:
+        """Bytes that a product takes for a while.
+
+        As much as its graph, beside a graph that is rebuilt for it.
+        """
+        return self.largest * (1 + (self.kept < self.rounds))
+
+    def free_memory(self, device: torch.device) -> float:
+        """Bytes that are free on a device now."""
+        return free_memory(device)
+
+    def see_basis(self, place: Place) -> None:
+        """Take down where the basis of the first solve lies."""
+        self.basis = place if self.basis is None else self.basis
 
     def begin(self) -> None:
         """Another operator is made."""
         self.kept = self.rounds = self.graphs = self.largest = self.joined = 0
+        self.basis = None
 
     def forget(self) -> None:
         """Other graphs are to be kept: begin without a bound."""

@@ -78,7 +78,7 @@ class RetainedGraphs(BatchMean):
         footprint: Footprint | None = None,
     ) -> None:
         super().__init__(loss, batches, partition=partition)
-        self._footprint = Footprint() if footprint is None else footprint
+        self.footprint = self.footprint if footprint is None else footprint
         self._retain(memory_budget(self.device, self.partition.ranks.count) if memory is None else memory)
 
     @abstractmethod
@@ -124,9 +124,9 @@ class RetainedGraphs(BatchMean):
                 with saved:
                     graph = self._build(batch)
                 sizes.append(saved.count(graph.held, graph.leaves))
-                is_kept = number < self._footprint.most and sum(sizes) <= memory
+                is_kept = number < self.footprint.most and sum(sizes) <= memory
                 self._retained[number] = graph if is_kept else None
-                self._footprint.kept = self.num_retained
+                self.footprint.kept = self.num_retained
                 yield graph
                 del graph  # before the next one is built
 
@@ -134,7 +134,7 @@ class RetainedGraphs(BatchMean):
         # All ranks keep equally many, to rebuild the others together: a training step may have collectives of its own.
         count = self.partition.ranks.all_reduce_min(self.num_retained)
         self._retained[count:] = [None] * (len(self._assignments) - count)
-        self._footprint.see(kept=sizes[:count], left=sizes[count:])
+        self.footprint.see(kept=sizes[:count], left=sizes[count:])
 
     def _graphs(self) -> Iterator[GradientGraph]:
         for (batch, _), graph in zip(self._assignments, self._retained, strict=True):

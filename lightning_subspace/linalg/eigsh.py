@@ -12,17 +12,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_subspace._arguments import require_word
 from lightning_subspace.linalg import _arguments as arguments
 from lightning_subspace.linalg.agreement import Agreement, AllSum
 from lightning_subspace.linalg.lanczos import Lanczos, MatVec
 from lightning_subspace.linalg.result import EigshResult, Outcome
 from lightning_subspace.linalg.selection import Neighbour, Ritz, Which, closest_of, neighbours, report_order, ritz_pairs
 from lightning_subspace.linalg.stopping import VALUE_ERROR, Progress, Rules, Verdict, decide
+from lightning_subspace.linalg.tiles import BasisPlace
 from lightning_subspace.linalg.verification import Verification
 
 OnMatvec = Callable[[int, float], None]
@@ -54,6 +56,7 @@ def eigsh(
     on_matvec: OnMatvec | None = None,
     dimension: int | None = None,
     max_asymmetry: float = 1e-4,
+    basis: BasisPlace = "device",
 ) -> EigshResult:
     """Compute k extreme eigenpairs of a symmetric operator by thick-restart Lanczos.
 
@@ -97,6 +100,8 @@ def eigsh(
         max_asymmetry: largest asymmetry of the operator, relative to scale, that counts as rounding. No residual is
             reported below the asymmetry seen. Deterministic float32 operators stay below 2e-6; minibatches that are
             drawn anew exceed 5e-3.
+        basis: where it lies: "device", or "cpu": in the host's memory, from where it is copied to the device in tiles
+            for every pass, twice. The numbers are the same.
 
     Returns:
         The eigenpairs and what is known about them. Numerical trouble is an `Outcome`, never an exception.
@@ -119,6 +124,7 @@ def eigsh(
     agreement = Agreement(all_sum)
     dimension = arguments.global_dimension(dimension, n, agreement, device)
     arguments.check(k, which, dimension, max_matvecs, verify, delta, dtype, max_asymmetry)
+    require_word("basis", basis, get_args(BasisPlace))
     tol, tightest = arguments.tolerances(tol, subspace_tol, dtype)
     ncv = arguments.basis_size(ncv, k, dimension)
     is_verified = verify == "always"
@@ -126,7 +132,7 @@ def eigsh(
     rules = Rules(
         k, which, tol, tightest, subspace_tol, ncv, max_matvecs, is_verified, delta, dimension, max_asymmetry, rounding
     )
-    lanczos = Lanczos(matvec, n, ncv, dimension=dimension, dtype=dtype, device=device, agreement=agreement)
+    lanczos = Lanczos(matvec, n, ncv, dimension=dimension, dtype=dtype, device=device, agreement=agreement, place=basis)
     if not lanczos.inject(lambda: draw(0) if v0 is None else arguments.vector("v0", v0, n, dtype)):
         raise ValueError("v0: expected a vector other than zero, got zero; pass None for a random one.")
     result = _solve(lanczos, rules, draw, on_matvec)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lightning_subspace.linalg import blocked
 from lightning_subspace.linalg.agreement import Agreement
+from lightning_subspace.linalg.tiles import BasisPlace, Tiles
 
 MatVec = Callable[[Tensor], Tensor]
 
@@ -42,7 +43,7 @@ class Expansion(NamedTuple):
 class Lanczos:
     """A factorisation that grows by one vector a matvec.
 
-    Its memory, `(max_size + 1) * n` numbers, is allocated at the start. Every number that leaves this class was summed
+    Its memory, `(max_size + 1) * n` numbers, is taken at the start. Every number that leaves this class was summed
     over ranks, or follows from such sums by small matrices, so all ranks see the same, if `torch.linalg.eigh` has the
     same bits on all of them: one build of torch, one kind of processor, one number of threads.
 
@@ -52,8 +53,9 @@ class Lanczos:
         max_size: vectors the factorisation can hold besides the pending one.
         dimension: N, of the whole space.
         dtype: float32 or float64, of the basis.
-        device: of the basis. The small matrices are float64 on the CPU.
+        device: of the vectors. The small matrices are float64 on the CPU.
         agreement: sums over ranks, and the failure of one.
+        place: where the basis lies.
     """
 
     def __init__(
@@ -66,11 +68,12 @@ class Lanczos:
         dtype: torch.dtype,
         device: torch.device,
         agreement: Agreement,
+        place: BasisPlace = "device",
     ) -> None:
         # (max_size + 1, n): the first `size` rows are V, the next one is the pending vector.
-        self.basis = torch.zeros(max_size + 1, 0, dtype=dtype, device=device)
+        self.basis = Tiles(max_size + 1, 0, dtype=dtype, device=device)
         with agreement.local():
-            self.basis = torch.empty(max_size + 1, n, dtype=dtype, device=device)  # read where it was written
+            self.basis = Tiles(max_size + 1, n, dtype=dtype, device=device, place=place)
         self.agreement = agreement
         self.size = 0  # m
         self.coupling = _zeros(0)  # b, (m,)
@@ -86,13 +89,13 @@ class Lanczos:
 
     @property
     def vectors(self) -> Tensor:
-        """V, shape (m, n): a view."""
-        return self.basis[: self.size]
+        """V, shape (m, n): a view, or a copy of several tiles."""
+        return self.basis.whole(self.size)
 
     @property
     def pending(self) -> Tensor:
-        """q, shape (n,): a view. Meaningless while the basis is `invariant`."""
-        return self.basis[self.size]
+        """q, shape (n,), as `vectors`. Meaningless while the basis is `invariant`."""
+        return self.basis.read(self.size)
 
     @property
     def projected(self) -> Tensor:
@@ -121,7 +124,8 @@ class Lanczos:
         """
         k = len(values)
         with self.agreement.local():
-            self.basis[:k].copy_(vectors)
+            for row, vector in enumerate(vectors):
+                self.basis.write(row, vector)
         self._projected[:k, :k] = torch.diag(values.to(self._projected))
         self.coupling = _zeros(k)
         self._dropped = torch.diag(residuals.to(self._projected))
@@ -138,11 +142,11 @@ class Lanczos:
             self._dropped = torch.cat([self._dropped, self.coupling[None]])
         self.coupling = _zeros(self.size)
         with self.agreement.local():
-            self.pending.copy_(source())
+            self.basis.write(self.size, source())
         before, _, after = self._orthogonalise(self.size)
         self.invariant = not after > _BREAKDOWN * torch.finfo(self.basis.dtype).eps * before
         if not self.invariant:
-            self._divide(self.pending, after)
+            self._divide(self.size, after)
         return not (self.invariant and self.agreement.finite)
 
     def expand(self) -> Expansion | None:
@@ -152,9 +156,10 @@ class Lanczos:
             What was added; None, and the factorisation is as before, if the image of the vector was not finite.
         """
         m = self.size
-        image = self.basis[m + 1]
         with self.agreement.local():
-            image.copy_(_checked(self._matvec(self.basis[m]), image))
+            vector = self.basis.read(m)
+            self.basis.write(m + 1, _checked(self._matvec(vector), vector))
+            del vector
         # All that is large of A q lies along q and what is coupled to it: one vector, but all of them after a restart.
         near = m + 1 if self.coupling[:-1].any() else min(m + 1, 2)
         _, column, norm = self._orthogonalise(m + 1, near)
@@ -167,10 +172,10 @@ class Lanczos:
         # The measured entries, not the predicted ones: then T = V A V^T holds also where something was dropped.
         self._projected[m, : m + 1] = column
         self._projected[: m + 1, m] = column
-        self.invariant = m + 1 == self._dimension or norm <= _BREAKDOWN * torch.finfo(image.dtype).eps * self.scale
+        self.invariant = m + 1 == self._dimension or norm <= _BREAKDOWN * torch.finfo(self.basis.dtype).eps * self.scale
         norm = 0.0 if self.invariant else norm
         if not self.invariant:
-            self._divide(image, norm)
+            self._divide(m + 1, norm)
         self.size = m + 1
         self.coupling = _zeros(m + 1)
         self.coupling[m] = norm
@@ -183,8 +188,9 @@ class Lanczos:
         For a vector v of the basis and a factor c; two products. With c = 1, it is what differs between two calls; with
         another one, that and what is rounded otherwise.
         """
-        v, square = self.basis[0], _zeros(1)
+        square = _zeros(1)
         with self.agreement.local():
+            v = self.basis.read(0)
             difference = _checked(self._matvec(v), v).clone()
             difference -= _checked(self._matvec(v * factor), v) / factor
             square += torch.linalg.vector_norm(difference, dtype=blocked.exact(difference)).square().cpu()
@@ -195,11 +201,9 @@ class Lanczos:
 
         The identity holds on if the columns span an invariant subspace of T: with Ritz vectors, a thick restart.
         """
-        m, kept = rotation.shape
+        kept = rotation.shape[1]
         with self.agreement.local():
-            blocked.rotate(self.vectors, rotation, self.basis[:kept])
-            if kept < m:
-                self.basis[kept].copy_(self.basis[m])
+            self.basis.contract(rotation)
         self._projected[:kept, :kept] = rotation.T @ self.projected @ rotation
         self.coupling = self.coupling @ rotation
         self._dropped = self._dropped @ rotation
@@ -208,11 +212,10 @@ class Lanczos:
     def rotated(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """A copy of rotation^T V, (c, n), and its Gram matrix."""
         count = rotation.shape[1]
-        vectors = self.basis[:count]  # in their place, where there is no memory for them
+        vectors = _zeros(count, 0)  # in their place, where there is no memory for them
         gram = _zeros(count, count)
         with self.agreement.local():
-            vectors = self.basis.new_empty(count, self.basis.shape[1])
-            blocked.rotate(self.vectors, rotation, vectors)
+            vectors = self.basis.rotated(rotation)
             gram = blocked.gram(vectors)
         return vectors, self.agreement.sum(gram)
 
@@ -245,18 +248,17 @@ class Lanczos:
 
         Returns the coefficients subtracted, and |row|^2 before if `normed`: summed over ranks, and not yet read.
         """
-        rows, row = self.basis[last - count : last], self.basis[last]
         products = _zeros(count + normed)
         with self.agreement.local():
-            products = blocked.products(self.basis[last - count : last + 1], normed=normed)
+            products = self.basis.products(last - count, last, normed=normed)
         products = self.agreement.reduce(products)
         with self.agreement.local():  # if a sum is not finite, the row becomes so, too, and nobody uses it
-            row.addmv_(rows.T, products[:count].to(row), alpha=-1)
+            self.basis.subtract(last - count, last, products[:count])
         return products
 
-    def _divide(self, vector: Tensor, norm: float) -> None:
+    def _divide(self, row: int, norm: float) -> None:
         with self.agreement.local():
-            vector.div_(norm)
+            self.basis.divide(row, norm)
 
 
 def _zeros(*shape: int) -> Tensor:

@@ -21,11 +21,10 @@ from lightning_subspace.parallel.ranks import in_words
 from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.probe.verification import is_scheduled
 from lightning_subspace.state.peak_memory import PeakMemory
-from lightning_subspace.subspace.solver import Solver
+from lightning_subspace.subspace.room import VECTORS, Place, wanted_size
 
 # What a forecast is made of: at most so many products, or as many as take so long.
 ENOUGH_PRODUCTS, ENOUGH_SECONDS = 10, 5.0
-VECTORS = 8  # of length n that are held for a while around a solve, beside the basis and k eigenvectors
 LATER = 10  # probes that the mean is taken over, so that it has what is taken at every fifth or tenth
 
 
@@ -81,16 +80,16 @@ class Forecast:
 
     def _held(self) -> str:
         footprint, partition, solver = self._footprint, self._partition, self._settings.solver
+        wanted = wanted_size(solver.k, solver.ncv, partition.n)
+        basis = Place(wanted, wanted, "device") if footprint.basis is None else footprint.basis
         held = Held(
             copies=footprint.copies,
-            basis=num_vectors(solver, partition.n) * partition.local_n * footprint.itemsize,
+            basis=basis.rows * partition.local_n * footprint.itemsize,
             graphs=footprint.graphs,
             examples=self._prospect.sample.nbytes + footprint.joined,
-            # A product is taken to need as much as its graph, beside a graph that is rebuilt for it.
-            more=(solver.k + VECTORS) * partition.local_n * footprint.itemsize
-            + footprint.largest * (1 + (footprint.kept < footprint.rounds)),
+            more=(solver.k + VECTORS) * partition.local_n * footprint.itemsize + footprint.of_product,
         )
-        return held.text(footprint.kept, footprint.rounds, self._peak.text, partition.ranks.count)
+        return held.text(footprint.kept, footprint.rounds, self._peak.text, partition.ranks.count, basis)
 
 
 def is_enough(count: int, k: int, seconds: float) -> bool:
@@ -152,7 +151,7 @@ class Held:
         """Bytes that are held all the time."""
         return self.copies + self.basis + self.graphs + self.examples
 
-    def text(self, kept: int, rounds: int, peak: str | None, num_ranks: int) -> str:
+    def text(self, kept: int, rounds: int, peak: str | None, num_ranks: int, basis: Place | None = None) -> str:
         """In words.
 
         Args:
@@ -160,8 +159,9 @@ class Held:
             rounds: number of graphs.
             peak: in words, where it was measured.
             num_ranks: processes that share basis, graphs and examples.
+            basis: where it lies, and how many vectors it has; None: on the device, as many as are wanted.
         """
-        parts = [f"copies {_mb(self.copies)}", f"basis {_mb(self.basis)}"]
+        parts = [f"copies {_mb(self.copies)}", f"basis {_mb(self.basis)}{_remark(basis)}"]
         parts += [f"{kept} of {rounds} graphs {_mb(self.graphs)}"] if rounds else []
         parts += [f"examples {_mb(self.examples)}"]
         peak = f"a peak of {_mb(self.total + self.more)} MB (computed)" if peak is None else peak
@@ -169,9 +169,12 @@ class Held:
         return f"{_mb(self.total)} MB held{each} ({', '.join(parts)}), {peak}"
 
 
-def num_vectors(solver: Solver, n: int) -> int:
-    """Vectors of the solver: the basis and the pending one."""
-    return min(n, 2 * solver.k + 10 if solver.ncv is None else solver.ncv) + 1
+def _remark(basis: Place | None) -> str:
+    """What is unusual about a basis."""
+    if basis is None:
+        return ""
+    where = " in host memory" if basis.basis == "cpu" else ""
+    return where + (f" where {basis.size} of {basis.wanted} vectors fit" if basis.size < basis.wanted else "")
 
 
 def _mb(count: int) -> str:

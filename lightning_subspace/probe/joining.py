@@ -65,6 +65,12 @@ class Joining:
         self._footprint = footprint
 
         def made(loss: TrainingLoss, sample: Sample, partition: Partition) -> Operator:
+            operator = chosen(loss, sample, partition)
+            if not loss.is_another:
+                operator.footprint = footprint  # also of those that keep no graphs
+            return operator
+
+        def chosen(loss: TrainingLoss, sample: Sample, partition: Partition) -> Operator:
             if loss.is_another:  # not tried whether it can be joined, and what it holds is not the probe's
                 return replace(choice, most_joined=1).operator(loss, sample, partition, replace(footprint))
             if self._may_join:

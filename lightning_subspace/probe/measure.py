@@ -47,6 +47,7 @@ from lightning_subspace.probe.arguments import (
 )
 from lightning_subspace.probe.gradient_pass import begin_tally, gradient_over, gradients_by_batch
 from lightning_subspace.probe.joining import Joining
+from lightning_subspace.probe.room import require_room
 from lightning_subspace.probe.screening import Screening
 from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.state.notice import LOG, warn
@@ -67,6 +68,7 @@ def measure_subspace(
     verify: Literal["always", "never"] = "always",
     which: Which = "LA",
     ncv: int | None = None,
+    basis: str = "auto",
     max_matvecs: int = 200,
     loss_fn: LossFunction | None = None,
     weight: Weight | None = None,
@@ -92,7 +94,8 @@ def measure_subspace(
         verify: "always" excludes missed copies of equal eigenvalues, for a third to a half more products.
         which: "LA" the algebraically largest (the paper's "top"), "SA" smallest, "LM" largest in magnitude, "BE" half
             from each end.
-        ncv: largest number of basis vectors; by default min(n, 2k + 10).
+        ncv: largest number of basis vectors; by default min(n, 2k + 10), or what fits, at least k + 5.
+        basis: see `SubspaceMonitor`.
         max_matvecs: Hessian products at most.
         loss_fn: `loss_fn(module, batch, batch_idx) -> scalar`, by default the module's `training_step`.
         weight: share of a batch in the mean loss, by default its number of examples.
@@ -159,6 +162,7 @@ def measure_subspace(
 
     def taken(left: Sample) -> Record:
         prepare(chosen, 0, partition)
+        require_room(solver, choice, module, partition)
         with choice.loss(module, space, ranks) as loss:
             _, record = take_probe(
                 loss,

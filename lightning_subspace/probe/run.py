@@ -31,6 +31,7 @@ from lightning_subspace.probe.examples import Examples
 from lightning_subspace.probe.measure import is_taken, take_probe
 from lightning_subspace.probe.open_record import OpenRecord, ended
 from lightning_subspace.probe.resumed import Resumed
+from lightning_subspace.probe.room import require_room
 from lightning_subspace.probe.schedule import Position
 from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.probe.verification import is_verified
@@ -73,8 +74,7 @@ class ProbeRun:
         self.partition = self._partition_of(module)
         self._previous: Tensor | None = None
         self._reference: Tensor | None = None
-        self._resumed = Resumed()
-        self.overlaps = OverlapHistory()
+        self._resumed, self.overlaps = Resumed(), OverlapHistory()
 
     @property
     def space(self) -> ParameterSpace:
@@ -152,8 +152,8 @@ class ProbeRun:
             record = self._resumed.complete(self.examples.counted(record))
             return theta, probe, record, self._prepared(record)
 
-        drawn = self.examples.drawn(sample)
-        theta, probe, record, kept = self.examples.screened(take, drawn, self._choice, module, self.partition)
+        args = self.examples.drawn(sample), self._choice, module, self.partition
+        theta, probe, record, kept = self.examples.screened(take, *args)
         # What changes from here on cannot fail on one rank and not on another.
         self.num_probes, self._resumed = self.num_probes + 1, self._resumed.after(record)
         before, self._choice = self._choice, self._choice.after_solve(record.subspace)
@@ -237,6 +237,7 @@ class ProbeRun:
         # Read off eigenvalues, which are equal on all ranks as far as their processors are: the first one decides.
         verify = self.ranks.broadcast_object(is_verified(number, self.settings.verify, self.history))
         prepare(self.settings.taken, number, self.partition)
+        require_room(self.settings.solver, self._choice, module, self.partition)
         with self._choice.loss(module, self.space, self.ranks) as loss:
             return take_probe(
                 loss,
@@ -295,6 +296,5 @@ class ProbeRun:
         """Forget the spaces of earlier probes."""
         for step in self.overlaps.steps:
             self.history.drop_sketch(step)
-        self.overlaps = OverlapHistory()
+        self.overlaps, self._resumed = OverlapHistory(), Resumed()
         self._previous = self._reference = None
-        self._resumed = Resumed()

@@ -37,6 +37,7 @@ from lightning_subspace.probe.arguments import (
     wrong,
 )
 from lightning_subspace.probe.verification import Verify, require_verify
+from lightning_subspace.subspace.room import BasisChoice
 from lightning_subspace.subspace.solver import MAX_TOL, Solver
 
 
@@ -78,6 +79,7 @@ class ProbeSettings:
     measurements: Sequence[Measurement] | None = None
     defaults: bool = True
     reference_step: int | None = None
+    basis: BasisChoice = "auto"
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], **others: Any) -> ProbeSettings:
@@ -111,6 +113,7 @@ class ProbeSettings:
             ("dtype", Precision),
             ("curvature", Curvature),
             ("on_check_fail", OnCheckFail),
+            ("basis", BasisChoice),
         ):
             require_word(name, getattr(self, name), get_args(words))
         if self.curvature == "none":
@@ -125,7 +128,7 @@ class ProbeSettings:
     @cached_property
     def solver(self) -> Solver:
         """The settings of the eigensolver."""
-        return Solver(self.k, self.which, self.tol, self.ncv, self.max_matvecs, self.seed)
+        return Solver(self.k, self.which, self.tol, self.ncv, self.max_matvecs, self.seed, self.basis)
 
     @cached_property
     def choice(self) -> CurvatureConfig:
@@ -174,7 +177,7 @@ class ProbeSettings:
 
         Given batches are the same if they are the same object.
         """
-        apart = {"sample", "measurements", "defaults", "reference_step"}
+        apart = {"sample", "measurements", "defaults", "reference_step", "basis"}
         names = [field.name for field in fields(self) if field.name not in apart]
         is_named = isinstance(self.sample, int | str) and isinstance(other.sample, int | str)
         same = self.sample == other.sample if is_named else self.sample is other.sample

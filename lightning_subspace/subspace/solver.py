@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_subspace.linalg import eigsh
 from lightning_subspace.linalg.selection import Which
 from lightning_subspace.parallel.partition import Partition
+from lightning_subspace.subspace.room import BasisChoice, Place, Room
 from lightning_subspace.subspace.subspace import Subspace, inner_products
 
 MAX_TOL = 0.1  # with a larger one an eigenvector has hardly begun to show
@@ -21,6 +22,23 @@ WARM_START = 1_000  # number of the random vector in a warm start, far from thos
 # certificate. It is the middle of what was measured at tol = 1e-3 for k = 1 to 20, which is wide: for k = 10, 22 to 54
 # products at the start, 14 to 30 later.
 PRODUCTS, PRODUCTS_A_PAIR, PRODUCTS_OF_CERTIFICATE = 5.0, (4.5, 2.0), 12.0
+
+
+class Footprint(Protocol):
+    """The bytes of an operator, as `curvature.graph_memory` has them."""
+
+    @property
+    def of_product(self) -> int:
+        """Bytes that a product takes for a while."""
+        ...
+
+    def free_memory(self, device: torch.device) -> float:
+        """Bytes that are free on a device."""
+        ...
+
+    def see_basis(self, place: Place) -> None:
+        """Take down where a basis lies."""
+        ...
 
 
 class Operator(Protocol):
@@ -32,6 +50,11 @@ class Operator(Protocol):
     partition: Partition
     raises_after_collectives: bool
     max_asymmetry: float
+
+    @property
+    def footprint(self) -> Footprint:
+        """What it holds."""
+        ...
 
     def matvec(self, v: Tensor) -> Tensor:
         """A v, (n,) -> (n,)."""
@@ -48,6 +71,7 @@ class Solver:
     ncv: int | None = None
     max_matvecs: int = 200
     seed: int = 0
+    basis: BasisChoice = "auto"
 
     def expected_products(self, *, trained: bool, verify: bool = False) -> float:
         """Expected number of products, right to a factor of about two.
@@ -79,9 +103,15 @@ class Solver:
             on_matvec: called with (number of products, worst relative residual).
 
         Raises:
+            NoRoomError: on all ranks, when the basis would not fit in the memory of one.
             SubspaceIntegrityError: when the eigenvectors are not orthonormal to 1e-4.
         """
         partition = operator.partition
+        footprint = operator.footprint
+        place = self.place(
+            partition, operator.dtype, operator.device, reserved=footprint.of_product, free=footprint.free_memory
+        )
+        footprint.see_basis(place)
         v0 = None if start is None else self._warm_start(operator, start)
         with partition.ranks.unchecked():
             result = eigsh(
@@ -90,7 +120,7 @@ class Solver:
                 self.k,
                 which=self.which,
                 tol=self.tol,
-                ncv=self.ncv,
+                ncv=place.size,
                 max_matvecs=self.max_matvecs,
                 v0=v0,
                 verify="always" if verify else "never",
@@ -102,8 +132,22 @@ class Solver:
                 on_matvec=on_matvec,
                 dimension=partition.n,
                 max_asymmetry=operator.max_asymmetry,
+                basis=place.basis,
             )
         return Subspace.of(result, partition)
+
+    def place(
+        self,
+        partition: Partition,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        reserved: int,
+        free: Callable[[torch.device], float],
+    ) -> Place:
+        """Where the basis would lie now; see `Room`. A collective."""
+        room = Room(partition.local_n, dtype.itemsize, reserved, device, partition.ranks, free)
+        return room.place(self.k, self.ncv, partition.n, self.basis)
 
     def _warm_start(self, operator: Operator, vectors: Tensor) -> Tensor:
         noise = operator.partition.random(self.seed, WARM_START, operator.dtype, operator.device)

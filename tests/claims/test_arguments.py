@@ -244,6 +244,7 @@ TABLE = {
         reference_step=integers(0, none=True),
         measurements=[*LISTS, [SAME, SAME]],
         log=WORDS,
+        basis=["cuda", *WORDS],
         **SETTINGS,
     ),
     "SubspaceProjection": callback(
@@ -278,6 +279,7 @@ TABLE = {
             "verify": [*WORDS, True],
             "which": SETTINGS["which"],
             "ncv": [4, *integers(1, none=True)],
+            "basis": ["cuda", *WORDS],
             "max_matvecs": integers(1),
             "loss_fn": SETTINGS["loss_fn"],
             "weight": functions(),
@@ -303,6 +305,7 @@ TABLE = {
             "tol": numbers(0, -1.0, INF),
             "subspace_tol": numbers(0, -1.0, INF, none=True),
             "ncv": [4, *integers(1, none=True)],
+            "basis": ["auto", *WORDS],
             "max_matvecs": integers(1),
             "v0": [3, "v", [1.0] * 8, torch.ones(7), torch.zeros(8), torch.full((8,), NAN), torch.ones(8) * 1j],
             "verify": [*WORDS, True],

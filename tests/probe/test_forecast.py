@@ -8,15 +8,15 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_subspace.curvature import graph_memory
+from lightning_subspace.curvature import graph_memory, hessian
 from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.linalg.lanczos import Lanczos
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.measurements.prospect import Prospect
-from lightning_subspace.probe.forecast import Forecast, Held, num_vectors
+from lightning_subspace.probe.forecast import Forecast, Held
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.settings import ProbeSettings
-from lightning_subspace.subspace.solver import Solver
+from lightning_subspace.subspace.room import Place
 
 BATCHES, EXAMPLES, WIDTH = 5, 64, 50
 MB = 10**6
@@ -76,8 +76,8 @@ def sample():
 def test_what_is_held_is_what_is_alive(dtype, curvature, kept, ncv, monkeypatch):
     module, k = network(), 4
     if kept < BATCHES:
-        budget = 2.0 * (kept + 0.5) * NUMBERS * SIZE[dtype]
-        monkeypatch.setattr(graph_memory, "free_memory", lambda device: budget)
+        budget = (kept + 0.5) * NUMBERS * SIZE[dtype]
+        monkeypatch.setattr(hessian, "memory_budget", lambda device, num_ranks: budget)
     settings = ProbeSettings(
         k=k,
         ncv=ncv,
@@ -120,7 +120,8 @@ def test_what_is_held_is_what_is_alive(dtype, curvature, kept, ncv, monkeypatch)
         seen.setdefault("alive", []).append(alive.now())
 
     run.measure(module, batches, 0, on_matvec=on_matvec)
-    held, (num_kept, rounds, peak, num_ranks) = seen["held"], seen["told"]
+    held, (num_kept, rounds, peak, num_ranks, place) = seen["held"], seen["told"]
+    assert place == Place(18 if ncv is None else ncv, 18 if ncv is None else ncv, "device")
     assert (num_kept, rounds, peak, num_ranks) == (kept, BATCHES, None, 1)
     n, itemsize = run.partition.n, module[1].weight.element_size() if dtype == "native" else SIZE[dtype]
     assert held.copies == sum(
@@ -166,7 +167,15 @@ def test_the_text_has_the_parts_and_the_peak():
     )
 
 
-def test_the_basis_is_never_larger_than_the_space():
-    assert num_vectors(Solver(k=10), 9) == 10
-    assert num_vectors(Solver(k=10), 1_000_000) == 31
-    assert num_vectors(Solver(k=10, ncv=20), 1_000_000) == 21
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        (Place(30, 30, "device"), "basis 31.0, "),
+        (Place(16, 30, "device"), "basis 31.0 where 16 of 30 vectors fit, "),
+        (Place(30, 30, "cpu"), "basis 31.0 in host memory, "),
+        (Place(16, 30, "cpu"), "basis 31.0 in host memory where 16 of 30 vectors fit, "),
+    ],
+)
+def test_the_text_says_where_the_basis_lies_and_what_memory_has_bounded(place, told):
+    held = Held(copies=8 * MB, basis=31 * MB, graphs=9 * MB, examples=2 * MB, more=50 * MB)
+    assert told in held.text(4, 16, None, 1, place)

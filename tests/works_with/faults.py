@@ -170,7 +170,7 @@ def _product(self: Any, *args: Any) -> str:
 
 def _contract(self: Any, rotation: Tensor) -> str:
     """A thick restart keeps more than the k wanted vectors, a fresh start does not; all fits here have ncv = k + 3."""
-    if rotation.shape[1] <= len(self.basis) - 4:
+    if rotation.shape[1] <= self.basis.shape[0] - 4:
         return f"{here.phase} contract"
     here.counts["restarts"] += 1
     return "restart"

@@ -288,7 +288,7 @@ def monitored(ranks, curvature, folder):
 
     def made(self, *args, original=Lanczos.__init__, **kwargs):
         original(self, *args, **kwargs)
-        bases.append((self.basis.shape, self.basis.untyped_storage().nbytes() // 4, self.basis.dtype))
+        bases.append((self.basis.shape, self.basis.nbytes // 4, self.basis.dtype))
 
     watch = mock.patch.multiple(Recorder, take=take, close=close)
     with watch, mock.patch.object(Lanczos, "__init__", made):

@@ -125,11 +125,13 @@ def shard_ranks(parameter: DTensor, ranks: Ranks | None) -> Ranks | None:
 
 def replica_ranks(tensor: Tensor, ranks: Ranks) -> Ranks | None:
     """The process group that holds the same part, or None."""
-    mesh = getattr(tensor, "device_mesh", None)
+    parameter: Any = tensor
+    mesh = getattr(parameter, "device_mesh", None)
     if mesh is None:
         return ranks if ranks.count > 1 else None
-    dims = [dim for dim, place in enumerate(tensor.placements) if place.is_replicate() and mesh.size(dim) > 1]  # type: ignore[attr-defined]
-    return _along(tensor, dims[0], ranks) if dims else None  # type: ignore[arg-type]
+    repeated = (dim for dim, place in enumerate(parameter.placements) if place.is_replicate() and mesh.size(dim) > 1)
+    dim = next(repeated, None)
+    return None if dim is None else _along(parameter, dim, ranks)
 
 
 def why_not_by_rows(parameter: DTensor) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from lightning_subspace.parallel.ranks import Ranks
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
@@ -123,11 +125,13 @@ def shard_ranks(parameter: DTensor, ranks: Ranks | None) -> Ranks | None:
 
 def replica_ranks(tensor: Tensor, ranks: Ranks) -> Ranks | None:
     """The process group that holds the same part, or None."""
-    mesh = getattr(tensor, "device_mesh", None)
+    parameter: Any = tensor
+    mesh = getattr(parameter, "device_mesh", None)
     if mesh is None:
         return ranks if ranks.count > 1 else None
-    dims = [dim for dim, place in enumerate(tensor.placements) if place.is_replicate() and mesh.size(dim) > 1]  # type: ignore[attr-defined]
-    return _along(tensor, dims[0], ranks) if dims else None  # type: ignore[arg-type]
+    repeated = (dim for dim, place in enumerate(parameter.placements) if place.is_replicate() and mesh.size(dim) > 1)
+    dim = next(repeated, None)
+    return None if dim is None else _along(parameter, dim, ranks)
 
 
 def why_not_by_rows(parameter: DTensor) -> str | None:
@@ -136,10 +140,9 @@ def why_not_by_rows(parameter: DTensor) -> str | None:
     cut = [placement for placement in placements if not placement.is_replicate()]
     repeated = [dim for dim, place in enumerate(placements) if place.is_replicate() and mesh.size(dim) > 1]
     if all(type(place).__name__ == "Shard" and place.is_shard(0) for place in cut) and len(cut) < 2 > len(repeated):
-        ranks = mesh.mesh
-        if all(bool((ranks.diff(dim=dim) > 0).all()) for dim in range(ranks.ndim)):
+        if _ascends(mesh):
             return None
-        return f"expected ranks that ascend along a mesh, got {ranks.tolist()}; leave their order as it is."
+        return f"expected ranks that ascend along a mesh, got {mesh.mesh.tolist()}; leave their order as it is."
     return (
         "expected shards by rows, as fully_shard makes them by default, over a mesh of one dimension, or of two with "
         f"replicas over the other (HSDP), got {tuple(placements)} on a mesh of shape {tuple(mesh.shape)}; tensor "
@@ -147,12 +150,18 @@ def why_not_by_rows(parameter: DTensor) -> str | None:
     )
 
 
+@lru_cache(maxsize=8)  # asked for each parameter at each evaluation
+def _ascends(mesh: DeviceMesh) -> bool:
+    """Whether ranks ascend along a mesh, as in a process group."""
+    return all(bool((mesh.mesh.diff(dim=dim) > 0).all()) for dim in range(mesh.ndim))
+
+
 def _along(parameter: DTensor, dim: int, ranks: Ranks | None) -> Ranks:
     mesh = parameter.device_mesh
     if ranks is not None and ranks.count == mesh.size(dim):
         return ranks
     group = mesh.get_group(dim)
-    return Ranks(group, parameter.device) if ranks is None or ranks.count == 1 else ranks.part(group)
+    return Ranks(group, mesh.device_type) if ranks is None or ranks.count == 1 else ranks.part(group)
 
 
 def _placed(ranks: Any, place: tuple[int, ...] = ()) -> Iterable[tuple[tuple[int, ...], int]]:

@@ -7,7 +7,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -27,6 +26,11 @@ from lightning_subspace.parallel.ranks import PeerError, Ranks
 from tests.oracles import dense_gradient, dense_hessian, top_eigenspace
 from tests.parallel.test_fsdp import Block, loss_fn, made, mean_of, micro_batch, words
 from tests.processes import run
+
+try:
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+except ImportError:  # older versions of torch have it by DDP alone
+    replicate = None
 
 BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
 # Of blocks in a float32 root.
@@ -98,7 +102,7 @@ def two_meshes(module):
 
 ON_TWO = {
     "embeddings left out": embeddings_left_out,
-    "a replicated block": replicated_block,
+    **({} if replicate is None else {"a replicated block": replicated_block}),
     "host memory": partial(everything, offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "bfloat16": partial(everything, mp_policy=BFLOAT16),
     "bfloat16, root not wrapped": partial(blocks, mp_policy=INSIDE, reshard_after_forward=False),

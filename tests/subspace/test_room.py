@@ -2,12 +2,17 @@
 
 import re
 from dataclasses import replace
+from unittest import mock
 
+import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_subspace import SubspaceMonitor
 from lightning_subspace.curvature import graph_memory
 from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.linalg import tiles
@@ -16,7 +21,9 @@ from lightning_subspace.probe import room as probe_room
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.subspace import room
-from lightning_subspace.subspace.room import DEVICE_SHARE, HOST_SHARE, VECTORS, NoRoomError, Place, Room
+from lightning_subspace.subspace.room import DEVICE_SHARE, HOST_SHARE, MORE_NEEDED, VECTORS, NoRoomError, Place, Room
+from tests import processes
+from tests.works_with.test_state import QUIET
 
 K, N = 10, 1_000_000
 VECTOR = 4 * N
@@ -158,10 +165,10 @@ def sample():
     return sample_of_batches([(torch.randn(16, WIDTH, generator=generator), torch.arange(16) % 3) for _ in range(2)])
 
 
-def a_run(**settings):
+def a_run(ranks=None, **settings):
     module = network()
     chosen = ProbeSettings(k=3, loss_fn=cross_entropy, defaults=False, measurements=(), **settings)
-    return ProbeRun(chosen, module), module
+    return ProbeRun(chosen, module, ranks), module
 
 
 def test_a_probe_takes_the_basis_that_fits_and_finds_the_same(monkeypatch):
@@ -194,3 +201,61 @@ def test_without_a_basis_no_room_is_asked_for(monkeypatch):
     module = network()
     run = ProbeRun(ProbeSettings(k=0, loss_fn=cross_entropy, defaults=False, measurements=()), module)
     run.measure(module, sample(), 0)
+
+
+def in_processes(before, in_solve):
+    """A probe on two ranks, with room for so many vectors on each: what became of it, and its collectives."""
+
+    def in_a_process():
+        ranks = Ranks(dist.group.WORLD)
+        run, module = a_run(ranks=ranks)
+        vector = 4.0 * run.partition.local_n
+        with (
+            mock.patch.object(probe_room, "free_memory", return_value=before[ranks.index] * vector),
+            mock.patch.object(graph_memory, "free_memory", return_value=in_solve[ranks.index] * vector),
+        ):
+            try:
+                run.measure(module, sample(), 0)
+            except NoRoomError as error:
+                return str(error), dict(ranks.calls)
+        return run.examples.footprint.basis, dict(ranks.calls)
+
+    return processes.run(in_a_process, 2)
+
+
+def test_all_ranks_refuse_alike_and_before_any_vector_has_moved():
+    (one, calls), (other, others) = in_processes([1e3, 20.0], [1e3, 1e3])
+    assert one == other
+    assert one.startswith("basis: expected room for 9 vectors")
+    assert calls == others
+    assert not {"all_gather", "reduce_scatter"} & calls.keys()
+
+
+def test_all_ranks_take_the_basis_that_fits_on_each():
+    # Two ranks share a host: each may take 24 vectors, of which 11 and a graph are for what else is there.
+    (one, _), (other, _) = in_processes([1e3, 1e3], [1e3, 54.0])
+    assert one == other
+    assert 3 + MORE_NEEDED <= one.size < one.wanted == 16
+
+
+def test_a_run_whose_probes_do_not_fit_goes_on_and_says_why(monkeypatch):
+    monkeypatch.setattr(probe_room, "free_memory", lambda device: 0.0)
+    monitor = SubspaceMonitor(2, sample=8, gradient_sample=8, max_overhead=None)
+    module = Trained()
+    trainer = pl.Trainer(max_steps=2, enable_checkpointing=False, callbacks=[monitor], **QUIET)
+    with pytest.warns(UserWarning, match="NoRoomError: basis: expected room for 8 vectors of .* curvature='none'"):
+        trainer.fit(module, DataLoader(TensorDataset(torch.randn(16, WIDTH), torch.arange(16) % 3), batch_size=8))
+    assert trainer.global_step == 2
+    assert list(monitor.history) == []
+
+
+class Trained(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def training_step(self, batch, batch_idx):
+        return cross_entropy(self.net, batch, batch_idx)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)

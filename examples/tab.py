@@ -4,21 +4,21 @@
 
 Trains a small network three times, with the monitor almost as it is by default. Look at the runs by
 
-    tensorboard --logdir runs/tab                # the tab "Subspace"
-    python -m lightning_subspace.view runs/tab   # the same page as one file, subspace.html
+    tensorboard --logdir runs/tab                           # the tab "Subspace"
+    lightning-subspace show runs/tab --html subspace.html   # the same page as one file
 
-`--picture` opens TensorBoard in a Chromium that is installed, by playwright, and saves what it shows.
+`--picture` saves what TensorBoard shows of them, see picture.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from picture import take_picture
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
@@ -70,24 +70,6 @@ def main() -> None:
         trainer.fit(Digits(rate), DataLoader(data, batch_size=64, shuffle=True, drop_last=True))
     if arguments.picture is not None:
         take_picture(arguments.out, arguments.picture)
-
-
-def take_picture(logs: Path, picture: Path) -> None:
-    """Save what the tab shows of these logs."""
-    from playwright.sync_api import sync_playwright
-    from tensorboard import program
-
-    server = program.TensorBoard()
-    server.configure(argv=["tensorboard", "--logdir", str(logs), "--port", "0"])
-    address = server.launch()
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 1332})
-        page.goto(f"{address}#lightning_subspace")
-        frame = page.frame_locator("iframe[src*=lightning_subspace]")
-        frame.locator("body[data-ready='3']").wait_for(timeout=60_000)
-        page.screenshot(path=picture)
-        browser.close()
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ else:
 __all__ = [
     "Callback",
     "CombinedLoader",
+    "DummyLogger",
     "MisconfigurationException",
     "attached_trainer",
     "bare_loader",

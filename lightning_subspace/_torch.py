@@ -143,7 +143,7 @@ def unwrap_fsdp_method(value: Any) -> Any:
 
 
 def managed_parameters(module: Any) -> list[Tensor]:
-    """The parameters of a module's own FSDP2 groups, which have no public reader.
+    """The parameters of FSDP2's groups, which have no public reader.
 
     Read from where FSDP puts them: before the first forward pass its own references may be old.
     """
@@ -196,7 +196,7 @@ def _set(stack: ExitStack, owner: Any, **values: Any) -> None:
 
 
 def _set_aside(stack: ExitStack, owner: Any, name: str) -> None:
-    """Take an attribute away until the stack is closed, and what has come in its place then."""
+    """Take an attribute away until the stack is closed."""
     missing = object()
     before = vars(owner).pop(name, missing)
 

@@ -1,9 +1,9 @@
 """Make the gallery, README.md, from what the scripts have measured.
 
-    python examples/reproduce/gallery.py [--check]
+    python examples/reproduce/gallery.py [--check | --write]
 
 Every script that has run in full has left a figure and `results/NAME.json` here. With --check nothing is written, and
-it is an error when README.md is not what the results make.
+it is an error when README.md is not what the results make. --write is what it does without.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ the sum over layers of g_l.H_ll g_l. But the standard deviation of one draw is a
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="only compare README.md with the results")
+    parser.add_argument("--write", action="store_true", help="make README.md, as without")
     arguments = parser.parse_args()
     found = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))}
     unknown = found.keys() - set(ORDER)

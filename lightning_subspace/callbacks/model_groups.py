@@ -57,7 +57,7 @@ def why_shared(trainer: Trainer) -> str | None:
 
 
 def why_by_sampler(strategy: Any) -> str | None:
-    """Why batches are dealt to fewer shares than processes, in words, or None."""
+    """Why processes are dealt other shares of batches, or None."""
     count, rank = strategy.world_size, strategy.global_rank
     try:
         asked = dict(strategy.distributed_sampler_kwargs)

@@ -32,7 +32,7 @@ class ProjectionLog:
         self._last = self._lack = None
 
     def lack(self, trainer: Trainer, step: int, reason: str | None) -> None:
-        """Tell the tab why a step has no new space, if it is known."""
+        """Tell the tab why a step has no new space, if known."""
         if reason is not None:
             self._lack = step, reason
             self._tell(trainer, Record(step, {}))

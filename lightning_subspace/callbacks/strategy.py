@@ -48,7 +48,7 @@ def ranks_of(trainer: Trainer) -> Ranks:
 
 
 def _group_of_shards(strategy: Any) -> Any:
-    """The process group of a strategy with a mesh, Lightning's or a subclass of it.
+    """The process group of a strategy with a mesh.
 
     Raises:
         ValueError: where several processes compute one layer, or share a batch.

@@ -26,6 +26,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_subspace._torch import version_of
 from lightning_subspace.curvature.hessian import GradientGraph, RetainedGraphs
 from lightning_subspace.curvature.self_check import (
     LARGEST_ERROR,
@@ -95,7 +96,7 @@ class OutputGraph(GradientGraph):
         weights = [v.reshape(p.shape).to(p.dtype) for p, v in pairs]
         with regular_convolutions(self.place.device):
             (forward,) = torch.autograd.grad(images, self.cotangent, weights, retain_graph=True)
-            (curved,) = torch.autograd.grad(self.slope, self.place, forward, retain_graph=True)
+            (curved,) = torch.autograd.grad([self.slope], self.place, forward, retain_graph=True)
         del forward  # as large as all logits
         return self.pulled_back(curved)
 
@@ -170,9 +171,13 @@ def _evaluated(
     loss: TrainingLoss, batch: MicroBatch, *, create_graph: bool
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Leaves, z, z as a leaf, and dL/dz."""
-    cut = _Cut()
+    cut = _Cut(closed=True)
     with cut:
         evaluation = loss(batch)
+    if cut.has_written:
+        cut = _Cut(closed=False)
+        with cut:
+            evaluation = loss(batch)
     if len(cut.found) != 1:
         calls = ", ".join(name for name, _, _ in cut.found) or "none"
         raise LossError(
@@ -199,13 +204,27 @@ def _evaluated(
 
 
 class _Cut(TorchFunctionMode):
-    """Context in which a loss gets a leaf for its input."""
+    """Context in which a loss gets a leaf for its input.
 
-    def __init__(self) -> None:
+    Args:
+        closed: whether a cross-entropy is differentiated in closed form.
+    """
+
+    def __init__(self, *, closed: bool) -> None:
         super().__init__()
+        self._is_closed = closed
+        self._versions: list[tuple[Tensor, int]] = []  # of the logits that closed forms have kept
         self.found: list[tuple[str, Tensor, Tensor]] = []  # one a call: its name, the output with its graph, the leaf
         self.is_linear = False  # whether one was `nll_loss` of anything but a `log_softmax`
         self._normalised: list[tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]] = []  # log-probabilities and logits
+
+    @property
+    def has_written(self) -> bool:
+        """Whether the step has overwritten logits that a closed form has kept.
+
+        Torch's graph keeps others, so that training allows it.
+        """
+        return any(version_of(logits) != version for logits, version in self._versions)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a torch function; a loss gets a leaf for its input."""
@@ -217,8 +236,12 @@ class _Cut(TorchFunctionMode):
             if not given.requires_grad:
                 return func(given, *rest, **kwargs)
             place = self._cut(func.__name__, given)
-            closed = closed_cross_entropy((place, *rest), kwargs) if func is F.cross_entropy else None
-            return func(place, *rest, **kwargs) if closed is None else closed(place)
+            is_closed = self._is_closed and func is F.cross_entropy
+            closed = closed_cross_entropy((place, *rest), kwargs) if is_closed else None
+            if closed is None:
+                return func(place, *rest, **kwargs)
+            self._versions.append((place, version_of(place)))
+            return closed(place)
         result = func(given, *rest, **kwargs)
         self._normalised.append((result, given, lambda logits: func(logits, *rest, **kwargs)))
         return result

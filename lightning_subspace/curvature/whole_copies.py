@@ -1,7 +1,8 @@
-"""Room for the whole of sharded parameters, which exact products need on every rank.
+"""Whole copies of sharded parameters, and room for them.
 
-FSDP2's shards have no second derivatives, so the whole replaces them (`parallel/fsdp.py`). What does not fit is refused
-with its numbers before anything is gathered: a rank that runs out of memory later has taken that of training, too.
+FSDP2's shards have no second derivatives, so on every rank the whole replaces them for exact products
+(`parallel/fsdp.py`). What does not fit is refused with its numbers before anything is gathered: a rank that runs out of
+memory later has taken that of training, too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ GIB = 1 << 30
 
 
 def whole_copies(module: nn.Module, ranks: Ranks, narrowest: torch.dtype | None) -> dict[int, Tensor]:
-    """The `replacements` for an exact loss, if they fit; see `require_room`. A collective."""
+    """The `replacements` for an exact loss, if they fit. A collective."""
     require_room(module, narrowest)
     return replacements(module, ranks, narrowest=narrowest)
 
@@ -46,6 +47,6 @@ def require_room(module: nn.Module, narrowest: torch.dtype | None) -> None:
     if (there := free_memory(device)) < needed:
         raise ValueError(
             f"curvature: expected room on each rank for the whole of n = {sum(p.numel() for p in sharded):,} sharded "
-            f"parameters, {needed / GIB:.2f} GiB, got {there / GIB:.2f} GiB free on {device}; use "
+            f"parameters, {needed / GIB:.3g} GiB, got {there / GIB:.3g} GiB free on {device}; use "
             "curvature='finite-difference', which works on the shards of a smooth network, or 'none'."
         )

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_subspace._torch import node_class
+from lightning_subspace._torch import is_asked_for, node_class
 
 # Scores in one block: those of a CPU fit in its caches, a GPU wants large ones. Dropout masks are drawn by blocks, so
 # that these must not depend on what is free.
@@ -96,7 +96,7 @@ class AttentionCall(NamedTuple):
             options = options._replace(seed=int(torch.randint(2**62, (), device="cpu")))
         if mask is not None:
             mask = mask.expand(*self.q.shape[:-1], self.k.shape[-2])
-        output: Tensor = Attention.apply(self.q, self.k, self.v, mask, options)
+        output: Tensor = Attention.apply(_inner(self.q), _inner(self.k), _inner(self.v), mask, options)
         return output
 
 
@@ -118,7 +118,7 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient, whose graph keeps g, q, k and v."""
         q, k, v, mask = ctx.saved_tensors
-        return *AttentionGradient.apply(g, q, k, v, mask, ctx.options), None, None
+        return *AttentionGradient.apply(_inner(g), q, k, v, mask, ctx.options), None, None
 
 
 class AttentionGradient(torch.autograd.Function):
@@ -149,18 +149,23 @@ class AttentionGradient(torch.autograd.Function):
         whole_a, whole_b, whole_c = directions
         scale = ctx.options.scale
         by_g, by_q, by_k, by_v = (torch.zeros_like(t) for t in (g, q, k, v))
+        # The Gauss-Newton matrix asks for the derivative towards g alone.
+        to_others = any(node is not None and is_asked_for(node) for node, _ in ctx.next_functions[1:4])
         for block in blocks(q, k, ctx.options):
             rows, columns = block.rows, block.columns
             g_, q_, a, k_, v_, b, c = g[rows], q[rows], whole_a[rows], *(t[columns] for t in (k, v, whole_b, whole_c))
             p, drop = block.probabilities(q, k, mask)
             m = scale * (a @ k_.mT + q_ @ b.mT)
             mean = (p * m).sum(-1, keepdim=True)
+            u = drop(p * (m - mean))
+            by_g[rows] = u @ v_ + drop(p) @ c
+            if not to_others:
+                continue
             slope = drop(g_ @ v_.mT)
             centred = slope - (p * slope).sum(-1, keepdim=True)
             w = m * centred - mean * slope + drop(g_ @ c.mT)
             z = p * (w - (p * w).sum(-1, keepdim=True))
-            u, along = drop(p * (m - mean)), p * centred
-            by_g[rows] = u @ v_ + drop(p) @ c
+            along = p * centred
             by_q[rows] = scale * (z @ k_ + along @ b)
             by_k[columns] += scale * (z.mT @ q_ + along.mT @ a)
             by_v[columns] += u.mT @ g_
@@ -216,6 +221,11 @@ def blocks(q: Tensor, k: Tensor, options: Options) -> list[Block]:
             rows, columns = (*lead, ..., slice(first, last), whole), (*lead, ..., seen, whole)
             found.append(Block(rows, columns, first, options, (options.seed + len(found)) % 2**63))
     return found
+
+
+def _inner(tensor: Tensor) -> Tensor:
+    """A view of a leaf: its node, unlike a leaf's, suits `is_asked_for`."""
+    return tensor.view_as(tensor) if tensor.is_leaf and tensor.requires_grad and torch.is_grad_enabled() else tensor
 
 
 def _repeated(tensor: Tensor, heads: int) -> Tensor:

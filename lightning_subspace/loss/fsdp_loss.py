@@ -147,7 +147,7 @@ class ShardedLoss(TrainingLoss):
             return flat, value
 
     def _sum_whole(self, gradients: list[Any]) -> None:
-        """Average the gradients of what is not sharded, as FSDP does those of shards."""
+        """Average the gradients of what FSDP does not shard."""
         places = [place for place, is_whole in enumerate(self._is_whole) if is_whole]
         if not places:
             return

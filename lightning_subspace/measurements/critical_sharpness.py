@@ -40,7 +40,8 @@ class CriticalSharpness(Measurement):
     Args:
         along: "update" of the optimizer in use (those that `Stability` knows), with its momentum, preconditioner and
             weight decay; "gradient" for u = -g, lr = 1, and no `critical_step`; "taken" for the step that was taken, of
-            any optimizer and with the noise of its batch, where the loss is the same one after it.
+            any optimizer and with the noise of its batch, where the loss is the same one after it. Several optimizers
+            have no one lr: for them there is `critical_step` alone.
         max_points: displaced points at most, 2 or more.
 
     Raises:
@@ -90,7 +91,7 @@ class CriticalSharpness(Measurement):
     def after_step(self, probe: Probe, gradient: Tensor | None, update: Tensor) -> Mapping[str, float]:
         """A few forward passes, along the step that was taken."""
         arrival = probe.arrival
-        if self.along != "taken" or arrival is None or probe.sample_gradient is None or probe.optimizer is None:
+        if self.along != "taken" or arrival is None or probe.sample_gradient is None:
             return {}
         slope = probe.dot(probe.sample_gradient, update)
         if not slope < 0.0 or not arrival.is_same_loss:
@@ -99,10 +100,17 @@ class CriticalSharpness(Measurement):
         def change(a: float) -> float:
             return arrival.value(update * (a - 1.0)) - arrival.loss
 
-        return self._found(probe, change, slope, 1.0, largest_rate(probe.optimizer), arrival.rounding)
+        rate = None if probe.optimizer is None else largest_rate(probe.optimizer)
+        return self._found(probe, change, slope, 1.0, rate, arrival.rounding)
 
     def _found(
-        self, probe: Probe, change: Callable[[float], float], slope: float, first: float, rate: float, rounding: float
+        self,
+        probe: Probe,
+        change: Callable[[float], float],
+        slope: float,
+        first: float,
+        rate: float | None,  # None: there is no one learning rate, only a multiple of the step
+        rounding: float,
     ) -> dict[str, float]:
         """Search along a step, from the last multiple found."""
         start = first
@@ -112,7 +120,7 @@ class CriticalSharpness(Measurement):
         if found is None:
             return {}
         self._last = probe.step, start, found
-        metrics = {"critical_sharpness": 2.0 / (found * rate)}
+        metrics = {} if rate is None else {"critical_sharpness": 2.0 / (found * rate)}
         return metrics if self.along == "gradient" else {**metrics, "critical_step": found}
 
     def state_dict(self) -> Mapping[str, Any]:

@@ -42,7 +42,7 @@ def fsdp_modules(module: nn.Module) -> list[Any]:
 
 
 def fsdp_parameters(module: nn.Module) -> list[Tensor]:
-    """The parameters that `fully_shard` has made, shared ones once, while they are shards."""
+    """The parameters that `fully_shard` has made, while they are shards."""
     return [parameter for m in fsdp_modules(module) for parameter in managed_parameters(m)]
 
 
@@ -181,7 +181,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def local_slice(whole: Tensor, parameter: Tensor) -> Tensor | None:  # (d, ...) to (this rank's rows, ...)
-    """View of this rank's shard in the whole; None if not cut by rows."""
+    """View of this rank's shard in the whole, or None."""
     assert is_sharded(parameter)
     if why_not_by_rows(parameter) is not None:
         return None

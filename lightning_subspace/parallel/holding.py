@@ -1,4 +1,4 @@
-"""Coordinates of one parameter that each rank holds, and those that are dealt to it.
+"""Coordinates of a parameter that ranks hold and are dealt.
 
 FSDP2 cuts a parameter by rows over one dimension of a mesh and may repeat it over another: HSDP, `replicate`. One that
 is not sharded is repeated on every rank. What several ranks hold is cut once more among them, so that each coordinate
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from lightning_subspace.parallel.ranks import Ranks
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
@@ -85,7 +87,7 @@ class Holding:
         return range(first, last)
 
     def dealt(self, rank: int) -> range:
-        """The flat coordinates that are dealt to a rank, among those it holds."""
+        """Those of the flat coordinates that are dealt to a rank."""
         peers, held = self.peers(rank), self.held(rank)
         size = -(-len(held) // len(peers))
         return held[peers.index(rank) * size : (peers.index(rank) + 1) * size]
@@ -96,7 +98,7 @@ class Holding:
 
 
 def shard_dim(parameter: DTensor) -> int | None:
-    """The dimension of the mesh that a parameter is cut over, or None."""
+    """The mesh dimension that a parameter is cut over, or None."""
     return next((dim for dim, placement in enumerate(parameter.placements) if not placement.is_replicate()), None)
 
 
@@ -116,30 +118,31 @@ def own_index(parameter: DTensor) -> int:
 
 
 def shard_ranks(parameter: DTensor, ranks: Ranks | None) -> Ranks | None:
-    """The process group that has the shards of a parameter; None if it is not cut."""
+    """The process group of a parameter's shards; None if not cut."""
     dim = shard_dim(parameter)
     return None if dim is None else _along(parameter, dim, ranks)
 
 
 def replica_ranks(tensor: Tensor, ranks: Ranks) -> Ranks | None:
-    """The process group whose ranks hold the same part; None if each holds its own."""
-    mesh = getattr(tensor, "device_mesh", None)
+    """The process group that holds the same part, or None."""
+    parameter: Any = tensor
+    mesh = getattr(parameter, "device_mesh", None)
     if mesh is None:
         return ranks if ranks.count > 1 else None
-    dims = [dim for dim, place in enumerate(tensor.placements) if place.is_replicate() and mesh.size(dim) > 1]  # type: ignore[attr-defined]
-    return _along(tensor, dims[0], ranks) if dims else None  # type: ignore[arg-type]
+    repeated = (dim for dim, place in enumerate(parameter.placements) if place.is_replicate() and mesh.size(dim) > 1)
+    dim = next(repeated, None)
+    return None if dim is None else _along(parameter, dim, ranks)
 
 
 def why_not_by_rows(parameter: DTensor) -> str | None:
-    """Why a parameter is not cut by rows, and repeated, over a mesh; or None."""
+    """Why a parameter is not cut by rows, or None."""
     mesh, placements = parameter.device_mesh, parameter.placements
     cut = [placement for placement in placements if not placement.is_replicate()]
     repeated = [dim for dim, place in enumerate(placements) if place.is_replicate() and mesh.size(dim) > 1]
     if all(type(place).__name__ == "Shard" and place.is_shard(0) for place in cut) and len(cut) < 2 > len(repeated):
-        ranks = mesh.mesh
-        if all(bool((ranks.diff(dim=dim) > 0).all()) for dim in range(ranks.ndim)):
+        if _ascends(mesh):
             return None
-        return f"expected ranks that ascend along a mesh, got {ranks.tolist()}; leave their order as it is."
+        return f"expected ranks that ascend along a mesh, got {mesh.mesh.tolist()}; leave their order as it is."
     return (
         "expected shards by rows, as fully_shard makes them by default, over a mesh of one dimension, or of two with "
         f"replicas over the other (HSDP), got {tuple(placements)} on a mesh of shape {tuple(mesh.shape)}; tensor "
@@ -147,12 +150,18 @@ def why_not_by_rows(parameter: DTensor) -> str | None:
     )
 
 
+@lru_cache(maxsize=8)  # asked for each parameter at each evaluation
+def _ascends(mesh: DeviceMesh) -> bool:
+    """Whether ranks ascend along a mesh, as in a process group."""
+    return all(bool((mesh.mesh.diff(dim=dim) > 0).all()) for dim in range(mesh.ndim))
+
+
 def _along(parameter: DTensor, dim: int, ranks: Ranks | None) -> Ranks:
     mesh = parameter.device_mesh
     if ranks is not None and ranks.count == mesh.size(dim):
         return ranks
     group = mesh.get_group(dim)
-    return Ranks(group, parameter.device) if ranks is None or ranks.count == 1 else ranks.part(group)
+    return Ranks(group, mesh.device_type) if ranks is None or ranks.count == 1 else ranks.part(group)
 
 
 def _placed(ranks: Any, place: tuple[int, ...] = ()) -> Iterable[tuple[tuple[int, ...], int]]:

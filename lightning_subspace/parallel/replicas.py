@@ -1,4 +1,4 @@
-"""Parts of a vector that several ranks hold, put together from what is dealt to each.
+"""Parts of a vector that several ranks hold alike.
 
 Under HSDP, and for parameters that are not sharded, a rank holds more coordinates than are dealt to it (`holding.py`).
 A displacement has to reach all that it holds: an all-gather among the ranks that hold the same, n / S numbers for S
@@ -19,7 +19,7 @@ from lightning_subspace.parallel.ranks import Ranks
 
 
 class Replicas:
-    """What this rank holds of a module's parameters, and which of it is dealt to it.
+    """What this rank holds of a module's parameters, alone or with others.
 
     Args:
         space: of the parameters.
@@ -51,7 +51,7 @@ class Replicas:
         ]
 
     def held(self, local: Tensor) -> list[Tensor]:  # (local n,)
-        """What this rank holds of a vector by parameter, from what is dealt to it. A collective if shared."""
+        """What this rank holds of a vector, by parameter. A collective."""
         pieces = list(torch.split(local, [piece.stop - piece.start for piece in self.dealt]))
         for partition, places in self._shared:
             whole = partition.gather(torch.cat([pieces[place] for place in places]))
@@ -63,7 +63,7 @@ class Replicas:
 def _partition(
     space: ParameterSpace, holdings: Sequence[Holding], places: Sequence[int], peers: Sequence[int], sharing: Ranks
 ) -> Partition:
-    """How what some ranks share is dealt among them, one parameter after another."""
+    """The partition of what some ranks share, parameter after parameter."""
     start, names, shapes = 0, [], []
     ranges: list[list[range]] = [[] for _ in peers]
     for holding, place in ((holdings[place], place) for place in places):

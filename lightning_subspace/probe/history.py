@@ -12,6 +12,8 @@ from lightning_subspace.probe.checkpoint import RunState, decode
 from lightning_subspace.probe.entries import CheckpointError, Entries
 from lightning_subspace.subspace.record import Record
 
+PREFIX, SUFFIX = "SubspaceMonitor{'name': ", "}"  # of the key of a state
+
 
 def read_history(path: str | os.PathLike[str], name: str | None = None) -> list[Record]:
     """Read a monitor's history from a checkpoint, without the model.
@@ -57,8 +59,23 @@ def read_states(path: str | os.PathLike[str]) -> dict[str, RunState]:
     return {name: decode(state) for name, state in _saved(path).items()}
 
 
-def _saved(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """States of monitors as they are in a checkpoint, by their names."""
+def key_of(name: str) -> str:
+    """The key of a monitor's state in a checkpoint.
+
+    Example:
+        >>> key_of("subspace")
+        "SubspaceMonitor{'name': 'subspace'}"
+    """
+    return f"{PREFIX}{name!r}{SUFFIX}"
+
+
+def load(path: str | os.PathLike[str]) -> Entries:
+    """The entries of a checkpoint.
+
+    Raises:
+        CheckpointError: for a file that is none.
+        OSError: when there is no such file.
+    """
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -68,11 +85,15 @@ def _saved(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(
             f"path: expected a checkpoint that torch.load reads with weights_only=True, got {str(path)!r} ({reason})"
         ) from error
-    saved = Entries(loaded, "checkpoint")
+    return Entries(loaded, "checkpoint")
+
+
+def _saved(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """States of monitors as they are in a checkpoint, by their names."""
+    saved = load(path)
     states = saved.below("callbacks").values if "callbacks" in saved else {}
-    prefix, suffix = "SubspaceMonitor{'name': ", "}"  # as Lightning makes the key of a state
     return {
-        key.removeprefix(prefix).removesuffix(suffix)[1:-1]: state
+        key.removeprefix(PREFIX).removesuffix(SUFFIX)[1:-1]: state
         for key, state in states.items()
-        if str(key).startswith(prefix)
+        if str(key).startswith(PREFIX)
     }

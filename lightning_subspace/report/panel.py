@@ -88,7 +88,8 @@ def fitting(steps: Sequence[int], width: float) -> range:
 
 def head(axes: Axes, title: str, lines: int = 1) -> None:
     """Put the title on top, small in a narrow figure."""
-    is_narrow = axes.get_figure(root=True).get_size_inches()[0] <= LOGGED_WIDTH  # type: ignore[union-attr]
+    # `root=` for figures within figures came with matplotlib 3.10; panels are never in such ones.
+    is_narrow = axes.get_figure().get_size_inches()[0] <= LOGGED_WIDTH  # type: ignore[union-attr]
     # The pad leaves lines for the legend or a note, above the data instead of on it.
     axes.set_title(title, loc="left", pad=10 + 14 * lines, fontsize=10 if is_narrow else None)
 

@@ -93,7 +93,7 @@ class Publisher:
     def keep(self, trainer: Trainer, history: Sequence[Record], overlaps: OverlapHistory) -> None:
         """Hand all entries to loggers that keep files.
 
-        `lightning_subspace.view` reads them.
+        `lightning-subspace show` reads them.
         """
         with self._guard.of("the file of all probes was lost"):
             if not history or not trainer.is_global_zero or not self._reporter.takes_files(trainer.loggers):

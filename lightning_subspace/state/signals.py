@@ -86,7 +86,8 @@ def give_up_if_signalled() -> None:
         waiting.install_again()  # a training step may have set a handler of its own
         if waiting.arrived:
             waiting.has_raised = True
-            raise SignalError(*(_name(signum) for signum, _ in waiting.arrived))
+            # A copy, made between two instructions: the next signal may come while the names are looked up.
+            raise SignalError(*(_name(signum) for signum, _ in tuple(waiting.arrived)))
 
 
 def give_up_again() -> None:

@@ -1,17 +1,21 @@
 """What it costs to exclude missed copies of equal eigenvalues, and how often a space is trusted then.
 
-    python -m tests.benchmarks.certificate [--only spectra nets] [--seeds 10] [--probes 10]
+    python -m tests.benchmarks.certificate [--only spectra nets] [--seeds 10] [--probes 10] [--json certificate.json]
 
 Operators of known spectrum from cold starts, and warm chains of probes of four networks along their training. Products
 of the same solves without the certificate and with it; "verified" and "trusted" are shares of the latter,
-"undetermined" counts trusted spaces whose true gap is less than half of the one that was claimed.
+"undetermined" counts trusted spaces whose true gap is less than half of the one that was claimed. The file that is
+written keeps what it has of the first certificate: keys that begin with "before_".
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -36,23 +40,36 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=["spectra", "nets"], choices=["spectra", "nets"])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--probes", type=int, default=10)
+    parser.add_argument("--json", type=Path, default=None, help="the rows")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    found: dict[str, list[dict[str, Any]]] = {}
     if "spectra" in asked.only:
         print(
             "| spectrum | without | with | verified | trusted | undetermined |\n| --- | --- | --- | --- | --- | --- |"
         )
         cases = {**spectra(N), "copies behind an outlier": copies_behind_an_outlier(N)}
-        for name, eigenvalues in cases.items():
-            print(spectrum_row(name, eigenvalues, asked.seeds), flush=True)
+        found["spectra"] = [spectrum_row(name, eigenvalues, asked.seeds) for name, eigenvalues in cases.items()]
     if "nets" in asked.only:
         print("| warm chain | without | with | more | verified | trusted | trusted without |")
         print("| --- | --- | --- | --- | --- | --- | --- |")
-        for name, make, batch, lr in networks():
-            print(chain_row(name, make, batch, lr, asked.probes), flush=True)
+        found["nets"] = [chain_row(*network, asked.probes) for network in networks()]
+    if asked.json is not None:
+        asked.json.write_text(json.dumps(beside_before(found, asked.json), indent=1) + "\n")
 
 
-def spectrum_row(name: str, eigenvalues: torch.Tensor, seeds: int) -> str:
+def beside_before(found: dict[str, list[dict[str, Any]]], file: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows with what a file has of the first certificate, and parts that were not asked for as they are there."""
+    kept: dict[str, list[dict[str, Any]]] = json.loads(file.read_text()) if file.exists() else {}
+    for part, rows in found.items():
+        before = {
+            row["name"]: {key: row[key] for key in row if key.startswith("before_")} for row in kept.get(part, [])
+        }
+        kept[part] = [row | before.get(row["name"], {}) for row in rows]
+    return kept
+
+
+def spectrum_row(name: str, eigenvalues: torch.Tensor, seeds: int) -> dict[str, Any]:
     """Mean products from cold starts, for one spectrum."""
     plain, found, undetermined = [], [], 0
     for seed in range(seeds):
@@ -69,7 +86,9 @@ def spectrum_row(name: str, eigenvalues: torch.Tensor, seeds: int) -> str:
     mean = statistics.fmean(result.num_matvecs for result in found)
     verified = statistics.fmean(result.verified for result in found)
     trusted = statistics.fmean(result.subspace_error <= TRUSTED_ERROR for result in found)
-    return f"| {name} | {statistics.fmean(plain):.0f} | {mean:.0f} | {verified:.0%} | {trusted:.0%} | {undetermined} |"
+    without = statistics.fmean(plain)
+    print(f"| {name} | {without:.0f} | {mean:.0f} | {verified:.0%} | {trusted:.0%} | {undetermined} |", flush=True)
+    return {"name": name, "without": without, "with": mean, "trusted": trusted, "undetermined": undetermined}
 
 
 def networks() -> Iterator[tuple[str, Callable[[], nn.Module], Batch, float]]:
@@ -89,7 +108,7 @@ def digits_mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 10))
 
 
-def chain_row(name: str, make: Callable[[], nn.Module], batch: Batch, lr: float, probes: int) -> str:
+def chain_row(name: str, make: Callable[[], nn.Module], batch: Batch, lr: float, probes: int) -> dict[str, Any]:
     """Mean products of a chain of probes, each from the space of the one before."""
     torch.manual_seed(0)
     net, previous, pairs = make(), None, []
@@ -114,7 +133,8 @@ def chain_row(name: str, make: Callable[[], nn.Module], batch: Batch, lr: float,
         statistics.fmean(values) for values in zip(*((b.verified, b.trusted, a.trusted) for a, b in pairs), strict=True)
     ]
     last = " | ".join(f"{share:.0%}" for share in shares)
-    return f"| {name} | {without:.1f} | {with_it:.1f} | {with_it - without:.1f} | {last} |"
+    print(f"| {name} | {without:.1f} | {with_it:.1f} | {with_it - without:.1f} | {last} |", flush=True)
+    return {"name": name, "without": without, "more": with_it - without, "trusted": shares[1]}
 
 
 if __name__ == "__main__":

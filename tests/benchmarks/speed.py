@@ -2,6 +2,7 @@
 
     pip install -e '.[benchmark]'
     OMP_NUM_THREADS=1 python -m tests.benchmarks.speed [--quick] [--data colour=cifar.npz] [--out benchmarks.json]
+        [--json speed.json]
 
 For each network, k and tolerance all ways run in turn, several times over, and the fastest round of each is kept. Cost
 is given in seconds, in products and in gradients: floating-point operations over those of one gradient of the same
@@ -33,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_subspace.curvature import CurvatureConfig, Hessian, Operator
 from tests.benchmarks import competitors as ways
 from tests.benchmarks.accuracy import Answer, Judge
+from tests.benchmarks.speed_pages import summary
 from tests.benchmarks.workloads import WORKLOADS, Case, colour_images, cross_entropy, digits, trained
 
 OURS = "lightning_subspace"
@@ -73,7 +75,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="the MLP alone, k = 10, one tolerance, one round")
     parser.add_argument("--data", nargs="*", default=[], metavar="NAME=FILE", help="digits=... and colour=..., npz")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks.json"), help="all rows")
+    parser.add_argument("--json", type=Path, default=None, help="what the tables in the README need of them")
     asked = parser.parse_args()
     if asked.quick:
         asked.workloads, asked.k, asked.tol, asked.rounds = ["mlp"], [10], [1e-3], 1
@@ -93,6 +96,8 @@ def main() -> None:
                 rows += new
                 print("\n".join([*table(new), "", *ratios(new), ""]), flush=True)
                 asked.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    if asked.json is not None:
+        asked.json.write_text(json.dumps(summary([asdict(row) for row in rows]), indent=1) + "\n")
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ class Reads(TorchDispatchMode):
 
     def __enter__(self):
         self.count = 0
-        self._patches = ExitStack()
+        self._patches, self._is_inside = ExitStack(), False
         for name in self.METHODS:
             self._patches.enter_context(mock.patch.object(torch.Tensor, name, self._counted(name)))
         return super().__enter__()
@@ -148,8 +148,12 @@ class Reads(TorchDispatchMode):
         original = getattr(torch.Tensor, name)
 
         def method(tensor, *args):
-            self.count += 1
-            return original(tensor, *args)
+            before, self._is_inside = self._is_inside, True
+            self.count += not before  # a mode of torch functions calls it again, from within
+            try:
+                return original(tensor, *args)
+            finally:
+                self._is_inside = before
 
         return method
 

@@ -107,9 +107,18 @@ def test_the_readme_is_in_the_order_of_its_user() -> None:
     assert PAGES["README.md"].index("examples/mnist.png") < PAGES["README.md"].index("## Install")
 
 
-def test_every_page_is_linked_from_the_readme() -> None:
-    linked = set(re.findall(r"\]\(([^)#]+README\.md)", PAGES["README.md"]))
-    assert linked == set(PAGES) - {"README.md"}
+def linked_pages(page: str) -> set[str]:
+    """Those that a page links."""
+    paths = re.findall(r"\]\((?!http)([^)#]*README\.md)", PAGES[page])
+    return {str(((ROOT / page).parent / path).resolve().relative_to(ROOT)) for path in paths}
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    reached, ahead = set(), {"README.md"}
+    while ahead:
+        reached |= ahead
+        ahead = {page for one in ahead for page in linked_pages(one)} - reached
+    assert reached == set(PAGES)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -185,7 +194,7 @@ def test_the_commands_of_the_readme_are_those_of_ci() -> None:
     assert "python -m pytest" in PAGES["README.md"]
     assert "python -m pytest" in CI
     for page, text in PAGES.items():
-        for script in re.findall(r"examples/\w+\.py", "".join(fenced("", text))):
+        for script in re.findall(r"examples/(?:\w+/)?\w+\.(?:py|yaml)", "".join(fenced("", text))):
             assert script in CI, f"{page}: {script}"
 
 

@@ -2,11 +2,11 @@
 
 import re
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -16,16 +16,21 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_subspace.curvature import Hessian
 from lightning_subspace.curvature.fsdp_difference import ShardedDifferenceHessian, check_gradient
-from lightning_subspace.curvature.whole_copies import whole_copies
+from lightning_subspace.curvature.whole_copies import GIB, whole_copies
 from lightning_subspace.loss.fsdp_loss import ShardedLoss
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.fsdp import fsdp_modules
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
-from lightning_subspace.parallel.ranks import Ranks
+from lightning_subspace.parallel.ranks import PeerError, Ranks
 from tests.oracles import dense_gradient, dense_hessian, top_eigenspace
 from tests.parallel.test_fsdp import Block, loss_fn, made, mean_of, micro_batch, words
 from tests.processes import run
+
+try:
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+except ImportError:  # older versions of torch have it by DDP alone
+    replicate = None
 
 BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
 # Of blocks in a float32 root.
@@ -50,6 +55,8 @@ def everything(module, mesh=None, **options):
 
 
 def embeddings_left_out(module):
+    """With a hook of training's on what is whole, which is no part of the loss."""
+    module.embed.weight.register_hook(torch.neg)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     return fully_shard(blocks(module, mesh), mesh=mesh, ignored_params={module.embed.weight})
 
@@ -95,7 +102,7 @@ def two_meshes(module):
 
 ON_TWO = {
     "embeddings left out": embeddings_left_out,
-    "a replicated block": replicated_block,
+    **({} if replicate is None else {"a replicated block": replicated_block}),
     "host memory": partial(everything, offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "bfloat16": partial(everything, mp_policy=BFLOAT16),
     "bfloat16, root not wrapped": partial(blocks, mp_policy=INSIDE, reshard_after_forward=False),
@@ -210,10 +217,28 @@ def refused():
     module = everything(transformer())
     with pytest.raises(ValueError, match="group: expected the 2 processes that the module is sharded over, got 1"):
         Partition.of(ParameterSpace.of(module), module, Ranks())
-    return told
+    return told, without_room(module)
 
 
-def test_what_is_sharded_otherwise_is_refused_with_a_sentence():
-    for told in run(refused, 2):
+def without_room(module):
+    """What each rank is told where one has memory for the parameters alone, and what was sent before that."""
+    ranks, n = Ranks(dist.group.WORLD), sum(p.numel() for p in module.parameters())
+    there = 4 * n if dist.get_rank() == 1 else 1 << 40
+    with (
+        mock.patch("lightning_subspace.curvature.whole_copies.free_memory", return_value=there),
+        pytest.raises((ValueError, PeerError)) as caught,
+        ranks.agree(),
+    ):
+        whole_copies(module, ranks, torch.float32)
+    largest = max(p.numel() for p in module.parameters())
+    numbers = f"n = {n:,} sharded parameters, {4 * (n + largest) / GIB:.3g} GiB, got {4 * n / GIB:.3g} GiB free on cpu;"
+    return type(caught.value), numbers in str(caught.value), set(ranks.calls)
+
+
+def test_what_cannot_be_measured_is_refused_with_a_sentence():
+    found = run(refused, 2)
+    for told, _ in found:
         for text, pattern in zip(told, REFUSED.values(), strict=True):
             assert re.search(pattern, text), text
+    kinds = PeerError, ValueError
+    assert [there for _, there in found] == [(kind, True, {"check"}) for kind in kinds]  # nothing was gathered

@@ -159,6 +159,21 @@ def test_a_cross_entropy_is_taken_in_closed_form_with_the_products_of_the_graph_
     torch.testing.assert_close(*found, rtol=0, atol=ROUNDING * float(found[1].abs().max()))
 
 
+def test_logits_that_the_step_overwrites_behind_the_loss():
+    """Training allows it: the graph of torch keeps the probabilities."""
+
+    def loss_fn(module, batch, batch_idx):
+        logits = module(batch[0])
+        value = F.cross_entropy(logits, batch[1])
+        logits.detach().zero_()
+        return value
+
+    expected = dense_gauss_newton(net(), batches(), LOSSES["cross-entropy"][1])
+    with opened(net(), loss_fn) as loss:
+        matrix = as_matrix(GaussNewton(loss, sample_of_batches(batches()).hessian))
+    torch.testing.assert_close(matrix, expected, rtol=0, atol=ROUNDING * float(expected.abs().max()))
+
+
 def test_in_float32_products_are_as_exact_as_those_of_the_graph_of_torch(monkeypatch):
     loss_fn, _ = LOSSES["cross-entropy"]
     sample = sample_of_batches([(x.float(), y) for x, y in batches()]).hessian

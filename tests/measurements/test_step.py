@@ -259,6 +259,36 @@ def test_with_all_parameters_the_partial_one_has_its_change():
     assert all("step/edge_ratio" in record.metrics for record in records)
 
 
+class ByHand(Partial):
+    """Two optimizers that step one after the other in one batch."""
+
+    def __init__(self, make_optimizer):
+        super().__init__(make_optimizer)
+        self.automatic_optimization = False
+
+    def loss(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx)
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.loss(batch, batch_idx))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        return [self.make_optimizer([self.layer.weight]), AdamW([self.bias], lr=0.05)]
+
+
+def test_of_several_optimizers_the_step_of_a_batch_has_its_numbers_and_a_multiple_but_no_rate():
+    wanted = (Step(), StepCurvature(), CriticalSharpness(along="taken", max_points=20))
+    data, module = targets(), ByHand(OPTIMIZERS["sgd"])
+    *records, _ = probed(module, data, 8, *wanted, every_n_steps=2, loss_fn=ByHand.loss)
+    assert [record.step for record in records] == [0, 2, 4, 6]
+    for record in records:
+        assert record.metrics["critical_step"] == pytest.approx(1 / record.metrics["step/edge_ratio"], rel=1e-9)
+        assert "critical_sharpness" not in record.metrics
+
+
 class EveryThird(SubspaceMonitor):
     def should_measure(self, step):
         return step % 3 == 0

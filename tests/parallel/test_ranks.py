@@ -67,7 +67,7 @@ def outcome(block, *args):
 
 def test_every_verb_is_tested():
     public = {name for name, _ in inspect.getmembers(Ranks, inspect.isfunction) if not name.startswith("_")}
-    assert set(VERBS) == set(TRAFFIC) == public - {"agree", "fail", "unchecked", "describe"}
+    assert set(VERBS) == set(TRAFFIC) == public - {"agree", "fail", "unchecked", "describe", "part"}
 
 
 def test_a_warning_in_a_process_is_an_error_as_in_the_tests():
@@ -167,6 +167,34 @@ def test_a_group_of_some_of_the_processes():
 
     expected = [None, (0, 2, 1, "PeerError: rank 1: BrokenError: late"), (1, 2, 1, "BrokenError: late")]
     assert run(in_a_process, 3) == expected
+
+
+def test_parts_are_checked_and_counted_with_the_whole():
+    """Their tensors may differ in size, and a failure in one part reaches the other."""
+
+    def in_a_process():
+        rank, whole = dist.get_rank(), world()
+        part = whole.part([dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2])
+
+        def block(failing):
+            with whole.agree():
+                if rank == failing:
+                    raise BrokenError("early")
+                received = torch.empty(2 * (1 + rank % 2))
+                part.all_gather(torch.full((1 + rank % 2,), float(rank)), received)
+                return received.tolist()
+
+        found = outcome(block, None), whole.calls["all_gather"], whole.nbytes["all_gather"], whole.members
+        return *found, outcome(block, 1)
+
+    told = "PeerError: rank 1: BrokenError: early"
+    everybody = (0, 1, 2, 3)
+    assert run(in_a_process, 4) == [
+        ([0.0, 2.0], 1, 8, everybody, told),
+        ([1.0, 1.0, 3.0, 3.0], 1, 16, everybody, "BrokenError: early"),
+        ([0.0, 2.0], 1, 8, everybody, told),
+        ([1.0, 1.0, 3.0, 3.0], 1, 16, everybody, told),
+    ]
 
 
 # -- what they cost ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A copied batch shares nothing with the original, and every tensor in it is copied by the function given."""
 
 import copy
+import datetime
 import threading
 from collections import UserDict
 from dataclasses import dataclass
@@ -54,6 +55,17 @@ def test_a_frozen_dataclass_can_be_copied():
 def test_a_batch_with_a_graph_can_be_copied():
     x = torch.ones(2, requires_grad=True) * 2
     assert not copied([x], lambda t: t.detach().clone())[0].requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested:UserWarning")
+def test_a_nested_tensor_with_a_capsule_of_c_code_can_be_copied():
+    """As torch 2.6 keeps one with the sizes; this one is of Python's own."""
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=torch.jagged)
+    nested._sym_sizes_capsule = datetime.datetime_CAPI
+    (new,) = copied([nested], lambda tensor: tensor.detach().clone())
+    assert "_sym_sizes_capsule" not in vars(new)
+    assert torch.equal(new.values(), nested.values())
+    assert new.values() is not nested.values()
 
 
 def wide(tensor):

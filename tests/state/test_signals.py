@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from lightning_subspace.state import signals
 from lightning_subspace.state.signals import SignalError, give_up_again, give_up_if_signalled, waiting_signals
 
 ONE, OTHER = signal.SIGUSR1, signal.SIGUSR2
@@ -208,6 +209,22 @@ def test_a_fork_waits_for_nothing():
             signal.raise_signal(signal.SIGTERM)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_a_signal_that_comes_while_another_is_named_waits_too(heard, monkeypatch):
+    named = signals._name
+
+    def naming(signum):
+        signal.raise_signal(OTHER)
+        return named(signum)
+
+    with waiting_signals():
+        signal.raise_signal(ONE)
+        with monkeypatch.context() as patch:
+            patch.setattr(signals, "_name", naming)
+            with pytest.raises(SignalError, match="SIGUSR1"):
+                give_up_if_signalled()
+    assert [signum for signum, _ in heard] == [ONE, OTHER]
 
 
 def test_no_handler_runs_inside_however_the_signal_falls():

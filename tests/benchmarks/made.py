@@ -1,0 +1,135 @@
+"""From a stored result to pieces of pages, by the name of the benchmark.
+
+A new benchmark whose numbers stand in a page gets a function here, a row in `MAKERS`, and `results/NAME.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tests.benchmarks.pages import Piece, Sentence, Table, short
+from tests.benchmarks.speed_pages import speed
+
+BENCHMARKS = "tests/benchmarks/README.md"
+LINALG = "lightning_subspace/linalg/README.md"
+
+
+def pieces(results: Mapping[str, Any]) -> list[Piece]:
+    """All that the results make."""
+    return [piece for name, result in results.items() for piece in MAKERS[name](result)]
+
+
+def growth(result: Any) -> list[Piece]:
+    """Rows of `growth.py`: over n, over the sample but its smaller ones, and of the default sample."""
+    largest = max(row["sample"] for row in result["sample"])
+    over_sample = [row for row in result["sample"] if row["sample"] in (1024, largest)]
+    rows = [
+        (
+            f"{row['n']:,.0f}",
+            f"{row['sample']:,.0f}" + " (the default)" * (row in result["default"]),
+            short(row["product"], 4),
+            f"{row['outside']:.1%}".replace("%", " %") if row["outside"] < 0.1 and row in result["default"]
+            else f"{row['outside']:.0%}".replace("%", " %"),
+            f"{row['vectors']:.1f}",
+        )
+        for row in (*result["n"], *over_sample, *result["default"])
+    ]  # fmt: skip
+    header = ("n", "sample", "seconds a product", "outside of products", "vectors")
+    return [Table(BENCHMARKS, header, tuple(rows))]
+
+
+def big(result: Any) -> list[Piece]:
+    """The row of `big.py`."""
+    words = "n = {}, ncv = {} by the memory budget, {} products to a residual of {} lambda_1, {} s, {} GiB at the peak"
+    numbers = (
+        f"{result['n']:,}",
+        f"{result['ncv']}",
+        f"{result['matvecs']}",
+        f"{result['residual']:.0e}".replace("e-0", "e-"),
+        f"{result['seconds']:.0f}",
+        f"{result['peak_gib']:.1f}",
+    )
+    return [Sentence(BENCHMARKS, words, numbers)]
+
+
+def overhead(result: Any) -> list[Piece]:
+    """Of `overhead.py`, on one and on two ranks."""
+    one, two = result["1"], result["2"]
+    words = (
+        "spent {} % of the first half and {} % of all on probes after the first; on two ranks (`--ranks 2`) it was {} "
+        "and {} %. The first probe took {} and {} s, and {} and {} s were forecast"
+    )
+    shares = [f"{100 * of[key]:.1f}" for of in (one, two) for key in ("half", "all")]
+    seconds = [short(of[key], 2) for key in ("first", "forecast") for of in (one, two)]
+    return [Sentence(BENCHMARKS, words, (*shares, *seconds))]
+
+
+def sample_size(result: Any) -> list[Piece]:
+    """Means over the seeds, and what the error bars cover."""
+    steps = sorted({row["step"] for row in result["rows"]} - {200})
+    sizes = dict.fromkeys((row["sample"], row["gradient_sample"]) for row in result["rows"])
+    rows = []
+    for sample, gradient_sample in sizes:
+        of_size = {
+            row["step"]: row
+            for row in result["rows"]
+            if row["sample"] == sample and row["gradient_sample"] == gradient_sample
+        }
+        rows.append((number(sample), number(gradient_sample), *(mean(of_size[step]["fraction"]) for step in steps)))
+    words = "the error bar covered the value of all data in each of the {} cases that had one"
+    header = ("`sample`", "`gradient_sample`", *(f"step {step}" for step in steps))
+    found: list[Piece] = [Table(BENCHMARKS, header, tuple(rows))]
+    at_1000 = {
+        (row["sample"], row["gradient_sample"]): row["fraction"] for row in result["rows"] if row["step"] == 1000
+    }
+    told = "at step 1,000 is {} with all 5,000 images, {} with 1,024 and 4,096, and {} with 512 and 512"
+    means = tuple(mean(at_1000[size]) for size in (("all", "all"), (1024, 4096), (512, 512)))
+    found.append(Sentence("README.md", told, means))
+    if result["covered"] == result["cases"]:
+        found.append(Sentence(BENCHMARKS, words, (f"{result['cases']}",)))
+    return found
+
+
+def mean(fraction: float | None) -> str:
+    """A mean; none where every seed's was withheld."""
+    return "withheld" if fraction is None else short(fraction, 2)
+
+
+def number(size: int | str) -> str:
+    """A size, or the word "all"."""
+    return size if isinstance(size, str) else f"{size:,}"
+
+
+def certificate(result: Any) -> list[Piece]:
+    """Of `certificate.py`, beside the same of the first certificate, which is kept in the result."""
+    spectra = [
+        (
+            row["name"],
+            *(f"{row[key]:.0f}" for key in ("without", "before_with", "with")),
+            *(f"{row[key]:.0%}" for key in ("before_trusted", "trusted")),
+            *(f"{row[key]}" for key in ("before_undetermined", "undetermined")),
+        )
+        for row in result["spectra"]
+    ]
+    nets = [
+        (row["name"], *(f"{row[key]:.1f}" for key in ("without", "before_more", "more")), f"{row['trusted']:.0%}")
+        for row in result["nets"]
+    ]
+    more = [row["more"] for row in result["nets"]]
+    columns = ("without", "with, before", "with", "trusted, before", "trusted", "undetermined, before", "undetermined")
+    return [
+        Table(LINALG, ("spectrum", *columns), tuple(spectra)),
+        Table(LINALG, ("network", "without", "more, before", "more", "trusted"), tuple(nets)),
+        Sentence("README.md", "and {} to {} to exclude missed copies", (f"{min(more):.0f}", f"{max(more):.0f}")),
+    ]
+
+
+MAKERS: dict[str, Callable[[Any], list[Piece]]] = {
+    "speed": speed,
+    "growth": growth,
+    "big": big,
+    "overhead": overhead,
+    "sample_size": sample_size,
+    "certificate": certificate,
+}

@@ -79,7 +79,7 @@ def test_importing_the_package_imports_nothing_but_pythons_own():
 
 
 def test_the_callback_imports_little_beyond_torch_and_lightning():
-    """A third of a second for 209 files of its own, beyond those of the three that it stands on."""
+    """In seconds: .09 to .12, installed, so with compiled files, beyond the three that it stands on."""
     stands_on = "import torch, lightning.pytorch, pytorch_lightning"
     found = new_modules(stands_on, "from lightning_subspace import SubspaceMonitor")
     others = {name.partition(".")[0] for name in found} - set(sys.stdlib_module_names)

@@ -34,14 +34,21 @@ BENCHMARKS = {
     "overhead, two ranks": "overhead --ranks 2 --json {out}/overhead.json",
     "sample_size": "sample_size --json {out}/sample_size.json",
     "certificate": "certificate --seeds 6 --probes 6 --json {out}/certificate.json",
+    "vocabulary": "vocabulary --json {out}/vocabulary.json",
+    "attention": "attention --json {out}/attention.json",
+    "defaults": "defaults",
     "tab": "tab",
     "tab_page": "tab_page",
     "big": "big --out {out}/big.json",
     "mnist": "examples/mnist.py --out {out}",
     "tab.png": "examples/tab.py --out {out}/tab --picture {out}/tab.png",
+    "cifar": "examples/cifar/train.py fit --config examples/cifar/config.yaml --config examples/cifar/cpu.yaml "
+    "--trainer.logger.init_args.save_dir {out}",
+    "cifar.png": "examples/picture.py {out}/cifar {out}/cifar.png --height 1266",
 }
 # Pictures of README.md and the pages, by name in the folder.
 PICTURES = {
+    "cifar.png": "examples/cifar/tab.png",
     "growth.png": "tests/benchmarks/growth.png",
     "mnist.png": "examples/mnist.png",
     "tab.png": "examples/tab.png",

@@ -13,6 +13,7 @@ import argparse
 import multiprocessing
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from lightning_subspace.loss.findings import findings_of
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from tests.benchmarks.growth import peak_mb
+from tests.benchmarks.pages import keep
 from tests.benchmarks.workloads import Block
 
 PRODUCTS, VOCABULARY = 3, 64
@@ -83,9 +85,21 @@ def alone(asked: argparse.Namespace, in_blocks: bool) -> Measured:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"width": 64, "depth": 1, "heads": 4, "length": 2048}.items():
+    for name, default in {"width": 64, "depth": 1, "heads": 4}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048])
+    parser.add_argument("--json", type=Path, help="where to store the table")
     asked: Any = parser.parse_args()
+    kept = []
+    for length in asked.lengths:
+        asked.length = length
+        kept += compared(asked)
+    if asked.json:
+        keep(asked.json, kept, ("graph", "peak_of_product", "seconds_of_product"))
+
+
+def compared(asked: Any) -> list[Measured]:
+    """Both ways at one length, shown and checked."""
     print(asked)
     print(
         "| attention | scores by the forecast | graph, MB | peak of the graph | peak of a product | s | s a product |"
@@ -100,6 +114,7 @@ def main() -> None:
     math, blocks = (torch.tensor(row.image) for row in rows.values())
     assert float((blocks - math).norm()) <= 1e-5 * float(math.norm())
     assert rows["blocks"].graph <= rows["math"].graph - 0.9 * rows["math"].scores
+    return list(rows.values())
 
 
 if __name__ == "__main__":

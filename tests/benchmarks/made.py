@@ -12,6 +12,7 @@ from tests.benchmarks.pages import Piece, Sentence, Table, short
 from tests.benchmarks.speed_pages import speed
 
 BENCHMARKS = "tests/benchmarks/README.md"
+CURVATURE = "lightning_subspace/curvature/README.md"
 LINALG = "lightning_subspace/linalg/README.md"
 
 
@@ -125,6 +126,27 @@ def certificate(result: Any) -> list[Piece]:
     ]
 
 
+def vocabulary(result: Any) -> list[Piece]:
+    """The graph of torch beside the closed form."""
+    header = ("in copies of all logits", "graph that is kept", "peak of a product", "seconds a product")
+    rows = [
+        (name, *(f"{row[key]:.1f}" for key in ("graph", "peak_of_product", "seconds_of_product")))
+        for name, row in zip(("by the graph of torch", "in closed form"), result, strict=True)
+    ]
+    return [Table(CURVATURE, header, tuple(rows))]
+
+
+def attention(result: Any) -> list[Piece]:
+    """Math attention and blocks at two lengths, in turns."""
+    header = ("T", "attention", "graph that is kept", "peak of a product", "seconds a product")
+    names = (("1,024", "math"), ("", "in blocks"), ("2,048", "math"), ("", "in blocks"))
+    rows = [
+        (*name, f"{row['graph']:.0f} MB", f"{row['peak_of_product']:.0f} MB", short(row["seconds_of_product"], 2))
+        for name, row in zip(names, result, strict=True)
+    ]
+    return [Table(CURVATURE, header, tuple(rows))]
+
+
 MAKERS: dict[str, Callable[[Any], list[Piece]]] = {
     "speed": speed,
     "growth": growth,
@@ -132,4 +154,6 @@ MAKERS: dict[str, Callable[[Any], list[Piece]]] = {
     "overhead": overhead,
     "sample_size": sample_size,
     "certificate": certificate,
+    "vocabulary": vocabulary,
+    "attention": attention,
 }

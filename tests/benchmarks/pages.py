@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -89,6 +89,11 @@ def row(cells: Sequence[str]) -> str:
 def short(value: float, digits: int) -> str:
     """A number as the pages write it: without the zero before the point."""
     return re.sub(r"^(-?)0\.", r"\1.", f"{value:.{digits}f}")
+
+
+def keep(file: Path, rows: Iterable[Any], names: Sequence[str]) -> None:
+    """Store some attributes of what was measured."""
+    file.write_text(json.dumps([{name: getattr(row, name) for name in names} for row in rows], indent=1) + "\n")
 
 
 def stored() -> dict[str, Any]:

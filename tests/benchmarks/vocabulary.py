@@ -14,6 +14,7 @@ import argparse
 import multiprocessing
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from tests.benchmarks.big import GPT, VOCABULARY, Size, next_token
 from tests.benchmarks.growth import peak_mb
+from tests.benchmarks.pages import keep
 
 PRODUCTS = 5
 
@@ -73,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"width": 64, "depth": 1, "heads": 4, "sequences": 4, "length": 256}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--json", type=Path, help="where to store the table")
     asked: Any = parser.parse_args()
     logits = asked.sequences * asked.length * VOCABULARY
     print(f"{asked}; all logits once: {4e-6 * logits:.0f} MB")
@@ -89,6 +92,8 @@ def main() -> None:
     theirs, mine = (torch.tensor(row.image) for row in rows.values())
     assert float((mine - theirs).norm()) <= 1e-5 * float(theirs.norm())
     assert rows["closed form"].graph < rows["graph of torch"].graph - 1.5
+    if asked.json:
+        keep(asked.json, rows.values(), ("graph", "peak_of_product", "seconds_of_product"))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ BENCHMARKS = {
     "certificate": "certificate --seeds 6 --probes 6 --json {out}/certificate.json",
     "vocabulary": "vocabulary --json {out}/vocabulary.json",
     "attention": "attention --json {out}/attention.json",
-    "defaults": "defaults",
     "tab": "tab",
     "tab_page": "tab_page",
     "big": "big --out {out}/big.json",

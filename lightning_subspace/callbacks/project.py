@@ -66,9 +66,9 @@ def check_steps(spec: SampleSpec, trainer: Trainer, steps: int | Sequence[int], 
             "every_n_steps",
             f"steps from {first} on",
             early[0],
-            f"the {spec.sample} examples of sample= are gathered from the batches of training, and are there at that "
-            "step; pass sample='all', a loader or a list of batches, which are read before the first step, or a number "
-            "of examples that the first batch has",
+            f"the {spec.sample} examples of sample=, or those of one epoch, are gathered from the batches of training, "
+            "and are there at that step; pass sample='all', a loader or a list of batches, which are read before the "
+            "first step, or a number of examples that the first batch has",
         )
 
 

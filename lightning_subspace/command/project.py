@@ -71,8 +71,7 @@ class Configuration:
         """The sections of all files, as they stand there.
 
         Raises:
-            ValueError: for a file that is no configuration.
-            OSError: for one that cannot be read.
+            ValueError: for a file that is no configuration, or cannot be read.
         """
         import yaml  # type: ignore[import-untyped]
 
@@ -80,6 +79,8 @@ class Configuration:
         for file in self.files:
             try:
                 sections = yaml.safe_load(file.read_text(encoding="utf-8"))
+            except OSError as error:
+                raise ValueError(f"--config: expected a file, got {str(file)!r} ({error.strerror}).") from error
             except yaml.YAMLError as error:
                 raise ValueError(f"--config: expected YAML, got {str(file)!r} ({error}).") from error
             if not isinstance(sections, dict):

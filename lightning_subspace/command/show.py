@@ -42,8 +42,8 @@ def run(options: argparse.Namespace) -> int:
     """Print the table, or write files; the exit code.
 
     Raises:
-        OSError: where a path cannot be read, or a file not be written.
-        ValueError: for a path that is none of a run, or a wrong option.
+        OSError: where a path cannot be read.
+        ValueError: for a path that is none of a run, a wrong option, or a file that cannot be written.
     """
     writers: dict[str, Callable[[Runs, argparse.Namespace], str]] = {"csv": _csv, "json": _json, "html": _html}
     wanted = [name for name in (*writers, "png") if getattr(options, name) is not None]
@@ -61,8 +61,13 @@ def run(options: argparse.Namespace) -> int:
             continue
         else:
             files = [Path(target)]
-            files[0].write_text(writers[name](runs, options), encoding="utf-8")
-        print(f"{count} probes of {len(runs)} runs in {', '.join(map(str, files))}")
+            text = writers[name](runs, options)
+            try:
+                files[0].write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise ValueError(f"--{name}: expected a file to write, got {target!r} ({error.strerror}).") from error
+        told = f"{count} probes of {len(runs)} {'run' if len(runs) == 1 else 'runs'}"
+        print(f"{told} in {', '.join(map(str, files))}")
     if not wanted:
         keys = [key.strip() for key in options.keys.split(",") if key.strip()]
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None

@@ -19,7 +19,10 @@ def is_to_be_gathered(spec: SampleSpec, loaders: CombinedLoader) -> bool:
 
 
 def first_step(spec: SampleSpec, trainer: Trainer, loaders: CombinedLoader) -> int:
-    """The first step with a sample, as far as the loaders tell."""
+    """The first step with a sample, as far as the loaders tell.
+
+    It is there when its examples are, or else when the first epoch is over.
+    """
     if not is_to_be_gathered(spec, loaders) or not isinstance(spec.sample, int):
         return 0
     sizes = [batch_size_of(loader) for loader in loaders.flattened]
@@ -27,7 +30,19 @@ def first_step(spec: SampleSpec, trainer: Trainer, loaders: CombinedLoader) -> i
         return 0
     examples = trainer.world_size * sum(size for size in sizes if size is not None)
     num_batches = -(-spec.sample // examples)
-    return int((num_batches - 1) // trainer.accumulate_grad_batches)
+    filled = (num_batches - 1) // trainer.accumulate_grad_batches
+    lengths = [length for loader in loaders.flattened if (length := _num_batches(loader, trainer)) is not None]
+    return int(min([filled, *(-(-length // trainer.accumulate_grad_batches) for length in lengths)]))
+
+
+def _num_batches(loader: Any, trainer: Trainer) -> int | None:
+    """Batches of an epoch on a process, at least; None: unknown."""
+    try:
+        length = len(loader) // trainer.world_size  # what deals the examples to processes may not be there yet
+    except (TypeError, NotImplementedError):
+        return None
+    limit = trainer.limit_train_batches
+    return int(length * limit) if isinstance(limit, float) else min(length, limit)
 
 
 def require_batches(trainer: Trainer) -> None:

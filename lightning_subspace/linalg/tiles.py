@@ -41,8 +41,8 @@ class Tiles:
 
     Example:
         >>> rows = Tiles(2, 3, dtype=torch.float32, device=torch.device("cpu"))
-        >>> rows.write(0, torch.tensor([0.0, 2.0, 0.0]))
-        >>> rows.divide(0, 2.0)
+        >>> rows.write(0, torch.tensor([0.0, 4.0, 0.0]))
+        >>> rows.divide(0, 4.0)
         >>> rows.products(0, 0, normed=True)
         tensor([1.], dtype=torch.float64)
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -81,7 +82,8 @@ def load(path: str | os.PathLike[str]) -> Entries:
     except OSError:
         raise
     except Exception as error:  # torch has many, some of them without a word
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        # The text of an UnpicklingError advises weights_only=False, which runs whatever is in the file.
+        reason = type(error).__name__ + ("" if isinstance(error, UnpicklingError) else f": {error}".partition("\n")[0])
         raise CheckpointError(
             f"path: expected a checkpoint that torch.load reads with weights_only=True, got {str(path)!r} ({reason})"
         ) from error

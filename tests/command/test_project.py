@@ -131,6 +131,11 @@ def test_a_file_that_is_no_configuration_is_told(tmp_path, text):
         build(Configuration([tmp_path / "config.yaml"]), {}, options)
 
 
+def test_a_configuration_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(ValueError, match=r"--config: expected a file, got '.*none\.yaml' \(No such file"):
+        Configuration([tmp_path / "none.yaml"]).sections()
+
+
 def test_what_cannot_be_imported_is_told(trained):
     with pytest.raises(ValueError, match=r"--cli: expected the path of what can be imported \(.*\), got 'nowhere.CLI'"):
         build(Configuration([trained / "config.yaml"], cli="nowhere.CLI"), {}, options)

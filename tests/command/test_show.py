@@ -52,6 +52,19 @@ def test_files_are_written(logs, tmp_path, capsys):
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
+def test_a_file_that_cannot_be_written_is_told_with_its_option(logs, tmp_path, capsys):
+    assert main(["show", str(logs), "--csv", str(tmp_path / "none" / "x.csv")]) == 1
+    assert re.fullmatch(r"--csv: expected a file to write, got '.*x\.csv' \(.+\)\.\n", capsys.readouterr().err)
+
+
+def test_a_file_that_is_no_checkpoint_is_told_without_advice_to_trust_it(tmp_path, capsys):
+    (tmp_path / "x.py").write_text("print('not one')")
+    assert main(["show", str(tmp_path / "x.py")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("path: expected a checkpoint that torch.load reads with weights_only=True, got ")
+    assert "False" not in said
+
+
 @pytest.mark.parametrize("kind", ["csv", "json"])
 def test_a_file_may_be_the_standard_output(logs, tmp_path, capsys, kind):
     assert main(["show", str(logs), f"--{kind}", "-"]) == 0

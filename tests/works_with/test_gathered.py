@@ -596,18 +596,30 @@ def test_listed_steps_before_the_sample_of_a_modules_own_loader_are_refused():
         ([0, 3], {"sample": 8}, by_index, [0, 3]),
         ([0, 3], {"sample": "all"}, by_index, [0, 3]),
         ([0, 3], {}, lambda: loader(examples()), [0, 3]),
+        ([4, 6], {"sample": 1024, "gradient_sample": 1024, "epochs": 2}, by_index, [4, 6]),  # an epoch has no more
+        ([2], {"sample": 1024, "gradient_sample": 1024, "epochs": 2, "limit_train_batches": 2}, by_index, [2]),
+        ([2], {"sample": 1024, "gradient_sample": 1024, "epochs": 2, "accumulate_grad_batches": 2}, by_index, [2]),
         ([1], {}, lambda: by_index(batch_size=4), None),
     ],
 )
 def test_listed_steps_at_which_there_is_a_sample(steps, options, data, expected):
+    training = {key: options.pop(key) for key in ("limit_train_batches", "accumulate_grad_batches") if key in options}
+    training["max_epochs"] = options.pop("epochs", 1)
     monitor = listed(steps, on_failure="raise", **options)
     if expected is None:
         with pytest.raises(MisconfigurationException, match="expected steps from 4 on"):
             fit(monitor, data())
         fit(listed(steps, on_failure="raise"), data(), accumulate_grad_batches=4)  # the fifth batch is of step 1
         return
-    fit(monitor, data())
+    fit(monitor, data(), **training)
     assert [record.step for record in monitor.history] == expected
+
+
+def test_a_listed_step_within_the_epoch_that_the_sample_needs_is_refused():
+    with pytest.raises(
+        MisconfigurationException, match="expected steps from 4 on, got 3; the 1024 examples of sample="
+    ):
+        fit(listed([3, 4], sample=1024, gradient_sample=1024), by_index(), max_epochs=2)
 
 
 # -- the way to the batch ---------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from lightning_subspace.data.sample import SampleSpec
 from lightning_subspace.linalg.selection import Which
 from lightning_subspace.loss.loss_function import LossFunction
 from lightning_subspace.loss.mode import Mode
-from lightning_subspace.measurements import Measurement, default_measurements
+from lightning_subspace.measurements import Density, Measurement, SpectralSharpness, Trace, default_measurements
 from lightning_subspace.measurements.base import Needs
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.arguments import (
@@ -39,6 +39,9 @@ from lightning_subspace.probe.arguments import (
 from lightning_subspace.probe.verification import Verify, require_verify
 from lightning_subspace.subspace.room import BasisChoice
 from lightning_subspace.subspace.solver import MAX_TOL, Solver
+
+# Those whose every number takes products.
+OF_PRODUCTS = (Density, SpectralSharpness, Trace)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,6 +212,13 @@ class ProbeSettings:
         self._take("measurements", given)
         for item in given:
             require_measurement(item)
+            if self.curvature == "none" and (item.needs is not Needs.NOTHING or isinstance(item, OF_PRODUCTS)):
+                raise wrong(
+                    "measurements",
+                    "ones without Hessian products or eigenpairs beside curvature='none'",
+                    type(item).__name__,
+                    "leave it out, or pass another curvature, with k=0 if no eigenpairs are wanted",
+                )
 
 
 def require_sizes(settings: ProbeSettings) -> None:

@@ -12,7 +12,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_subspace import Measurement, SubspaceMonitor, measure_subspace
+from lightning_subspace import (
+    Density,
+    Layers,
+    Measurement,
+    SpectralSharpness,
+    StepCurvature,
+    SubspaceMonitor,
+    Trace,
+    measure_subspace,
+)
 from lightning_subspace.callbacks.project import check_project, warn_of_missing_keys
 
 # The first is raised by torch's own pytree, in Lightning's CombinedLoader; the second depends on the machine.
@@ -300,3 +309,11 @@ def test_a_checkpoint_that_waits_for_a_value_is_told_too(tmp_path):
 )
 def test_nothing_is_said_where_nothing_can_happen(callback):
     warn_of_missing_keys(trainer(callback, enable_checkpointing=True), "subspace")
+
+
+@pytest.mark.parametrize("item", [Trace(), Density(), SpectralSharpness()])
+def test_without_products_measurements_that_need_them_are_refused(item):
+    with pytest.raises(MisconfigurationException, match=f"measurements: expected ones .* got '{type(item).__name__}'"):
+        SubspaceMonitor(curvature="none", measurements=[item])
+    SubspaceMonitor(curvature="none", measurements=[Layers(), StepCurvature()])
+    SubspaceMonitor(k=0, measurements=[item])

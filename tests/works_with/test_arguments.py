@@ -83,6 +83,7 @@ VALID = {
     "tol": st.sampled_from([0.1, 1e-3, 1e-8]),
     "max_matvecs": st.sampled_from([40, 100]),
     "ncv": st.sampled_from([None, 43]),
+    "basis": st.sampled_from(["auto", "device", "cpu"]),
     "verify": st.sampled_from(["always", "never", 2]),
     "params": st.sampled_from([None, ["head.*"], ["*.bias", "extra"], ["nothing.*"], []]),
     "loss_fn": st.sampled_from([None, loss_fn]),

@@ -52,7 +52,10 @@ WRONG = {
     "reference_step": [("an integer of at least 0 or None", [-1, 0.5, True])],
     "which": [("one of 'LA', 'SA', 'LM', 'BE'", ["SM", "la", None, 3])],
     "tol": [("a number in (0, 0.1]", [0, 0.2, -1e-3, NAN, "1e-3", None, True])],
-    "max_matvecs": [("an integer of at least 10", [9, 1]), ("an integer of at least 1", [0, 50.0, None, True])],
+    "max_matvecs": [
+        ("at least as many products as k=10 eigenpairs", [9, 1]),
+        ("an integer of at least 1", [0, 50.0, None, True]),
+    ],
     "ncv": [("an integer of at least 13 or None", [12, 1]), ("an integer of at least 1 or None", [0, 20.0, True])],
     "basis": [("one of 'auto', 'device', 'cpu'", ["cuda", None, True])],
     "verify": [("'always', 'never', or an integer of at least 1", ["sometimes", 0, 2.0, None, True])],

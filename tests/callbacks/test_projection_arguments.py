@@ -44,7 +44,7 @@ WRONG = {
     "weight": [("a function or None", [3])],
     "which": [("one of 'LA', 'SA', 'LM', 'BE'", ["SM", None])],
     "tol": [("a number in (0, 0.1]", [0, 0.2, None, math.nan])],
-    "max_matvecs": [("an integer of at least 10", [9]), ("an integer of at least 1", [0, None])],
+    "max_matvecs": [("at least as many products as k=10 eigenpairs", [9]), ("an integer of at least 1", [0, None])],
     "ncv": [("an integer of at least 13 or None", [12]), ("an integer of at least 1 or None", [True])],
     "verify": [("'always', 'never', or an integer of at least 1", ["sometimes", 0])],
     "params": [("a list of patterns such as ['head.*'], or None", ["head.*", [3]])],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -82,8 +81,9 @@ def load(path: str | os.PathLike[str]) -> Entries:
     except OSError:
         raise
     except Exception as error:  # torch has many, some of them without a word
-        # The text of an UnpicklingError advises weights_only=False, which runs whatever is in the file.
-        reason = type(error).__name__ + ("" if isinstance(error, UnpicklingError) else f": {error}".partition("\n")[0])
+        # An UnpicklingError begins with the advice to pass weights_only=False, which runs whatever is in the file.
+        cause = str(error).rpartition("WeightsUnpickler error:")[2].strip() or str(error)
+        reason = f"{type(error).__name__}: {cause}".partition("\n")[0].partition(" Please ")[0]
         raise CheckpointError(
             f"path: expected a checkpoint that torch.load reads with weights_only=True, got {str(path)!r} ({reason})"
         ) from error

@@ -738,8 +738,13 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
     (tmp_path / "empty").touch()
     torch.save({"callbacks": {}, "hyper_parameters": Foreign()}, tmp_path / "foreign")
     for path in tmp_path.iterdir():
-        with pytest.raises(CheckpointError, match=rf"^path: expected a checkpoint .*, got {str(path)!r} \(\w+: "):
+        with pytest.raises(
+            CheckpointError, match=rf"^path: expected a checkpoint .*, got {str(path)!r} \(\w+: "
+        ) as told:
             read_history(path)
+        assert "trust" not in str(told.value)
+        assert "False" not in str(told.value)
+        assert ("Unsupported global: GLOBAL" in str(told.value)) == (path.name == "foreign")
     torch.save({"callbacks": 3}, tmp_path / "number")
     with pytest.raises(CheckpointError, match=r"^checkpoint\.callbacks: expected a dict, got 3"):
         read_history(tmp_path / "number")

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from lightning_subspace.subspace.loss_slices import LossSlices as LossSlices
     from lightning_subspace.subspace.record import Record as Record
     from lightning_subspace.subspace.record import to_rows as to_rows
+    from lightning_subspace.subspace.room import NoRoomError as NoRoomError
     from lightning_subspace.subspace.spectral_density import SpectralDensity as SpectralDensity
     from lightning_subspace.subspace.subspace import Subspace as Subspace
     from lightning_subspace.subspace.subspace import SubspaceIntegrityError as SubspaceIntegrityError
@@ -75,6 +76,7 @@ _HOMES = {
     "Matrices": "measurements.matrices",
     "Measurement": "measurements.base",
     "Needs": "measurements.base",
+    "NoRoomError": "subspace.room",
     "NoiseScale": "measurements.noise_scale",
     "Outcome": "linalg",
     "PeerError": "parallel.ranks",

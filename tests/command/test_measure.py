@@ -122,7 +122,8 @@ def test_what_was_killed_goes_on_with_the_next_checkpoint(straight, measure, tmp
     np.testing.assert_allclose(*overlaps, atol=1e-6)
     # In the events each is there once, also those that were written before.
     [tags] = read_runs(tmp_path / "out").values()
-    assert [probe["step"] for probe in tags["subspace/probes"]] == STEPS
+    # Files of one second, as of the process that was killed and of this one, are read in the order of process numbers.
+    assert sorted(probe["step"] for probe in tags["subspace/probes"]) == STEPS
     opened.clear()
     assert measure() == 0
     assert opened == []

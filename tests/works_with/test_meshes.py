@@ -177,6 +177,7 @@ class SharingStrategy(ModelParallelStrategy):
         ("tp", "through tensor parallel layers are wrong"),
     ],
 )
-def test_processes_that_share_a_batch_are_refused(name, message):
+def test_processes_that_share_a_batch_are_refused(name, message, monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # that of this process, which the Trainer takes from the strategy
     with pytest.raises(ValueError, match=message):
         ranks_of(ddp.trainer_of(SharingStrategy(name), 4))

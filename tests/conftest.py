@@ -1,6 +1,7 @@
 """Which tests are fast; log levels, which a test leaves as it has found them; notices that go to the log."""
 
 import logging
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -50,13 +51,26 @@ LOGGERS = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_li
 NOTICES = logging.getLogger("lightning_subspace")
 
 
-@pytest.fixture(autouse=True)
-def _log_levels():
-    """Undo what a test mutes: another one looks for messages of the same logger."""
+@contextmanager
+def levels_kept():
+    """Undo what is muted inside: another test looks for messages of the same logger."""
     levels = [logger.level for logger in LOGGERS]
     yield
     for logger, level in zip(LOGGERS, levels, strict=True):
         logger.setLevel(level)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _log_levels_of_module():
+    """Before the fixtures of a module, which may train in this process."""
+    with levels_kept():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _log_levels():
+    with levels_kept():
+        yield
 
 
 class _Raising(logging.Handler):

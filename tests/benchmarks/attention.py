@@ -10,8 +10,6 @@ where products are apart, or where blocks keep anything that grows with the squa
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_subspace.curvature import Hessian
-from lightning_subspace.curvature.graph_memory import Footprint
-from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss import attention_scores
 from lightning_subspace.loss.findings import findings_of
-from lightning_subspace.loss.training_loss import TrainingLoss
-from lightning_subspace.parallel.parameters import ParameterSpace
-from tests.benchmarks.growth import peak_mb
 from tests.benchmarks.pages import keep
+from tests.benchmarks.product import alone, product_of
 from tests.benchmarks.workloads import Block
 
 PRODUCTS, VOCABULARY = 3, 64
@@ -58,29 +52,11 @@ def measured(asked: argparse.Namespace, in_blocks: bool) -> Measured:
         *(Block(asked.width, asked.heads, causal=True) for _ in range(asked.depth)),
         nn.Linear(asked.width, VOCABULARY),
     )
-    space, generator = ParameterSpace.of(module), torch.Generator().manual_seed(1)
-    sample = sample_of_batches([torch.randint(VOCABULARY, (1, asked.length + 1), generator=generator)])
-    direction, footprint = torch.randn(space.n, generator=generator), Footprint()
-    with TrainingLoss(module, space, next_token) as loss:
-        before = peak_mb(forget=True)
-        started = time.perf_counter()
-        operator = Hessian(loss, sample.hessian, footprint=footprint)
-        built, peak_of_graph = time.perf_counter() - started, peak_mb() - before
-        image = operator.matvec(direction)
-        peak_mb(forget=True)
-        started = time.perf_counter()
-        for _ in range(PRODUCTS):
-            operator.matvec(direction)
-        seconds, peak = (time.perf_counter() - started) / PRODUCTS, peak_mb() - before
-    found = findings_of(module).scores
-    scores = (found.nbytes + found.avoided) / 1e6
-    return Measured(footprint.largest / 1e6, scores, peak_of_graph, peak, built, seconds, image.tolist())
-
-
-def alone(asked: argparse.Namespace, in_blocks: bool) -> Measured:
-    """Measured in a process of its own, whose memory nothing before has filled."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measured, (asked, in_blocks))
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(VOCABULARY, (1, asked.length + 1), generator=generator)
+    found = product_of(Hessian, module, next_token, tokens, PRODUCTS)
+    scores = findings_of(module).scores
+    return Measured(**{**vars(found), "image": found.image.tolist()}, scores=(scores.nbytes + scores.avoided) / 1e6)
 
 
 def main() -> None:
@@ -105,7 +81,7 @@ def compared(asked: Any) -> list[Measured]:
         "| attention | scores by the forecast | graph, MB | peak of the graph | peak of a product | s | s a product |"
     )
     print("| --- " * 7 + "|")
-    rows = {name: alone(asked, name == "blocks") for name in ("math", "blocks")}
+    rows = {name: alone(measured, asked, name == "blocks") for name in ("math", "blocks")}
     for name, row in rows.items():
         print(
             f"| {name} | {row.scores:.0f} | {row.graph:.0f} | {row.peak_of_graph:.0f} | {row.peak_of_product:.0f} | "

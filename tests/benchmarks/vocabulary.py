@@ -11,8 +11,6 @@ closed form does not keep nearly two copies less.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,9 @@ from typing import Any
 import torch
 
 from lightning_subspace.curvature import GaussNewton, gauss_newton
-from lightning_subspace.curvature.graph_memory import Footprint
-from lightning_subspace.data.given import sample_of_batches
-from lightning_subspace.loss.training_loss import TrainingLoss
-from lightning_subspace.parallel.parameters import ParameterSpace
 from tests.benchmarks.big import GPT, VOCABULARY, Size, next_token
-from tests.benchmarks.growth import peak_mb
 from tests.benchmarks.pages import keep
+from tests.benchmarks.product import alone, product_of
 
 PRODUCTS = 5
 
@@ -46,29 +40,13 @@ def measured(asked: argparse.Namespace, is_closed: bool) -> Measured:
         gauss_newton.closed_cross_entropy = lambda args, named: None  # type: ignore[attr-defined]
     torch.manual_seed(0)
     module = GPT(Size(asked.width, asked.depth, asked.heads))
-    space, generator = ParameterSpace.of(module), torch.Generator().manual_seed(1)
-    sample = sample_of_batches([torch.randint(VOCABULARY, (asked.sequences, asked.length + 1), generator=generator)])
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(VOCABULARY, (asked.sequences, asked.length + 1), generator=generator)
     logits = 4e-6 * asked.sequences * asked.length * VOCABULARY  # MB
-    direction, footprint = torch.randn(space.n, generator=generator), Footprint()
-    with TrainingLoss(module, space, next_token) as loss:
-        before = peak_mb(forget=True)
-        started = time.perf_counter()
-        operator = GaussNewton(loss, sample.hessian, footprint=footprint)
-        built, peak_of_graph = time.perf_counter() - started, peak_mb() - before
-        image = operator.matvec(direction)
-        peak_mb(forget=True)
-        started = time.perf_counter()
-        for _ in range(PRODUCTS):
-            operator.matvec(direction)
-        seconds, peak = (time.perf_counter() - started) / PRODUCTS, peak_mb() - before
-    some = [*image[:: space.n // 1000].tolist(), float(image.norm())]
-    return Measured(footprint.largest / 1e6 / logits, peak_of_graph / logits, peak / logits, built, seconds, some)
-
-
-def alone(asked: argparse.Namespace, is_closed: bool) -> Measured:
-    """Measured in a process of its own, whose memory nothing before has filled."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measured, (asked, is_closed))
+    found = product_of(GaussNewton, module, next_token, tokens, PRODUCTS)
+    some = [*found.image[:: len(found.image) // 1000].tolist(), float(found.image.norm())]
+    sizes = (size / logits for size in (found.graph, found.peak_of_graph, found.peak_of_product))
+    return Measured(*sizes, found.seconds_of_graph, found.seconds_of_product, some)
 
 
 def main() -> None:
@@ -83,7 +61,7 @@ def main() -> None:
         "| | graph, in copies of all logits | peak while it is built | peak of a product | seconds: graph | product |"
     )
     print("| --- " * 6 + "|")
-    rows = {name: alone(asked, name == "closed form") for name in ("graph of torch", "closed form")}
+    rows = {name: alone(measured, asked, name == "closed form") for name in ("graph of torch", "closed form")}
     for name, row in rows.items():
         print(
             f"| {name} | {row.graph:.1f} | {row.peak_of_graph:.1f} | {row.peak_of_product:.1f} | "

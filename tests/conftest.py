@@ -1,6 +1,7 @@
 """Which tests are fast or thorough; log levels, which a test leaves as they were; notices that go to the log."""
 
 import logging
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,6 +52,11 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Of `-n auto`: one more than processors, since tests of several processes, and of a browser, wait for these."""
+    return (os.cpu_count() or 1) + 1
 
 
 LOGGERS = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]

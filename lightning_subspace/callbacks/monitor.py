@@ -94,7 +94,7 @@ class SubspaceMonitor(Measured):
             without second derivatives: at one gradient a product where the self-check finds the loss smooth, elsewhere
             of float64 gradients; "empirical-fisher", the second moment of the gradients of single examples, or of
             micro-batches where the loss is no mean over examples; or "none", the step, the noise and the gradient alone
-            (k counts as 0). Where a model has no second derivatives, "finite-difference" takes the place of "hessian".
+            (k is then 0). Where a model has no second derivatives, "finite-difference" takes the place of "hessian".
         on_check_fail: where second derivatives turn out wrong at the first probe: "warn" and mark what rests on them,
             "omit" it, "raise", or go on by "finite-difference", with which "ggn" omits it, and nothing is measured
             where what trains is no gradient. Where they cannot be checked, "raise" raises, and the others warn.

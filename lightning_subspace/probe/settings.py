@@ -122,7 +122,10 @@ class ProbeSettings:
         if self.curvature == "none":
             if not self.defaults:
                 raise wrong("curvature", "a matrix, as its eigenvectors are asked for", "none")
-            self._take("k", 0)  # there is no matrix to have eigenpairs
+            if self.k not in (0, type(self).k):  # the default was not asked for
+                way_out = "leave it out, or pass another curvature"
+                raise wrong("k", "0 or the default beside curvature='none', without eigenpairs", self.k, way_out)
+            self._take("k", 0)
         self._take("seed", require_seed("seed", self.seed))
         _ = self.choice  # checks how they go together
         self._check_measurements()

@@ -341,3 +341,14 @@ def test_without_products_measurements_that_need_them_are_refused(item):
         SubspaceMonitor(curvature="none", measurements=[item])
     SubspaceMonitor(curvature="none", measurements=[Layers(), StepCurvature()])
     SubspaceMonitor(k=0, measurements=[item])
+
+
+@pytest.mark.parametrize("k", [1, 9, 11])
+def test_without_products_eigenpairs_that_are_asked_for_are_refused(k):
+    told = f"k: expected 0 or the default beside curvature='none', without eigenpairs, got {k}; leave it out, or pass "
+    with pytest.raises(MisconfigurationException, match=told):
+        SubspaceMonitor(k, curvature="none")
+    with pytest.raises(ValueError, match=told):
+        measure_subspace(nn.Linear(2, 1), [torch.ones(1, 2)], loss_fn=Net.training_step, k=k, curvature="none")
+    for given in ({}, {"k": 0}):
+        assert SubspaceMonitor(curvature="none", **given).history == []

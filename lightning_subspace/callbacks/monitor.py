@@ -290,6 +290,7 @@ class SubspaceMonitor(Measured):
     def on_exception(self, trainer: Trainer, pl_module: nn.Module, exception: BaseException) -> None:
         """Nothing measured is lost when training is interrupted."""
         self._recorder.close(trainer, alone=True)
+        self._recorder.failed.tell(self._notices)
         self._saved = None  # where training has not begun: of no use to another fit
         self._trained.drop()
         self._runner.remember_end(pl_module)

@@ -99,7 +99,7 @@ def put_weights(module: Any, saved: Mapping[str, Any], path: Path) -> None:
 
     Raises:
         CheckpointError: where they do not fit, in one sentence.
-        Exception: any other of the module's own loading.
+        KeyError, RuntimeError, ValueError: another one of the module's own loading.
     """
     module.on_load_checkpoint(saved)
     state: Mapping[str, Any] = saved.get(TRAINED, saved[STATE])

@@ -99,8 +99,7 @@ def put_weights(module: Any, saved: Mapping[str, Any], path: Path) -> None:
 
     Raises:
         CheckpointError: where they do not fit, in one sentence.
-        KeyError, RuntimeError, ValueError: another one of the module's own loading.
-    """
+    """  # noqa: DOC501  # others are of the module's own loading
     module.on_load_checkpoint(saved)
     state: Mapping[str, Any] = saved.get(TRAINED, saved[STATE])
     try:
@@ -109,7 +108,7 @@ def put_weights(module: Any, saved: Mapping[str, Any], path: Path) -> None:
         if not (differences := _differences(module, state)):
             raise
         raise CheckpointError(
-            f"--ckpt: expected weights of the {type(module).__name__} that --config builds, got {str(path)!r}, "
+            f"--ckpt: expected weights of the module that --config builds, got {str(path)!r}, "
             f"{', '.join(differences)}; pass the --config that this model was trained by, or its arguments behind --"
         ) from error
 

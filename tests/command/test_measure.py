@@ -152,7 +152,7 @@ def test_a_checkpoint_that_fails_costs_itself_alone(measure, trained, tmp_path, 
     assert [r.step for r in read_history(tmp_path / "out" / "history.ckpt")] == [STEPS[0], STEPS[2]]
     told = capsys.readouterr().err
     sentence = (
-        f"{broken.name}: CheckpointError: --ckpt: expected weights of the Net that --config builds, got "
+        f"{broken.name}: CheckpointError: --ckpt: expected weights of the module that --config builds, got "
         f"{str(broken)!r}, with shape (1,) in place of (3, 4) in 'layers.0.weight', without 'layers.0.bias' "
         "(and 1 more), with 'b', which it does not know; pass the --config that this model was trained by, or its "
         "arguments behind --\n"

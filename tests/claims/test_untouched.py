@@ -7,6 +7,7 @@ comparison that cannot fail proves nothing.
 import contextlib
 import functools
 import itertools
+import math
 import types
 import warnings
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from lightning_subspace import SubspaceMonitor, _lightning, measure_subspace
-from lightning_subspace.curvature import Hessian
+from lightning_subspace.curvature import Hessian, diagnosis
 from lightning_subspace.curvature.selection import CurvatureConfig
+from lightning_subspace.curvature.self_check import Diagnosis
 from lightning_subspace.data import micro_batch, reading
 from lightning_subspace.data.sample import sample_of_current
 from lightning_subspace.linalg.lanczos import Lanczos
@@ -65,6 +67,13 @@ def _no_figures(request, monkeypatch):
     """Figures take ten times as long as a run; one test draws them."""
     if "figures" not in request.node.name:
         monkeypatch.setattr(Publisher, "draw", lambda *args: None)
+
+
+@pytest.fixture(autouse=True)
+def _no_diagnosis(request, monkeypatch):
+    """What trains is tried in parts where it is no gradient, by many evaluations; one test does that."""
+    if "monitored_run" not in request.node.name:
+        monkeypatch.setattr(diagnosis, "diagnose", lambda *args, **options: Diagnosis(math.nan, diagnosis.UNKNOWN))
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tests.benchmarks.constants import constants
 from tests.benchmarks.pages import Piece, Sentence, Table, short
 from tests.benchmarks.product_pages import joining, operations, state
 from tests.benchmarks.speed_pages import speed
@@ -20,8 +21,8 @@ TAB = "lightning_subspace/tensorboard_tab/README.md"
 
 
 def pieces(results: Mapping[str, Any]) -> list[Piece]:
-    """All that the results make."""
-    return [piece for name, result in results.items() for piece in MAKERS[name](result)]
+    """All that the results make, and what the package itself says."""
+    return [*constants(), *(piece for name, result in results.items() for piece in MAKERS[name](result))]
 
 
 def growth(result: Any) -> list[Piece]:

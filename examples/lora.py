@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of either training")
     parser.add_argument("--out", type=Path, default=Path("runs/lora"), help="folder for the logs")
-    parser.add_argument("--json", type=Path, help="file for what is printed")
+    parser.add_argument("--json", type=Path, help="file for all numbers of the probes")
     arguments = parser.parse_args()
 
     L.seed_everything(0, verbose=False)
@@ -80,10 +80,9 @@ def main() -> None:
     task, fibonacci = NextDigit(adapted, lr=1e-2), sequences(lambda a, b: a + b)
     fit(task, fibonacci, arguments, monitor)
 
-    print(
-        f"trainable: {sum(p.numel() for p in task.parameters() if p.requires_grad):,} of "
-        f"{sum(p.numel() for p in task.parameters()):,} parameters"
-    )
+    trainable = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    parameters = sum(p.numel() for p in task.parameters())
+    print(f"trainable: {trainable:,} of {parameters:,} parameters")
     print_table(monitor)
     batches = [fibonacci.tensors]
     scaled = {c: measure_subspace(with_scale(task, c), batches, k=5) for c in (0.25, 0.5, 1.0, 2.0, 4.0)}
@@ -91,8 +90,10 @@ def main() -> None:
     networks = {**{f"(cB, A/c), c = {c:g}": record for c, record in scaled.items()}, "merged": merged}
     print_same_networks(networks)
     if arguments.json is not None:
+        history = [{"step": record.step, **record.metrics} for record in monitor.history]
         same = {name: dict(record.metrics) for name, record in networks.items()}
-        arguments.json.write_text(json.dumps({"history": monitor.to_rows(), "networks": same}, indent=1) + "\n")
+        found = {"trainable": trainable, "parameters": parameters, "history": history, "networks": same}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     print(f"\nTensorBoard: tensorboard --logdir {arguments.out}")
 
     first = monitor.history[0].metrics

@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="batches that each optimizer trains on")
     parser.add_argument("--width", type=int, default=64, help="of the network, a multiple of 4")
     parser.add_argument("--out", type=Path, default=Path("runs/text"), help="folder for the logs")
-    parser.add_argument("--json", type=Path, help="file for what is printed")
+    parser.add_argument("--json", type=Path, help="file for all numbers of the probes")
     arguments = parser.parse_args()
 
     text = help_pages() if arguments.file is None else arguments.file.read_text(encoding="utf-8")
@@ -122,7 +122,7 @@ def main() -> None:
         model = GPT(len(characters), arguments.width, name)
         monitor = train(model, DataLoader(TensorDataset(windows), BATCH, shuffle=True, drop_last=True), name, arguments)
         print_table(name, model, monitor)
-        rows[name] = monitor.to_rows()
+        rows[name] = [{"step": record.step, **record.metrics} for record in monitor.history]
         last = monitor.history[-1].metrics["sample_loss"]
         assert last < 0.8 * math.log(len(characters)), "the model has learnt something of the text"
     if arguments.json is not None:

@@ -43,6 +43,8 @@ BENCHMARKS = {
     "tab_page": "tab_page --json {out}/tab_page.json",
     "big": "big --out {out}/big.json",
     "mnist": "examples/mnist.py --out {out} --json {out}/mnist.json",
+    "lora": "examples/lora.py --out {out}/lora --json {out}/lora.json",
+    "text": "examples/text/train.py --out {out}/text --json {out}/text.json",
     "tab.png": "examples/tab.py --out {out}/tab --picture {out}/tab.png",
     "cifar": "examples/cifar/train.py fit --config examples/cifar/config.yaml --config examples/cifar/cpu.yaml "
     "--trainer.logger.init_args.save_dir {out}",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+
 import torch
 
+from lightning_subspace import SubspaceMonitor, eigsh
 from lightning_subspace.curvature.joining import CPU_BYTES
 from lightning_subspace.data.reading import READ_TIMEOUT
 from lightning_subspace.linalg import tiles
@@ -33,6 +37,8 @@ def constants() -> list[Piece]:
     largest = f"{4 * K * OverlapHistory().keep * CELLS / 1e6:.1f}"  # float32
     known, block = f"{VALUE_ERROR * 100:.0f}", str(second_opinion.BLOCK)
     return [
+        Sentence(README, "equal eigenvalues at a risk of {} %", (share(eigsh, "delta"),)),
+        Sentence(README, "({} % of the time by default)", (share(SubspaceMonitor, "max_overhead"),)),
         Sentence(README, "eigenvalue that is not known to {} %", (known,)),
         Sentence(README, "above {} fractions and overlaps are left out", (str(TRUSTED_ERROR),)),
         Sentence(CALLBACKS, "of {} that are spread evenly over log(step)", (held,)),
@@ -61,6 +67,11 @@ def constants() -> list[Piece]:
         Sentence(TAB, "`density` | {} values", (str(POINTS),)),
         Sentence(TAB, "`groups`, at most {} names", (str(MOST_GROUPS),)),
     ]
+
+
+def share(function: Callable[..., object], argument: str) -> str:
+    """The default of an argument, in per cent."""
+    return f"{100 * inspect.signature(function).parameters[argument].default:.0f}"
 
 
 def mib(size: int) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tests.benchmarks.constants import constants
+from tests.benchmarks.example_pages import lora, text
 from tests.benchmarks.pages import Piece, Sentence, Table, short
 from tests.benchmarks.product_pages import joining, operations, state
 from tests.benchmarks.speed_pages import speed
@@ -218,6 +219,8 @@ MAKERS: dict[str, Callable[[Any], list[Piece]]] = {
     "joining": joining,
     "state": state,
     "mnist": mnist,
+    "lora": lora,
+    "text": text,
     "tab": tab,
     "tab_page": tab_page,
 }

@@ -42,7 +42,7 @@ def main() -> None:
     networks: dict[str, tuple[Callable[[], nn.Module], Any, list[Any]]] = {
         "gpt": (lambda: GPT(Size(64, 2, 4, VOCABULARY)), next_token, list(text.view(-1, LENGTH + 1).chunk(BATCHES))),
         "mlp": (mlp, cross_entropy, in_batches(digits())),
-        "cnn": (lambda: cnn((32, 64, 96)), cross_entropy, in_batches(colour_images(count=BATCHES * SIZE))),
+        "cnn": (cnn, cross_entropy, in_batches(colour_images(count=BATCHES * SIZE))),
     }
     rows = {name: measured(make(), loss_fn, batches) for name, (make, loss_fn, batches) in networks.items()}
     print(

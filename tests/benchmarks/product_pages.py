@@ -58,16 +58,14 @@ def state(result: Any) -> list[Piece]:
     """Contexts around a loss, and the mode of the wider default type."""
     rows = [(row["holds"], *(rounded(row[key]) for key in ("first", "later", "each"))) for row in result["contexts"]]
     header = ("the module holds", "first time", "opening and closing later", "each evaluation")
-    gpt, resnet = (
-        {what: 1e3 * value for what, value in result["default_type"][of].items()} for of in ("gpt", "resnet")
-    )
+    gpt, resnet = (result["default_type"][of] for of in ("gpt", "resnet"))
     words = (
         "a forward pass of a GPT of four layers, width 64, took {} ms for {} on one core, and one of ResNet-18 {} for "
         "{} ms; a Hessian product, {} and {} ms, was as fast as without, to {} %"
     )
-    apart = max(abs(of["product_with"] / of["product_without"] - 1) for of in (gpt, resnet))
-    forward = [f"{of[way]:.3g}" for of in (gpt, resnet) for way in ("forward_with", "forward_without")]
-    products = [f"{of['product_with']:.0f}" for of in (gpt, resnet)]
+    apart = max(abs(of["ratio"] - 1) for of in (gpt, resnet))
+    forward = [f"{1e3 * of[way]:.3g}" for of in (gpt, resnet) for way in ("forward_with", "forward_without")]
+    products = [f"{1e3 * of['product_with']:.0f}" for of in (gpt, resnet)]
     return [Table(LOSS, header, tuple(rows)), Sentence(LOSS, words, (*forward, *products, f"{100 * apart:.0f}"))]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -64,7 +65,9 @@ def main() -> None:
     }
     modes = {name: default_type(*network) for name, network in networks.items()}
     for name, found in modes.items():
-        print(f"{name}, ms: " + ", ".join(f"{what} {1e3 * value:.1f}" for what, value in found.items()))
+        print(
+            f"{name}, ms: " + ", ".join(f"{what} {1e3 * value:.1f}" for what, value in found.items() if what != "ratio")
+        )
     if asked.json is not None:
         asked.json.write_text(json.dumps({"contexts": rows, "default_type": modes}, indent=1) + "\n")
 
@@ -102,7 +105,9 @@ def default_type(module: nn.Module, loss_fn: Any, batch: Any) -> dict[str, float
                     operator = Hessian(loss, sample)
                     taken.setdefault(f"forward_{way}", []).append(seconds(lambda loss=loss: loss(sample[0])))
                     taken.setdefault(f"product_{way}", []).append(seconds(lambda to=operator: to.matvec(direction)))
-    return {what: min(times) for what, times in taken.items()}
+    pairs = zip(taken["product_with"], taken["product_without"], strict=True)
+    ratio = statistics.median(one / other for one, other in pairs)  # of neighbours, which a busy machine slows alike
+    return {**{what: min(times) for what, times in taken.items()}, "ratio": ratio}
 
 
 def seconds(call: Callable[[], Any]) -> float:

@@ -1,10 +1,13 @@
-"""Which tests are fast; log levels, which a test leaves as it has found them; notices that go to the log."""
+"""Which tests are fast or thorough; log levels, which a test leaves as they were; notices that go to the log."""
 
 import logging
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from tests.thorough import IS_THOROUGH
 
 # Files and folders whose tests train little or nothing, in this process.
 FAST = (
@@ -40,11 +43,20 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         path = item.path.relative_to(ROOT)
         if any(path.is_relative_to(fast) for fast in FAST):
             item.add_marker("fast")
+    left_out = [] if IS_THOROUGH else [item for item in items if item.get_closest_marker("thorough")]
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Of `-n auto`: one more than processors, since tests of several processes, and of a browser, wait for these."""
+    return (os.cpu_count() or 1) + 1
 
 
 LOGGERS = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]

@@ -17,6 +17,11 @@ def how_many(usual: int, thorough: int) -> int:
     return thorough if IS_THOROUGH else usual
 
 
+def usual(cases: Sequence[Any], *, thorough: Sequence[Any]) -> list[Any]:
+    """Cases that are run, and those that are run beside them if all are asked for."""
+    return [*cases, *(thorough if IS_THOROUGH else ())]
+
+
 def covering(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Combinations of a value of each factor: all, or so many that every value occurs, each about as often.
 

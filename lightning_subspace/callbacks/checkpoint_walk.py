@@ -168,7 +168,7 @@ class CheckpointWalk(Callback):
         """Measure one checkpoint. A collective."""
         with ranks.agree():
             saved = read(point.path, trust=self._trust)
-            put_weights(module, saved)
+            put_weights(module, saved, point.path)
             put_counters(trainer, saved)
             trainer.strategy.optimizers = optimizers_at(optimizers, saved, module)
         if self._runner.should_probe(trainer):

@@ -94,7 +94,7 @@ class SubspaceMonitor(Measured):
             without second derivatives: at one gradient a product where the self-check finds the loss smooth, elsewhere
             of float64 gradients; "empirical-fisher", the second moment of the gradients of single examples, or of
             micro-batches where the loss is no mean over examples; or "none", the step, the noise and the gradient alone
-            (k counts as 0). Where a model has no second derivatives, "finite-difference" takes the place of "hessian".
+            (k is then 0). Where a model has no second derivatives, "finite-difference" takes the place of "hessian".
         on_check_fail: where second derivatives turn out wrong at the first probe: "warn" and mark what rests on them,
             "omit" it, "raise", or go on by "finite-difference", with which "ggn" omits it, and nothing is measured
             where what trains is no gradient. Where they cannot be checked, "raise" raises, and the others warn.
@@ -290,6 +290,7 @@ class SubspaceMonitor(Measured):
     def on_exception(self, trainer: Trainer, pl_module: nn.Module, exception: BaseException) -> None:
         """Nothing measured is lost when training is interrupted."""
         self._recorder.close(trainer, alone=True)
+        self._recorder.failed.tell(self._notices)
         self._saved = None  # where training has not begun: of no use to another fit
         self._trained.drop()
         self._runner.remember_end(pl_module)

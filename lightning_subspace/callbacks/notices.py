@@ -1,7 +1,8 @@
-"""Notices to the user, each once a run."""
+"""Notices to the user, each once a run or a process."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
@@ -13,6 +14,8 @@ from lightning_subspace.state.signals import SignalError
 from lightning_subspace.state.threads import other_threads
 
 OnFailure: TypeAlias = Literal["warn", "raise"]
+NUMBER = re.compile(r"\d[\d.e+-]*")
+_TOLD_IN_PROCESS: set[str] = set()
 
 
 class Notices:
@@ -48,12 +51,17 @@ class Notices:
             self._told.add(cause)
             self.warn(f"{text} Later ones like it are not told.")
 
-    def info_once(self, text: str, cause: str | None = None) -> None:
-        """Inform once a run and cause, which is by default the text."""
-        cause = text if cause is None else cause
-        if self.is_new(cause):
+    def info_once(self, text: str, cause: str | None = None, *, in_process: bool = False) -> None:
+        """Inform once a run and cause, which is by default the text.
+
+        With `in_process` once a process and text, whatever numbers are in it: each fit would say it again.
+        """
+        cause, words = text if cause is None else cause, NUMBER.sub("", f"{self.speaker}: {text}")
+        if self.is_new(cause) and not (in_process and words in _TOLD_IN_PROCESS):
             self._told.add(cause)
             rank_zero_info(f"{self.speaker}: {text}")
+            if in_process:
+                _TOLD_IN_PROCESS.add(words)
 
     def failure(self, what: str, error: Exception, ranks: Ranks) -> None:
         """Warn of a probe that failed on all ranks; training goes on.

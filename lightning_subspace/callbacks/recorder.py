@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from lightning_subspace._lightning import Trainer
+from lightning_subspace.callbacks.failed_probes import FailedProbes
 from lightning_subspace.callbacks.keeper import Keeper
 from lightning_subspace.callbacks.loss_comparison import LossComparison
 from lightning_subspace.callbacks.runner import ProbeRunner
@@ -38,12 +39,14 @@ class Recorder:
     Attributes:
         open: the record whose step has not ended yet.
         losses: of training, beside those of the sample.
+        failed: the probes of the fit that failed.
         keeper: of what the measurements remember.
     """
 
     def __init__(self, runner: ProbeRunner, publisher: Publisher, name: str) -> None:
         self.open: OpenRecord | None = None
         self.losses = LossComparison(runner)
+        self.failed = FailedProbes()
         self.keeper = Keeper(runner.settings, runner.notices)
         self._has_closed = False  # a record of this fit; one without has no figures to draw
         self._tab = TabLog(runner, publisher)
@@ -62,6 +65,7 @@ class Recorder:
             opened = self._runner.probe(
                 module, step, lambda run, sample: self._measure(run, trainer, module, sample, step, line)
             )
+        self.failed.see(step, self._runner.notices.last_failure)
         if opened is None:
             self._tab.fail(trainer, step)
             return
@@ -129,11 +133,12 @@ class Recorder:
                 self._publisher.draw_new(trainer, (drawn for measurement in taken for drawn in measurement.figures()))
 
     def finish(self, trainer: Trainer) -> None:
-        """Log the figures of the whole run, and its file."""
+        """Log the figures of the run, and its file; tell what failed."""
         self.draw(trainer)
         run = self._runner.run
-        if run is not None and self._has_closed:
-            self._publisher.keep(trainer, run.history, run.overlaps)
+        if run is not None and (self._has_closed or self.failed.reasons):
+            self._publisher.keep(trainer, run.history, run.overlaps, self.failed.reasons)
+        self.failed.tell(self._runner.notices)
 
     def begin(self, *, goes_on: bool) -> None:
         """Another fit begins: forget the open record.
@@ -143,6 +148,7 @@ class Recorder:
         """
         self.open, self._has_closed = None, False
         self.losses.begin()
+        self.failed.begin(goes_on=goes_on)
         self._tab.begin()
         self.keeper.begin(goes_on=goes_on)
 

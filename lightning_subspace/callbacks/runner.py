@@ -210,7 +210,7 @@ class ProbeRunner:
             self._prepare(run, module, sample, step)
             opened = run.measure(module, sample, step) if measure is None else measure(run, sample)
             for cause, text in run.examples.told.items():
-                self.notices.info_once(text, cause)
+                self.notices.info_once(text, cause, in_process=text == run.examples.joining.refusal)
             return opened
         except Exception as error:
             if self.notices.is_of_signal(step, error, self.ranks):

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_subspace.parallel.fsdp import is_sharded
 from lightning_subspace.probe.entries import CheckpointError
@@ -86,16 +87,33 @@ def read(path: Path, *, trust: bool = False) -> Mapping[str, Any]:
     return saved
 
 
-def put_weights(module: Any, saved: Mapping[str, Any]) -> None:
+def put_weights(module: Any, saved: Mapping[str, Any], path: Path) -> None:
     """Put the weights of a checkpoint into a LightningModule.
 
     Under FSDP2 each rank takes its shards; a collective.
 
+    Args:
+        module: takes them.
+        saved: the checkpoint.
+        path: where it lies, for the message.
+
     Raises:
-        RuntimeError: where they do not fit.
-    """
+        CheckpointError: where they do not fit, in one sentence.
+    """  # noqa: DOC501  # others are of the module's own loading
     module.on_load_checkpoint(saved)
     state: Mapping[str, Any] = saved.get(TRAINED, saved[STATE])
+    try:
+        _load(module, state)
+    except (KeyError, RuntimeError, ValueError) as error:
+        if not (differences := _differences(module, state)):
+            raise
+        raise CheckpointError(
+            f"--ckpt: expected weights of the module that --config builds, got {str(path)!r}, "
+            f"{', '.join(differences)}; pass the --config that this model was trained by, or its arguments behind --"
+        ) from error
+
+
+def _load(module: Any, state: Mapping[str, Any]) -> None:
     if not any(map(is_sharded, _parameters(module))):
         module.load_state_dict(state, strict=module.strict_loading)
         return
@@ -126,6 +144,22 @@ def optimizers_at(optimizers: Iterable[Any], saved: Mapping[str, Any], module: n
     for optimizer, state in zip(own, states, strict=True):
         optimizer.load_state_dict(state)
     return own
+
+
+def _differences(module: Any, state: Mapping[str, Any]) -> list[str]:
+    """In what a module's own state differs from another one, in words."""
+    own = module.state_dict()
+    known = {key: one for key, one in own.items() if isinstance(one, Tensor) and not is_lazy(one)}
+    shapes = {
+        key: f"with shape {tuple(state[key].shape)} in place of {tuple(one.shape)} in {key!r}"
+        for key, one in known.items()
+        if isinstance(state.get(key), Tensor) and state[key].shape != one.shape
+    }
+    found = [list(shapes.values())]
+    if module.strict_loading:
+        found.append([f"without {key!r}" for key in own if key not in state])
+        found.append([f"with {key!r}, which it does not know" for key in state if key not in own])
+    return [f"{first}{f' (and {len(more)} more)' if more else ''}" for first, *more in filter(None, found)]
 
 
 def _parameters(module: nn.Module) -> Iterable[Any]:

@@ -102,7 +102,7 @@ def smoothness_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) ->
     if asymmetry > LARGEST_ASYMMETRY:
         reason = f"u.Hv and v.Hu, both by differences of gradients, differ by {asymmetry:.1e} of the largest |Hv|"
         return SelfCheck(CheckOutcome.FAILED, asymmetry, reason=reason)
-    error = float(torch.tensor(errors).max() / largest)  # nan where one of them is
+    error = float(torch.tensor(errors, dtype=torch.float64).max() / largest)  # nan where one of them is
     if error <= SMOOTH_ERROR:
         reason = f"forward differences extrapolate to H v within {error:.1e}"
         return SelfCheck(CheckOutcome.PASSED, error, reason=reason)

@@ -75,7 +75,7 @@ class OutputGraph(GradientGraph):
         Raises:
             LossError: where there is no single output that the loss depends on.
         """
-        with regular_convolutions(loss.device):
+        with regular_convolutions(loss.device), loss.default_type():
             leaves, output, place, slope = _evaluated(loss, batch, create_graph=True)
             # One zero in memory: all that is asked of J^T w is its derivative.
             cotangent = output.new_zeros(()).expand_as(output).detach().requires_grad_()
@@ -139,7 +139,9 @@ def gauss_newton_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) 
         with checking(loss):
             loss.displace(jitter)
             graph = OutputGraph.build(loss, batch)
-            product = loss.space.flatten(graph.product(loss.space.unflatten(direction)), like=direction)
+            with loss.default_type():
+                images = graph.product(loss.space.unflatten(direction))
+            product = loss.space.flatten(images, like=direction)
             coarse, fine = (_difference(loss, batch, graph, jitter, step * direction) / step for step in CHECKED_STEPS)
             error, name = worst_part(loss, product, fine)
             spread, _ = worst_part(loss, coarse, fine)
@@ -163,8 +165,11 @@ def _difference(loss: TrainingLoss, batch: MicroBatch, graph: OutputGraph, centr
     slopes = []
     for sign in (1.0, -1.0):
         loss.displace(centre + sign * offset)
-        slopes.append(_evaluated(loss, batch, create_graph=False)[-1])
-    return loss.space.flatten(graph.pulled_back(0.5 * (slopes[0] - slopes[1])), like=offset)
+        with loss.default_type():
+            slopes.append(_evaluated(loss, batch, create_graph=False)[-1])
+    with loss.default_type():
+        pulled = graph.pulled_back(0.5 * (slopes[0] - slopes[1]))
+    return loss.space.flatten(pulled, like=offset)
 
 
 def _evaluated(

@@ -23,7 +23,7 @@ def backward_gradient(loss: TrainingLoss, batch: MicroBatch) -> Tensor:  # (n,)
     evaluation = loss(batch)
     for leaf in evaluation.leaves:
         leaf.grad = None
-    with loss.dependence.preserved_gradients():
+    with loss.dependence.preserved_gradients(), loss.default_type():
         evaluation.value.backward()
     return _flat(loss, [leaf.grad for leaf in evaluation.leaves])
 
@@ -34,7 +34,9 @@ def pruned_gradient(loss: TrainingLoss, batch: MicroBatch) -> Tensor:  # (n,)
     It goes back no further than the parameters of the space, so it is the cheaper one where these are few.
     """
     evaluation = loss(batch)
-    return _flat(loss, torch.autograd.grad(evaluation.value, evaluation.leaves, allow_unused=True))
+    with loss.default_type():
+        gradients = torch.autograd.grad(evaluation.value, evaluation.leaves, allow_unused=True)
+    return _flat(loss, gradients)
 
 
 def _flat(loss: TrainingLoss, gradients: Sequence[Tensor | None]) -> Tensor:

@@ -39,8 +39,10 @@ class GradientGraph:
         with regular_convolutions(loss.device):
             evaluation = loss(batch)
             loss.dependence.require_no_reentrant_checkpoint()
-            gradients = torch.autograd.grad(evaluation.value, evaluation.leaves, create_graph=True, allow_unused=True)
-        return cls(evaluation.leaves, list(gradients))
+            value, leaves = evaluation.value, evaluation.leaves
+            with loss.default_type():
+                gradients = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
+        return cls(leaves, list(gradients))
 
     @property
     def held(self) -> list[Tensor]:
@@ -96,8 +98,10 @@ class RetainedGraphs(BatchMean):
         def images(whole: Tensor) -> Iterator[Tensor]:
             directions = self._loss.space.unflatten(whole)
             for graph in self._graphs():
-                image = self._loss.space.flatten(graph.product(directions), like=whole)
-                del graph  # before the next one is rebuilt
+                with self._loss.default_type():
+                    product = graph.product(directions)
+                image = self._loss.space.flatten(product, like=whole)
+                del graph, product  # before the next one is rebuilt
                 yield image
 
         return self._product(v, images)

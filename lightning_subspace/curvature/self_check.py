@@ -16,7 +16,7 @@ import enum
 import itertools
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -131,8 +131,8 @@ def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfC
                 if not REFUSALS.search(str(raised)):
                     raise
                 refusal = f"{type(raised).__name__}: {raised}"  # not itself, whose frames hold the graph
-            with observer:
-                steps = CHECKED_STEPS if is_wide else NARROW_STEPS
+            steps = CHECKED_STEPS if is_wide else NARROW_STEPS
+            with nullcontext() if is_wide else observer:  # in float64 differences tell kinks by themselves
                 differences = [difference(loss, batch, jitter, direction, eps) for eps in steps]
     except (ElsewhereError, SignalError):
         raise
@@ -147,10 +147,10 @@ def self_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) -> SelfC
     # Differences can accuse the product only where they agree with each other, for two eps at least. An operation in
     # float32 makes them noise; one that the loss does not depend on, in a metric or a label, leaves them as they are.
     spread, _ = min(worst_part(loss, *pair) for pair in itertools.pairwise(differences))
-    return (_judged if is_wide else _judged_narrow)(error, name, spread, observer.kinks)
+    return _judged(error, name, spread) if is_wide else _judged_narrow(error, name, spread, observer.kinks)
 
 
-def _judged(error: float, name: str, spread: float, kinks: set[str]) -> SelfCheck:
+def _judged(error: float, name: str, spread: float) -> SelfCheck:
     if error <= LARGEST_ERROR:
         return SelfCheck(CheckOutcome.PASSED, error, name, f"relative difference {error:.1e} (largest in {name})")
     if spread > LARGEST_ERROR:

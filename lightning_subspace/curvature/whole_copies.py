@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_subspace.loss.copied_bytes import bytes_of_copy
 from lightning_subspace.parallel.fsdp import compute_device, replacements, sharded_parameters
 from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.state.free_memory import free_memory
-
-GIB = 1 << 30
+from lightning_subspace.subspace.room import GIB
 
 
 def whole_copies(module: nn.Module, ranks: Ranks, narrowest: torch.dtype | None) -> dict[int, Tensor]:
@@ -40,8 +40,7 @@ def require_room(module: nn.Module, narrowest: torch.dtype | None) -> None:
     sharded = list(sharded_parameters(module).values())
     if not sharded:
         return
-    types = [p.dtype if narrowest is None else torch.promote_types(p.dtype, narrowest) for p in sharded]
-    sizes = [p.numel() * dtype.itemsize for p, dtype in zip(sharded, types, strict=True)]
+    sizes = [bytes_of_copy(p, narrowest) for p in sharded]
     # One more while it is gathered and widened.
     device, needed = compute_device(sharded[0]), sum(sizes) + max(sizes)
     if (there := free_memory(device)) < needed:

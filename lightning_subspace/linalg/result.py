@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_subspace.linalg.one_line import one_line
+
 
 class Outcome(enum.Enum):
     """Why the eigensolver stopped, likely causes, and the way out."""
@@ -85,6 +87,9 @@ class EigshResult:
     next_residual: float
     gap: float
     gap_given_up: bool = False
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
     @property
     def converged(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_subspace.loss.precision import widened
 from lightning_subspace.parallel.fsdp import local_part
@@ -21,8 +21,10 @@ def copied_bytes(module: nn.Module, narrowest: torch.dtype | None, *, whole: boo
         >>> copied_bytes(nn.Linear(9, 10), torch.float64)
         800
     """
-    total = 0
-    for tensor in (*module.parameters(), *module.buffers()):
-        numel = tensor.numel() if whole else local_part(tensor).numel()
-        total += numel * widened(torch.empty(0, dtype=tensor.dtype), narrowest, copy=False).dtype.itemsize
-    return total
+    tensors = (*module.parameters(), *module.buffers())
+    return sum(bytes_of_copy(tensor if whole else local_part(tensor), narrowest) for tensor in tensors)
+
+
+def bytes_of_copy(tensor: Tensor, narrowest: torch.dtype | None) -> int:
+    """Bytes of the copy of one tensor, as above."""
+    return tensor.numel() * widened(torch.empty(0, dtype=tensor.dtype), narrowest, copy=False).dtype.itemsize

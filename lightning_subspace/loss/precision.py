@@ -30,10 +30,20 @@ def eager(device: torch.device, narrowest: torch.dtype | None) -> Iterator[None]
             stack.enter_context(ieee_arithmetic)
             for kind in {device.type, "cpu"}:
                 stack.enter_context(torch.autocast(kind, enabled=False))
-            default = torch.get_default_dtype()
-            if torch.promote_types(default, narrowest) != default:
-                stack.enter_context(default_type_of_thread())
-                stack.enter_context(DefaultType(narrowest))
+        yield
+
+
+@contextmanager
+def default_type(narrowest: torch.dtype | None) -> Iterator[None]:
+    """Make new tensors no narrower, where a loss is evaluated or differentiated.
+
+    Nowhere else: the mode takes note of every call of torch, also of `tensor.shape`.
+    """
+    default = torch.get_default_dtype()
+    if narrowest is None or torch.promote_types(default, narrowest) == default:
+        yield
+        return
+    with default_type_of_thread(), DefaultType(narrowest):
         yield
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -128,7 +127,8 @@ class Surroundings:
                 bulk.restore()
         # What the user's own code beside of the training step does to a global is not undone.
         if len(self._globals) <= MOST_EACH:
-            self._globals = [replace(c, items=c.read()) if c.read is not None else c for c in self._globals]
+            for container in self._globals:
+                container.remember()
         for watch in self._global_watches:
             watch.begin()
 

@@ -28,7 +28,7 @@ from lightning_subspace.loss.findings import findings_of
 from lightning_subspace.loss.gradient_tally import GradientTally
 from lightning_subspace.loss.loss_function import LossError, LossFunction, WrittenError, as_scalar, key_of, resolve_loss
 from lightning_subspace.loss.mode import Mode, in_mode
-from lightning_subspace.loss.precision import eager, twice_differentiable, widened, widened_array
+from lightning_subspace.loss.precision import default_type, eager, twice_differentiable, widened, widened_array
 from lightning_subspace.loss.roots import extra_roots
 from lightning_subspace.loss.served import Served
 from lightning_subspace.loss.shadow import Shadow
@@ -170,6 +170,10 @@ class TrainingLoss:
             self.module, self._narrowest, offset, around, replacements=self._replacements, loss_key=self._loss_key
         )
 
+    def default_type(self) -> AbstractContextManager[None]:
+        """Context for backward passes: hooks and checkpoints make new tensors."""
+        return default_type(self._narrowest)
+
     def refuse(self, text: str) -> NoReturn:
         """Refuse this loss now, and whenever it is to be evaluated again.
 
@@ -231,10 +235,12 @@ class TrainingLoss:
         self._shadow.reset()
         leaves = self.space.tensors(self.module)
         self.seed_generators(batch)
-        data = self._copied(batch)
         counted = self._scores.counted() if self._order == 2 else nullcontext()
-        with self._around_step() as convert, around(), counted:
-            output = self._step(self.module, convert(data), batch.index if batch.batch_idx is None else batch.batch_idx)
+        index = batch.index if batch.batch_idx is None else batch.batch_idx
+        with self.default_type():
+            data = self._copied(batch)
+            with self._around_step() as convert, around(), counted:
+                output = self._step(self.module, convert(data), index)
         for leaf in leaves:
             leaf.requires_grad_(True)  # if the step has frozen it, the graph does not lead to it: no gradient
         self._shadow.drop_written()

@@ -82,7 +82,8 @@ class NoiseEstimate:
         d, nan = deviations, math.nan
         size = float(d.sizes.sum())
         rest, left = size - d.sizes, d.counts.sum() - d.counts  # without each group
-        variance, square = _unbiased(d.squares.sum(), torch.tensor(d.square), size, float(d.counts.sum()), population)
+        whole = torch.tensor(d.square, dtype=d.squares.dtype)
+        variance, square = _unbiased(d.squares.sum(), whole, size, float(d.counts.sum()), population)
         if not bool((left >= 2).all()):
             return cls(float(variance), float(square), nan, nan, nan)
         variances, squares = _unbiased(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from numbers import Integral
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from lightning_subspace._arguments import is_integer, is_list_like
+from lightning_subspace import measurements as room
+from lightning_subspace._arguments import is_integer, is_list_like, require_instances
 from lightning_subspace._arguments import is_number as is_number
 from lightning_subspace._arguments import require_flag as require_flag
 from lightning_subspace._arguments import require_function as require_function
@@ -39,14 +41,21 @@ MEASUREMENT_METHODS = {
 }
 
 
-def require_measurement(value: Measurement) -> None:
-    """A measurement whose attributes and methods are as a probe needs them."""
-    name = type(value).__name__
-    require_integer(f"{name}.every", value.every, 1)
-    require_instance(f"{name}.needs", value.needs, Needs, "one of lightning_subspace.Needs")
-    require_instance(f"{name}.extra", value.extra, Set, "a frozenset of keys")
-    for method, takes in MEASUREMENT_METHODS.items():
-        require_function(f"{name}.{method}", getattr(value, method), takes, optional=False)
+def require_measurements(values: Any) -> tuple[Measurement, ...]:
+    """Measurements, each once, as a probe needs them.
+
+    Raises:
+        ValueError: naming the argument; for the name of a measurement, with what to pass in its place.
+    """  # noqa: DOC501  # `wrong` makes one
+    expected = "a list of instances of lightning_subspace.Measurement"
+    given = tuple(values) if is_list_like(values) and not isinstance(values, Sequence) else values  # read once
+    parts = given if is_list_like(given) else [given]
+    if words := [one for one in parts if isinstance(one, str) and one]:
+        raise wrong("measurements", expected, given, _instead_of(words[0]))
+    found = require_instances("measurements", given, Measurement, expected, once=True)
+    for measurement in found:
+        _require_measurement(measurement)
+    return found
 
 
 def require_name(name: str, value: Any) -> None:
@@ -135,6 +144,26 @@ def trusted_basis(previous: Record | None, partition: Partition) -> Tensor | Non
             f"{len(held.ranges)}; leave it out, or measure it with the same group=."
         )
     return basis
+
+
+def _require_measurement(value: Measurement) -> None:
+    """A measurement whose attributes and methods are as a probe needs them."""
+    name = type(value).__name__
+    require_integer(f"{name}.every", value.every, 1)
+    require_instance(f"{name}.needs", value.needs, Needs, "one of lightning_subspace.Needs")
+    require_instance(f"{name}.extra", value.extra, Set, "a frozenset of keys")
+    for method, takes in MEASUREMENT_METHODS.items():
+        require_function(f"{name}.{method}", getattr(value, method), takes, optional=False)
+
+
+def _instead_of(word: str) -> str:
+    """What to pass in place of the name of a measurement."""
+    kinds = {name.lower(): kind for name, kind in vars(room).items() if isinstance(kind, type)}
+    kind = kinds.get(word.rpartition(".")[2].lower(), Measurement)
+    if not issubclass(kind, Measurement) or kind is Measurement:
+        return f"pass objects, such as [Trace()] after `from {room.__name__} import Trace`, not their names"
+    needs = any(one.default is one.empty for one in inspect.signature(kind).parameters.values())
+    return f"pass [{kind.__name__}({'...' if needs else ''})] after `from {room.__name__} import {kind.__name__}`"
 
 
 def _widest(tensor: Tensor) -> Tensor:

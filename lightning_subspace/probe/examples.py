@@ -54,6 +54,7 @@ class Examples:
         self._spec = settings.sample_spec
         self._measures = bool(settings.taken)
         self._wants_error_bar = bool(settings.k and settings.defaults)
+        self._has_products = settings.choice.has_products
         self._screening = Screening()
 
     @property
@@ -72,8 +73,10 @@ class Examples:
             LossError: when the loss cannot be evaluated.
         """
         self.is_random = self._are_random(choice, module, sample, partition)
+        self._has_products = choice.has_products
         if self.is_random:
-            self.joining.refuse("the loss is random")
+            asks = self._has_products and len(sample.hessian) > 1  # otherwise there is nothing to join
+            self.joining.refuse("the loss is random" if asks else None)
             return choice
         return self.joining.begin(choice, module, sample, partition)
 
@@ -122,7 +125,8 @@ class Examples:
         """
         if self.is_random:
             sample = with_draws(sample, self._spec, measures=self._measures)
-            self.remarks["random loss"] = remark(sample)
+            has_bar = self._wants_error_bar and self._has_products
+            self.remarks["random loss"] = remark(sample, has_products=self._has_products, has_bar=has_bar)
         if self._wants_error_bar and len(sample.hessian) == 1 and sample.hessian_share < 1.0:
             self.remarks["one micro-batch"] = ONE_MICRO_BATCH
         return sample

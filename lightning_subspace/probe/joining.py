@@ -99,9 +99,14 @@ class Joining:
                 self._footprint.forget()  # graphs of single ones may fit where those of joined ones did not
         return block(*args, **kwargs)  # not above, where the exception still holds what was built
 
-    def refuse(self, reason: str) -> None:
-        """Join none from now on."""
-        self._may_join, self.remark = False, f"micro-batches not joined: {reason}."
+    @property
+    def refusal(self) -> str | None:
+        """The remark, where it says that none are joined."""
+        return None if self._may_join else self.remark
+
+    def refuse(self, reason: str | None) -> None:
+        """Join none from now on; a reason is told."""
+        self._may_join, self.remark = False, None if reason is None else f"micro-batches not joined: {reason}."
 
 
 def _reason(error: Exception) -> str | None:

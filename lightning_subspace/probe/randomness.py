@@ -70,14 +70,21 @@ def with_draws(sample: Sample, spec: SampleSpec, *, measures: bool) -> Sample:
     return repeated(sample, hessian, gradient if measures else hessian)
 
 
-def remark(sample: Sample) -> str:
-    """One sentence to the user about the draws that are measured."""
+def remark(sample: Sample, *, has_products: bool = True, has_bar: bool = True) -> str:
+    """One sentence to the user about the draws that are measured.
+
+    Args:
+        sample: all draws.
+        has_products: whether the first part is the Hessian's; without products it gives the loss behind a step.
+        has_bar: whether the gradient fraction gets an error bar.
+    """
     every = (*sample.hessian, *sample.extra)
     batches, first = (len({batch.index for batch in part}) for part in (every, sample.hessian))
     return (
         "the loss is random beside its examples: another seed gives another gradient of the same micro-batch (dropout, "
         f"noise, points drawn in the step). Measured: {len(every)} draws of {_shown(batches)} for the gradient, "
-        f"{len(sample.hessian)} of {_shown(first)} for the Hessian; the error bar covers the draws, too."
+        f"{len(sample.hessian)} of {_shown(first)} for the {'Hessian' if has_products else 'loss after a step'}"
+        f"{'; the error bar covers the draws, too' if has_bar else ''}."
     )
 
 

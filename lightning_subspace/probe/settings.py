@@ -12,7 +12,7 @@ from functools import cached_property
 from numbers import Integral
 from typing import Any, get_args
 
-from lightning_subspace._arguments import require_instances, require_seed
+from lightning_subspace._arguments import require_seed
 from lightning_subspace.curvature import CurvatureConfig
 from lightning_subspace.curvature.selection import Curvature, OnCheckFail, Precision
 from lightning_subspace.data.given import require_given_batches
@@ -30,7 +30,7 @@ from lightning_subspace.probe.arguments import (
     require_function,
     require_integer,
     require_loss,
-    require_measurement,
+    require_measurements,
     require_number,
     require_patterns,
     require_word,
@@ -122,7 +122,10 @@ class ProbeSettings:
         if self.curvature == "none":
             if not self.defaults:
                 raise wrong("curvature", "a matrix, as its eigenvectors are asked for", "none")
-            self._take("k", 0)  # there is no matrix to have eigenpairs
+            if self.k not in (0, type(self).k):  # the default was not asked for
+                way_out = "leave it out, or pass another curvature"
+                raise wrong("k", "0 or the default beside curvature='none', without eigenpairs", self.k, way_out)
+            self._take("k", 0)
         self._take("seed", require_seed("seed", self.seed))
         _ = self.choice  # checks how they go together
         self._check_measurements()
@@ -207,11 +210,9 @@ class ProbeSettings:
     def _check_measurements(self) -> None:
         if self.measurements is None:
             return
-        expected = "a list of instances of lightning_subspace.Measurement"
-        given = require_instances("measurements", self.measurements, Measurement, expected, once=True)
+        given = require_measurements(self.measurements)
         self._take("measurements", given)
         for item in given:
-            require_measurement(item)
             if self.curvature == "none" and (item.needs is not Needs.NOTHING or isinstance(item, OF_PRODUCTS)):
                 raise wrong(
                     "measurements",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_subspace.report.guard import Guard
 from lightning_subspace.report.loggers import LogLevel, Reporter, logged_name, select
-from lightning_subspace.report.tab_entry import tab_entry
+from lightning_subspace.report.tab_entry import failed_entry, tab_entry
 from lightning_subspace.subspace.overlap_history import OverlapHistory
 from lightning_subspace.subspace.record import Record
 from lightning_subspace.tensorboard_tab.schema import tag_of, to_json
@@ -90,14 +90,19 @@ class Publisher:
                 for name, step, figure in figures:
                     self._reporter.figure(trainer.loggers, f"{self._name}/{name}", figure, step)
 
-    def keep(self, trainer: Trainer, history: Sequence[Record], overlaps: OverlapHistory) -> None:
+    def keep(
+        self, trainer: Trainer, history: Sequence[Record], overlaps: OverlapHistory, failed: Mapping[int, str]
+    ) -> None:
         """Hand all entries to loggers that keep files.
 
-        `lightning-subspace show` reads them.
+        `lightning-subspace show` reads them. `failed` has the reasons of probes that failed, by step.
         """
         with self._guard.of("the file of all probes was lost"):
-            if not history or not trainer.is_global_zero or not self._reporter.takes_files(trainer.loggers):
+            if not trainer.is_global_zero or not self._reporter.takes_files(trainer.loggers):
                 return
-            entries = ",".join(to_json(tab_entry(record, overlaps)) for record in history)
-            text = f'{{"{self._name}":{{"{tag_of(self._name)}":[{entries}]}}}}'
-            self._reporter.file(trainer.loggers, f"{self._name}_probes.json", text, history[-1].step)
+            found = {step: failed_entry(step, reason) for step, reason in failed.items()}
+            found |= {record.step: tab_entry(record, overlaps) for record in history}
+            if found:
+                entries = ",".join(to_json(found[step]) for step in sorted(found))
+                text = f'{{"{self._name}":{{"{tag_of(self._name)}":[{entries}]}}}}'
+                self._reporter.file(trainer.loggers, f"{self._name}_probes.json", text, max(found))

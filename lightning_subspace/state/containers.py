@@ -15,12 +15,12 @@ from operator import is_
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class MutableObject:
     """A mutable object.
 
     Attributes:
-        items: its original contents.
+        items: its original contents, or those that were remembered last.
         replace_contents: sets other contents, as many and in the same order.
         read: its present contents; None where they cannot change.
         key: id of the object.
@@ -35,6 +35,11 @@ class MutableObject:
     def of(cls, read: Callable[[Any], list[Any]], fill: Callable[[Any, list[Any]], None], target: Any) -> MutableObject:
         """One whose contents two functions of it read and set."""
         return cls(read(target), functools.partial(fill, target), functools.partial(read, target), id(target))
+
+    def remember(self) -> None:
+        """Take its present contents for the original ones."""
+        if self.read is not None:
+            self.items = self.read()
 
     def has_changed(self) -> bool:
         """Whether its contents are others than at first, by identity."""
@@ -176,8 +181,10 @@ def hidden(value: Any) -> list[Any]:
 
 def in_slots(target: Any) -> list[MutableObject]:
     """The contents of an object's slots, if its class has any."""
-    classes = [cls for cls in type(target).__mro__ if "__slots__" in vars(cls)]
-    slots = [d for cls in classes for d in vars(cls).values() if isinstance(d, types.MemberDescriptorType)]
+    bases = [own for base in type(target).__mro__ if "__slots__" in (own := base.__dict__)]
+    slots = [d for own in bases for d in own.values() if isinstance(d, types.MemberDescriptorType)]
+    if not slots:
+        return []
     filled = {slot: slot.__get__(target) for slot in slots if _has(slot, target)}
 
     def fill(items: list[Any]) -> None:
@@ -191,7 +198,7 @@ def in_slots(target: Any) -> list[MutableObject]:
     def read() -> list[Any]:
         return [slot.__get__(target) for slot in slots if _has(slot, target)]
 
-    return [MutableObject(list(filled.values()), fill, read, id(target))] if slots else []
+    return [MutableObject(list(filled.values()), fill, read, id(target))]
 
 
 def _has(slot: types.MemberDescriptorType, target: Any) -> bool:

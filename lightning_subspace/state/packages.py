@@ -51,9 +51,10 @@ def packages_of(objects: Iterable[object]) -> frozenset[str]:
 
 def own_places(module: nn.Module) -> tuple[list[type], list[dict[str, Any]]]:
     """A module's own classes, and the globals of their files."""
-    classes = {cls for m in module.modules() for cls in type(m).__mro__ if package(cls) not in FOREIGN}
-    files = {cls.__module__ for cls in classes} & set(sys.modules)
-    return list(classes), [vars(sys.modules[name]) for name in files]
+    kinds = {type(m) for m in module.modules()}
+    classes = {cls for kind in kinds for cls in kind.__mro__ if package(cls) not in FOREIGN}
+    files = {cls.__module__ for cls in classes}
+    return list(classes), [vars(sys.modules[name]) for name in files if name in sys.modules]
 
 
 def own_globals(module: nn.Module) -> list[Any]:

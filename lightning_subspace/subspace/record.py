@@ -9,9 +9,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from lightning_subspace._arguments import require_instance, require_instances, require_integer, wrong
+from lightning_subspace.linalg.one_line import one_line
 from lightning_subspace.subspace.sketch import Sketch
 from lightning_subspace.subspace.subspace import Subspace
 from lightning_subspace.subspace.table import Table
+
+# What a representation shows first of the metrics.
+HEADLINES = ("gradient_fraction", "gradient_fraction_low", "gradient_fraction_high", "sharpness", "gradient_norm")
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ class Record:
         if not isinstance(self.tables, Mapping) or not all(isinstance(value, Table) for value in self.tables.values()):
             raise wrong("tables", "a mapping from names to tables", self.tables)
 
+    def __repr__(self) -> str:
+        known = [*(key for key in HEADLINES if key in self.metrics), *sorted(self.metrics, key=_is_aside)]
+        metrics = {key: self.metrics[key] for key in known if not key.startswith("eigenvalues/")}
+        return one_line(self, step=self.step, metrics=metrics)
+
     def with_found(self, found: Mapping[str, float | Table]) -> Record:
         """The record with more numbers and tables.
 
@@ -60,6 +69,10 @@ class Record:
     def without_eigenvectors(self) -> Record:
         """The record as a history keeps it."""
         return self if self.subspace is None else replace(self, subspace=self.subspace.without_eigenvectors())
+
+
+def _is_aside(key: str) -> bool:
+    return key.startswith("solver/")
 
 
 def as_numbers(found: Mapping[str, float | Table]) -> dict[str, float | Table]:

@@ -10,13 +10,14 @@ Source: Gur-Ari, Roberts and Dyer, "Gradient Descent Happens in a Tiny Subspace"
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from lightning_subspace._arguments import require_instance, require_shape
 from lightning_subspace.linalg import EigshResult, Outcome
+from lightning_subspace.linalg.one_line import one_line
 from lightning_subspace.linalg.stopping import CLAIMED_ERROR, VALUE_ERROR
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import Ranks
@@ -62,8 +63,11 @@ class Subspace:
     outcome: Outcome
     verified: bool
     num_matvecs: int
-    partition: Partition | None = None
+    partition: Partition | None = field(default=None, repr=False)
     gap_given_up: bool = False
+
+    def __repr__(self) -> str:
+        return one_line(self, k=self.k)
 
     @classmethod
     def of(cls, result: EigshResult, partition: Partition | None = None) -> Subspace:
@@ -123,11 +127,8 @@ class Subspace:
 
     @property
     def largest_next(self) -> float:
-        """Upper bound of eigenvalue k + 1, for the largest ones ("LA").
-
-        nan when k = n.
-        """
-        if self.error == 0.0:
+        """Upper bound of eigenvalue k + 1 ("LA"), or nan."""
+        if self.error == 0.0:  # k = n
             return math.nan
         return float(self.eigenvalues[-1]) - float(self.residuals.max()) / self.error
 

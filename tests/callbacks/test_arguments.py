@@ -314,9 +314,41 @@ def test_nothing_is_said_where_nothing_can_happen(callback):
     warn_of_missing_keys(trainer(callback, enable_checkpointing=True), "subspace")
 
 
+@pytest.mark.parametrize(
+    ("given", "way_out"),
+    [
+        (["Trace"], "pass [Trace()] after `from {} import Trace`"),
+        ("trace", "pass [Trace()] after `from {} import Trace`"),
+        ([Density(), "lightning_subspace.SecondLoss"], "pass [SecondLoss(...)] after `from {} import SecondLoss`"),
+        *(
+            ([word], "pass objects, such as [Trace()] after `from {} import Trace`, not their names")
+            for word in ("Hessian", "SpectralDensity", "Measurement", "Probe")  # none of a measurement
+        ),
+    ],
+)
+def test_a_name_in_place_of_a_measurement_is_refused_with_what_to_pass(given, way_out):
+    for measurements in (given, iter(given)) if isinstance(given, list) else (given,):
+        with pytest.raises(MisconfigurationException) as raised:
+            SubspaceMonitor(measurements=measurements)
+        message, _, told = str(raised.value).rpartition("; ")
+        assert "measurements: expected a list of instances of lightning_subspace.Measurement, got " in message
+        assert told == f"{way_out.format('lightning_subspace.measurements')}."
+
+
 @pytest.mark.parametrize("item", [Trace(), Density(), SpectralSharpness()])
 def test_without_products_measurements_that_need_them_are_refused(item):
     with pytest.raises(MisconfigurationException, match=f"measurements: expected ones .* got '{type(item).__name__}'"):
         SubspaceMonitor(curvature="none", measurements=[item])
     SubspaceMonitor(curvature="none", measurements=[Layers(), StepCurvature()])
     SubspaceMonitor(k=0, measurements=[item])
+
+
+@pytest.mark.parametrize("k", [1, 9, 11])
+def test_without_products_eigenpairs_that_are_asked_for_are_refused(k):
+    told = f"k: expected 0 or the default beside curvature='none', without eigenpairs, got {k}; leave it out, or pass "
+    with pytest.raises(MisconfigurationException, match=told):
+        SubspaceMonitor(k, curvature="none")
+    with pytest.raises(ValueError, match=told):
+        measure_subspace(nn.Linear(2, 1), [torch.ones(1, 2)], loss_fn=Net.training_step, k=k, curvature="none")
+    for given in ({}, {"k": 0}):
+        assert SubspaceMonitor(curvature="none", **given).history == []

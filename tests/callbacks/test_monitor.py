@@ -6,6 +6,7 @@ import logging
 import pickle
 import re
 import signal
+from contextlib import nullcontext
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import Measurement, Needs, NoiseScale, Step, SubspaceMonitor
+from lightning_subspace.callbacks.failed_probes import FailedProbes
 from lightning_subspace.probe import forecast
 from lightning_subspace.report import logged_name, progress, select
 from lightning_subspace.tensorboard_tab.schema import from_json
@@ -450,17 +452,65 @@ class Returning(Net):
         ("detached", "does not depend on the parameters"),
     ],
 )
-def test_a_training_step_that_gives_no_loss_costs_a_probe_and_nothing_else(value, words):
+def test_a_training_step_that_gives_no_loss_costs_a_probe_and_nothing_else(value, words, caplog):
     module, weights, bare = net(Returning), Weights(), Weights()
     module.value = value
     monitor = probing()
-    with pytest.warns(UserWarning, match=f"(?s)the probe at step 8 failed.*{words}") as caught:
+    infos = caplog.at_level(logging.INFO, "lightning.pytorch")
+    with infos, pytest.warns(UserWarning, match=f"(?s)the probe at step 8 failed.*{words}") as caught:
         fit(monitor, weights, module=module)
     assert len(told(caught)) == 1  # the one at step 12 fails alike
+    assert re.search(f"(?s)2 of 4 probes failed and are left out.*{words}", caplog.text)
     assert steps(monitor) == [0, 4]
     fit(bare)
     assert all(torch.equal(a, b) for a, b in zip(weights.at[12], bare.at[12], strict=True))
     assert is_usable(monitor)
+
+
+def always_nan(module, batch, batch_idx):
+    return nan_at_first(module, batch, batch_idx) * float("nan")
+
+
+class Ending(pl.Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == self.step:
+            raise ZeroDivisionError("mine")
+
+
+@pytest.mark.parametrize("last", [12, 9])
+def test_where_every_probe_fails_the_end_says_so_and_every_reason_is_kept(tmp_path, caplog, last):
+    """Also where training ends by an exception: there is no file then."""
+    reason = "LossError: the loss of Net is nan on the fixed sample; nothing can be measured here."
+    monitor, logger = probing(loss_fn=always_nan), CSVLogger(tmp_path)
+    ends = nullcontext() if last == 12 else pytest.raises(ZeroDivisionError)
+    with caplog.at_level(logging.INFO, "lightning.pytorch"), pytest.warns(UserWarning, match=reason) as caught, ends:
+        fit(monitor, Ending(last), logger=logger)
+    assert len(told(caught)) == 1
+    count = 4 if last == 12 else 3
+    summary = [text for text in caplog.messages if text.startswith("SubspaceMonitor: ")]
+    assert summary == [f"SubspaceMonitor: {count} of {count} probes failed and are left out. {reason}"]
+    file = tmp_path / "lightning_logs/version_0/subspace_probes.json"
+    assert file.exists() == (last == 12)
+    if file.exists():
+        probes = from_json(file.read_text())["subspace"]["subspace/probes"]
+        assert [(probe["step"], probe["failed"]) for probe in probes] == [(step, reason) for step in (0, 4, 8, 12)]
+    assert is_usable(monitor)
+
+
+def test_of_several_causes_the_most_frequent_are_told():
+    probes = FailedProbes()
+    for step, reason in enumerate(["A: a.", None, "B: b.", "B: b.", "C: c.", "D: d."]):
+        probes.see(step, reason)
+    assert probes.text == "5 of 6 probes failed and are left out: 2 by B: b; 1 by A: a; 2 by other causes."
+    probes.begin(goes_on=True)
+    probes.see(6, None)
+    assert probes.text.startswith("5 of 7 ")
+    probes.begin(goes_on=False)
+    probes.see(0, None)
+    assert probes.text is None
 
 
 def test_a_failure_is_raised_on_request():

@@ -10,6 +10,7 @@ from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.measure import measure_subspace
 from tests.oracles import EPS, Quadratic, SolvableModel, dense_hessian, dense_hessian_by_differences
+from tests.thorough import usual
 
 LEARNING_RATE = 0.7
 STEPS = (0, 1, 10, 100)
@@ -83,7 +84,10 @@ def assert_predicted(record, predicted, k):
 
 models = pytest.mark.parametrize(
     ("num_classes", "bias"),
-    [pytest.param(k, bias, id=f"K={k}{'-bias' if bias else ''}") for k in (2, 4, 10) for bias in (False, True)],
+    [
+        pytest.param(k, bias, id=f"K={k}{'-bias' if bias else ''}")
+        for k, bias in usual([(2, False), (4, True), (10, False)], thorough=[(2, True), (4, False), (10, True)])
+    ],
 )
 
 
@@ -142,13 +146,7 @@ def test_the_gradient_fraction_at_every_gap(num_classes, bias):
 
 @pytest.mark.parametrize(
     ("num_classes", "bias"),
-    [
-        (2, False),
-        (4, False),
-        (4, True),
-        (10, False),
-        (10, True),
-    ],
+    usual([(2, False), (4, True), (4, False)], thorough=[(10, False), (10, True)]),
 )
 def test_no_fraction_inside_a_multiple_eigenvalue(num_classes, bias):
     model = SolvableModel(num_classes, LEARNING_RATE, bias=bias)

@@ -7,6 +7,7 @@ comparison that cannot fail proves nothing.
 import contextlib
 import functools
 import itertools
+import math
 import types
 import warnings
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from lightning_subspace import SubspaceMonitor, _lightning, measure_subspace
-from lightning_subspace.curvature import Hessian
+from lightning_subspace.curvature import Hessian, diagnosis
 from lightning_subspace.curvature.selection import CurvatureConfig
+from lightning_subspace.curvature.self_check import Diagnosis
 from lightning_subspace.data import micro_batch, reading
 from lightning_subspace.data.sample import sample_of_current
 from lightning_subspace.linalg.lanczos import Lanczos
@@ -45,7 +47,7 @@ from tests.modules import (
     random_bytes,
     train,
 )
-from tests.thorough import covering
+from tests.thorough import covering, usual
 
 
 def monitor(**options) -> SubspaceMonitor:
@@ -65,6 +67,13 @@ def _no_figures(request, monkeypatch):
     """Figures take ten times as long as a run; one test draws them."""
     if "figures" not in request.node.name:
         monkeypatch.setattr(Publisher, "draw", lambda *args: None)
+
+
+@pytest.fixture(autouse=True)
+def _no_diagnosis(request, monkeypatch):
+    """What trains is tried in parts where it is no gradient, by many evaluations; one test does that."""
+    if "monitored_run" not in request.node.name:
+        monkeypatch.setattr(diagnosis, "diagnose", lambda *args, **options: Diagnosis(math.nan, diagnosis.UNKNOWN))
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +118,7 @@ def test_a_monitored_run_is_the_same_run(name, way, alone, tmp_path):
     ("name", "size", "accumulate", "mode"),
     [
         *covering(["Everything"], [16, "all", "current"], [1, 4], ["train"]),
-        *itertools.product(["InPlaceBatch", "Augmented"], ["all", "current"], [1], ["train"]),
+        *covering(["InPlaceBatch", "Augmented"], ["all", "current"], [1], ["train"]),
         ("Everything", "all", 1, "eval"),
         ("Toggled", "current", 4, "eval"),
     ],
@@ -207,9 +216,7 @@ class FailingMeasurement(Measurement):
 FAILURES = {
     "self-check": lambda patch: patch.setattr(CurvatureConfig, "check", failing_at(CurvatureConfig.check, 1)),
     "first evaluation": failing_after_the_check(training_loss, "as_scalar", 1),
-    "fifth evaluation": failing_after_the_check(training_loss, "as_scalar", 5),
     "transfer": failing_after_the_check(training_loss, "transfer", 2, sample="all"),  # what is gathered has been
-    "first product": failing_after_the_check(Hessian, "matvec", 1),
     "tenth product": failing_after_the_check(Hessian, "matvec", 10),
     "restart": lambda patch: (
         patch.setattr(Lanczos, "contract", failing_at(Lanczos.contract, 1)) or {"every_n_steps": 4}
@@ -217,11 +224,15 @@ FAILURES = {
     "measurement": lambda patch: {"measurements": [FailingMeasurement("measure")]},
     "after_step": lambda patch: {"measurements": [FailingMeasurement("after_step")]},
 }
+MORE_FAILURES = {
+    "fifth evaluation": failing_after_the_check(training_loss, "as_scalar", 5),
+    "first product": failing_after_the_check(Hessian, "matvec", 1),
+}
 
 
-@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("failure", usual(FAILURES, thorough=MORE_FAILURES))
 def test_a_failing_probe_is_told_and_changes_nothing(failure, alone, tmp_path, monkeypatch):
-    options = FAILURES[failure](monkeypatch) or {}
+    options = {**FAILURES, **MORE_FAILURES}[failure](monkeypatch) or {}
     callback = monitor(**{"on_failure": "warn", "ncv": 5, "every_n_steps": 8, **options})
     with pytest.warns(UserWarning, match="DeliberateError: on purpose"):
         run = watched("Everything", tmp_path, callback)

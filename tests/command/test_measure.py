@@ -144,12 +144,20 @@ def test_a_checkpoint_that_fails_costs_itself_alone(measure, trained, tmp_path, 
             (folder / file.name).write_bytes(file.read_bytes())
     [broken] = folder.glob(f"*step={STEPS[1]}.ckpt")
     saved = torch.load(broken, weights_only=True)
-    saved["state_dict"]["layers.0.weight"] = torch.zeros(1)
+    weights = saved["state_dict"]
+    weights["layers.0.weight"], weights["b"] = torch.zeros(1), weights.pop("layers.0.bias")
+    del weights["layers.2.bias"]
     torch.save(saved, broken)
     assert measure(folder=folder) == 3
     assert [r.step for r in read_history(tmp_path / "out" / "history.ckpt")] == [STEPS[0], STEPS[2]]
     told = capsys.readouterr().err
-    assert f"{broken.name}: RuntimeError: Error(s) in loading state_dict" in told
+    sentence = (
+        f"{broken.name}: CheckpointError: --ckpt: expected weights of the module that --config builds, got "
+        f"{str(broken)!r}, with shape (1,) in place of (3, 4) in 'layers.0.weight', without 'layers.0.bias' "
+        "(and 1 more), with 'b', which it does not know; pass the --config that this model was trained by, or its "
+        "arguments behind --\n"
+    )
+    assert sentence in told
     torch.save({**saved, "state_dict": Net(classes=CLASSES).state_dict()}, broken)  # mended, and too late
     assert measure(folder=folder) == 3
     assert "lies before one that is measured already" in capsys.readouterr().err

@@ -46,7 +46,8 @@ def test_every_word_has_a_row():
 
 @pytest.mark.parametrize("curvature", get_args(Curvature))
 def test_every_word_is_measured(module, curvature):
-    record = measure_subspace(module, BATCHES, k=2, loss_fn=classify, curvature=curvature)
+    k = {} if curvature == "none" else {"k": 2}
+    record = measure_subspace(module, BATCHES, **k, loss_fn=classify, curvature=curvature)
     assert record.metrics["gradient_norm"] > 0.0
     assert record.subspace is None if curvature == "none" else record.subspace.trusted
 

@@ -16,13 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_subspace.curvature import Hessian
 from lightning_subspace.curvature.fsdp_difference import ShardedDifferenceHessian, check_gradient
-from lightning_subspace.curvature.whole_copies import GIB, whole_copies
+from lightning_subspace.curvature.whole_copies import whole_copies
 from lightning_subspace.loss.fsdp_loss import ShardedLoss
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.fsdp import fsdp_modules
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.parallel.ranks import PeerError, Ranks
+from lightning_subspace.subspace.room import GIB
 from tests.oracles import dense_gradient, dense_hessian, top_eigenspace
 from tests.parallel.test_fsdp import Block, loss_fn, made, mean_of, micro_batch, words
 from tests.processes import run

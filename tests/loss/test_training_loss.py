@@ -323,9 +323,18 @@ def test_modes():
 def test_global_settings_are_put_back():
     module = NETS["mlp"]()
     before = torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    with torch.no_grad(), TrainingLoss(module, ParameterSpace.of(module), cross_entropy, dtype=torch.float64) as loss:
-        assert torch.get_default_dtype() == torch.zeros(1).dtype == torch.float64
+    seen = []
+
+    def wide(*args):
+        seen.append((torch.get_default_dtype(), torch.zeros(1).dtype))
+        return cross_entropy(*args)
+
+    with torch.no_grad(), TrainingLoss(module, ParameterSpace.of(module), wide, dtype=torch.float64) as loss:
         assert loss(batch_of()).value.requires_grad
+        assert torch.get_default_dtype() == before[0]  # a mode is in the way of every call: only where it is needed
+        with loss.default_type():
+            assert torch.zeros(1).dtype == torch.float64
+    assert seen == [(torch.float64, torch.float64)]
     assert (torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
 
 

@@ -239,7 +239,26 @@ def test_all_of_a_random_loss_has_an_error_bar_and_one_remark():
     assert metrics["gradient_fraction_low"] < metrics["gradient_fraction"] < metrics["gradient_fraction_high"]
     assert (len(seen.sample.hessian), len(seen.sample.hessian) + len(seen.sample.extra)) == (32, 256)
     (text,) = tracker.examples.remarks.values()
-    assert "Measured: 256 draws of 4 micro-batches for the gradient, 32 of 4 micro-batches for the Hessian" in text
+    assert (
+        "Measured: 256 draws of 4 micro-batches for the gradient, 32 of 4 micro-batches for the Hessian; the error"
+        in text
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"k": 0}, "32 of 4 micro-batches for the Hessian."),
+        ({"k": 0, "curvature": "none"}, "32 of 4 micro-batches for the loss after a step."),
+    ],
+)
+def test_without_products_the_remark_names_no_hessian_and_no_joined_ones(options, told):
+    net, sample = dropout_network(), quarters()
+    tracker = begun(net, sample, sample="all", **options)
+    tracker.measure(net, sample, 0)
+    remark, *others = tracker.examples.told.values()
+    assert remark.endswith(f"Measured: 256 draws of 4 micro-batches for the gradient, {told}")
+    assert others == ([] if "curvature" in options else ["micro-batches not joined: the loss is random."])
 
 
 def test_the_mean_is_over_the_draws():

@@ -81,7 +81,7 @@ def publish(trainer, publisher=None):
         publisher.log(trainer, record)
         publisher.tell(trainer, lambda step=record.step: {"step": step})
         publisher.draw(trainer, [record], overlaps())
-    publisher.keep(trainer, RECORDS, overlaps())
+    publisher.keep(trainer, RECORDS, overlaps(), {})
     return publisher
 
 

@@ -4,7 +4,11 @@ import csv
 import io
 import math
 
+import torch
+
+from lightning_subspace.linalg import Outcome
 from lightning_subspace.subspace.record import Record, to_rows
+from lightning_subspace.subspace.subspace import Subspace
 
 
 def test_every_row_has_every_key_in_order_of_first_appearance():
@@ -59,3 +63,21 @@ def test_rows_go_through_csv():
 
 def test_the_repr_leaves_out_the_sketch():
     assert "sketch" not in repr(Record(0, {"a": 1.0}))
+
+
+def test_the_repr_is_a_line_without_eigenvectors():
+    values = torch.linspace(2.0, 1.0, 11, dtype=torch.float64)
+    space = Subspace(values, torch.eye(11, 90_000), values / 3e6, 0.123456, 0.01, Outcome.CONVERGED, True, 40)
+    assert repr(space) == (
+        "Subspace(k=11, eigenvalues=[2, 1.9, 1.8, 1.7, 1.6, ..., 1], eigenvectors=float32 of shape (11, 90000), "
+        "residuals=[6.667e-07, 6.333e-07, 6e-07, 5.667e-07, 5.333e-07, ..., 3.333e-07], next_eigenvalue=0.1235, "
+        "error=0.01, outcome=CONVERGED, verified=True, num_matvecs=40, gap_given_up=False)"
+    )
+    numbers = {"solver/matvecs": 40.0, "loss": 1 / 3, "gradient_fraction": 0.5, **dict.fromkeys("abcdef", 1.0)}
+    record = Record(3, {**numbers, "eigenvalues/01": 2.0}, space)
+    assert repr(record) == str(record)
+    assert repr(record) == (
+        "Record(step=3, metrics={'gradient_fraction': 0.5, 'loss': 0.3333, 'a': 1, 'b': 1, 'c': 1, 'd': 1, "
+        f"... 3 more}}, subspace={space!r})"
+    )
+    assert (record.metrics["loss"], record == Record(3, record.metrics, space)) == (1 / 3, True)

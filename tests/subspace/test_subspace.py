@@ -433,3 +433,14 @@ def test_subspaces_are_compared_by_identity():
     assert space == space
     assert space != replace(space)
     assert len({space, replace(space)}) == 2
+
+
+# what a terminal shows
+
+
+def test_a_result_of_the_eigensolver_is_one_line_without_eigenvectors():
+    found = eigsh(lambda v: torch.arange(100.0) * v, 100, k=2)
+    line = repr(found)
+    assert line.startswith("EigshResult(eigenvalues=[99, 98], eigenvectors=float32 of shape (2, 100), residuals=[")
+    assert ", outcome=CONVERGED, " in line
+    assert "\n" not in line

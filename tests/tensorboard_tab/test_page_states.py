@@ -56,6 +56,20 @@ def test_negative_eigenvalues_are_drawn_on_both_sides_of_zero(alone):
     assert heights == sorted(heights)
 
 
+def test_the_legend_names_the_eigenvalues_that_are_drawn_and_no_others(alone):
+    first, some = written(STEPS), {"eigenvalues": [3.0, 2.0, None, None], "next": None}
+    odd = [probe | ({"next": 0.5} if i == 3 else {}) for i, probe in enumerate(changed(first, lambda _: some))]
+    tab = alone({"all": first, "two": changed(first, lambda _: some), "once": odd})
+    entries = tab.card("eigenvalues").locator(".key")
+    for run, names in {
+        "all": ["λ₁", "λ₄", "λ₅, estimated"],
+        "two": ["λ₁", "λ₂"],
+        "once": ["λ₁", "λ₂", "λ₅, estimated"],
+    }.items():
+        tab.only(run)
+        assert [text for text in entries.all_inner_texts() if "λ" in text] == names, run
+
+
 def test_residuals_above_their_eigenvalues_and_zeros_are_drawn(alone):
     edge = {"eigenvalues": [3.0, 1e-9, 0.0, None], "residuals": [5.0, 1.0, 0.5, 0.1]}
     tab = alone({"a": changed(written(STEPS), lambda probe: edge), "b": written(STEPS)})

@@ -329,7 +329,8 @@ def fit_in_shards(ranks, data, *callbacks, **options):
 
 
 def measured(ranks, curvature):
-    one = ddp.monitor(every_n_steps=1, curvature=curvature, tol=1e-5)
+    k = {"k": 0} if curvature == "none" else {}
+    one = ddp.monitor(every_n_steps=1, curvature=curvature, tol=1e-5, **k)
     fit_in_shards(ranks, ddp.in_turn(ranks), one, steps=3)
     return ddp.rows(one), [[] if r.subspace is None else r.subspace.eigenvalues.tolist() for r in one.history]
 

@@ -1,4 +1,4 @@
-"""Joined micro-batches in a Trainer: told once, invisible to training, kept by a resumed run."""
+"""Joined micro-batches in a Trainer: told once, invisible to training, kept by a resumed run; refused ones, too."""
 
 import logging
 
@@ -10,18 +10,20 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor
+from lightning_subspace.callbacks import notices
 from lightning_subspace.curvature.joining import Joined
 
 STEPS = 6
 
 
 class Net(LightningModule):
-    def __init__(self):
+    def __init__(self, *parts, reduction="mean"):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+        self.layers = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), *parts, nn.Linear(6, 3))
+        self.reduction = reduction
 
     def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.layers(batch[0]), batch[1])
+        return F.cross_entropy(self.layers(batch[0]), batch[1], reduction=self.reduction)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
@@ -40,7 +42,7 @@ def monitor():
     )
 
 
-def fit(folder, *callbacks, steps=STEPS, ckpt_path=None):
+def fit(folder, *callbacks, steps=STEPS, ckpt_path=None, module=None):
     seed_everything(0)
     quiet = {
         "logger": False,
@@ -49,7 +51,7 @@ def fit(folder, *callbacks, steps=STEPS, ckpt_path=None):
         "enable_model_summary": False,
     }
     trainer = Trainer(max_steps=steps, callbacks=list(callbacks), accelerator="cpu", default_root_dir=folder, **quiet)
-    trainer.fit(Net(), data(), ckpt_path=ckpt_path)
+    trainer.fit(Net() if module is None else module, data(), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -73,6 +75,22 @@ def test_it_is_told_once_and_training_does_not_notice(tmp_path, products, caplog
     for one, other in zip(bare.optimizers, watched.optimizers, strict=True):
         for key, state in one.state_dict()["state"].items():
             assert torch.equal(state["momentum_buffer"], other.state_dict()["state"][key]["momentum_buffer"])
+
+
+def test_that_none_are_joined_is_told_once_a_process_and_another_reason_again(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(notices, "_TOLD_IN_PROCESS", set())
+    random, told = Net(nn.Dropout(0.3)), []
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        modules = random, random, Net(nn.Dropout(0.5)), Net(reduction="sum"), Net(nn.Tanh(), reduction="sum")
+        for module in modules:
+            caplog.clear()
+            fit(tmp_path, SubspaceMonitor(k=0, sample="all", every_n_steps=[0]), steps=1, module=module)
+            told.append([text for text in caplog.messages if "micro-batches not joined" in text])
+    first, again, other, of_sums, of_other_sums = told
+    assert first == ["SubspaceMonitor: micro-batches not joined: the loss is random."]
+    assert len(of_sums) == 1
+    assert "is not the mean of theirs" in of_sums[0]
+    assert again == other == of_other_sums == []  # the last one differs by its numbers alone
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")

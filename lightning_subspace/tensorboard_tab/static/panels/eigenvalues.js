@@ -68,10 +68,14 @@ export function eigenvalues(host) {
     });
     note.replaceChildren();
     if (isAlone) {
-      key(note, 'λ₁', { colour: colour(runs[0], 0) });
-      if (count > 1) key(note, lambda(count), { colour: colour(runs[0], count - 1) });
-      if (count === runs[0].k)
-        key(note, `${lambda(count + 1)}, estimated`, { colour: colour(runs[0], count - 1), dash: '3 3' });
+      const [run] = runs;
+      const isDrawn = (/** @type {(number | null)[]} */ of) =>
+        of.some((value) => Number.isFinite(frame.y.at(value ?? NaN)));
+      const places = Array.from({ length: count }, (_, i) => i).filter((i) => isDrawn(run.eigenvalue(i)));
+      for (const i of new Set([...places.slice(0, 1), ...places.slice(-1)]))
+        key(note, lambda(i + 1), { colour: colour(run, i) });
+      if (count === run.k && isDrawn(run.next()))
+        key(note, `${lambda(count + 1)}, estimated`, { colour: colour(run, count - 1), dash: '3 3' });
     } else if (count) note.append(count === 1 ? 'λ₁ of each run' : `the first ${count} of each run`);
     if (drawn.some(Boolean))
       key(note, 'threshold of stability', { colour: isAlone ? 'var(--warn)' : 'var(--soft)', dash: '8 3 2 3' });

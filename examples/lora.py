@@ -1,6 +1,6 @@
 """LoRA by peft on a small Llama: what is measured, and what the two factors change in the reading.
 
-    python examples/lora.py [--steps 300] [--out runs/lora]
+    python examples/lora.py [--steps 300] [--out runs/lora] [--json FILE]
 
 The Llama is built from its own configuration (nothing is downloaded) and trained on arithmetic progressions modulo 10.
 LoRA then adapts it to Fibonacci's rule: W + (alpha / r) B A, with W frozen and B = 0 at the start. What is trained is
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of either training")
     parser.add_argument("--out", type=Path, default=Path("runs/lora"), help="folder for the logs")
+    parser.add_argument("--json", type=Path, help="file for all numbers of the probes")
     arguments = parser.parse_args()
 
     L.seed_everything(0, verbose=False)
@@ -78,15 +80,20 @@ def main() -> None:
     task, fibonacci = NextDigit(adapted, lr=1e-2), sequences(lambda a, b: a + b)
     fit(task, fibonacci, arguments, monitor)
 
-    print(
-        f"trainable: {sum(p.numel() for p in task.parameters() if p.requires_grad):,} of "
-        f"{sum(p.numel() for p in task.parameters()):,} parameters"
-    )
+    trainable = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    parameters = sum(p.numel() for p in task.parameters())
+    print(f"trainable: {trainable:,} of {parameters:,} parameters")
     print_table(monitor)
     batches = [fibonacci.tensors]
     scaled = {c: measure_subspace(with_scale(task, c), batches, k=5) for c in (0.25, 0.5, 1.0, 2.0, 4.0)}
     merged = measure_subspace(merge(task), batches, k=5, params=[f"*{name}*" for name in TARGETS])
-    print_same_networks({**{f"(cB, A/c), c = {c:g}": record for c, record in scaled.items()}, "merged": merged})
+    networks = {**{f"(cB, A/c), c = {c:g}": record for c, record in scaled.items()}, "merged": merged}
+    print_same_networks(networks)
+    if arguments.json is not None:
+        history = [{"step": record.step, **record.metrics} for record in monitor.history]
+        same = {name: dict(record.metrics) for name, record in networks.items()}
+        found = {"trainable": trainable, "parameters": parameters, "history": history, "networks": same}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     print(f"\nTensorBoard: tensorboard --logdir {arguments.out}")
 
     first = monitor.history[0].metrics

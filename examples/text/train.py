@@ -1,6 +1,6 @@
 """A small GPT on the characters of a text, by AdamW and by Muon from the same start, with the numbers of their steps.
 
-    python examples/text/train.py [--file shakespeare.txt] [--steps 300] [--width 64] [--out runs/text]
+    python examples/text/train.py [--file shakespeare.txt] [--steps 300] [--width 64] [--out runs/text] [--json FILE]
 
 Without a file the text is that of Python's own help pages, half a million characters that lie on every machine with
 Python. Muon moves the matrices of the blocks, and AdamW beside it all other parameters: two optimizers, which Lightning
@@ -13,7 +13,9 @@ and means the same for every optimizer.
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import time
 from pathlib import Path
 
 import lightning as L
@@ -104,6 +106,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="batches that each optimizer trains on")
     parser.add_argument("--width", type=int, default=64, help="of the network, a multiple of 4")
     parser.add_argument("--out", type=Path, default=Path("runs/text"), help="folder for the logs")
+    parser.add_argument("--json", type=Path, help="file for all numbers of the probes")
     arguments = parser.parse_args()
 
     text = help_pages() if arguments.file is None else arguments.file.read_text(encoding="utf-8")
@@ -113,13 +116,18 @@ def main() -> None:
     print(f"{len(text):,} characters, {len(characters)} different ones, {len(windows):,} windows")
 
     optimizers = ["adamw", "muon"] if hasattr(torch.optim, "Muon") else ["adamw"]
+    rows: dict[str, list[dict[str, float]]] = {}
     for name in optimizers:
         L.seed_everything(0, verbose=False)
         model = GPT(len(characters), arguments.width, name)
         monitor = train(model, DataLoader(TensorDataset(windows), BATCH, shuffle=True, drop_last=True), name, arguments)
         print_table(name, model, monitor)
+        rows[name] = [{"step": record.step, **record.metrics} for record in monitor.history]
         last = monitor.history[-1].metrics["sample_loss"]
         assert last < 0.8 * math.log(len(characters)), "the model has learnt something of the text"
+    if arguments.json is not None:
+        found = {"seconds": time.process_time(), "rows": rows}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     print(f"\nTensorBoard: tensorboard --logdir {arguments.out}")
 
 

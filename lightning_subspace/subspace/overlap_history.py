@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lightning_subspace.subspace.sketch import Sketch, sketch_error, sketch_overlap
+from lightning_subspace.subspace.sketch import Sketch, sketch_overlap
 
 
 @dataclass(eq=False)
@@ -87,7 +87,7 @@ class OverlapHistory:
     @property
     def error(self) -> float | None:
         """Largest standard deviation of an entry; None where all are exact."""
-        return max((sketch_error(sketch) for sketch in self.sketches.values()), default=0.0) or None
+        return max((sketch.error for sketch in self.sketches.values()), default=0.0) or None
 
     def __copy__(self) -> OverlapHistory:
         return OverlapHistory(self.keep, dict(self.sketches), dict(self.pairs), self.reference_step)

@@ -25,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -53,6 +54,17 @@ class Sketch:
     def __post_init__(self) -> None:
         require_shape("basis", self.basis, ["k", "d"], "basis vectors are rows")
         require_flag("exact", self.exact)
+
+    @cached_property  # asked for at every probe, of all that are held
+    def error(self) -> float:
+        """Largest standard deviation of an overlap with it.
+
+        Example:
+            >>> round(Sketch(torch.eye(10, 4096), exact=False).error, 4)
+            0.0038
+        """
+        k, d = self.basis.shape
+        return 0.0 if self.exact else math.sqrt(16 / 27 / (k * d) + 2 / d**2)
 
 
 def sketch(basis: Tensor, partition: Partition, cells: int = CELLS) -> Sketch:
@@ -103,17 +115,6 @@ def sketch_overlap(sketch: Sketch, other: Sketch) -> float:
     value = (value - chance) / (1.0 - chance)
     value += min(k, m) / d * value * (1.0 - value)
     return min(max(value, 0.0), 1.0)
-
-
-def sketch_error(sketch: Sketch) -> float:
-    """Largest standard deviation of an overlap with such a sketch.
-
-    Example:
-        >>> round(sketch_error(Sketch(torch.eye(10, 4096), exact=False)), 4)
-        0.0038
-    """
-    k, d = sketch.basis.shape
-    return 0.0 if sketch.exact else math.sqrt(16 / 27 / (k * d) + 2 / d**2)
 
 
 def count_sketch(vectors: Tensor, partition: Partition, cells: int = CELLS) -> Tensor:  # (k, n) -> (k, cells)

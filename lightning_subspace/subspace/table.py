@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 MOST_GROUPS = 16  # a figure has room for no more, and a run has very many tables
-DIGITS = 3  # of a number in a figure
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -71,14 +70,12 @@ class Table:
         return Table(other.groups, other.names, self.values)
 
     def plain(self) -> dict[str, list[Any]]:
-        """As lists of numbers of three digits, None for unknown ones.
+        """As lists of numbers, None for unknown ones.
 
         Example:
-            >>> Table.of(["body", "head"], {"update": [0.12345, float("nan")]}).plain()
-            {'groups': ['body', 'head'], 'update': [0.123, None]}
+            >>> Table.of(["body", "head"], {"update": [0.125, float("nan")]}).plain()
+            {'groups': ['body', 'head'], 'update': [0.125, None]}
         """
-        return {"groups": list(self.groups), **{name: list(map(_short, row)) for name, row in self.rows.items()}}
-
-
-def _short(value: float) -> float | None:
-    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+        rows = zip(self.names, self.values.tolist(), strict=True)
+        known = {name: [value if math.isfinite(value) else None for value in row] for name, row in rows}
+        return {"groups": list(self.groups), **known}

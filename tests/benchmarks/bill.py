@@ -20,6 +20,7 @@ from typing import Any
 
 from lightning_subspace.subspace.room import DEVICE_SHARE, HOST_SHARE, VECTORS, least_size, wanted_size
 from lightning_subspace.subspace.solver import Solver
+from tests.benchmarks.pages import stored
 
 PAGE = Path(__file__).parents[2] / "lightning_subspace" / "parallel" / "README.md"
 STORED = Path(__file__).with_name("ranks.json")
@@ -40,8 +41,8 @@ HOST = 50e9  # bytes a second between host and card: PCIe 5 x16 has 63
 LINKS = {8: 450e9, 64: 50e9}  # bytes a second and card in a collective: NVLink of 8 cards; 400 Gb/s between machines
 NODE = 1e12  # bytes of host memory for 8 cards
 
-# Gradients a product costs: `curvature/README.md`, measured for a vision transformer, with graphs rebuilt.
-EXACT, DIFFERENCE = 3.1, 2.0
+# Gradients a product costs: `operations.py`, counted for a vision transformer, with graphs rebuilt.
+EXACT, DIFFERENCE = round(stored()["operations"]["prices"]["vit"]["rebuilt"], 1), 2.0
 ADAPTERS = 2 / 3  # of a gradient, where no weight's gradient is taken: forward 2 n, backward 2 n of 6 n a token
 # Bytes a token and layer of width h that a forward pass saves in 16 bit, without attention's scores: 34 h (Korthikanti
 # et al. 2022, arXiv 2205.05198, equation 2). In float32 twice that, and twice again with the graph of a gradient.

@@ -1,11 +1,13 @@
 """What it costs to exclude missed copies of equal eigenvalues, and how often a space is trusted then.
 
-    python -m tests.benchmarks.certificate [--only spectra nets] [--seeds 10] [--probes 10] [--json certificate.json]
+    python -m tests.benchmarks.certificate [--only spectra nets copies] [--seeds 10] [--probes 10] [--json FILE]
 
 Operators of known spectrum from cold starts, and warm chains of probes of four networks along their training. Products
 of the same solves without the certificate and with it; "verified" and "trusted" are shares of the latter,
-"undetermined" counts trusted spaces whose true gap is less than half of the one that was claimed. The file that is
-written keeps what it has of the first certificate: keys that begin with "before_".
+"undetermined" counts trusted spaces whose true gap is less than half of the one that was claimed. "copies" are random
+spectra with copies below 3 % of the largest eigenvalue: how many have a claimed space without a gap, and how many a
+verified eigenvalue that is wrong. The file that is written keeps what it has of the first certificate: keys that begin
+with "before_".
 """
 
 from __future__ import annotations
@@ -29,15 +31,18 @@ from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.subspace.solver import Solver
 from lightning_subspace.subspace.subspace import TRUSTED_ERROR
 from tests.benchmarks.workloads import WORKLOADS, Batch, colour_images, cross_entropy, digits
+from tests.linalg.few_copies import Solved
 from tests.linalg.spectra import Operator, copies_behind_an_outlier, spectra
 
 N, K = 2000, 10
+PARTS = ["spectra", "nets", "copies"]
+RANDOM, RISK = 600, 0.01  # spectra, and the risk that each is solved at
 FIRST, EVERY = 300, 20  # steps before the first probe of a chain, and between two
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=["spectra", "nets"], choices=["spectra", "nets"])
+    parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--probes", type=int, default=10)
     parser.add_argument("--json", type=Path, default=None, help="the rows")
@@ -54,6 +59,8 @@ def main() -> None:
         print("| warm chain | without | with | more | verified | trusted | trusted without |")
         print("| --- | --- | --- | --- | --- | --- | --- |")
         found["nets"] = [chain_row(*network, asked.probes) for network in networks()]
+    if "copies" in asked.only:
+        found["copies"] = [copies_row()]
     if asked.json is not None:
         asked.json.write_text(json.dumps(beside_before(found, asked.json), indent=1) + "\n")
 
@@ -89,6 +96,14 @@ def spectrum_row(name: str, eigenvalues: torch.Tensor, seeds: int) -> dict[str, 
     without = statistics.fmean(plain)
     print(f"| {name} | {without:.0f} | {mean:.0f} | {verified:.0%} | {trusted:.0%} | {undetermined} |", flush=True)
     return {"name": name, "without": without, "with": mean, "trusted": trusted, "undetermined": undetermined}
+
+
+def copies_row() -> dict[str, Any]:
+    """Of many random spectra, those that are undetermined and those that are wrong."""
+    solved = [Solved.of(seed, RISK) for seed in range(RANDOM)]
+    undetermined, wrong = sum(one.undetermined for one in solved), sum(one.wrong for one in solved)
+    print(f"of {RANDOM} random spectra {undetermined} spaces are undetermined, {wrong} verified values are wrong")
+    return {"name": "random", "spectra": RANDOM, "undetermined": undetermined, "wrong": wrong}
 
 
 def networks() -> Iterator[tuple[str, Callable[[], nn.Module], Batch, float]]:

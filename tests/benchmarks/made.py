@@ -8,17 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tests.benchmarks.constants import constants
+from tests.benchmarks.example_pages import lora, text
 from tests.benchmarks.pages import Piece, Sentence, Table, short
+from tests.benchmarks.product_pages import joining, operations, state
 from tests.benchmarks.speed_pages import speed
 
 BENCHMARKS = "tests/benchmarks/README.md"
 CURVATURE = "lightning_subspace/curvature/README.md"
+CALLBACKS = "lightning_subspace/callbacks/README.md"
 LINALG = "lightning_subspace/linalg/README.md"
+TAB = "lightning_subspace/tensorboard_tab/README.md"
 
 
 def pieces(results: Mapping[str, Any]) -> list[Piece]:
-    """All that the results make."""
-    return [piece for name, result in results.items() for piece in MAKERS[name](result)]
+    """All that the results make, and what the package itself says."""
+    return [*constants(), *(piece for name, result in results.items() for piece in MAKERS[name](result))]
 
 
 def growth(result: Any) -> list[Piece]:
@@ -117,12 +122,24 @@ def certificate(result: Any) -> list[Piece]:
         (row["name"], *(f"{row[key]:.1f}" for key in ("without", "before_more", "more")), f"{row['trusted']:.0%}")
         for row in result["nets"]
     ]
-    more = [row["more"] for row in result["nets"]]
+    more, without = (
+        tuple(f"{end(row[key] for row in result['nets']):.0f}" for end in (min, max)) for key in ("more", "without")
+    )
+    [copies] = result["copies"]
+    random = (
+        "Of {} random spectra with copies below 3 % of the largest eigenvalue {} had a trusted space that was "
+        "undetermined before, and {} a wrong eigenvalue that was verified; now it is {} and {}."
+    )
+    counts = ("spectra", "before_undetermined", "before_wrong", "undetermined", "wrong")
     columns = ("without", "with, before", "with", "trusted, before", "trusted", "undetermined, before", "undetermined")
     return [
         Table(LINALG, ("spectrum", *columns), tuple(spectra)),
         Table(LINALG, ("network", "without", "more, before", "more", "trusted"), tuple(nets)),
-        Sentence("README.md", "and {} to {} to exclude missed copies", (f"{min(more):.0f}", f"{max(more):.0f}")),
+        Sentence("README.md", "on a trained network, {} to {} products of", without),
+        Sentence("README.md", "and {} to {} to exclude missed copies", more),
+        Sentence(CURVATURE, "on a trained network, {} to {} products of", without),
+        Sentence(CALLBACKS, "for {} to {} more products each ({} to {} without)", (*more, *without)),
+        Sentence(LINALG, random, tuple(str(copies[key]) for key in counts)),
     ]
 
 
@@ -147,6 +164,48 @@ def attention(result: Any) -> list[Piece]:
     return [Table(CURVATURE, header, tuple(rows))]
 
 
+def mnist(result: Any) -> list[Piece]:
+    """Caption of the first picture, of `examples/mnist.py`."""
+    seen = (
+        "*A 784-100-100-10 ReLU network on {} MNIST images, learning rate {}, everything measured on the whole "
+        "training set. Left: with SGD nearly all of the gradient lies in {} of {} directions"
+    )
+    kept = (
+        "Right: of the space of the top {} at step {}, {} is left at step {}, of that of the next {} only {}. Made by "
+        "`python examples/mnist.py` in {} s on two cores"
+    )
+    k, steps, left = str(result["k"]), f"{result['steps']:,}", [short(result[key], 2) for key in ("top", "next")]
+    found = (f"{result['examples']:,}", str(result["learning_rate"]), k, f"{result['n']:,}")
+    return [
+        Sentence("README.md", "Three panels over {} optimizer steps", (steps,)),
+        Sentence("README.md", seen, found),
+        Sentence(
+            "README.md",
+            kept,
+            (k, str(result["reference_step"]), left[0], steps, k, left[1], f"{result['seconds']:.0f}"),
+        ),
+    ]
+
+
+def tab(result: Any) -> list[Piece]:
+    """Bytes and times of an entry, at k = 10."""
+    alone, layered = (next(row for row in result if (row["k"], row["layers"]) == (10, layers)) for layers in (0, 16))
+    words = "has {} bytes at k = 10 without a density and layers, of which 16 add {} by the lengths of their names"
+    size = (f"{alone['bytes']:,}", f"{layered['bytes'] - alone['bytes']:,}")
+    times = tuple(short(1e3 * row["median"], 2) for row in (alone, layered))
+    return [Sentence(TAB, words, size), Sentence(TAB, "takes {} ms of a processor, {} with layers", times)]
+
+
+def tab_page(result: Any) -> list[Piece]:
+    """The page, with three runs and with a long one."""
+    words = (
+        "Three runs of {} probes with k = 10 are drawn in {} s, one of {} in {} s, and a step of the slider "
+        "takes {} and {} ms"
+    )
+    drawn = [text for row in result for text in (f"{row['probes']:,}", short(row["cold"], 1))]
+    return [Sentence(TAB, words, (*drawn, *(f"{1e3 * row['work']:.0f}" for row in result)))]
+
+
 MAKERS: dict[str, Callable[[Any], list[Piece]]] = {
     "speed": speed,
     "growth": growth,
@@ -156,4 +215,12 @@ MAKERS: dict[str, Callable[[Any], list[Piece]]] = {
     "certificate": certificate,
     "vocabulary": vocabulary,
     "attention": attention,
+    "operations": operations,
+    "joining": joining,
+    "state": state,
+    "mnist": mnist,
+    "lora": lora,
+    "text": text,
+    "tab": tab,
+    "tab_page": tab_page,
 }

@@ -22,7 +22,7 @@ LABELS = {
     COLD: f"`{OURS}`",
     ALONE: "asked for residuals alone, as the peers are",
     f"{OURS}, cold, verified": f"with {FIRST}(../../lightning_subspace/linalg/README.md#what-the-certificate-costs) "
-    "takes 7 to 19 products more than without",
+    "takes more",
     f"{OURS}, cold, later": "ten steps later, cold start",
     f"{OURS}, warm, later": "ten steps later, from the space of before",
     DIFFERENCES: '`curvature="finite-difference"`',

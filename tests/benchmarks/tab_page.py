@@ -1,6 +1,6 @@
 """Times of the tab's page in a browser: drawn from nothing, and one step of the slider.
 
-    python -m tests.benchmarks.tab_page
+    python -m tests.benchmarks.tab_page [--json tab_page.json]
 
 Pages that stand alone, with every panel, at k = 10: three runs of 1,000 probes, and one of 10,000. The first time runs
 from the address to the last panel. A step is what the browser does for it by Chromium's own counters: the script alone,
@@ -10,6 +10,8 @@ Ends in an error above 2 seconds, or above 25 ms a step. Needs playwright and a 
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -49,12 +51,15 @@ def steps_of(tab: Tab) -> list[tuple[float, float]]:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=None, help="the rows")
+    asked = parser.parse_args()
     if CHROMIUM is None:
         print("no Chromium is installed; on Debian: apt install chromium")
         return 2
     from playwright.sync_api import sync_playwright
 
-    failed = False
+    failed, rows = False, []
     print("| runs | MB | drawn from nothing | script of a step | all work of a step | largest |")
     print("| --- | --- | --- | --- | --- | --- |")
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
@@ -71,8 +76,11 @@ def main() -> int:
             shown = " | ".join(f"{1e3 * value:.0f} ms" for value in (*medians, max(work)))
             print(f"| {title} | {size:.0f} | {cold:.1f} s | {shown} |")
             failed |= cold > MOST_COLD or medians[1] > MOST_STEP or bool(tab.said)
+            rows.append({"runs": runs, "probes": probes, "cold": cold, "script": medians[0], "work": medians[1]})
             tab.close()
         browser.close()
+    if asked.json is not None:
+        asked.json.write_text(json.dumps(rows, indent=1) + "\n")
     return int(failed)
 
 

@@ -10,7 +10,7 @@ from lightning_subspace.linalg.normals import mixed_
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition
 from lightning_subspace.subspace import sketch as sketch_module
-from lightning_subspace.subspace.sketch import CELLS, TABLES, Sketch, count_sketch, sketch, sketch_error, sketch_overlap
+from lightning_subspace.subspace.sketch import CELLS, TABLES, Sketch, count_sketch, sketch, sketch_overlap
 from lightning_subspace.subspace.subspace import orthonormality_defect, overlap, principal_angles
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -296,10 +296,10 @@ def test_the_error_does_not_depend_on_n():
 
 def test_the_error_that_is_reported_is_the_largest_one_of_the_formula():
     equal = [torch.full((10,), x, dtype=torch.float64) for x in torch.linspace(0, 1, 301)]
-    reported = sketch_error(sketch(orthonormalised(normal(10, 5000)), space_of(5000)))
+    reported = sketch(orthonormalised(normal(10, 5000)), space_of(5000)).error
     assert max(standard_deviation(x) for x in equal) <= reported <= 1.01 * max(standard_deviation(x) for x in equal)
     assert reported < 0.0038 + 1e-4
-    assert sketch_error(sketch(orthonormalised(normal(10, 50)), space_of(50))) == 0.0
+    assert sketch(orthonormalised(normal(10, 50)), space_of(50)).error == 0.0
 
 
 @pytest.mark.parametrize("shared", [2, 5, 8])

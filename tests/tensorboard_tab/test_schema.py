@@ -12,6 +12,7 @@ from tests.tensorboard_tab.runs import probes
 # Residuals are bounds, and overlaps have an error of their own.
 NEAR = {
     "metrics": lambda value, rel: pytest.approx(value, rel=5e-5),
+    "layers": lambda value, rel: pytest.approx(value, rel=5e-3),
     "residuals": lambda value, rel: pytest.approx(value, rel=5e-2),
     "overlaps": lambda value, rel: pytest.approx(value, abs=5e-4),
 }
@@ -39,6 +40,25 @@ def test_a_probe_comes_back_to_its_digits(probe):
 def test_what_is_no_number_is_left_out_of_a_mapping_and_null_in_a_list():
     probe = {"step": 1, "lr": math.nan, "metrics": {"a": math.inf, "b": 1.5}, "overlaps": [[0, 1], [-math.inf, 0.5]]}
     assert from_json(to_json(probe)) == {"v": 1, "step": 1, "metrics": {"b": 1.5}, "overlaps": [[0, 1], [None, 0.5]]}
+
+
+def test_digits_are_those_of_a_number_s_place_and_names_are_kept_as_they_are():
+    value = 1 / 7
+    metrics = {"100 % of {it}": value, "a/%s": value, 'a/"λ"/b': value, "b": 2.0, "/": value, "": 1e6}
+    probe = {
+        "metrics": metrics,
+        "layers": {"groups": ["%d"], "metrics": [value, None]},
+        "residuals": [value],
+        "x": value,
+    }
+    found = from_json(to_json(probe))
+    assert list(found["metrics"]) == ["100 % of {it}", "b", "", "a/%s", 'a/"λ"/b', "/"]
+    assert found["metrics"] == {key: float(f"{value:.5g}") for key, value in metrics.items()}
+    assert found["layers"] == {"groups": ["%d"], "metrics": [0.143, None]}
+    assert (found["residuals"], found["x"]) == ([0.14], 0.142857)
+    # The next probe with the same names has its own numbers, and one without some of them leaves these out.
+    assert from_json(to_json({"metrics": dict.fromkeys(metrics, 3.0)}))["metrics"] == dict.fromkeys(metrics, 3.0)
+    assert from_json(to_json({"metrics": {**metrics, "b": math.nan}}))["metrics"].keys() == metrics.keys() - {"b"}
 
 
 @pytest.mark.parametrize("value", [1e-300, -1e300, 123456.5, 1e22, 2**53, 0.1 + 0.2, -0.0, 5e-324])

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor
 from lightning_subspace.subspace.overlap_history import OverlapHistory
-from lightning_subspace.subspace.sketch import Sketch, sketch_error
+from lightning_subspace.subspace.sketch import Sketch
 from tests.thorough import IS_THOROUGH
 
 # Of ModelCheckpoint, which a resumed run does not have here.
@@ -93,7 +93,7 @@ def test_a_resumed_run_is_the_straight_run(straight, at):
     for a, b in zip(trainer.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert [r.step for r in other.history] == [r.step for r in one.history] == [0, 3, 6, 9, 12, 14]
-    error = 5.0 * sketch_error(Sketch(torch.eye(2, 4096), exact=False)) if width == 400 else 1e-5
+    error = 5.0 * Sketch(torch.eye(2, 4096), exact=False).error if width == 400 else 1e-5
     for expected, found in zip(one.history, other.history, strict=True):
         values = numbers(expected)
         if expected.step == at:  # the step before it was not taken in this run

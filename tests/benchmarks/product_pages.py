@@ -1,0 +1,74 @@
+"""From what products and the state around them cost to pieces of pages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.benchmarks.pages import Piece, Sentence, Table
+
+README = "README.md"
+BENCHMARKS = "tests/benchmarks/README.md"
+CURVATURE = "lightning_subspace/curvature/README.md"
+PARALLEL = "lightning_subspace/parallel/README.md"
+LOSS = "lightning_subspace/loss/README.md"
+
+
+def operations(result: Any) -> list[Piece]:
+    """Prices of a product, and the convolutions that it asks for."""
+    exact, ggn, rebuilt = (
+        tuple(f"{of[way]:.1f}" for of in result["prices"].values()) for way in ("exact", "ggn", "rebuilt")
+    )
+    bounds = tuple(f"{of['rebuilt'] / of['exact']:.1f}" for of in result["prices"].values())
+    ways = ("gradient", "exact", "ggn")
+    rows = [
+        ("the first, whose image has no gradient", *(str(result["first"][way]) for way in ways)),
+        ("any other", *(str(result["other"][way]) for way in ways)),
+        ("operations of a ResNet-18, in gradients", "1", *(f"{result['resnet'][way]:.1f}" for way in ways[1:])),
+    ]
+    of_three = "{} (MLP), {} (CNN) or {} (ViT) gradients"
+    bounded = "gradients of operations, where rebuilding the graph takes {}, {} or {}. That is at most {}, {} and {}"
+    return [
+        Sentence(README, "products of {} to {} gradients each", (min(exact), max(exact))),
+        Sentence(CURVATURE, f"products of {of_three} each", exact),
+        Sentence(CURVATURE, "kept for the whole probe | {}, {}, {} |", exact),
+        Sentence(CURVATURE, "through the network's output | {}, {}, {} |", ggn),
+        Sentence(CURVATURE, f"A rebuilt graph makes a product {of_three}", rebuilt),
+        Table(CURVATURE, ("convolutions asked for, by layer", "a gradient", "H v", "G v"), tuple(rows)),
+        Sentence(PARALLEL, "with c = {} gradients for an exact product", (rebuilt[-1],)),
+        Sentence(BENCHMARKS, f"a retained graph takes {of_three} of operations", exact),
+        Sentence(BENCHMARKS, bounded, (*rebuilt, *bounds)),
+    ]
+
+
+def joining(result: Any) -> list[Piece]:
+    """Products over single and joined micro-batches."""
+    sizes = {
+        "gpt": "GPT, n = {:,}, 2 x 32 tokens",
+        "mlp": "MLP, n = {:,}, 4 images",
+        "cnn": "CNN, n = {:,}, 4 images of 32 x 32",
+    }
+    rows = [
+        (label.format(result[name]["n"]), *(f"{1e3 * result[name][way]:.3g} ms" for way in ("single", "joined")))
+        for name, label in sizes.items()
+    ]
+    return [Table(CURVATURE, ("network, micro-batch", "single", "joined"), tuple(rows))]
+
+
+def state(result: Any) -> list[Piece]:
+    """Contexts around a loss, and the mode of the wider default type."""
+    rows = [(row["holds"], *(rounded(row[key]) for key in ("first", "later", "each"))) for row in result["contexts"]]
+    header = ("the module holds", "first time", "opening and closing later", "each evaluation")
+    gpt, resnet = (result["default_type"][of] for of in ("gpt", "resnet"))
+    words = (
+        "a forward pass of a GPT of four layers, width 64, took {} ms for {} on one core, and one of ResNet-18 {} for "
+        "{} ms; a Hessian product, {} and {} ms, was as fast as without, to {} %"
+    )
+    apart = max(abs(of["ratio"] - 1) for of in (gpt, resnet))
+    forward = [f"{1e3 * of[way]:.3g}" for of in (gpt, resnet) for way in ("forward_with", "forward_without")]
+    products = [f"{1e3 * of['product_with']:.0f}" for of in (gpt, resnet)]
+    return [Table(LOSS, header, tuple(rows)), Sentence(LOSS, words, (*forward, *products, f"{100 * apart:.0f}"))]
+
+
+def rounded(seconds: float) -> str:
+    """Two digits, without an exponent."""
+    return f"{float(f'{seconds:.2g}'):.6f}".rstrip("0").rstrip(".")

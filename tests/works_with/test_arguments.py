@@ -100,7 +100,7 @@ VALID = {
 
 
 @settings(
-    max_examples=how_many(15, thorough=60),
+    max_examples=how_many(10, thorough=60),
     deadline=None,
     derandomize=True,
     database=None,

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import Layers, measure_subspace
 from tests.oracles import dense_gradient, dense_hessian
+from tests.thorough import usual
 from tests.works_with.same_run import compare
 
 peft = pytest.importorskip("peft", reason="needs peft: pip install lightning-subspace[examples]")
@@ -93,7 +94,7 @@ def moved(start):
     return module
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", usual([0.1], thorough=[0.0]))
 def test_adapters_train_as_before_and_are_measured_alone(dropout, tmp_path):
     found = compare(tmp_path, lambda: Adapted(dropout), lambda: DataLoader(DIGITS, batch_size=6, shuffle=True))
     assert found.differing == []

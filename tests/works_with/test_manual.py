@@ -163,6 +163,7 @@ def test_a_monitor_for_each_network(tmp_path):
         every_n_steps=4,
         max_overhead=None,
         sample=16,
+        gradient_sample=32,
         on_failure="raise",
         loss_fn=of_discriminator,
         params=["discriminator.*"],
@@ -183,9 +184,8 @@ def sharpness(monitor):
 
 
 def test_a_second_fit_of_a_gan_with_the_same_monitor():
-    monitor = SubspaceMonitor(
-        k=2, every_n_steps=4, max_overhead=None, sample=16, on_failure="raise", loss_fn=of_generator, params=["gen*"]
-    )
+    options = {"sample": 16, "gradient_sample": 32, "max_overhead": None, "on_failure": "raise"}
+    monitor = SubspaceMonitor(k=2, every_n_steps=4, loss_fn=of_generator, params=["gen*"], **options)
     torch.manual_seed(0)
     module = GAN()
     trainer = fit(monitor, module, max_epochs=1)

@@ -17,11 +17,17 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_subspace import SubspaceMonitor, SubspaceProjection
 from lightning_subspace._lightning import MisconfigurationException
 from tests.processes import run
+from tests.unchecked import leave_self_check_out
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS = torch.randn(32, 5, generator=GENERATOR, dtype=torch.float64)
 DATA = TensorDataset(INPUTS, INPUTS[:, :3].argmax(dim=1))
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch):
+    leave_self_check_out(monkeypatch)
 
 
 class Net(LightningModule):

@@ -16,10 +16,16 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, Wei
 from lightning_subspace import SubspaceMonitor
 from lightning_subspace.probe.second_opinion import BLOCK
 from tests.thorough import covering, how_many
+from tests.unchecked import leave_self_check_out
 
 DIGITS = load_digits()
 INPUTS, LABELS = torch.tensor(DIGITS.data / 16.0, dtype=torch.float32), torch.tensor(DIGITS.target)
 SHUFFLED = LABELS[torch.randperm(len(LABELS), generator=torch.Generator().manual_seed(0))]
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch):
+    leave_self_check_out(monkeypatch)
 
 
 class Digits(pl.LightningModule):

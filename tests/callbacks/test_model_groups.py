@@ -17,11 +17,18 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_subspace import SubspaceMonitor, SubspaceProjection
 from lightning_subspace._lightning import MisconfigurationException
 from tests.processes import run
+from tests.thorough import usual
+from tests.unchecked import leave_self_check_out
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS = torch.randn(32, 5, generator=GENERATOR, dtype=torch.float64)
 DATA = TensorDataset(INPUTS, INPUTS[:, :3].argmax(dim=1))
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch):
+    leave_self_check_out(monkeypatch)
 
 
 class Net(LightningModule):
@@ -251,7 +258,10 @@ def shown(rows):
     return [{key: repr(value) for key, value in row.items() if key not in apart} for one in rows for row in one]
 
 
-@pytest.mark.parametrize("name", APART)
+COMBINED = ["a subclass with a static graph"]  # of two others
+
+
+@pytest.mark.parametrize("name", usual([name for name in APART if name not in COMBINED], thorough=COMBINED))
 def test_a_plain_one_is_measured_as_ddp_is(name, expected):
     for rows, told, step in run(fit, 2, APART[name], monitor, group=False):
         assert (told, step) == ([], 2)

@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_subspace import Measurement, Needs, NoiseScale, Step, SubspaceMonitor
 from lightning_subspace.callbacks.failed_probes import FailedProbes
 from lightning_subspace.probe import forecast
-from lightning_subspace.report import logged_name, progress, select
+from lightning_subspace.report import Publisher, logged_name, progress, select
 from lightning_subspace.tensorboard_tab.schema import from_json
 from tests.thorough import covering
+from tests.unchecked import leave_self_check_out
 
 # The first is raised by torch's own pytree, in Lightning's CombinedLoader; the second depends on the machine, the third
 # on the length of the run.
@@ -163,6 +164,44 @@ def csv_scalars(folder, prefix="subspace"):
     return found
 
 
+@pytest.fixture(autouse=True)
+def _no_figures(request, monkeypatch):
+    """They take ten times as long as a run; the tests that draw them say so."""
+    if "figure" not in request.node.name:
+        monkeypatch.setattr(Publisher, "draw", lambda *args: None)
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(request, monkeypatch):
+    """Runs have a self-check in tests of the whole, and in the runs that tests share."""
+    if "without_the_monitor" not in request.node.name:
+        leave_self_check_out(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def bare_run():
+    """The weights of a run without a monitor."""
+    weights = Weights()
+    fit(weights)
+    return weights
+
+
+@pytest.fixture(scope="module")
+def usual_run():
+    """A monitor after its run, and what callbacks saw in it."""
+    weights, monitor = Weights(), probing()
+    fit(monitor, weights)
+    return monitor, weights
+
+
+@pytest.fixture(scope="module")
+def drawn_run(tmp_path_factory):
+    """A monitor after a run of eleven probes, and the folder where two loggers have written."""
+    folder, monitor = tmp_path_factory.mktemp("drawn"), probing(1)
+    fit(monitor, logger=[CSVLogger(folder), TensorBoardLogger(folder, name="board")], max_steps=10)
+    return monitor, folder
+
+
 # Loggers
 
 
@@ -179,9 +218,8 @@ def test_tensorboard_has_every_value_once_at_the_step_of_its_point(tmp_path, log
         assert value == pytest.approx(expected[place], rel=1e-6)
 
 
-def test_the_default_set_is_what_a_person_can_look_at():
-    monitor = probing()
-    fit(monitor)
+def test_the_default_set_is_what_a_person_can_look_at(usual_run):
+    monitor, _ = usual_run
     logged = {tag for tag, step in expected_scalars(monitor) if step == 4}
     # The eigenvalue behind the k-th is an estimate, which a probe may withhold.
     beside = {"subspace/gradient_norm", "subspace/gradient_curvature", "subspace_eigenvalues/04"}
@@ -210,24 +248,23 @@ def pictures(folder):
     return sorted(file.stem for file in (folder / "lightning_logs/version_0/figures").iterdir())
 
 
-def test_figures_at_probes_1_2_4_8_and_at_the_end(tmp_path):
-    fit(probing(1), logger=CSVLogger(tmp_path), max_steps=10)
+def test_figures_at_probes_1_2_4_8_and_at_the_end(drawn_run):
+    _, folder = drawn_run
     spectra = [f"subspace_spectrum_{step:06d}" for step in (0, 1, 3, 7, 10)]
     layers = [name.replace("spectrum", "layers") for name in spectra]
-    assert pictures(tmp_path) == [*layers, *(f"subspace_overlaps_{step:06d}" for step in (1, 3, 7, 10)), *spectra]
+    assert pictures(folder) == [*layers, *(f"subspace_overlaps_{step:06d}" for step in (1, 3, 7, 10)), *spectra]
 
 
-def test_tensorboard_gets_an_entry_a_probe_and_no_pictures(tmp_path):
-    fit(probing(1), logger=TensorBoardLogger(tmp_path), max_steps=10)
-    tags = read_events(tmp_path / "lightning_logs/version_0").Tags()
+def test_tensorboard_gets_an_entry_a_probe_and_no_pictures(drawn_run):
+    _, folder = drawn_run
+    tags = read_events(folder / "board/version_0").Tags()
     assert tags["tensors"] == ["subspace/probes"]
     assert tags["images"] == tags["histograms"] == []
 
 
-def test_other_loggers_keep_all_entries_in_a_file_at_the_end(tmp_path):
-    monitor = probing(1)
-    fit(monitor, logger=CSVLogger(tmp_path), max_steps=10)
-    kept = from_json((tmp_path / "lightning_logs/version_0/subspace_probes.json").read_text())
+def test_other_loggers_keep_all_entries_in_a_file_at_the_end(drawn_run):
+    monitor, folder = drawn_run
+    kept = from_json((folder / "lightning_logs/version_0/subspace_probes.json").read_text())
     probes = kept["subspace"]["subspace/probes"]
     assert [probe["step"] for probe in probes] == list(range(11))
     for probe, record in zip(probes, monitor.history, strict=True):
@@ -268,9 +305,8 @@ def test_several_loggers_get_the_same_and_one_that_throws_stops_nothing(tmp_path
     assert not tensorboard_scalars(tmp_path / "thrower/version_0")
 
 
-def test_no_logger_is_needed(tmp_path):
-    plain, logged, bare = probing(), probing(), probing()
-    fit(plain)
+def test_no_logger_is_needed(tmp_path, usual_run):
+    (plain, _), logged, bare = usual_run, probing(), probing()
     fit(logged, logger=CSVLogger(tmp_path))
     fit(bare, module=net(Silent), barebones=True, enable_checkpointing=None, logger=None)
     assert steps(plain) == steps(logged) == steps(bare)
@@ -289,9 +325,8 @@ class Silent(Net):
 # Callbacks that follow a value
 
 
-def test_callbacks_see_a_value_right_at_the_probe_and_until_the_next():
-    weights, monitor = Weights(), probing()
-    fit(monitor, weights)
+def test_callbacks_see_a_value_right_at_the_probe_and_until_the_next(usual_run):
+    monitor, weights = usual_run
     for step, seen in weights.metrics.items():
         current = monitor.history[step // 4].metrics
         for key in ("sharpness", "gradient_fraction", "eigenvalues/01", "solver/subspace_error"):
@@ -323,9 +358,8 @@ def test_early_stopping_stops_at_the_value():
     assert steps(monitor) == [0, 8]
 
 
-def test_validation_and_its_sanity_check_disturb_nothing():
-    plain, validated, weights = probing(), probing(), Weights()
-    fit(plain)
+def test_validation_and_its_sanity_check_disturb_nothing(usual_run):
+    (plain, _), validated, weights = usual_run, probing(), Weights()
     trainer = make(validated, weights, num_sanity_val_steps=2, val_check_interval=3)
     trainer.fit(net(Validated), data(), data())
     assert steps(plain) == steps(validated)
@@ -338,9 +372,9 @@ def test_validation_and_its_sanity_check_disturb_nothing():
 
 def test_two_monitors_measure_side_by_side(tmp_path):
     one, two = probing(), probing(6, k=2, name="other", params=["net.2.*"])
-    fit(one, two, logger=CSVLogger(tmp_path))
-    assert steps(one) == [0, 4, 8, 12]
-    assert steps(two) == [0, 6, 12]
+    fit(one, two, logger=CSVLogger(tmp_path), max_steps=6)
+    assert steps(one) == [0, 4, 6]
+    assert steps(two) == [0, 6]
     found = (
         csv_scalars(tmp_path / "lightning_logs/version_0"),
         csv_scalars(tmp_path / "lightning_logs/version_0", "other"),
@@ -349,9 +383,8 @@ def test_two_monitors_measure_side_by_side(tmp_path):
     assert found[1] == pytest.approx(expected_scalars(two, "other"))
 
 
-def test_training_is_what_it_is_without_the_monitor():
-    bare, watched = Weights(), Weights()
-    fit(bare)
+def test_training_is_what_it_is_without_the_monitor(bare_run):
+    bare, watched = bare_run, Weights()
     fit(probing(sample=16, gradient_sample=32), probing(name="current", sample="current"), watched)
     for step in bare.at:
         assert all(torch.equal(a, b) for a, b in zip(bare.at[step], watched.at[step], strict=True))
@@ -452,8 +485,8 @@ class Returning(Net):
         ("detached", "does not depend on the parameters"),
     ],
 )
-def test_a_training_step_that_gives_no_loss_costs_a_probe_and_nothing_else(value, words, caplog):
-    module, weights, bare = net(Returning), Weights(), Weights()
+def test_a_training_step_that_gives_no_loss_costs_a_probe_and_nothing_else(value, words, bare_run, caplog):
+    module, weights = net(Returning), Weights()
     module.value = value
     monitor = probing()
     infos = caplog.at_level(logging.INFO, "lightning.pytorch")
@@ -462,8 +495,7 @@ def test_a_training_step_that_gives_no_loss_costs_a_probe_and_nothing_else(value
     assert len(told(caught)) == 1  # the one at step 12 fails alike
     assert re.search(f"(?s)2 of 4 probes failed and are left out.*{words}", caplog.text)
     assert steps(monitor) == [0, 4]
-    fit(bare)
-    assert all(torch.equal(a, b) for a, b in zip(weights.at[12], bare.at[12], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights.at[12], bare_run.at[12], strict=True))
     assert is_usable(monitor)
 
 
@@ -610,7 +642,7 @@ def test_the_current_batch_is_the_sample():
 
 def test_the_forecast_is_printed_once(caplog):
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
-        fit(probing(1))
+        fit(probing(1), max_steps=2)
     (line,) = [message for message in caplog.messages if "s a probe, " in message]
     seconds = float(re.fullmatch(r"SubspaceMonitor: n = 57, k = 3: about (\S+) s a probe, .*", line)[1])
     assert 0.0 < seconds < 60.0
@@ -679,14 +711,14 @@ def test_a_long_probe_shows_its_progress(monkeypatch):
 
 def test_a_fresh_run_starts_a_new_history():
     monitor = probing()
-    fit(monitor)
+    fit(monitor, max_steps=8)
     first = monitor.to_rows()
-    fit(monitor)
+    fit(monitor, max_steps=8)
     again = monitor.to_rows()
-    assert steps(monitor) == [0, 4, 8, 12]
+    assert steps(monitor) == [0, 4, 8]
     for a, b in zip(first, again, strict=True):
         assert a["gradient_fraction"] == b["gradient_fraction"]
-    assert monitor.overlap_matrix()[0] == [0, 4, 8, 12]
+    assert monitor.overlap_matrix()[0] == [0, 4, 8]
 
 
 def test_a_run_that_goes_on_continues_the_history():
@@ -778,16 +810,14 @@ def test_a_fast_development_run_works():
 @pytest.mark.parametrize(
     ("copied", "used"), covering([copy.deepcopy, lambda monitor: pickle.loads(pickle.dumps(monitor))], [False, True])
 )
-def test_a_copy_has_the_history_and_can_be_used(copied, used):
-    monitor = probing()
-    if used:
-        fit(monitor)
+def test_a_copy_has_the_history_and_can_be_used(copied, used, usual_run):
+    monitor = usual_run[0] if used else probing()
     twin = copied(monitor)
     assert str(twin.to_rows()) == str(monitor.to_rows())  # nan is not equal to itself
     assert not {"log", "log_dict"} & vars(twin).keys()  # Lightning's, bound to the module of the run
     assert is_usable(twin)
-    fit(twin)
-    assert steps(twin) == [0, 4, 8, 12]
+    fit(twin, max_steps=4)
+    assert steps(twin) == [0, 4]
 
 
 def test_a_copy_during_the_run_leaves_out_what_is_open():

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_subspace import CheckpointError, Control, Density, SubspaceMonitor, SubspaceProjection, read_history
+from lightning_subspace.callbacks.projection_state import ProjectionState
 from lightning_subspace.probe import checkpoint
 from tests.probe import stored_run as stored
+from tests.thorough import IS_THOROUGH
+from tests.unchecked import leave_self_check_out
 
 # Of lightning: states of callbacks that a run does not have.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
@@ -178,6 +181,11 @@ def measurements():
     return [Control(), Density(steps=4, vectors=1)]
 
 
+@pytest.fixture
+def _unchecked(monkeypatch):
+    leave_self_check_out(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def of_today(tmp_path_factory):
     """The state that the same run leaves today, with measurements that remember."""
@@ -267,12 +275,13 @@ def test_whatever_is_damaged_in_a_state_of_today_is_found_and_named(of_today):
     assert apart - PLAUSIBLE - AHEAD - kinds - absent - tables == set()
 
 
+@pytest.mark.usefixtures("_unchecked")
 def test_a_run_that_is_resumed_from_any_change_in_a_measurement_measures(of_today, tmp_path):
     """At each place of what they remember: one of the two goes on, the other one goes on or says that it does not."""
     whole = {**of_today, "measurements": of_today["measurements"]}
     changes = [(path, state) for path, state in damaged(whole["measurements"]) if path[-1] in ("None", "nan", "scaled")]
     assert len(changes) > 20
-    for path, states in changes:
+    for path, states in changes if IS_THOROUGH else in_turn(changes):
         callback, warned = resume(MONITOR, {**whole, "measurements": states}, tmp_path, measurements())
         is_decoded = isinstance(states, dict) and all(isinstance(state, dict) for state in states.values())
         assert [record.step for record in callback.history] == ([0, 3, 6, 7] if is_decoded else [6, 7]), path
@@ -292,14 +301,30 @@ def test_a_state_with_the_overlaps_of_all_probes_keeps_those_that_are_held():
     assert overlaps.pairs[0, 6] == float(then[0, 6])
 
 
+def in_turn(changes):
+    """One change at each place, another than at the place before."""
+    places = {}
+    for path, state in changes:
+        places.setdefault(path[:-1], []).append((path, state))
+    return [at_place[i % len(at_place)] for i, at_place in enumerate(places.values())]
+
+
+def kind(path):
+    """What places of a list have in common."""
+    return tuple("any" if isinstance(key, int) else key for key in path)
+
+
 SAME = {("shapes", 1, "backwards"), ("shapes", 3, "backwards")}  # of vectors
 
 
+@pytest.mark.usefixtures("_unchecked")
 @pytest.mark.parametrize("part", range(4))
 def test_a_run_that_is_resumed_from_a_plausible_state_measures(part, tmp_path):
     changes = {path: state for path, state in damaged(STATES[MONITOR]) if path in PLAUSIBLE}
     assert changes.keys() == PLAUSIBLE
-    for path in sorted(changes, key=str)[part::4]:
+    first_of_kind = {kind(path): path for path in sorted(changes, key=str, reverse=True)}
+    paths = changes if IS_THOROUGH else {*first_of_kind.values(), *SAME}
+    for path in sorted(paths, key=str)[part::4]:
         monitor, warned = resume(MONITOR, changes[path], tmp_path)
         is_refused = path in {("which", "text"), ("history", "steps", 2, "huge")}
         assert bool(warned) == (is_refused or path[0] in ("names", "shapes")) or path in SAME, (path, warned)
@@ -307,6 +332,7 @@ def test_a_run_that_is_resumed_from_a_plausible_state_measures(part, tmp_path):
         assert "gradient_fraction" in monitor.history[-1].metrics, path
 
 
+@pytest.mark.usefixtures("_unchecked")
 @pytest.mark.parametrize("entry", [(), *((key,) for key in STATES[MONITOR])], ids=str)
 def test_a_run_that_is_resumed_from_a_damaged_state_says_so_and_starts_anew(entry, tmp_path):
     state = {"damaged": True} if not entry else {**STATES[MONITOR], entry[0]: [None]}
@@ -317,23 +343,46 @@ def test_a_run_that_is_resumed_from_a_damaged_state_says_so_and_starts_anew(entr
     assert [record.step for record in monitor.history] == [6, 7]
 
 
+# Of a projection, what another run could have written, and what is said of it.
+PLAUSIBLE_OF_PROJECTION = {
+    ("which", "text"): "written with which='damaged'",
+    ("start_when", "text"): None,  # another condition, which is waited for anew
+    ("start", "begun", "flag"): None,
+    ("start", "average", "None"): None,
+    ("num_probes", "huge"): None,
+    ("schedule", "last_step", "huge"): None,
+    ("schedule", "num_passed_over", "huge"): None,
+    ("k", "huge"): "written with k=1000000000000",
+}
+
+
+def test_whatever_is_damaged_in_the_state_of_a_projection_is_found_and_named():
+    refused = 0
+    for path, state in damaged(STATES[PROJECTION]):
+        words, message = PLAUSIBLE_OF_PROJECTION.get(path, path[0] if path[0] in STATES[PROJECTION] else ""), None
+        try:
+            ProjectionState.decoded(state, k=FEW["k"], which="LA")
+        except CheckpointError as error:
+            message, refused = str(error), refused + 1
+        assert (message is None) == (words is None), (path, message)
+        assert message is None or words in message, (path, message)
+    assert refused > 110
+
+
+@pytest.mark.usefixtures("_unchecked")
 @pytest.mark.parametrize("entry", [None, *STATES[PROJECTION]], ids=str)
 def test_a_damaged_state_of_a_projection_is_a_warning_that_names_the_entry(entry, tmp_path):
-    plausible = {
-        ("which", "text"): "written with which='damaged'",
-        ("start_when", "text"): None,  # another condition, which is waited for anew
-        ("start", "begun", "flag"): None,
-        ("start", "average", "None"): None,
-        ("num_probes", "huge"): None,
-        ("schedule", "last_step", "huge"): None,
-        ("schedule", "num_passed_over", "huge"): None,
-        ("k", "huge"): "written with k=1000000000000",
+    changes = {
+        path: state
+        for path, state in damaged(STATES[PROJECTION])
+        if (path[0] if path[0] in STATES[PROJECTION] else None) == entry
     }
-    for path, state in damaged(STATES[PROJECTION]):
-        if (path[0] if path[0] in STATES[PROJECTION] else None) != entry:
-            continue
+    for path in (
+        changes if IS_THOROUGH else {*dict(in_turn(changes.items())), *PLAUSIBLE_OF_PROJECTION} & changes.keys()
+    ):
+        state = changes[path]
         projection, warned = resume(PROJECTION, state, tmp_path)
-        expected = plausible.get(path, f"is not used: {path[0] if entry else ''}")
+        expected = PLAUSIBLE_OF_PROJECTION.get(path, f"is not used: {path[0] if entry else ''}")
         if expected is None or not state:  # Lightning takes an empty state for none
             assert not warned, (path, warned)
         else:

@@ -657,7 +657,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        return " ".join(filter(None, [self.faults[0].name, self.note]))
+        others = f"and {len(self.faults) - 1} more" if len(self.faults) > 1 else ""
+        return " ".join(filter(None, [self.faults[0].name, others, self.note]))
 
 
 @dataclass(frozen=True)
@@ -771,24 +772,35 @@ def _monitor(case: Case) -> SubspaceMonitor:
     )
 
 
-def project_updates(fault: Fault, world_size: int, **options: Any) -> list[tuple[str | None, list[str], Tensor]]:
-    """A fit whose updates are projected, with a fault: by rank what was raised and told, and the parameters then."""
+def project_updates(
+    found: Sequence[tuple[Fault, dict[str, Any]]], world_size: int
+) -> list[tuple[tuple[str | None, list[str], Tensor], ...]]:
+    """Fits whose updates are projected, each with a fault and arguments of the projection.
 
-    def in_a_process(folder: str) -> tuple[str | None, list[str], Tensor]:
+    Returns:
+        For each, by rank: what was raised and told, and the parameters at the end.
+    """
+
+    def in_a_process(folder: str) -> list[tuple[str | None, list[str], Tensor]]:
         rig()
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        faulthandler.dump_traceback_later(SECONDS, exit=True)
-        here.faults = [fault]
-        module = Net()
-        projection = SubspaceProjection("bulk", k=2, ncv=5, **{"sample": 8, **options})
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            _, error = train(Case([fault], max_steps=3), projection, Path(folder), module)
-        told = [text for warning in caught if "SubspaceProjection" in (text := str(warning.message))]
-        return error, told, nn.utils.parameters_to_vector(module.parameters()).detach()
+        return [_project(fault, options, Path(folder, str(number))) for number, (fault, options) in enumerate(found)]
 
     with tempfile.TemporaryDirectory() as folder:
-        return run(in_a_process, world_size, folder)
+        return [*zip(*run(in_a_process, world_size, folder, timeout=SECONDS * len(found)), strict=True)]
+
+
+def _project(fault: Fault, options: dict[str, Any], folder: Path) -> tuple[str | None, list[str], Tensor]:
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    here.faults = [fault]
+    module = Net()
+    projection = SubspaceProjection("bulk", k=2, ncv=5, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, error = train(Case([fault], max_steps=3), projection, folder, module)
+    faulthandler.cancel_dump_traceback_later()
+    told = [text for warning in caught if "SubspaceProjection" in (text := str(warning.message))]
+    return error, told, nn.utils.parameters_to_vector(module.parameters()).detach()
 
 
 def _fit(case: Case, alone: Observer, folder: Path) -> Fit:

@@ -40,7 +40,7 @@ from lightning_subspace.callbacks.strategy import ranks_of
 from lightning_subspace.subspace.sketch import Sketch
 from tests.modules import CLASSES, FEATURES, Observer, RandomDataset, differences
 from tests.processes import run
-from tests.thorough import IS_THOROUGH
+from tests.thorough import IS_THOROUGH, usual
 
 COUNT, GLOBAL_BATCH = 60, 12  # divisible by 2 and 3
 COSTS = ("solver/seconds", "solver/overhead", "solver/megabytes_moved")
@@ -628,8 +628,8 @@ def train_on(ranks, folder, resume, width):
 @pytest.mark.parametrize(
     ("width", "changes"),
     [
-        (6, [(2, 1, 4), (2, 3, 5), (1, 2, 5), *([(2, 1, 5), (1, 2, 4)] if IS_THOROUGH else [])]),
-        (600, [(2, 1, 5), (1, 2, 5)]),
+        (6, usual([(2, 3, 4), (1, 2, 5)], thorough=[(2, 1, 4), (2, 3, 5), (2, 1, 5), (1, 2, 4)])),
+        (600, usual([(2, 1, 5)], thorough=[(1, 2, 5)])),
     ],
     ids=["sketch is basis", "sketch estimates"],
 )

@@ -5,13 +5,13 @@ generators are on every rank, after every batch, bit for bit those of a run with
 fault inside of a collective of the user's own, such as `self.all_gather` or a SyncBatchNorm in the training step, where
 the other ranks wait for as long as the process group lets them; and what is no `Exception`, such as an interrupt.
 
-Many fits share their processes; see `check`.
+Many fits share their processes, see `check`, and many faults a fit, see `in_one_run`.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
 
 import lightning_subspace.report.figures  # noqa: F401  # takes a while, so before the processes are forked
@@ -34,7 +34,8 @@ from tests.works_with.faults import (
 
 STEPS = [1, 2]
 DIFFERENT = "the ranks have come to different places"
-FAILED = "the probe at step 1 failed and is left out"
+FAILED = "the probe at step {} failed and is left out"
+OF_ITS_STEP = "the numbers of the step from {} are left out"
 
 
 def check(
@@ -44,23 +45,29 @@ def check(
 
     Args:
         cases: the fits.
-        steps: of the probes that are taken nevertheless.
-        told: of the one warning, before its cause; None: there is none.
+        steps: of the probes that are taken nevertheless, where step 1 alone has a fault; see `in_one_run`.
+        told: of the one warning of a fault, before its cause, with braces for the step; None: there is none.
         ranks: the number of processes.
     """
     wrong, found = {}, run_cases(cases, ranks)
     for (name, fits), case in zip(found.items(), cases, strict=True):
-        differing = [*problems(case, fits, list(steps), told)]
+        differing = [*problems(case, fits, steps_of(case, steps), told)]
         if differing:
             wrong[name] = differing
     assert not wrong, "\n".join(f"{name}: {'; '.join(texts)}" for name, texts in wrong.items())
     return found
 
 
+def steps_of(case: Case, steps: Sequence[int]) -> list[int]:
+    """Steps of the records, where those of a run with a fault at step 1 alone are given."""
+    last = len(case.faults)
+    at_faults = range(1, last + 1) if 1 in steps else ()
+    return [*(step for step in steps if step < 1), *at_faults, *(step + last - 1 for step in steps if step > 1)]
+
+
 def problems(case: Case, fits: list[Fit], steps: list[int], told: str | None):
     """Sentences on what is not as it has to be."""
-    fault = case.faults[0]
-    parts = [] if told is None else [told, *cause(fault)]
+    warnings = [] if told is None else [[told.format(fault.step or 1), *cause(fault)] for fault in case.faults]
     for rank, fit in enumerate(fits):
         if fit.changed:
             yield f"training on rank {rank} is another: {fit.changed}"
@@ -73,16 +80,18 @@ def problems(case: Case, fits: list[Fit], steps: list[int], told: str | None):
                 yield f"{what} on rank {rank}: {getattr(fit, what)}, and on rank 0: {getattr(fits[0], what)}"
         if fit.num_probes != len(steps):
             yield f"num_probes is {fit.num_probes}"
-        if steps and fault.kind != "nan" and fit.verified != [True] * len(steps):
+        if steps and case.faults[0].kind != "nan" and fit.verified != [True] * len(steps):
             yield f"verified are the probes {fit.verified}"
         if steps and fit.rows and "gradient_fraction" not in fit.rows[-1]:
             yield f"the last record on rank {rank} is {fit.rows[-1]}"
-        if len(fit.told) != (rank == 0 and told is not None):
+        if len(fit.told) != (len(warnings) if rank == 0 else 0):
             yield f"rank {rank} has told {fit.told}"
-        if rank == 0 and fit.told and not all(part in fit.told[0] for part in parts):
-            yield f"rank 0 has told {fit.told}, which lacks some of {parts}"
-        if has_not_happened(fault, fit, rank):
-            yield f"nothing has happened on rank {rank}"
+        for text, parts in zip(fit.told, warnings, strict=False):
+            if not all(part in text for part in parts):
+                yield f"rank {rank} has told {text}, which lacks some of {parts}"
+        for fault in case.faults:
+            if has_not_happened(fault, fit, rank):
+                yield f"nothing has happened on rank {rank}: {fault.name}"
 
 
 def has_not_happened(fault: Fault, fit: Fit, rank: int) -> bool:
@@ -106,6 +115,19 @@ def cases(*places: str, kinds: Sequence[str] = ("exception",), ranks: Sequence[i
     chosen = covering(places, kinds, ranks)
     faults = [Fault(place, rank, kind, step, operation) for place, kind, rank in chosen]
     return [Case([fault], **options) for fault in faults]
+
+
+def in_one_run(cases: Sequence[Case]) -> Case:
+    """The faults of cases that are alike otherwise: of one probe after the other, from step 1 on.
+
+    None of these probes gives a space to start from, if each fails.
+    """
+    faults = [replace(case.faults[0], step=step) for step, case in enumerate(cases, 1)]
+    last = len(faults) + 1
+    first = cases[0].monitor.get("every_n_steps", [1])[0]
+    monitor = {**cases[0].monitor, "every_n_steps": [*range(first, last + 1)]}
+    assert all(replace(case, faults=cases[0].faults) == cases[0] for case in cases), "they are not alike"
+    return replace(cases[0], faults=faults, monitor=monitor, max_steps=last)
 
 
 def again(cases: Sequence[Case]) -> None:
@@ -147,12 +169,11 @@ def test_gathering_from_a_stream():
 
 
 def test_what_comes_before_the_eigensolver():
-    check(
-        [
-            *cases("adapt space", "second evaluation forward", "enter", "theta", "build forward", "extra forward"),
-            *cases("build forward", "extra forward", kinds=["nan"]),
-        ]
-    )
+    failing = [
+        *cases("second evaluation forward", "adapt space", "enter", "theta", "build forward", "extra forward"),
+        *cases("build forward", "extra forward", kinds=["nan"]),
+    ]
+    check([in_one_run(failing)])
     again(cases("build backward", "extra backward", kinds=["device memory"]))
 
 
@@ -163,13 +184,13 @@ def test_the_self_check_asks_the_first_rank_and_takes_what_it_can():
 def test_whether_the_loss_is_random():
     """A loss whose randomness is not known is measured at the next probe, with several draws."""
     places = ("randomness", "behind randomness", "randomness build forward", "randomness extra forward")
-    check([*cases(*places), *cases(*places[2:], kinds=["nan"])])
+    check([in_one_run([*cases(*places), *cases(*places[2:], kinds=["nan"])])])
     again(cases(*places[2:], kinds=["memory"]))
 
 
 def test_which_batches_have_a_loss():
     places = ("screening", "screening forward", "behind screening")
-    check(cases(*places, project="skipping"))
+    check([in_one_run(cases(*places, project="skipping"))])
     spoiled = cases(places[1], kinds=["nan"], ranks=[1], project="skipping")
     check(spoiled, steps=[1, 2], told=None)  # a loss that is no number is a loss; what follows it is evaluated again
 
@@ -191,17 +212,14 @@ def test_why_a_self_check_has_failed():
         is_unknown = "Either a backward pass is wrong" in diagnosed
         assert is_unknown == (not is_left_out and fault.rank == 0), name
         assert [
-            f"{FAILED}, training goes on. rank {fault.rank}: InjectedError: at {fault.place}" in text for text in before
+            f"{FAILED.format(1)}, training goes on. rank {fault.rank}: InjectedError: at {fault.place}" in text
+            for text in before
         ] == [True] * is_left_out, name
 
 
 def test_the_eigensolver():
     places = ("matvec 1 backward", "matvec 10 backward", "matvec after a restart backward")
-    check(
-        [
-            *cases(*places, "random vector 0", "random vector 1", "forecast", "progress"),
-        ]
-    )
+    check([in_one_run(cases("forecast", "progress", *places, "random vector 0", "random vector 1"))])
     again(
         [
             *cases(*places[1:], kinds=["memory"]),
@@ -211,7 +229,8 @@ def test_the_eigensolver():
 
 
 def test_the_start_from_an_earlier_space():
-    check(cases("warm start", "random vector 1000", "SubspaceOverlap", monitor=FROM_THE_START), steps=[0, 2])
+    failing = cases("warm start", "random vector 1000", "SubspaceOverlap", monitor=FROM_THE_START)
+    check([in_one_run(failing)], steps=[0, 2])
 
 
 def test_products_that_are_no_numbers():
@@ -222,40 +241,40 @@ def test_products_that_are_no_numbers():
 
 def test_forward_differences():
     options = {"monitor": {"curvature": "finite-difference", "k": 3, "ncv": 6}, "project": "smooth"}
-    check(cases("build forward", "matvec after a restart backward", "matvec 10 backward", **options))
+    check([in_one_run(cases("build forward", "matvec after a restart backward", "matvec 10 backward", **options))])
 
 
 def test_central_differences():
     options = {"monitor": {"curvature": "finite-difference", "k": 3, "ncv": 6}, "project": "kinked"}
-    check(
-        [
-            *cases("matvec 1 backward", "matvec 10 backward", **options),
-            *cases("extra forward", ranks=[0], **options),
-            *cases("matvec 10 forward", kinds=["nan"], ranks=[1], **options),
-            *cases("an operation of matvec 3", kinds=["device memory"], operation=2, **options),
-        ]
-    )
+    failing = [
+        *cases("matvec 1 backward", "matvec 10 backward", **options),
+        *cases("extra forward", ranks=[0], **options),
+        *cases("matvec 10 forward", kinds=["nan"], ranks=[1], **options),
+        *cases("an operation of matvec 3", kinds=["device memory"], operation=2, **options),
+    ]
+    check([in_one_run(failing)])
 
 
 def test_a_trace_by_central_differences():
     options = {"monitor": {"curvature": "finite-difference", "k": 3, "ncv": 6, "dtype": "float64"}, "project": "kinked"}
-    check(cases("Trace matvec 2 backward", "Trace matvec 3 forward", measurements=lambda: [Trace(2)], **options))
+    failing = cases("Trace matvec 2 backward", "Trace matvec 3 forward", measurements=lambda: [Trace(2)], **options)
+    check([in_one_run(failing)])
 
 
 def test_the_measurements():
     half, passed = "Reliability matvec 3 backward", "Reliability forward"
-    check(cases(*MEASURED, "GradientCurvature matvec 1 backward", half, passed))
+    check([in_one_run(cases(*MEASURED, "GradientCurvature matvec 1 backward", half, passed))])
 
 
 def test_what_is_kept_of_a_probe():
-    check(cases("sketch", "compare sketches", "complete", "probe record"))
+    check([in_one_run(cases("sketch", "compare sketches", "complete", "probe record"))])
     again(cases("sketch", "compare sketches", "complete", "probe record", kinds=["memory"]))
 
 
 def test_a_measurement_of_the_users():
     check(
         [
-            *cases("measure before", "measure between", "measure behind"),
+            in_one_run(cases("measure before", "measure between", "measure behind")),
             *cases("text", kinds=["nan"], measurements=lambda: [Text()], ranks=[0]),
         ]
     )
@@ -264,17 +283,17 @@ def test_a_measurement_of_the_users():
 
 def test_an_operator_of_the_users():
     places = [f"own product {place}" for place in ("1 before", "3 before", "3 behind")]
-    check(cases(*places, measurements=lambda: [Solving()]))
+    check([in_one_run(cases(*places, measurements=lambda: [Solving()]))])
 
 
 def test_numbers_of_the_users_that_are_none():
     """A nan on the first rank is withheld on all of them; that of another rank is none of the record."""
     solved = cases("own product 3 behind", kinds=["nan"], measurements=lambda: [Solving()])
-    check([*cases("measure behind", kinds=["nan"]), *solved], [1, 2], None)
+    check([in_one_run(cases("measure behind", kinds=["nan"])), in_one_run(solved)], [1, 2], None)
 
 
 def test_a_measurement_that_hears_of_no_exception():
-    check(cases("stubborn measure", measurements=lambda: [Stubborn()]))
+    check([in_one_run(cases("stubborn measure", measurements=lambda: [Stubborn()]))])
 
 
 def test_a_batch_that_cannot_be_sent_to_the_others():
@@ -282,7 +301,7 @@ def test_a_batch_that_cannot_be_sent_to_the_others():
     (fits,) = run_cases([found], 2).values()
     for rank, fit in enumerate(fits):
         assert (fit.changed, fit.steps, len(fit.told)) == ([], [], rank == 0)
-    assert f"{FAILED}, training goes on. rank 0: " in fits[0].told[0]
+    assert f"{FAILED.format(1)}, training goes on. rank 0: " in fits[0].told[0]
     assert "pickle" in fits[0].told[0]
 
 
@@ -294,12 +313,11 @@ SHARDED: dict[str, Any] = {"project": "sharded", "kinds": ["device memory"]}
 def test_whole_parameters_of_shards():
     """Memory that runs out between two parameters: the others are gathering the next one."""
     options = {"monitor": {"k": 3, "ncv": 6}, **SHARDED}
-    check(
-        [
-            *cases("an operation of gather", operation=2, **options),
-            *cases("an operation of self-check gather", operation=2, ranks=[1], **options),
-        ]
-    )
+    failing = [
+        *cases("an operation of self-check gather", operation=2, ranks=[1], **options),
+        *cases("an operation of gather", operation=2, **options),
+    ]
+    check([in_one_run(failing)])
     distinct = {"monitor": {"k": 2, "ncv": 5}, **SHARDED}  # at step 2 the third eigenvalue is one of several
     again(cases("matvec 1 backward", "matvec 3 backward", "measure between", ranks=[0], **distinct))
 
@@ -320,16 +338,15 @@ def test_differences_on_shards():
 
 
 def test_what_the_step_tells():
-    told = "the numbers of the step from 1 are left out"
+    behind = in_one_run(cases("UpdateFraction", "after_step before", "after_step behind", "close tensors"))
     found = [
         *cases("see gradient tensors", step=None, kinds=["exception", "memory"]),
-        *cases("UpdateFraction", "after_step before", "after_step behind", "close tensors"),
-        *cases("stubborn after_step", measurements=lambda: [Stubborn()]),
+        behind,
+        in_one_run(cases("stubborn after_step", measurements=lambda: [Stubborn()])),
         *cases("text after step", kinds=["nan"], ranks=[1], measurements=lambda: [Text()]),
     ]
-    for case, fits in zip(found, check(found, steps=[1, 2], told=told).values(), strict=True):
-        if case.faults[0].place == "UpdateFraction":
-            assert all("update_fraction" not in fit.rows[0] and "gradient_fraction" in fit.rows[0] for fit in fits)
+    for fit in check(found, steps=[1, 2], told=OF_ITS_STEP)[behind.name]:
+        assert all("update_fraction" not in row and "gradient_fraction" in row for row in fit.rows)
 
 
 def test_a_rank_without_a_gradient():
@@ -340,13 +357,13 @@ def test_a_rank_without_a_gradient():
 
 
 def test_a_logger():
-    for place in ("scalars", "histogram", "figure"):
-        told = f"CometLogger raised InjectedError: at {place}"
-        (fits,) = run_cases(cases(place, ranks=[0], project="logged"), 2).values()
+    places = ("scalars", "histogram", "figure")
+    found = run_cases(cases(*places, ranks=[0], project="logged"), 2)
+    for place, fits in zip(places, found.values(), strict=True):
         for rank, fit in enumerate(fits):
             assert (fit.changed, fit.error, fit.steps, len(fit.told)) == ([], None, [1, 2], rank == 0)
         assert fits[0].left == []
-        assert told in fits[0].told[0]
+        assert f"CometLogger raised InjectedError: at {place}" in fits[0].told[0]
 
 
 def test_a_checkpoint():
@@ -383,8 +400,7 @@ def test_ranks_that_go_different_ways():
             *cases("own product 2 more", kinds=["different"], **solved),
         ]
     )
-    found = cases("after_step behind", kinds=["different"])
-    check(found, steps=[1, 2], told="the numbers of the step from 1 are left out")
+    check(cases("after_step behind", kinds=["different"]), steps=[1, 2], told=OF_ITS_STEP)
 
 
 # -- what is raised ---------------------------------------------------------------------------------------------------
@@ -423,16 +439,19 @@ def test_a_sample_that_cannot_be_is_refused_on_every_rank():
 # -- a projection -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["copy", "item", "adapt space", "build forward"])
-def test_a_projection_without_its_space(place):
+def test_a_projection_without_its_space():
     """The ranks go on together: with the last good space or without one, and with equal parameters."""
-    options = {"sample": {"copy": "current", "item": "all"}.get(place, 8)}
-    for rank in (0, 1):
-        fault = Fault(place, rank, "value" if place == "item" else "exception", step=None)
-        (error, told, theta), (other_error, nothing, other_theta) = project_updates(fault, 2, **options)
-        assert (error, other_error, nothing, len(told)) == (None, None, [], 1)
-        assert all(part in told[0] for part in ["left as it is, training goes on", *cause(fault)])
-        assert torch.equal(theta, other_theta)
+    samples = {"copy": "current", "item": "all", "adapt space": 8, "build forward": 8}
+    found = [
+        (Fault(place, rank, "value" if place == "item" else "exception", step=None), {"sample": sample})
+        for place, sample in samples.items()
+        for rank in (0, 1)
+    ]
+    for (fault, _), fits in zip(found, project_updates(found, 2), strict=True):
+        (error, told, theta), (other_error, nothing, other_theta) = fits
+        assert (error, other_error, nothing, len(told)) == (None, None, [], 1), fault.name
+        assert all(part in told[0] for part in ["left as it is, training goes on", *cause(fault)]), told
+        assert torch.equal(theta, other_theta), fault.name
 
 
 # -- more ranks, and everywhere ---------------------------------------------------------------------------------------
@@ -441,13 +460,12 @@ def test_a_projection_without_its_space(place):
 def test_three_ranks():
     places = ("extra forward", "matvec 3 backward", "measure between", "own product 2 before")
     found = [
-        *cases(places[0], places[2], ranks=[0, 1, 2, None]),
-        *cases(places[1], ranks=[2]),
+        in_one_run([*cases(places[0], places[2], ranks=[0, 1, 2, None]), *cases(places[1], ranks=[2])]),
         *cases(places[3], ranks=[1], measurements=lambda: [Solving()]),
         *cases("build forward", kinds=["nan"], ranks=[2]),
     ]
     check(found, ranks=3)
-    check(cases("after_step before", ranks=[1]), [1, 2], "the numbers of the step from 1 are left out", ranks=3)
+    check(cases("after_step before", ranks=[1]), [1, 2], OF_ITS_STEP, ranks=3)
     check(cases("copy", ranks=[2], step=None, monitor={"sample": "current"}), told="could not be copied", ranks=3)
 
 
@@ -459,7 +477,7 @@ def test_memory_that_runs_out_anywhere():
     (fits,) = run_cases([Case([Fault("an operation of probe", None, step=2, operation=10**9)])], 2).values()
     count = fits[0].num_operations
     assert count > 200
-    first, parts, last = (8, 12, 7) if IS_THOROUGH else (4, 6, 3)  # how many at the ends, and in between
+    first, parts, last = (8, 12, 7) if IS_THOROUGH else (3, 4, 2)  # how many at the ends, and in between
     chosen = [
         *range(1, first + 1),
         *range(first + 1, count - last, count // parts),

@@ -33,7 +33,7 @@ from lightning_subspace.parallel.ranks import Ranks
 from tests.modules import BATCH, CLASSES, FEATURES, differences, examples, fingerprint, random_bytes
 from tests.oracles import dense_hessian
 from tests.processes import run
-from tests.thorough import IS_THOROUGH
+from tests.thorough import IS_THOROUGH, usual
 from tests.works_with import test_ddp as ddp
 
 
@@ -232,7 +232,10 @@ def alone(tmp_path_factory):
     return result
 
 
-@pytest.mark.parametrize(("way", "reshard"), [("exact", None), ("differences", None), ("differences", False)])
+WAYS = usual([("exact", None), ("differences", False)], thorough=[("differences", None)])
+
+
+@pytest.mark.parametrize(("way", "reshard"), WAYS)
 def test_training_and_the_sharding_are_untouched_and_products_are_right(way, reshard, alone, tmp_path):
     expected = alone(reshard)
     runs = run(trained, 2, way, tmp_path, reshard, group=False)
@@ -296,7 +299,10 @@ def monitored(ranks, curvature, folder):
     return len(alone), differences(alone, observed), changes, bases, numbers, ddp.rows(one)
 
 
-@pytest.mark.parametrize(("ranks", "curvature"), [(2, "hessian"), (2, "finite-difference"), (3, "hessian")])
+WATCHED = usual([(2, "finite-difference"), (3, "hessian")], thorough=[(2, "hessian")])
+
+
+@pytest.mark.parametrize(("ranks", "curvature"), WATCHED)
 def test_a_monitored_run_is_untouched_and_a_rank_holds_its_shards_of_the_basis(ranks, curvature, tmp_path):
     """Weights, gradients, buffers, the optimizer, random numbers and metrics; FSDP's hooks, states and settings."""
     found = run(monitored, ranks, ranks, curvature, tmp_path, group=False)

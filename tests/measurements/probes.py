@@ -6,6 +6,11 @@ import torch
 from torch import nn
 
 from lightning_subspace import measure_subspace
+from lightning_subspace.data.given import sample_of_batches
+from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.probe.measure import take_probe
+from lightning_subspace.subspace.solver import Solver
 from tests.oracles import dense_gradient, dense_hessian, top_eigenspace
 
 F64 = torch.float64
@@ -63,6 +68,13 @@ def metrics(module, *measurements, k=4, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         record = measure_subspace(module, data(), k=k, measurements=measurements, **{**settings, **options})
+    return record.metrics
+
+
+def alone(module, measurement, optimizer):
+    """What this measurement finds without the default ones, eigenpairs and a self-check, which take most time."""
+    with TrainingLoss(module, ParameterSpace.of(module), loss_fn, dtype=F64) as loss:
+        _, record = take_probe(loss, sample_of_batches(data()), Solver(0), [measurement], optimizer=optimizer)
     return record.metrics
 
 

@@ -168,7 +168,7 @@ VECTORS, EXAMPLES = 200, 600
 def of_digits():
     """The dense Hessian at step 500 with its pairs, and what is measured with them taken out and without."""
     torch.manual_seed(0)
-    module = Classifier(64, 20, 20, 10, activation=nn.ReLU)
+    module = Classifier(64, 10, 10, 10, activation=nn.ReLU)
     fit(module, DataLoader(digits(), batch_size=64, shuffle=True), max_steps=500)
     module = module.double()
     images, labels = digits().tensors

@@ -132,8 +132,12 @@ NETS = {
     ),
     "batch-norm": lambda: conv_net(nn.BatchNorm2d(2)),
     "group-norm": lambda: conv_net(nn.GroupNorm(2, 2)),
-    "layer-norm": lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 3), nn.LayerNorm(3), nn.GELU(), nn.Linear(3, 3)),
-    "dropout": lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 3), nn.Tanh(), nn.Dropout(0.4), nn.Linear(3, 3)),
+    "layer-norm": lambda: nn.Sequential(
+        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(9, 3), nn.LayerNorm(3), nn.GELU(), nn.Linear(3, 3)
+    ),
+    "dropout": lambda: nn.Sequential(
+        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(9, 3), nn.Tanh(), nn.Dropout(0.4), nn.Linear(3, 3)
+    ),
     "dropout-2d": lambda: conv_net(nn.Dropout2d(0.5)),
 }
 

@@ -30,7 +30,7 @@ from lightning_subspace import (
 from tests.processes import run
 from tests.thorough import usual
 
-from .probes import F64, data, loss_fn, metrics, net, objective, step, stepped
+from .probes import F64, data, loss_fn, metrics, net, objective, step, stepped, without_error_bar
 
 OPTIMIZERS = {
     "sgd": lambda module: SGD(module.parameters(), lr=0.1, momentum=0.5),
@@ -83,18 +83,19 @@ def everything():
 
 
 def measured(module, optimizer, extra=()):
-    record = measure_subspace(
-        module,
-        data(),
-        k=4,
-        tol=1e-10,
-        dtype="float64",
-        loss_fn=loss_fn,
-        max_matvecs=500,
-        optimizer=optimizer,
-        measurements=[*everything(), *extra],
-        group=dist.group.WORLD,
-    )
+    with without_error_bar():
+        record = measure_subspace(
+            module,
+            data(),
+            k=4,
+            tol=1e-10,
+            dtype="float64",
+            loss_fn=loss_fn,
+            max_matvecs=500,
+            optimizer=optimizer,
+            measurements=[*everything(), *extra],
+            group=dist.group.WORLD,
+        )
     return dict(record.metrics)
 
 
@@ -120,17 +121,18 @@ def by_differences():
     optimizer = OPTIMIZERS["adam"](module)
     for _ in range(5):
         step(module, optimizer)
-    record = measure_subspace(
-        module,
-        data(),
-        k=2,
-        dtype="float64",
-        curvature="finite-difference",
-        loss_fn=loss_fn,
-        optimizer=optimizer,
-        measurements=[CriticalSharpness(), Stability(), BatchSharpness(), Trace()],
-        group=dist.group.WORLD,
-    )
+    with without_error_bar():
+        record = measure_subspace(
+            module,
+            data(),
+            k=2,
+            dtype="float64",
+            curvature="finite-difference",
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            measurements=[CriticalSharpness(), Stability(), BatchSharpness(), Trace()],
+            group=dist.group.WORLD,
+        )
     return dict(record.metrics)
 
 

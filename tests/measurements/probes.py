@@ -1,6 +1,7 @@
 """One small float64 net, its dense derivatives, and one probe of it with one more measurement."""
 
 import warnings
+from contextlib import nullcontext
 from unittest import mock
 
 import torch
@@ -69,10 +70,10 @@ def without_error_bar():
     return mock.patch.object(Reliability, "measure", return_value={})
 
 
-def metrics(module, *measurements, k=4, **options):
-    """What `measure_subspace` finds but for the error bar, in float64 and to the last digits."""
+def metrics(module, *measurements, k=4, error_bar=False, **options):
+    """What `measure_subspace` finds, in float64 and to the last digits."""
     settings = {"tol": 1e-10, "dtype": "float64", "loss_fn": loss_fn, "max_matvecs": 500}
-    with warnings.catch_warnings(), without_error_bar():
+    with warnings.catch_warnings(), nullcontext() if error_bar else without_error_bar():
         warnings.simplefilter("error")
         record = measure_subspace(module, data(), k=k, measurements=measurements, **{**settings, **options})
     return record.metrics

@@ -149,8 +149,8 @@ def value():
 
 
 CASES = usual(
-    [(on_whole_modules, "sgd"), (on_whole_modules, "adam"), (on_shards, "groups")],
-    thorough=[(on_whole_modules, "groups"), (on_shards, "sgd"), (on_shards, "adam")],
+    [(on_whole_modules, "sgd"), (on_shards, "groups")],
+    thorough=[(on_whole_modules, "adam"), (on_whole_modules, "groups"), (on_shards, "sgd"), (on_shards, "adam")],
 )
 TASKS = [*CASES, (by_differences,), (value,)]
 

@@ -26,6 +26,7 @@ from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from tests.custom_functions import KeepsInput, OnceDifferentiable
 from tests.oracles import EPS, dense_gradient, dense_hessian, top_eigenspace
+from tests.thorough import covering
 
 ROUNDING = 1e4 * EPS
 CLASSES = 3
@@ -130,8 +131,7 @@ def as_matrix(operator):
     return torch.stack([operator.matvec(column) for column in torch.eye(operator.n, dtype=torch.float64)], dim=1)
 
 
-@pytest.mark.parametrize("memory", [None, 0.0], ids=["retained", "rebuilt"])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(("name", "memory"), covering(list(LOSSES), [None, 0.0]))  # graphs retained, and rebuilt
 def test_products_and_gradient_are_dense_ones(name, memory):
     loss_fn, of_output = LOSSES[name]
     module = net()

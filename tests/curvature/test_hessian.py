@@ -13,6 +13,7 @@ from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from tests.oracles import EPS, dense_gradient, dense_hessian, dense_hessian_by_differences
+from tests.thorough import usual
 
 # Relative to the largest entry. Two orders of summation differ by rounding; differences err by EPS^(2/3) times a third
 # derivative over a second one.
@@ -132,14 +133,24 @@ NETS = {
     ),
     "batch-norm": lambda: conv_net(nn.BatchNorm2d(2)),
     "group-norm": lambda: conv_net(nn.GroupNorm(2, 2)),
-    "layer-norm": lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 3), nn.LayerNorm(3), nn.GELU(), nn.Linear(3, 3)),
-    "dropout": lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 3), nn.Tanh(), nn.Dropout(0.4), nn.Linear(3, 3)),
+    "layer-norm": lambda: nn.Sequential(
+        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(9, 3), nn.LayerNorm(3), nn.GELU(), nn.Linear(3, 3)
+    ),
+    "dropout": lambda: nn.Sequential(
+        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(9, 3), nn.Tanh(), nn.Dropout(0.4), nn.Linear(3, 3)
+    ),
     "dropout-2d": lambda: conv_net(nn.Dropout2d(0.5)),
 }
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("name", NETS)
+HAS_MODES = ("batch-norm", "dropout", "dropout-2d")
+MODES = usual(
+    [*((name, "train") for name in NETS), *((name, "eval") for name in HAS_MODES)],
+    thorough=[(name, "eval") for name in NETS if name not in HAS_MODES],
+)
+
+
+@pytest.mark.parametrize(("name", "mode"), MODES)
 def test_images(name, mode):
     assert_is_hessian(built(NETS[name]), UNEVEN, classify, mode=mode)
 
@@ -285,8 +296,13 @@ def test_embedding(sparse):
     assert not matrix[never_seen].any()
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("kind", ["multihead", "encoder", "function"])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    usual(
+        [("multihead", "train"), ("encoder", "train"), ("encoder", "eval"), ("function", "train")],  # one has dropout
+        thorough=[("multihead", "eval"), ("function", "eval")],
+    ),
+)
 def test_attention(kind, mode):
     batches = in_batches(normal(5, 3, 4), integers(3, 5), sizes=[3, 2])
     assert_is_hessian(built(lambda: Attending(kind)), batches, classify, mode=mode)

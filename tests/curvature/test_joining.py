@@ -27,7 +27,7 @@ from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.settings import ProbeSettings
 from tests.oracles import dense_hessian
 from tests.processes import run
-from tests.thorough import covering
+from tests.thorough import covering, usual
 
 CLASSES = 3
 
@@ -306,7 +306,7 @@ def measured(group=None):
     return dict(record.metrics), len(products)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", usual([3], thorough=[2]))
 def test_ranks_measure_what_one_process_measures(count):
     alone, products = measured()
     assert products > 0

@@ -27,6 +27,7 @@ from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.subspace.solver import Solver
 from tests.curvature.test_forward_difference import NETS, built
 from tests.curvature.test_forward_difference import batches as rows
+from tests.thorough import usual
 
 WIDTH, TOKENS, EXAMPLES = 8, 4, 64
 
@@ -192,7 +193,7 @@ def test_the_kernels_of_training_are_kept_without_another_number_format(name):
     assert (found.outcome, found.is_plain) == (CheckOutcome.PASSED, False), found.reason
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", usual([0], thorough=[1, 2]))
 def test_a_network_that_knows_its_examples_by_heart_is_measured_in_float64(seed):
     """Its Hessian is small beside the gradients of single examples, so float32 differences are rounding."""
     with torch.random.fork_rng():

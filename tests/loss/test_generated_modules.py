@@ -23,7 +23,7 @@ states = st.builds(
 
 
 @settings(
-    max_examples=how_many(40, thorough=300), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=how_many(25, thorough=300), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 @given(st.lists(states, min_size=1, max_size=4))
 def test_a_measured_training_is_the_same_or_it_is_told(drawn):

@@ -1,11 +1,19 @@
 """One small float64 net, its dense derivatives, and one probe of it with one more measurement."""
 
 import warnings
+from contextlib import nullcontext
+from unittest import mock
 
 import torch
 from torch import nn
 
 from lightning_subspace import measure_subspace
+from lightning_subspace.data.given import sample_of_batches
+from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.measurements import Reliability
+from lightning_subspace.parallel.parameters import ParameterSpace
+from lightning_subspace.probe.measure import take_probe
+from lightning_subspace.subspace.solver import Solver
 from tests.oracles import dense_gradient, dense_hessian, top_eigenspace
 
 F64 = torch.float64
@@ -57,12 +65,24 @@ def step(module, optimizer):
     optimizer.zero_grad()
 
 
-def metrics(module, *measurements, k=4, **options):
+def without_error_bar():
+    """The error bar of the gradient fraction takes two more eigensolves: no test that looks elsewhere needs it."""
+    return mock.patch.object(Reliability, "measure", return_value={})
+
+
+def metrics(module, *measurements, k=4, error_bar=False, **options):
     """What `measure_subspace` finds, in float64 and to the last digits."""
     settings = {"tol": 1e-10, "dtype": "float64", "loss_fn": loss_fn, "max_matvecs": 500}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), nullcontext() if error_bar else without_error_bar():
         warnings.simplefilter("error")
         record = measure_subspace(module, data(), k=k, measurements=measurements, **{**settings, **options})
+    return record.metrics
+
+
+def alone(module, measurement, optimizer):
+    """What this measurement finds without the default ones, eigenpairs and a self-check, which take most time."""
+    with TrainingLoss(module, ParameterSpace.of(module), loss_fn, dtype=F64) as loss:
+        _, record = take_probe(loss, sample_of_batches(data()), Solver(0), [measurement], optimizer=optimizer)
     return record.metrics
 
 

@@ -22,6 +22,7 @@ from lightning_subspace.probe.measure import take_probe
 from lightning_subspace.subspace.solver import Solver
 from tests.oracles import dense_hessian
 from tests.processes import run
+from tests.thorough import usual
 
 from .probes import F64, data, loss_fn, net
 from .test_measurements import fit, small
@@ -345,7 +346,7 @@ def on_ranks():
     return found, split, calls[1] - calls[0]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", usual([3], thorough=[2]))
 def test_any_number_of_ranks_has_the_same_numbers(world_size):
     batches = micro_batches(*[6, 10] * 3, 16)
     alone = measured(batches, NoiseScale(), first=4), measured(batches, NoiseScale(), first=4, k=3)

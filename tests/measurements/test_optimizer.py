@@ -9,7 +9,7 @@ from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop
 from lightning_subspace import Chi, LossChange, Measurement, Needs, Stability, measure_subspace
 from lightning_subspace.measurements.optimizer_rules import edge, next_step, why_unknown
 
-from .probes import F64, data, derivatives, flat, loss_fn, metrics, objective, step, stepped, top_eigenspace
+from .probes import F64, alone, data, derivatives, flat, loss_fn, metrics, objective, step, stepped, top_eigenspace
 
 
 class See(Measurement):
@@ -74,7 +74,7 @@ RULES = {
 def test_the_next_step_is_the_one_that_torch_takes(name, count):
     module, optimizer = stepped(RULES[name], count)
     before, state, see = flat(module), copy.deepcopy(optimizer.state_dict()), See()
-    metrics(module, see, optimizer=optimizer, k=0)
+    alone(module, see, optimizer)
     torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
     step(module, optimizer)
     torch.testing.assert_close(see.step, flat(module) - before, rtol=1e-9, atol=1e-13)
@@ -84,7 +84,7 @@ def dense_stability(make, count):
     """The edge, and the largest eigenvalue of the dense S^1/2 (H + D) S^1/2 from it."""
     module, optimizer = stepped(make, count)
     see = See()
-    metrics(module, see, optimizer=optimizer, k=0)
+    alone(module, see, optimizer)
     _, hessian = derivatives(module)
     scale = torch.as_tensor(see.edge.scale, dtype=F64).expand(len(hessian))
     matrix = hessian + torch.diag(torch.as_tensor(see.edge.shift, dtype=F64).expand(len(hessian)))
@@ -108,7 +108,7 @@ def test_stability_is_the_largest_eigenvalue_of_the_dense_preconditioned_hessian
 def test_the_formula_for_adam_is_that_of_the_paper():
     module, optimizer = stepped(RULES["adam"], 6)
     see = See()
-    metrics(module, see, optimizer=optimizer, k=0)
+    alone(module, see, optimizer)
     assert see.edge.threshold == pytest.approx(38 / 0.01)
     second = torch.cat([optimizer.state[p]["exp_avg_sq"].reshape(-1) for p in module.parameters()])
     divisor = ((second / (1 - 0.999**6)).sqrt() + 1e-8) * (1 - 0.9**6)

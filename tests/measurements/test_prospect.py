@@ -32,6 +32,7 @@ from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.subspace.solver import Solver
 from tests.claims.test_counts import digits, network
 from tests.measurements.probes import data, loss_fn, stepped
+from tests.thorough import usual
 
 K = 4
 
@@ -123,7 +124,7 @@ def test_ranks_exchange_as_many_messages_for_a_half():
     assert Reliability().expected_products(together) > 1.5 * Reliability().expected_products(alone)
 
 
-@pytest.mark.parametrize("k", [1, 2, 5, 10])
+@pytest.mark.parametrize("k", usual([1, 10], thorough=[2, 5]))
 def test_the_first_probe_of_a_classifier_is_guessed_within_a_factor(k, monkeypatch):
     images, labels = digits()
     batches = [(images[start : start + 64], labels[start : start + 64]) for start in range(0, 1024, 64)]

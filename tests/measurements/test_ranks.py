@@ -1,6 +1,8 @@
 """Two ranks measure what one does, on a module that each has whole, and on the shards of FSDP2."""
 
+import functools
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -27,8 +29,9 @@ from lightning_subspace import (
     measure_subspace,
 )
 from tests.processes import run
+from tests.thorough import usual
 
-from .probes import F64, data, loss_fn, metrics, net, objective, step, stepped
+from .probes import F64, data, loss_fn, metrics, net, objective, step, stepped, without_error_bar
 
 OPTIMIZERS = {
     "sgd": lambda module: SGD(module.parameters(), lr=0.1, momentum=0.5),
@@ -80,24 +83,25 @@ def everything():
     ]
 
 
-def measured(module, optimizer, extra=()):
-    record = measure_subspace(
-        module,
-        data(),
-        k=4,
-        tol=1e-10,
-        dtype="float64",
-        loss_fn=loss_fn,
-        max_matvecs=500,
-        optimizer=optimizer,
-        measurements=[*everything(), *extra],
-        group=dist.group.WORLD,
-    )
+def measured(module, optimizer, *, error_bar):
+    with nullcontext() if error_bar else without_error_bar():
+        record = measure_subspace(
+            module,
+            data(),
+            k=4,
+            tol=1e-10,
+            dtype="float64",
+            loss_fn=loss_fn,
+            max_matvecs=500,
+            optimizer=optimizer,
+            measurements=everything(),
+            group=dist.group.WORLD,
+        )
     return dict(record.metrics)
 
 
 def on_whole_modules(name):
-    return measured(*stepped(OPTIMIZERS[name], 5))
+    return measured(*stepped(OPTIMIZERS[name], 5), error_bar=False)
 
 
 def on_shards(name):
@@ -109,22 +113,7 @@ def on_shards(name):
     optimizer = OPTIMIZERS[name](module)
     for _ in range(5):
         step(module, optimizer)
-    return measured(module, optimizer)
-
-
-@pytest.mark.parametrize("function", [on_whole_modules, on_shards])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_two_ranks_measure_what_one_does(name, function):
-    module, optimizer = stepped(OPTIMIZERS[name], 5)
-    alone = metrics(module, *everything(), optimizer=optimizer)
-    assert len(alone) > 30
-    assert "stability" in alone
-    first, second = run(function, 2, name)
-    assert first == second
-    left_out = {"solver/residual", "solver/subspace_error", "eigenvalues/05"}  # of the last matvec
-    assert first.keys() == alone.keys()
-    for key in alone.keys() - left_out:
-        assert first[key] == pytest.approx(alone[key], rel=1e-6, abs=1e-8), key
+    return measured(module, optimizer, error_bar=True)
 
 
 def by_differences():
@@ -133,24 +122,67 @@ def by_differences():
     optimizer = OPTIMIZERS["adam"](module)
     for _ in range(5):
         step(module, optimizer)
-    record = measure_subspace(
-        module,
-        data(),
-        k=2,
-        dtype="float64",
-        curvature="finite-difference",
-        loss_fn=loss_fn,
-        optimizer=optimizer,
-        measurements=[CriticalSharpness(), Stability(), BatchSharpness(), Trace()],
-        group=dist.group.WORLD,
-    )
+    with without_error_bar():
+        record = measure_subspace(
+            module,
+            data(),
+            k=2,
+            dtype="float64",
+            curvature="finite-difference",
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            measurements=[CriticalSharpness(), Stability(), BatchSharpness(), Trace()],
+            group=dist.group.WORLD,
+        )
     return dict(record.metrics)
+
+
+def value():
+    class Value(Measurement):
+        def measure(self, probe):
+            return {"value": probe.operator.value(None)}
+
+    record = measure_subspace(
+        net(), data(), k=2, loss_fn=loss_fn, dtype="float64", measurements=[Value()], group=dist.group.WORLD
+    )
+    return record.metrics["value"]
+
+
+CASES = usual(
+    [(on_whole_modules, "sgd"), (on_shards, "groups")],
+    thorough=[(on_whole_modules, "adam"), (on_whole_modules, "groups"), (on_shards, "sgd"), (on_shards, "adam")],
+)
+TASKS = [*CASES, (by_differences,), (value,)]
+
+
+@functools.cache
+def on_two_ranks():
+    """What both ranks return of each task, all in one start."""
+    return run(lambda: {task: task[0](*task[1:]) for task in TASKS}, 2, timeout=30.0 * len(TASKS))
+
+
+def both(*task):
+    return [returned[task] for returned in on_two_ranks()]
+
+
+@pytest.mark.parametrize(("function", "name"), CASES)
+def test_two_ranks_measure_what_one_does(function, name):
+    module, optimizer = stepped(OPTIMIZERS[name], 5)
+    alone = metrics(module, *everything(), optimizer=optimizer, error_bar=function is on_shards)
+    assert len(alone) > 30
+    assert "stability" in alone
+    first, second = both(function, name)
+    assert first == second
+    left_out = {"solver/residual", "solver/subspace_error", "eigenvalues/05"}  # of the last matvec
+    assert first.keys() == alone.keys()
+    for key in alone.keys() - left_out:
+        assert first[key] == pytest.approx(alone[key], rel=1e-6, abs=1e-8), key
 
 
 def test_differences_on_the_shards_measure_the_same():
     module, optimizer = stepped(OPTIMIZERS["adam"], 5)
     alone = metrics(module, CriticalSharpness(), Stability(), BatchSharpness(), Trace(), k=2, optimizer=optimizer)
-    first, second = run(by_differences, 2)
+    first, second = both(by_differences)
     assert first == second
     keys = ("critical_sharpness", "critical_step", "stability", "batch_sharpness", "trace", "frobenius_norm")
     noise = ("noise/scale", "noise/scale_high", "noise/variance_bulk")  # in the pass with the eigenvectors
@@ -180,14 +212,15 @@ def in_norms_of_matrices(sharded):
 
 def test_matrices_are_put_together_from_the_parts_of_three_ranks_and_not_from_shards():
     alone = metrics(net(), SpectralSharpness(lr=0.02), k=0)
-    found, told = zip(*run(in_norms_of_matrices, 3, False), strict=True)
+    whole, shards = zip(*run(lambda: [in_norms_of_matrices(sharded) for sharded in (False, True)], 3), strict=True)
+    found, told = zip(*whole, strict=True)
     assert found[0] == found[1] == found[2]
     assert set(found[0]) == {"spectral_sharpness", "spectral_sharpness_over_threshold"}
     for key, value in found[0].items():
         assert value == pytest.approx(alone[key], rel=1e-9)
     assert told == ([], [], [])
-    (first, said), (second, _) = run(in_norms_of_matrices, 2, True)
-    assert first == second == {}
+    assert [nothing for nothing, _ in shards] == [{}, {}, {}]
+    said = shards[0][1]
     assert "got shards of FSDP2, so that SpectralSharpness is left out" in said[0]
 
 
@@ -217,22 +250,11 @@ def failing(place):
 
 
 def test_a_rank_that_fails_takes_the_others_along():
-    assert run(failing, 2, "value") == ["PeerError", "ZeroDivisionError"]
-    assert run(failing, 2, "product") == [[], []]
+    first, second = run(lambda: [failing(place) for place in ("value", "product")], 2)
+    assert first == ["PeerError", []]
+    assert second == ["ZeroDivisionError", []]
 
 
 def test_the_loss_of_two_ranks_is_the_mean_of_all():
-    module = net()
-    expected = float(objective(module).detach())
-    assert run(value, 2) == pytest.approx([expected] * 2, rel=1e-12)
-
-
-def value():
-    class Value(Measurement):
-        def measure(self, probe):
-            return {"value": probe.operator.value(None)}
-
-    record = measure_subspace(
-        net(), data(), k=2, loss_fn=loss_fn, dtype="float64", measurements=[Value()], group=dist.group.WORLD
-    )
-    return record.metrics["value"]
+    expected = float(objective(net()).detach())
+    assert both(value) == pytest.approx([expected] * 2, rel=1e-12)

@@ -68,7 +68,7 @@ def measured(
     trained: dict[int, nn.Module], digits: TensorDataset
 ) -> dict[tuple[int, int | None, int], dict[str, float]]:
     """Every case: (step, gradient_sample, seed) -> metrics, with sample=512."""
-    loader = DataLoader(digits, batch_size=64)
+    loader = DataLoader(digits, batch_size=128)
     return {
         (step, gradient_sample, seed): probe(net, sample_of_dataset(loader, 512, gradient_sample, seed=seed))
         for gradient_sample in GRADIENT_SAMPLES

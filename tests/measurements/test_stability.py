@@ -14,7 +14,7 @@ from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.measure import take_probe
 from lightning_subspace.subspace.solver import Solver
 
-from .probes import F64, data, derivatives, flat, metrics, stepped
+from .probes import F64, alone, data, derivatives, flat, metrics, stepped
 from .test_optimizer import RULES, See, of
 
 STEPS = 150
@@ -61,7 +61,7 @@ def growth(name, ratio, count):
     """By how much each coordinate grows in `STEPS` steps, on a quadratic that has this ratio along each of them."""
     module, optimizer = stepped(RULES[name], count)
     see = See()
-    metrics(module, see, optimizer=optimizer, k=0)
+    alone(module, see, optimizer)
     scale, shift = (torch.as_tensor(value, dtype=F64).expand(57) for value in (see.edge.scale, see.edge.shift))
     moved = scale > 0.0
     curvature = torch.where(moved, ratio / scale - shift, 0.0)
@@ -93,7 +93,8 @@ def test_the_real_optimizer_diverges_just_beyond_the_edge_in_every_coordinate(na
 def test_the_ratio_along_the_gradient_is_the_dense_quotient_and_at_most_the_largest(name):
     module, optimizer = stepped(RULES[name], 6)
     see = See()
-    found = metrics(module, see, Stability(eigensolve=False), optimizer=optimizer, k=0)
+    alone(module, see, optimizer)
+    found = alone(module, Stability(eigensolve=False), optimizer)
     gradient, hessian = derivatives(module)
     scale, shift = (torch.as_tensor(value, dtype=F64).expand(57) for value in (see.edge.scale, see.edge.shift))
     gradient = gradient + shift * flat(module)
@@ -175,7 +176,7 @@ def test_before_the_first_step_nothing_is_said_also_where_there_is_a_state(kind)
     module, optimizer = stepped(of(kind, lr=0.01), 1)
     for state in optimizer.state.values():  # some versions of torch make it at once
         state["step"].zero_()
-    assert "gradient_stability" not in metrics(module, Stability(), optimizer=optimizer, k=0)
+    assert "gradient_stability" not in alone(module, Stability(), optimizer)
 
 
 # A spike of Adam's loss: the fit of two sines with 481 parameters, full batch. Its steps and heights are known from

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
+from lightning_subspace.state.per_class import per_class
+
 
 @dataclass(slots=True)
 class MutableObject:
@@ -181,8 +183,7 @@ def hidden(value: Any) -> list[Any]:
 
 def in_slots(target: Any) -> list[MutableObject]:
     """The contents of an object's slots, if its class has any."""
-    bases = [own for base in type(target).__mro__ if "__slots__" in (own := base.__dict__)]
-    slots = [d for own in bases for d in own.values() if isinstance(d, types.MemberDescriptorType)]
+    slots = _slots_of(type(target))
     if not slots:
         return []
     filled = {slot: slot.__get__(target) for slot in slots if _has(slot, target)}
@@ -199,6 +200,12 @@ def in_slots(target: Any) -> list[MutableObject]:
         return [slot.__get__(target) for slot in slots if _has(slot, target)]
 
     return [MutableObject(list(filled.values()), fill, read, id(target))]
+
+
+@per_class
+def _slots_of(cls: type) -> list[types.MemberDescriptorType]:
+    bases = [vars(base) for base in cls.__mro__ if "__slots__" in vars(base)]
+    return [d for own in bases for d in own.values() if isinstance(d, types.MemberDescriptorType)]
 
 
 def _has(slot: types.MemberDescriptorType, target: Any) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_subspace.state.per_class import per_class
+
 # Objects of these packages, and of classes derived from theirs, manage training itself: they are not followed.
 TRAINING = frozenset({"lightning", "pytorch_lightning", "lightning_fabric", "torch"})
 FOREIGN = TRAINING | sys.stdlib_module_names
@@ -36,7 +38,12 @@ def package(cls: type) -> str:
 
 def package_names(value: Any) -> frozenset[str]:
     """Those of an object's class and of all that it derives from."""
-    return frozenset(map(package, type(value).__mro__))
+    return _package_names_of(type(value))
+
+
+@per_class
+def _package_names_of(cls: type) -> frozenset[str]:
+    return frozenset(map(package, cls.__mro__))
 
 
 def is_ours(value: Any) -> bool:

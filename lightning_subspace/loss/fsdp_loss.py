@@ -11,7 +11,7 @@ added to this rank's shards in place, and undone by a copy of the old values. Al
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from lightning_subspace.loss.loss_function import LossError, LossFunction
 from lightning_subspace.loss.mode import Mode
 from lightning_subspace.loss.roots import extra_roots
 from lightning_subspace.loss.shadow import Shadow
-from lightning_subspace.loss.training_loss import Evaluation, TrainingLoss
+from lightning_subspace.loss.training_loss import Around, Evaluation, TrainingLoss
 from lightning_subspace.parallel.fsdp import fsdp_modules, is_sharded, local_part, reshard, unsupported_reason
 from lightning_subspace.parallel.holding import own_index
 from lightning_subspace.parallel.parameters import ParameterSpace
@@ -112,6 +112,18 @@ class ShardedLoss(TrainingLoss):
     def displace(self, offset: Tensor | None) -> None:
         """Evaluate at theta + offset, (n,), from now on; None: at theta."""
         self._offset_local, self._is_displaced = offset, offset is not None
+
+    def value_at(
+        self, offset: Tensor | None, assignments: Iterable[tuple[MicroBatch, float]], around: Around = nullcontext
+    ) -> float:
+        """Local sum_b s_b L_b at theta + offset, (n,); arguments as `TrainingLoss.value_at`."""
+        self.displace(offset)
+        with self._displaced():
+            return super().value_at(offset, assignments, around)
+
+    def _evaluate(self, batch: MicroBatch, *, finite: bool = True, around: Around = nullcontext) -> Evaluation:
+        reshard(self.module)  # a forward pass alone leaves whole parameters, and FSDP is to know that they are put back
+        return super()._evaluate(batch, finite=finite, around=around)
 
     def gradient(self, assignments: Iterable[tuple[MicroBatch, float]]) -> tuple[Tensor, float]:  # (n,)
         """Local shards of sum_b s_b grad L_b, and local sum_b s_b L_b.

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def per_class(function: Callable[[type], T]) -> Callable[[type], T]:
-    """A function of a class that remembers its results, as long as the class lives.
+    """A function of a class, which remembers results while it lives.
 
     By identity: a metaclass may say that two classes are equal, or that they have no hash.
 

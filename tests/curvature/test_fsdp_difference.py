@@ -99,6 +99,35 @@ def test_turns_of_unequal_weight():
         assert length == 1
 
 
+SHIFT = 0.1
+
+
+def values_alone():
+    """Forward passes without a backward pass, one after the other, here and elsewhere; then FSDP's own."""
+    module, data = made("uneven")
+    module = shard(module)
+    space, batches = ParameterSpace.of(module), [micro_batch(data, index) for index in range(2)]
+    with ShardedLoss(module, space, loss_fn) as loss:
+        halves = [(batch, 0.5) for batch in batches]
+        values = [loss.value_at(offset, halves) for offset in (None, torch.full((loss.n,), SHIFT), None)]
+    return [*values, sum(0.5 * loss_fn(module, batch.data, 0).item() for batch in batches)]
+
+
+def test_values_alone_leave_fsdp_as_it_was():
+    module, data = made("uneven")
+    batches = [micro_batch(data, index).data for index in range(2)]
+
+    def expected():
+        return sum(0.5 * loss_fn(module, batch, 0).item() for batch in batches)
+
+    here = expected()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(SHIFT)
+    for values in run(values_alone, 2):
+        assert values == pytest.approx([here, expected(), here, here], rel=1e-5)
+
+
 def buffers_of_others():
     torch.manual_seed(dist.get_rank())
     module = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))

@@ -136,12 +136,10 @@ def gauss_newton_check(loss: TrainingLoss, batch: MicroBatch, *, seed: int = 0) 
     jitter, directions = drawn(loss, 1, seed)
     direction = directions[0] / directions[0].norm()
     try:
-        with checking(loss):
+        with checking(loss), loss.default_type():
             loss.displace(jitter)
             graph = OutputGraph.build(loss, batch)
-            with loss.default_type():
-                images = graph.product(loss.space.unflatten(direction))
-            product = loss.space.flatten(images, like=direction)
+            product = loss.space.flatten(graph.product(loss.space.unflatten(direction)), like=direction)
             coarse, fine = (_difference(loss, batch, graph, jitter, step * direction) / step for step in CHECKED_STEPS)
             error, name = worst_part(loss, product, fine)
             spread, _ = worst_part(loss, coarse, fine)
@@ -165,11 +163,8 @@ def _difference(loss: TrainingLoss, batch: MicroBatch, graph: OutputGraph, centr
     slopes = []
     for sign in (1.0, -1.0):
         loss.displace(centre + sign * offset)
-        with loss.default_type():
-            slopes.append(_evaluated(loss, batch, create_graph=False)[-1])
-    with loss.default_type():
-        pulled = graph.pulled_back(0.5 * (slopes[0] - slopes[1]))
-    return loss.space.flatten(pulled, like=offset)
+        slopes.append(_evaluated(loss, batch, create_graph=False)[-1])
+    return loss.space.flatten(graph.pulled_back(0.5 * (slopes[0] - slopes[1])), like=offset)
 
 
 def _evaluated(

@@ -13,8 +13,8 @@ from lightning_subspace import Control, CriticalSharpness, Density, Measurement,
 from lightning_subspace._lightning import MisconfigurationException
 from lightning_subspace.measurements import Chi
 from lightning_subspace.measurements.base import Needs
+from tests.left_out import leave_self_check_out
 from tests.thorough import covering
-from tests.unchecked import leave_self_check_out
 
 # Of lightning: the saver is not in the run that is resumed.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")

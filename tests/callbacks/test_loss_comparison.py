@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, Wei
 
 from lightning_subspace import SubspaceMonitor
 from lightning_subspace.probe.second_opinion import BLOCK
+from tests.left_out import leave_self_check_out
 from tests.thorough import covering, how_many
-from tests.unchecked import leave_self_check_out
 
 DIGITS = load_digits()
 INPUTS, LABELS = torch.tensor(DIGITS.data / 16.0, dtype=torch.float32), torch.tensor(DIGITS.target)

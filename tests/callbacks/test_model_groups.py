@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor, SubspaceProjection
 from lightning_subspace._lightning import MisconfigurationException
+from tests.left_out import leave_self_check_out
 from tests.processes import run
 from tests.thorough import usual
-from tests.unchecked import leave_self_check_out
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS = torch.randn(32, 5, generator=GENERATOR, dtype=torch.float64)

@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_subspace import Measurement, Needs, NoiseScale, Step, SubspaceMonitor
 from lightning_subspace.callbacks.failed_probes import FailedProbes
 from lightning_subspace.probe import forecast
-from lightning_subspace.report import Publisher, logged_name, progress, select
+from lightning_subspace.report import logged_name, progress, select
 from lightning_subspace.tensorboard_tab.schema import from_json
+from tests.left_out import leave_figures_out, leave_self_check_out
 from tests.thorough import covering
-from tests.unchecked import leave_self_check_out
 
 # The first is raised by torch's own pytree, in Lightning's CombinedLoader; the second depends on the machine, the third
 # on the length of the run.
@@ -165,15 +165,10 @@ def csv_scalars(folder, prefix="subspace"):
 
 
 @pytest.fixture(autouse=True)
-def _no_figures(request, monkeypatch):
-    """They take ten times as long as a run; the tests that draw them say so."""
+def _left_out(request, monkeypatch):
+    """Figures, but where a test's name says so; self-checks, but in tests of the whole and in runs that tests share."""
     if "figure" not in request.node.name:
-        monkeypatch.setattr(Publisher, "draw", lambda *args: None)
-
-
-@pytest.fixture(autouse=True)
-def _unchecked(request, monkeypatch):
-    """Runs have a self-check in tests of the whole, and in the runs that tests share."""
+        leave_figures_out(monkeypatch)
     if "without_the_monitor" not in request.node.name:
         leave_self_check_out(monkeypatch)
 

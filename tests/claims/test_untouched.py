@@ -28,9 +28,9 @@ from lightning_subspace.loss import shadow as containment
 from lightning_subspace.loss import training_loss
 from lightning_subspace.measurements import Measurement
 from lightning_subspace.measurements.base import Needs
-from lightning_subspace.report import Publisher
 from lightning_subspace.state import containers as contents
 from lightning_subspace.state import object_graph as containers
+from tests.left_out import leave_figures_out
 from tests.modules import (
     BATCH,
     NOT_A_GRADIENT,
@@ -63,15 +63,10 @@ def monitor(**options) -> SubspaceMonitor:
 
 
 @pytest.fixture(autouse=True)
-def _no_figures(request, monkeypatch):
-    """Figures take ten times as long as a run; one test draws them."""
+def _left_out(request, monkeypatch):
+    """Figures, and the diagnosis of what is no gradient, which takes many evaluations: one test has each."""
     if "figures" not in request.node.name:
-        monkeypatch.setattr(Publisher, "draw", lambda *args: None)
-
-
-@pytest.fixture(autouse=True)
-def _no_diagnosis(request, monkeypatch):
-    """What trains is tried in parts where it is no gradient, by many evaluations; one test does that."""
+        leave_figures_out(monkeypatch)
     if "monitored_run" not in request.node.name:
         monkeypatch.setattr(diagnosis, "diagnose", lambda *args, **options: Diagnosis(math.nan, diagnosis.UNKNOWN))
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lightning_subspace import CheckpointError, Control, Density, SubspaceMonitor, SubspaceProjection, read_history
 from lightning_subspace.callbacks.projection_state import ProjectionState
 from lightning_subspace.probe import checkpoint
+from tests.left_out import leave_self_check_out
 from tests.probe import stored_run as stored
 from tests.thorough import IS_THOROUGH
-from tests.unchecked import leave_self_check_out
 
 # Of lightning: states of callbacks that a run does not have.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")

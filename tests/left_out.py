@@ -1,11 +1,17 @@
-"""Runs without a self-check, which costs as much as several probes: for tests of something else."""
+"""What runs leave out that costs as much as several probes: for tests of something else."""
 
 import pytest
 
 from lightning_subspace.curvature import CurvatureConfig, SelfCheck
 from lightning_subspace.curvature.self_check import CheckOutcome
+from lightning_subspace.report import Publisher
 
 
 def leave_self_check_out(patch: pytest.MonkeyPatch) -> None:
     """Let every self-check pass without a look."""
     patch.setattr(CurvatureConfig, "check", lambda *args: SelfCheck(CheckOutcome.PASSED, 0.0, reason="left out"))
+
+
+def leave_figures_out(patch: pytest.MonkeyPatch) -> None:
+    """Draw none: they take ten times as long as a run."""
+    patch.setattr(Publisher, "draw", lambda *args: None)

@@ -1,5 +1,6 @@
 """Which tests are fast or thorough; log levels, which a test leaves as they were; notices that go to the log."""
 
+import gc
 import logging
 import os
 from contextlib import contextmanager
@@ -52,6 +53,12 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_collection_finish(session):
+    """What is imported and collected by now stays: collections of garbage, and forked processes, leave it alone."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_xdist_auto_num_workers(config):

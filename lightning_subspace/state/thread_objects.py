@@ -1,7 +1,8 @@
 """Objects that other threads of the process are using now.
 
 What a living thread has in its local variables, and what these hold, changes by itself: putting it back would undo the
-thread's work. Modules are not gone through: a thread that is given a whole module does not own what is in it.
+thread's work. Modules, of torch and of Python, are not gone through: a thread that is given a whole one does not own
+what is in it, as those of a notebook's kernel do not own what its cells have defined.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import sys
 import threading
 import types
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_subspace.state.packages import TRAINING
+from lightning_subspace.state.packages import TRAINING, package
+from lightning_subspace.state.per_class import per_class
 
 MOST = 10_000  # objects that are looked for
 UNSEEN = (nn.Module, Tensor, type, types.ModuleType, str, bytes, int, float, type(None))
@@ -32,26 +36,40 @@ def runs_threads(value: Any) -> bool:
 def in_other_threads() -> dict[int, Any]:
     """What other threads hold, by id.
 
+    Those of `threading`: others, started by a launcher or in C, have no project's objects.
+
     Example:
         >>> in_other_threads() if threading.active_count() == 1 else {}
         {}
     """
-    if threading.active_count() == 1:
+    idents = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+    if not idents:
         return {}
     # Documented, with the underscore, as the one way to the frames of other threads.
-    own, found = threading.get_ident(), dict[int, Any]()
-    level: list[Any] = []
-    for ident, start in sys._current_frames().items():
-        frame = None if ident == own else start
-        while frame is not None:
-            level.extend(frame.f_locals.values())
-            frame = frame.f_back
+    frames = sys._current_frames()
+    namespaces = {id(getattr(module, "__dict__", None)) for module in list(sys.modules.values())}
+    found, level = dict[int, Any](), list[Any]()
+    for frame in (frames[ident] for ident in idents if ident in frames):
+        level.extend(_locals_of(frame))
     while level and len(found) < MOST:
-        new = [value for value in level if id(value) not in found and not isinstance(value, UNSEEN)]
-        new = [value for value in new if type(value).__module__.split(".")[0] not in TRAINING]
-        found.update((id(value), value) for value in new)
-        level = [item for value in new for item in _inside(value)]
+        new = {id(value): value for value in level if _may_be_used(type(value))}
+        new = {key: value for key, value in new.items() if key not in found and key not in namespaces}
+        found.update(new)
+        level = [item for value in new.values() for item in _inside(value)]
     return found
+
+
+def _locals_of(frame: FrameType | None) -> Iterator[Any]:
+    """What a frame and those that have called it hold; that of a file holds a module."""
+    while frame is not None:
+        yield from () if frame.f_locals is frame.f_globals else frame.f_locals.values()
+        frame = frame.f_back
+
+
+@per_class
+def _may_be_used(cls: type) -> bool:
+    """Whether a thread's objects of a class are looked for."""
+    return not issubclass(cls, UNSEEN) and package(cls) not in TRAINING
 
 
 def _inside(value: Any) -> list[Any]:

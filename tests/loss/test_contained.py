@@ -1,6 +1,7 @@
 """Each kind of state at each place is contained, or refused when it is used; what other threads use is left alone."""
 
 import queue
+import sys
 import threading
 import types
 
@@ -221,6 +222,47 @@ def test_what_another_thread_does_during_a_probe_stays():
     assert fetcher.seen[:3] == [0, 1, 2]
     assert fetcher.ready.qsize() >= 3
     assert module.mine == []
+
+
+CELLS = """
+from torch import nn
+
+HISTORY = []
+
+class Net(nn.Module):
+    def forward(self, x):
+        HISTORY.append(1)
+        return x
+
+def run(started, ended):
+    exec("started.set(); ended.wait()", globals() | {"started": started, "ended": ended})
+"""
+
+
+@pytest.mark.parametrize("how", ["a kernel's thread has the namespace", "a thread runs code in it"])
+def test_a_thread_does_not_own_what_a_notebook_has_defined(how, monkeypatch):
+    notebook = types.ModuleType("notebook_of_this_test")
+    monkeypatch.setitem(sys.modules, notebook.__name__, notebook)
+    exec(CELLS, vars(notebook))
+    started, ended = threading.Event(), threading.Event()
+    if how == "a thread runs code in it":
+        thread = threading.Thread(target=notebook.run, args=(started, ended))
+    else:
+        thread = threading.Thread(target=lambda kernel: (started.set(), ended.wait()), args=[{"ns": vars(notebook)}])
+    thread.start()
+    started.wait()
+    shadow = Shadow(notebook.Net())
+    try:
+        shadow.reset()
+        shadow._module(torch.ones(1))
+        shadow.settle()
+        shadow.reset()
+        assert notebook.HISTORY == []
+    finally:
+        shadow.close()
+        ended.set()
+        thread.join()
+    assert notebook.HISTORY == []
 
 
 def test_a_queue_that_is_held_and_not_used_is_not_refused():

@@ -97,4 +97,4 @@ def next_numbers() -> list[Any]:
 
 
 def _cuda_in_use() -> bool:
-    return torch.cuda.is_initialized()  # without asking for the driver, which takes longer than a small network
+    return bool(torch.cuda.is_initialized())  # without asking for the driver, which takes longer than a small network

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_subspace.state.containers import hidden
-from lightning_subspace.state.object_graph import is_queue
+from lightning_subspace.state.kinds import Kind, kind_of
 
 MOST = 1 << 20  # bytes of one object's state
 SLOWEST = 0.01  # seconds for one object's state; others are not asked again
@@ -84,7 +84,7 @@ class WatchedObjects:
 
 def _has_position(value: Any) -> bool:
     is_counted = isinstance(value, itertools.count) or hasattr(value, "__length_hint__")
-    return is_counted or isinstance(value, io.IOBase | types.GeneratorType) or is_queue(value)
+    return is_counted or isinstance(value, io.IOBase | types.GeneratorType) or kind_of(type(value)) is Kind.QUEUE
 
 
 def _position(value: Any) -> Any:
@@ -93,7 +93,7 @@ def _position(value: Any) -> Any:
         if isinstance(value, types.GeneratorType):
             frame = value.gi_frame
             return None if frame is None else (frame.f_lasti, *map(id, frame.f_locals.values()))
-        if is_queue(value):
+        if kind_of(type(value)) is Kind.QUEUE:
             return int(value.qsize())
         if isinstance(value, itertools.count):
             return repr(value)

@@ -8,11 +8,13 @@ import ctypes
 import io
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from lightning_subspace.state.containers import MutableObject
+from lightning_subspace.state.per_class import per_class
 
 # Numbers and pointers of C: the base of `c_int` and its like has no public name.
 C_DATA: Any = (ctypes.Array, ctypes.Structure, ctypes.Union, ctypes.c_int.__mro__[1])
@@ -29,13 +31,16 @@ def in_memory(value: Any) -> list[MutableObject]:
         >>> found.replace_contents(found.items); held
         bytearray(b'abc')
     """
-    for kind, read, fill in KINDS:
-        if isinstance(value, kind):
-            try:
-                return [MutableObject.of(read, fill, value)]
-            except (ValueError, BufferError, TypeError, NotImplementedError):  # closed, released, or of no known format
-                return []
+    for read, fill in of_memory(type(value)):
+        with suppress(ValueError, BufferError, TypeError, NotImplementedError):  # closed, released, of no known format
+            return [MutableObject.of(read, fill, value)]
     return []
+
+
+@per_class
+def of_memory(cls: type) -> list[tuple[Any, Any]]:
+    """How to read and fill such a class; none for any other."""
+    return [(read, fill) for kind, read, fill in KINDS if issubclass(cls, kind)][:1]
 
 
 def behind(proxy: Any) -> list[Any]:

@@ -161,7 +161,13 @@ BUILT_IN: Any = (
 
 def built_in(value: Any) -> list[MutableObject]:
     """The contents of a built-in container or a class derived from one."""
-    return [MutableObject.of(read, fill, value) for kind, read, fill in BUILT_IN if isinstance(value, kind)]
+    return [MutableObject.of(read, fill, value) for read, fill in of_built_in(type(value))]
+
+
+@per_class
+def of_built_in(cls: type) -> list[tuple[Any, Any]]:
+    """How to read and fill a built-in class; none for any other."""
+    return [(read, fill) for kind, read, fill in BUILT_IN if issubclass(cls, kind)]
 
 
 def attributes(value: Any) -> list[MutableObject]:

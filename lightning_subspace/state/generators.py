@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+GENERATORS = (torch.Generator, np.random.Generator, np.random.BitGenerator, np.random.RandomState, random.Random)
+
 
 def rewind(value: Any) -> tuple[Callable[[Any], Any], Any] | None:
     """Function and argument that put back a random generator, or None."""

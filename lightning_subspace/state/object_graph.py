@@ -6,55 +6,26 @@ of two ways: through a module, whose tensors are to be copied, or around it, whe
 
 from __future__ import annotations
 
-import functools
 import math
-import queue
-import threading
 import types
-import weakref
-from argparse import Namespace
-from collections import ChainMap, UserDict, UserList, UserString, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torch.quasirandom import SobolEngine
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_subspace.state.buffers import behind, in_memory
 from lightning_subspace.state.bulk import Bulk
 from lightning_subspace.state.containers import MutableObject, attributes, built_in, hidden
 from lightning_subspace.state.generators import rewind
-from lightning_subspace.state.packages import (
-    ITSELF,
-    MACHINERY,
-    TRAINING,
-    WRITERS,
-    is_ours,
-    own_globals,
-    package,
-    package_names,
-)
-from lightning_subspace.state.thread_objects import RUNNING, runs_threads
+from lightning_subspace.state.kinds import Kind, is_all_known, is_followed_around, is_state, is_watched, kind_of
+from lightning_subspace.state.packages import TRAINING, is_ours, own_globals, package_names
+from lightning_subspace.state.thread_objects import runs_threads
 
-# Classes of foreign packages that are nothing but state.
-PLAIN = (
-    types.SimpleNamespace, Namespace, UserDict, UserList, UserString, ChainMap, Distribution, SobolEngine,
-    weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet, threading.local,
-)  # fmt: skip
-# Classes of torch whose objects are followed around a module, and those of a user's own that are not.
-AROUND = (Dataset, Sampler, DataLoader, Optimizer, LRScheduler)
-NOT_AROUND = frozenset({"Logger", "Trainer", "Strategy", "SummaryWriter"})
 RESULTS = "_ResultCollection"  # of what is logged, which is muted; it refers to the batch
-LEFT_ALONE = TRAINING | WRITERS | MACHINERY | {ITSELF, "numpy"}
-CONSTANT = (str, int, float, complex, bytes, range, type, types.ModuleType, torch.dtype, torch.device, torch.Size)
 
 
 @dataclass
@@ -118,12 +89,13 @@ def walk(
     take = stack.popleft if around else stack.pop
     while stack:
         value = take()
-        if type(value) in weakref.ProxyTypes:  # says that it is of the class of what it stands for
+        kind = kind_of(type(value))
+        if kind is Kind.CONSTANT or id(value) in found.seen:
+            continue
+        if kind is Kind.PROXY:  # says that it is of the class of what it stands for
             stack.extend(behind(value))
             continue
-        if value is None or isinstance(value, CONSTANT) or id(value) in found.seen:
-            continue
-        if isinstance(value, tuple | types.MappingProxyType | frozenset):  # often temporary: its id may be reused
+        if kind is Kind.IMMUTABLE:  # often temporary: its id may be reused
             stack.extend(value.values() if isinstance(value, types.MappingProxyType) else value)
             continue
         if visited >= most:
@@ -131,22 +103,22 @@ def walk(
             return found
         visited += 1
         found.seen.add(id(value))
-        if isinstance(value, Tensor):
+        if kind is Kind.TENSOR:
             found.tensors.append(value)
             stack.extend(vars(value).values())
-        elif isinstance(value, np.ndarray):
+        elif kind is Kind.ARRAY:
             found.arrays.append(value)
             stack.extend(value.ravel().tolist() if value.dtype.hasobject else ())
         elif (large := bulk(value)) is not None:
             found.bulks.append(large)
-        elif (generator := rewind(value)) is not None:
+        elif kind is Kind.GENERATOR and (generator := rewind(value)) is not None:
             found.generators.append(generator)
             own = attributes(value)  # of a class of a user's own
             found.containers.extend(own)
             stack.extend(item for container in own for item in container.items)
-        elif isinstance(value, functools._lru_cache_wrapper):
+        elif kind is Kind.CACHE:
             found.caches.append(value)
-        elif is_queue(value):
+        elif kind is Kind.QUEUE:
             found.iterators.append(value)
         else:
             containers = _containers(value, packages, around=around)
@@ -159,7 +131,8 @@ def walk(
                 found.mixed.append(value)
                 found.others.extend(() if around else fields)  # in C nothing can be replaced by a copy
                 stack.extend(fields if around else ())
-            stack.extend(item for container in containers for item in container.items)
+            for container in containers:
+                stack.extend(container.items)
             if around and not containers and may_be_watched(value):
                 stack.extend(hidden(value))
     return found
@@ -184,35 +157,22 @@ def restore(containers: Iterable[MutableObject], generators: Iterable[tuple[Call
 
 def own_caches(module: nn.Module) -> list[Any]:
     """The `functools.cache`s in a module's classes and in their files."""
-    return [value for value in own_globals(module) if isinstance(value, functools._lru_cache_wrapper)]
+    return [value for value in own_globals(module) if kind_of(type(value)) is Kind.CACHE]
 
 
 def own_generators(module: nn.Module) -> list[Any]:
     """The random generators in a module's classes and in their files."""
-    return [value for value in own_globals(module) if rewind(value) is not None]
-
-
-def is_queue(value: Any) -> bool:
-    """Whether an object is a queue between threads, processes or tasks."""
-    if isinstance(value, queue.Queue | queue.SimpleQueue):
-        return True
-    kind = type(value).__module__
-    return kind in ("multiprocessing.queues", "torch.multiprocessing.queue", "asyncio.queues")
+    return [value for value in own_globals(module) if kind_of(type(value)) is Kind.GENERATOR]
 
 
 def may_be_watched(value: Any) -> bool:
     """Whether an object that is not followed is not left alone."""
-    if isinstance(value, (Tensor, nn.Module, types.FunctionType, types.BuiltinFunctionType, *RUNNING, BaseProcess)):
-        return False
-    if package(type(value)) in LEFT_ALONE or is_ours(value):
-        return False
-    return not runs_threads(value)
+    return is_watched(type(value)) and not runs_threads(value)
 
 
 def _may_be_mixed(value: Any) -> bool:
     """Whether an object with attributes may have more."""
-    is_known = isinstance(value, (nn.Module, *PLAIN, types.CellType, types.MethodType, types.BuiltinMethodType))
-    return not is_known and may_be_watched(value) and not built_in(value) and not in_memory(value)
+    return not is_all_known(type(value)) and may_be_watched(value)
 
 
 def _containers(value: Any, packages: frozenset[str], *, around: bool = False) -> list[MutableObject]:
@@ -235,8 +195,7 @@ def _containers(value: Any, packages: frozenset[str], *, around: bool = False) -
     if isinstance(value, types.MethodType | types.BuiltinMethodType):
         return [MutableObject([value.__self__], lambda items: None)]
     found = [*built_in(value), *in_memory(value)]
-    is_state = isinstance(value, (nn.Module, *PLAIN))
-    if found or is_state or _is_own(value, packages) or (around and _is_around(value)):
+    if found or is_state(type(value)) or _is_own(value, packages) or (around and _is_around(value)):
         found.extend(attributes(value))
     return found
 
@@ -255,8 +214,4 @@ def _is_own(value: Any, own: frozenset[str]) -> bool:
 
 def _is_around(value: Any) -> bool:
     """Whether an object around a module is followed."""
-    if isinstance(value, AROUND):
-        return not runs_threads(value)
-    if any(cls.__name__ in NOT_AROUND for cls in type(value).__mro__):
-        return False
-    return may_be_watched(value)
+    return is_followed_around(type(value)) and not runs_threads(value)

@@ -38,11 +38,12 @@ def package(cls: type) -> str:
 
 def package_names(value: Any) -> frozenset[str]:
     """Those of an object's class and of all that it derives from."""
-    return _package_names_of(type(value))
+    return package_names_of(type(value))
 
 
 @per_class
-def _package_names_of(cls: type) -> frozenset[str]:
+def package_names_of(cls: type) -> frozenset[str]:
+    """The same of a class."""
     return frozenset(map(package, cls.__mro__))
 
 

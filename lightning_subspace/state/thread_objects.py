@@ -60,8 +60,8 @@ def in_other_threads() -> dict[int, Any]:
 
 
 def _locals_of(frame: FrameType | None) -> Iterator[Any]:
-    """What a frame and those that have called it hold; that of a file holds a module."""
-    while frame is not None:
+    """What a frame and its callers hold."""
+    while frame is not None:  # the variables of one that runs a file are those of a module
         yield from () if frame.f_locals is frame.f_globals else frame.f_locals.values()
         frame = frame.f_back
 

@@ -21,7 +21,7 @@ HARMLESS = frozenset({
     *("tensorboard", "tensorboardX", "torchmetrics", "tqdm", "rich", "matplotlib", "numpy"),
     *("wandb", "mlflow", "comet_ml", "neptune", "aim", "clearml", "litlogger", "sentry_sdk"),
     *("fsspec", "urllib3", "requests", "aiohttp", "grpc", "zmq", "tornado"),
-    *("ipykernel", "IPython", "debugpy", "pydevd"),
+    *("ipykernel", "IPython", "jupyter_core", "jupyter_client", "nbclient", "debugpy", "pydevd"),
     *("psutil", "pynvml", "watchdog", "_pytest", "pytest", "xdist", "execnet"),
 })  # fmt: skip
 

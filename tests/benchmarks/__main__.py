@@ -39,6 +39,7 @@ BENCHMARKS = {
     "operations": "operations --json {out}/operations.json",
     "joining": "joining --json {out}/joining.json",
     "state": "state --json {out}/state.json",
+    "vectors": "vectors --json {out}/vectors.json",
     "tab": "tab --json {out}/tab.json",
     "tab_page": "tab_page --json {out}/tab_page.json",
     "big": "big --out {out}/big.json",

@@ -11,7 +11,7 @@ from typing import Any
 from tests.benchmarks.constants import constants
 from tests.benchmarks.example_pages import lora, text
 from tests.benchmarks.pages import Piece, Sentence, Table, short
-from tests.benchmarks.product_pages import joining, operations, state
+from tests.benchmarks.product_pages import joining, operations, state, vectors
 from tests.benchmarks.speed_pages import speed
 
 BENCHMARKS = "tests/benchmarks/README.md"
@@ -218,6 +218,7 @@ MAKERS: dict[str, Callable[[Any], list[Piece]]] = {
     "operations": operations,
     "joining": joining,
     "state": state,
+    "vectors": vectors,
     "mnist": mnist,
     "lora": lora,
     "text": text,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.benchmarks.pages import Piece, Sentence, Table
+from tests.benchmarks.pages import Piece, Sentence, Table, short
 
 README = "README.md"
 BENCHMARKS = "tests/benchmarks/README.md"
 CURVATURE = "lightning_subspace/curvature/README.md"
 PARALLEL = "lightning_subspace/parallel/README.md"
 LOSS = "lightning_subspace/loss/README.md"
+LINALG = "lightning_subspace/linalg/README.md"
 
 
 def operations(result: Any) -> list[Piece]:
@@ -67,6 +68,15 @@ def state(result: Any) -> list[Piece]:
     forward = [f"{1e3 * of[way]:.3g}" for of in (gpt, resnet) for way in ("forward_with", "forward_without")]
     products = [f"{1e3 * of['product_with']:.0f}" for of in (gpt, resnet)]
     return [Table(LOSS, header, tuple(rows)), Sentence(LOSS, words, (*forward, *products, f"{100 * apart:.0f}"))]
+
+
+def vectors(result: Any) -> list[Piece]:
+    """Random vectors, and the two places of a basis."""
+    words = "a random vector takes {} ns a coordinate and rank, a draw by `torch.randn` {} ns in float32 and {} ns in float64"
+    drawn = tuple(f"{1e9 * seconds:.0f}" for seconds in result["normals"].values())
+    moved = "{} s of processor time a product in place of {} s, for n = 1e7, k = 10, the mean over the first 25"
+    seconds = tuple(short(result["basis"][place], 2) for place in ("cpu", "device"))
+    return [Sentence(LINALG, words, drawn), Sentence(LINALG, moved, seconds)]
 
 
 def rounded(seconds: float) -> str:

@@ -72,7 +72,7 @@ def state(result: Any) -> list[Piece]:
 
 def vectors(result: Any) -> list[Piece]:
     """Random vectors, and the two places of a basis."""
-    words = "a random vector takes {} ns a coordinate and rank, a draw by `torch.randn` {} ns in float32 and {} ns in float64"
+    words = "a random vector takes {} ns a coordinate and rank, a draw by `torch.randn` {} ns in float32 and {} ns in"
     drawn = tuple(f"{1e9 * seconds:.0f}" for seconds in result["normals"].values())
     moved = "{} s of processor time a product in place of {} s, for n = 1e7, k = 10, the mean over the first 25"
     seconds = tuple(short(result["basis"][place], 2) for place in ("cpu", "device"))

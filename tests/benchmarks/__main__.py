@@ -40,6 +40,7 @@ BENCHMARKS = {
     "joining": "joining --json {out}/joining.json",
     "state": "state --json {out}/state.json",
     "vectors": "vectors --json {out}/vectors.json",
+    "fisher": "fisher --json {out}/fisher.json",
     "tab": "tab --json {out}/tab.json",
     "tab_page": "tab_page --json {out}/tab_page.json",
     "big": "big --out {out}/big.json",

@@ -79,6 +79,29 @@ def vectors(result: Any) -> list[Piece]:
     return [Sentence(LINALG, words, drawn), Sentence(LINALG, moved, seconds)]
 
 
+def fisher(result: Any) -> list[Piece]:
+    """The gradient in two top spaces, and gradients that the empirical Fisher costs."""
+    held = "its top 10 held {} to {} of the gradient, the Hessian's {} to {}, and the two spaces overlapped by {} to {}"
+    ends = [
+        short(of(row[key] for row in result["shares"]), 2)
+        for key in ("fisher", "hessian", "overlap")
+        for of in (min, max)
+    ]
+    cost = result["costs"]
+    made, kept, anew = (f"{cost[key]:.0f}" for key in ("made", "kept", "anew"))
+    words = (
+        "with n = {} and 1,024 examples it costs {} gradients of the sample (in batches of 64) to begin with, then {} "
+        "a product with all gradients kept, and {} with none"
+    )
+    return [
+        Sentence(CURVATURE, held, tuple(ends)),
+        Sentence(CURVATURE, words, (f"{cost['n']:,}", made, kept, anew)),
+        Sentence(
+            CURVATURE, "those beyond half of the free memory are taken anew | {} (MLP, and {} once)", (kept, made)
+        ),
+    ]
+
+
 def rounded(seconds: float) -> str:
     """Two digits, without an exponent."""
     return f"{float(f'{seconds:.2g}'):.6f}".rstrip("0").rstrip(".")

@@ -1,6 +1,7 @@
 """What measurements remember: one run's, in checkpoints and back, and no other run's."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from lightning_subspace._lightning import MisconfigurationException
 from lightning_subspace.measurements import Chi
 from lightning_subspace.measurements.base import Needs
 from tests.left_out import leave_self_check_out
+from tests.measurements.probes import without_error_bar
 from tests.thorough import covering
 
 # Of lightning: the saver is not in the run that is resumed.
@@ -27,7 +29,10 @@ KEY = "SubspaceMonitor{'name': 'subspace'}"
 
 @pytest.fixture(autouse=True)
 def _unchecked(monkeypatch):
+    """Nor an error bar, which keeps nothing."""
     leave_self_check_out(monkeypatch)
+    with without_error_bar():
+        yield
 
 
 class Net(LightningModule):
@@ -109,13 +114,27 @@ def each():
     return Control(reference_step=2), Density(steps=6, keep=3), CriticalSharpness(), Counting()
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """One run of each type: its measurements, its monitor and its checkpoints."""
+
+    @functools.cache
+    def run(dtype):
+        own, folder = each(), tmp_path_factory.mktemp(dtype)
+        one = monitor(*own, dtype=dtype)
+        trainer(one, Save(folder), steps=8).fit(Net(), loader())
+        return own, one, folder
+
+    return run
+
+
 # A record is open at 2, whose space is the reference, and at 4.
 @pytest.mark.parametrize(("at", "dtype"), covering([1, 2, 4, 5], ["float32", "float64"]))
-def test_a_resumed_run_remembers_to_the_bit(tmp_path, at, dtype):
-    own, other = each(), each()
-    one, two = monitor(*own, dtype=dtype), monitor(*other, dtype=dtype)
-    trainer(one, Save(tmp_path), steps=8).fit(Net(), loader())
-    trainer(two, steps=8).fit(Net(), loader(), ckpt_path=tmp_path / f"{at}.ckpt")
+def test_a_resumed_run_remembers_to_the_bit(straight, at, dtype):
+    own, one, folder = straight(dtype)
+    other = each()
+    two = monitor(*other, dtype=dtype)
+    trainer(two, steps=8).fit(Net(), loader(), ckpt_path=folder / f"{at}.ckpt")
     expected, found = rows(one, *STARTS), rows(two, *STARTS)
     assert {"overlap_next_reference", "overlap_next_error", "trace", "critical_step", "seen"} <= expected[8].keys()
     if dtype == "float32":

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, Wei
 from lightning_subspace import SubspaceMonitor
 from lightning_subspace.probe.second_opinion import BLOCK
 from tests.left_out import leave_self_check_out
-from tests.thorough import covering, how_many
+from tests.thorough import covering, how_many, usual
 
 DIGITS = load_digits()
 INPUTS, LABELS = torch.tensor(DIGITS.data / 16.0, dtype=torch.float32), torch.tensor(DIGITS.target)
@@ -127,7 +127,13 @@ MISMATCHES = {
 }
 
 
-@pytest.mark.parametrize("name", MISMATCHES)
+# Others have their sampler, and their labels.
+MORE_MISMATCHES = ["sampler of some classes", "other labels"]
+
+
+@pytest.mark.parametrize(
+    "name", usual([name for name in MISMATCHES if name not in MORE_MISMATCHES], thorough=MORE_MISMATCHES)
+)
 def test_what_is_measured_is_not_what_is_trained(name):
     module, data, callbacks, monitor = MISMATCHES[name]()
     # Where the sample is ours, another one is taken first, which may take the place of a comparison.
@@ -162,7 +168,11 @@ MATCHES = {
 }
 
 
-@pytest.mark.parametrize("name", MATCHES)
+# Batches as large as all of them, a loader of another order, and small losses: "one batch", "usual", "interpolating".
+MORE_MATCHES = ["full batch", "in order", "learnt by heart"]
+
+
+@pytest.mark.parametrize("name", usual([name for name in MATCHES if name not in MORE_MATCHES], thorough=MORE_MATCHES))
 def test_what_is_trained_is_measured(name):
     module, data, monitor, options = MATCHES[name]()
     watching, said = fitted(module, data, monitor=monitor, **options)

@@ -258,10 +258,11 @@ def shown(rows):
     return [{key: repr(value) for key, value in row.items() if key not in apart} for one in rows for row in one]
 
 
-COMBINED = ["a subclass with a static graph"]  # of two others
+# Two of these at once, its type alone, and one way more to say what a class says or a constructor is given.
+ALIKE = ["a subclass with a static graph", "plain", "said by an attribute", "a backend"]
 
 
-@pytest.mark.parametrize("name", usual([name for name in APART if name not in COMBINED], thorough=COMBINED))
+@pytest.mark.parametrize("name", usual([name for name in APART if name not in ALIKE], thorough=ALIKE))
 def test_a_plain_one_is_measured_as_ddp_is(name, expected):
     for rows, told, step in run(fit, 2, APART[name], monitor, group=False):
         assert (told, step) == ([], 2)

@@ -16,15 +16,25 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_subspace import StartWhenAligned, SubspaceMonitor, SubspaceProjection
 from lightning_subspace.curvature import Hessian
+from tests.left_out import leave_self_check_out
+from tests.measurements.probes import without_error_bar
 from tests.oracles import dense_gradient, dense_hessian, top_eigenspace
 from tests.processes import run
-from tests.thorough import covering
+from tests.thorough import covering, usual
 
 # Of ModelCheckpoint, which a resumed run does not have here.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 # Spaces to rounding: a basis as large as the space of 35 parameters, and a tolerance that makes use of it.
 EXACT = {"tol": 1e-12, "ncv": 35, "dtype": "float64"}
 K = 3
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch):
+    """Steps and spaces are held against dense ones here: no monitor or projection has to check itself first."""
+    leave_self_check_out(monkeypatch)
+    with without_error_bar():
+        yield
 
 
 class Net(pl.LightningModule):
@@ -201,15 +211,15 @@ class Quadratic(pl.LightningModule):
 def test_on_a_quadratic_the_top_run_stays_in_the_affine_space_and_each_coordinate_is_that_of_the_whole_run():
     batches = DataLoader(torch.zeros(8, 1, dtype=torch.float64), batch_size=2)
     arguments = {"k": 4, "ncv": 12}
-    plain = train(module=Quadratic(), steps=8, batches=batches)
-    top = train(project("top", **arguments), module=Quadratic(), steps=8, batches=batches)
-    bulk = train(project("bulk", **arguments), module=Quadratic(), steps=8, batches=batches)
-    for step in range(9):
+    plain = train(module=Quadratic(), steps=4, batches=batches)
+    top = train(project("top", **arguments), module=Quadratic(), steps=4, batches=batches)
+    bulk = train(project("bulk", **arguments), module=Quadratic(), steps=4, batches=batches)
+    for step in range(5):
         torch.testing.assert_close(top[step][4:], top[0][4:], rtol=0.0, atol=1e-12)
         torch.testing.assert_close(bulk[step][:4], bulk[0][:4], rtol=0.0, atol=1e-12)
     # After one step the runs differ, and with them gradients; but the coordinates of a quadratic do not mix.
-    torch.testing.assert_close(top[8][:4], plain[8][:4], rtol=0.0, atol=1e-9)
-    torch.testing.assert_close(bulk[8][4:], plain[8][4:], rtol=0.0, atol=1e-9)
+    torch.testing.assert_close(top[4][:4], plain[4][:4], rtol=0.0, atol=1e-9)
+    torch.testing.assert_close(bulk[4][4:], plain[4][4:], rtol=0.0, atol=1e-9)
 
 
 def test_two_projections_project_one_after_the_other():
@@ -367,7 +377,8 @@ def test_a_monitor_with_the_same_arguments_lends_its_space(monkeypatch, monitor_
 
 
 @pytest.mark.parametrize(
-    "other", [{"k": 2}, {"params": ["net.*"]}, {"sample": 48}, {"tol": 1e-3}, {"which": "LM"}, {"seed": 1}]
+    "other",
+    usual([{"k": 2}, {"sample": 48}, {"which": "LM"}], thorough=[{"params": ["net.*"]}, {"tol": 1e-3}, {"seed": 1}]),
 )
 def test_a_monitor_with_other_arguments_does_not(other):
     one = project("bulk")
@@ -599,7 +610,7 @@ def test_the_current_batch_can_be_the_sample():
 # Runs that go on
 
 
-@pytest.mark.parametrize(("stop", "start"), [(1, 0), (2, 0), (2, StartWhenAligned(0.3, 0.5))])
+@pytest.mark.parametrize(("stop", "start"), usual([(2, 0), (2, StartWhenAligned(0.3, 0.5))], thorough=[(1, 0)]))
 def test_a_resumed_run_is_the_straight_run(tmp_path, stop, start):
     arguments = {"start_when": start, "refresh_every_n_steps": 1}
     straight_one, first, second = (project("bulk", **arguments) for _ in range(3))
@@ -695,7 +706,7 @@ def test_two_ranks_take_the_path_of_one_and_are_equal_to_the_bit():
         )
         return {step: theta.numpy().copy() for step, theta in at.items()}
 
-    for keep, refresh in (("top", 1), ("bulk", 2)):
+    for keep, refresh in usual([("bulk", 2)], thorough=[("top", 1)]):
         alone = {step: torch.from_numpy(theta) for step, theta in ranked(keep, refresh).items()}
         results = run(ranked, 2, keep, refresh, group=False, timeout=120.0)
         for step in alone:

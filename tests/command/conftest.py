@@ -8,6 +8,7 @@ import pytest
 
 from lightning_subspace.command.main import main
 from tests.command import small_project
+from tests.left_out import leave_self_check_out
 
 MEASURE = ["--k", "2", "--sample", "all", "--gradient-sample", "all", "--dtype", "float64", "--tol", "1e-10"]
 
@@ -40,7 +41,8 @@ def straight(trained, tmp_path_factory):
 
 @pytest.fixture
 def measure(trained, tmp_path, monkeypatch):
-    """Runs `measure`; its exit code."""
+    """Runs `measure`, without the self-check that `straight` has made; its exit code."""
+    leave_self_check_out(monkeypatch)
     monkeypatch.setattr(small_project, "IS_MEASURED", True)
     monkeypatch.chdir(tmp_path)
 

@@ -1,8 +1,12 @@
 """A project is built as it was trained: from what LightningCLI has saved, and what it has not."""
 
+import contextlib
+import io
+import os
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,9 +16,12 @@ import yaml
 from lightning_subspace import read_history
 from lightning_subspace._lightning import DummyLogger
 from lightning_subspace.command import project
+from lightning_subspace.command.main import main
 from lightning_subspace.command.project import Configuration, build
 from tests.command import small_project
 from tests.command.small_project import CLASSES, HERE, LR, Data, FixedCLI, Net
+from tests.processes import run
+from tests.thorough import usual
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, about Lightning's use of it
@@ -141,8 +148,31 @@ def test_what_cannot_be_imported_is_told(trained):
         build(Configuration([trained / "config.yaml"], cli="nowhere.CLI"), {}, options)
 
 
-def test_modules_of_the_current_folder_are_found(tmp_path):
-    """As the console script is started, which has no current folder on its path; and a whole run of it."""
+def by_the_console_script(*arguments):
+    """Exit code and output of one that has no current folder on its path."""
+    script = "import sys; sys.path.remove(''); sys.path.insert(0, sys.argv.pop(1)); "
+    script += "from lightning_subspace.command.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", script, str(ROOT), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout + done.stderr
+
+
+def by_a_fork(*arguments):
+    """The same with what this process has imported, which takes most of the time."""
+
+    def console_script():
+        sys.path[:] = [str(ROOT), *(path for path in sys.path if path not in ("", str(ROOT), os.getcwd()))]
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()) as printed:
+            warnings.simplefilter("ignore")
+            return main(list(arguments)), printed.getvalue()
+
+    [answer] = run(console_script, 1, group=False)
+    return answer
+
+
+@pytest.mark.parametrize("start", usual([by_a_fork], thorough=[by_the_console_script]))
+def test_modules_of_the_current_folder_are_found(tmp_path, start, monkeypatch):
+    """And a whole run."""
     (tmp_path / "mine.py").write_text(
         textwrap.dedent(
             """
@@ -170,12 +200,10 @@ def test_modules_of_the_current_folder_are_found(tmp_path):
     write(tmp_path, model={"class_path": "mine.Net", "init_args": {"width": 2}}, trainer={"accelerator": "cpu"})
     state = {"layers.0.weight": torch.eye(2), "layers.0.bias": torch.zeros(2)}
     torch.save({"state_dict": state, "global_step": 7}, tmp_path / "a.ckpt")
-    script = "import sys; sys.path.remove(''); sys.path.insert(0, sys.argv.pop(1)); "
-    script += "from lightning_subspace.command.main import main; sys.exit(main())"
-    command = [sys.executable, "-c", script, str(ROOT), "measure", "--config", "config.yaml", "--ckpt", "a.ckpt"]
-    done = subprocess.run([*command, "--k", "1"], cwd=tmp_path, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    code, said = start("measure", "--config", "config.yaml", "--ckpt", "a.ckpt", "--k", "1")
+    assert code == 0, said
     [record] = read_history(tmp_path / "subspace" / "history.ckpt")
     assert record.step == 7
     assert "sharpness_over_threshold" not in record.metrics  # the checkpoint has weights alone
-    assert "in subspace/history.ckpt; lightning-subspace show" in done.stdout
+    assert "in subspace/history.ckpt; lightning-subspace show" in said

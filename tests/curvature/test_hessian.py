@@ -299,8 +299,8 @@ def test_embedding(sparse):
 @pytest.mark.parametrize(
     ("kind", "mode"),
     usual(
-        [("multihead", "train"), ("encoder", "train"), ("encoder", "eval"), ("function", "train")],  # one has dropout
-        thorough=[("multihead", "eval"), ("function", "eval")],
+        [("multihead", "train"), ("encoder", "train"), ("function", "train")],  # one has dropout
+        thorough=[("multihead", "eval"), ("encoder", "eval"), ("function", "eval")],
     ),
 )
 def test_attention(kind, mode):
@@ -372,6 +372,8 @@ def test_retained_and_rebuilt_graphs_give_the_same_bits(name):
     with TrainingLoss(module, space, classify) as loss:
         for memory in (None, 0.0, *range(1_000, 30_000, 500)):
             hessian = Hessian(loss, sample_of_batches(batches).hessian, memory=memory)
+            if hessian.num_retained in results:
+                continue
             results[hessian.num_retained] = [hessian.matvec(v) for v in directions] + [hessian.gradient()]
     assert results.keys() == {0, 1, 2, 3}
     for pieces in zip(*results.values(), strict=True):

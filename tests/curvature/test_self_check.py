@@ -20,9 +20,9 @@ from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.measure import measure_subspace
 from tests.custom_functions import KeepsInput, OnceDifferentiable
 from tests.oracles import EPS, dense_hessian_by_differences
-from tests.thorough import covering
+from tests.thorough import covering, how_many
 
-SEEDS = range(3)
+SEEDS = range(how_many(2, thorough=3))
 INPUTS = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.randint(3, (8,), generator=torch.Generator().manual_seed(1))
 

@@ -60,7 +60,7 @@ def check(operator: Operator, result: EigshResult, which: Which, tol: float = 1e
         assert overlap(result, operator, which) >= 0.999
 
 
-@settings(max_examples=how_many(50, thorough=250), derandomize=True, deadline=None, database=None)
+@settings(max_examples=how_many(25, thorough=250), derandomize=True, deadline=None, database=None)
 @given(operator=operators(), which=st.sampled_from(WHICH), data=st.data())
 def test_answers_are_right(operator: Operator, which: Which, data: st.DataObject) -> None:
     k = data.draw(st.integers(1, operator.n), label="k")

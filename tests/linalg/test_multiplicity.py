@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_subspace.linalg import EigshResult, Outcome, Which, eigsh
-from tests.thorough import covering
+from tests.thorough import covering, how_many
 
 from .few_copies import Solved
 from .spectra import Operator, copies_behind_an_outlier, mirrored, normal, num_missed, shortfall, spectra
@@ -26,7 +26,7 @@ DEGENERATE = [
     "four equal",
 ]
 ORDINARY = ["power law", "outliers", "indefinite", "heavy tail"]
-SEEDS = range(3)
+SEEDS = range(how_many(1, thorough=3))
 
 
 def solve(operator: Operator, seed: int, **arguments: object) -> EigshResult:

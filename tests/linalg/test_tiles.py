@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_subspace.linalg import blocked, eigsh, tiles
 from lightning_subspace.linalg.tiles import Tiles
+from tests.thorough import covering
 
 from .fake_card import OnCard, fake_card
 from .spectra import Operator, spectra
@@ -88,8 +89,7 @@ def test_rows_in_one_tile_are_lent_and_take_no_more_than_they_have() -> None:
     assert made.read(1).data_ptr() == made.whole(2)[1].data_ptr()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["power law", "ninefold", "indefinite", "heavy tail"])
+@pytest.mark.parametrize(("name", "dtype"), covering(["power law", "ninefold", "indefinite", "heavy tail"], DTYPES))
 def test_eigenpairs_are_the_same_to_the_bit_wherever_the_basis_lies(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,8 +173,7 @@ def card_with_streams(runtime: Runtime) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("error", [0, 1])
-@pytest.mark.parametrize("width", [WIDTH, N])
+@pytest.mark.parametrize(("error", "width"), covering([0, 1], [WIDTH, N]))
 def test_a_card_computes_with_pinned_rows_of_the_host(error: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where they cannot be pinned, too."""
     monkeypatch.setattr(tiles, "WIDTH", width)

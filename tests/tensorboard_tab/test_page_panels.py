@@ -16,6 +16,7 @@ from tests.tensorboard_tab.runs import (
     noise,
     step_taken,
 )
+from tests.thorough import usual
 
 STEPS = range(0, 1100, 100)
 LEVEL = "line[stroke-dasharray='8 3 2 3']"
@@ -304,7 +305,7 @@ def test_a_drawing_alone_says_what_it_shows(tmp_path, opened, browser, scheme):
     runs = {name: written(STEPS, scale, rich=True, density=True) for name, scale in (("first", 1.0), ("other", 3.0))}
     tab = opened(write_page(tmp_path, of_one_monitor(runs)), color_scheme=scheme)
     page = browser.new_page(viewport={"width": 1600, "height": 900})
-    for name in ALL:
+    for name in ALL if scheme == "light" else usual(["eigenvalues", "layers"], thorough=ALL):
         card = tab.card(name)
         title, text = card.locator("h3").inner_text(), tab.download(card, "SVG")[1]
         page.set_content(text)

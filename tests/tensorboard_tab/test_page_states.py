@@ -115,18 +115,6 @@ def test_a_page_that_stands_alone_works_in_a_frame_of_another(tmp_path, opened, 
         tab.close()
 
 
-def test_behind_a_prefix_of_its_address(tmp_path, browser):
-    write(tmp_path / "logs" / "a", STEPS).close()
-    server = Server(tmp_path / "logs", prefix="/board")
-    tab = Tab(browser, f"{server.url}/#lightning_subspace")
-    try:
-        tab.wait()
-        assert tab.steps() == "1,000 (11 of 11)"
-    finally:
-        tab.close()
-        server.close()
-
-
 def test_one_of_several_monitors_is_chosen(tmp_path, opened):
     runs = {"a": {"first/probes": written(STEPS), "second/probes": written(STEPS[:3], 5.0)}}
     tab = opened(write_page(tmp_path, runs))
@@ -260,12 +248,14 @@ def broken_copy(folder, name, old, new):
     return folder / "copy"
 
 
+@pytest.mark.thorough  # of the tests, as the next one
 def test_broken_on_purpose_without_the_message_of_a_reload(tmp_path, opened):
     copy = broken_copy(tmp_path, "host.js", "if (message.type === 'experimental.DataReloaded') onReload();", "")
     with pytest.raises(Exception, match="Timeout"):
         see_new_probes(tmp_path, opened, copy, patience=4_000)
 
 
+@pytest.mark.thorough
 def test_broken_on_purpose_with_a_script_from_elsewhere(tmp_path, browser):
     first = "import { connect, onDark } from './host.js';"
     copy = broken_copy(tmp_path, "index.js", first, f"import 'https://cdn.example/plot.js';\n{first}")
@@ -284,7 +274,7 @@ def test_broken_on_purpose_with_a_script_from_elsewhere(tmp_path, browser):
         server.close()
 
 
-def test_runs_have_the_colours_and_the_darkness_of_tensorboard(tmp_path, opened, browser):
+def test_behind_a_prefix_of_its_address_runs_have_the_colours_and_the_darkness_of_tensorboard(tmp_path, browser):
     """Also where their names are in another order than their first events, and one is not ours."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -297,13 +287,15 @@ def test_runs_have_the_colours_and_the_darkness_of_tensorboard(tmp_path, opened,
         if name != "foreign":
             write(None, STEPS, writer=writer, start=1e9 + number)
         writer.close()
-    server = Server(tmp_path / "logs")
+    server = Server(tmp_path / "logs", prefix="/board")
     try:
         server.wait_for(lambda: len(server.runs()) == 3)
-        tab = opened(f"{server.url}/?darkMode=true#lightning_subspace")
+        tab = Tab(browser, f"{server.url}/?darkMode=true#lightning_subspace").wait()
+        assert tab.steps() == "1,000 (11 of 11)"
         assert tab.find("html.dark").count() == 1
         names, dots = tab.find(".run .name").all_inner_texts(), tab.find(".run .dot").all()
         ours = {n: d.evaluate("e => getComputedStyle(e).backgroundColor") for n, d in zip(names, dots, strict=True)}
+        tab.close()
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         page.goto(f"{server.url}/?darkMode=true#timeseries")
         page.wait_for_selector("button.run-color-swatch")

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -58,11 +59,19 @@ from lightning_subspace.report.progress import ProgressLine
 from lightning_subspace.subspace.overlap_history import OverlapHistory
 from lightning_subspace.subspace.record import Record
 from lightning_subspace.subspace.solver import Solver
+from tests.left_out import leave_figures_out, leave_self_check_out
 from tests.modules import Observer, differences, fingerprint, random_bytes
 from tests.processes import RankErrorsError, run
 
 SECONDS = 60  # that one fit may take, on a machine that does other things as well
 LARGE = 30  # numbers: a hidden layer, a rank's part of a vector, but no small matrix of the eigensolver's
+CHECKING = (
+    "self-check",
+    "second evaluation",
+    "diagnosis",
+    "randomness",
+    "of probe",
+)  # the self-check is among these places
 COSTS = ("solver/seconds", "solver/overhead", "solver/megabytes_moved")
 
 
@@ -660,6 +669,23 @@ class Case:
         others = f"and {len(self.faults) - 1} more" if len(self.faults) > 1 else ""
         return " ".join(filter(None, [self.faults[0].name, others, self.note]))
 
+    def goes_by(self, *parts: str) -> bool:
+        """Whether a fault is at a place with some of these words."""
+        return any(part in fault.place for fault in self.faults for part in parts)
+
+    @contextlib.contextmanager
+    def without_the_rest(self) -> Iterator[None]:
+        """Leave out what takes most of a short fit, where no fault, and nothing that is told, hangs on it."""
+        is_checked = self.project in ("kinked", "wrong", "unpicklable") or self.goes_by(*CHECKING)
+        with pytest.MonkeyPatch.context() as patch:
+            if not is_checked:
+                leave_self_check_out(patch)
+            if not self.goes_by("Reliability", "of probe"):
+                patch.setattr(default.Reliability, "measure", lambda *args: {})
+            if not self.goes_by("figure"):
+                leave_figures_out(patch)
+            yield
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -795,9 +821,10 @@ def _project(fault: Fault, options: dict[str, Any], folder: Path) -> tuple[str |
     here.faults = [fault]
     module = Net()
     projection = SubspaceProjection("bulk", k=2, ncv=5, **options)
-    with warnings.catch_warnings(record=True) as caught:
+    case = Case([fault], max_steps=3)
+    with warnings.catch_warnings(record=True) as caught, case.without_the_rest():
         warnings.simplefilter("always")
-        _, error = train(Case([fault], max_steps=3), projection, folder, module)
+        _, error = train(case, projection, folder, module)
     faulthandler.cancel_dump_traceback_later()
     told = [text for warning in caught if "SubspaceProjection" in (text := str(warning.message))]
     return error, told, nn.utils.parameters_to_vector(module.parameters()).detach()
@@ -806,7 +833,7 @@ def _project(fault: Fault, options: dict[str, Any], folder: Path) -> tuple[str |
 def _fit(case: Case, alone: Observer, folder: Path) -> Fit:
     start = time.monotonic()
     if case.resumes:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), case.without_the_rest():
             warnings.simplefilter("ignore")
             train(replace(case, max_steps=1), _monitor(case), folder)
     here.faults, here.step, here.communicates = list(case.faults), None, False
@@ -816,7 +843,7 @@ def _fit(case: Case, alone: Observer, folder: Path) -> Fit:
         signal.SIGUSR2, lambda signum, frame: here.heard.append((signal.Signals(signum).name, [*here.phases]))
     )
     its_monitor = _monitor(case)
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, case.without_the_rest():
         warnings.simplefilter("always")
         observer, error = train(case, its_monitor, folder)
     left, here.faults = here.faults, []

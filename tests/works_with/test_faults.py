@@ -16,7 +16,7 @@ import torch
 
 import lightning_subspace.report.figures  # noqa: F401  # takes a while, so before the processes are forked
 from lightning_subspace import Trace
-from tests.thorough import IS_THOROUGH, covering
+from tests.thorough import IS_THOROUGH, covering, how_many, usual
 from tests.works_with.faults import (
     ERRORS,
     MEASURED,
@@ -132,7 +132,9 @@ def in_one_run(cases: Sequence[Case]) -> Case:
 
 def again(cases: Sequence[Case]) -> None:
     """The probe is taken again with fewer graphs kept, on all ranks: where memory runs out on one, and any are kept."""
-    check(cases, steps=[1, 2], told=None)
+    steps = usual([1], thorough=[2])
+    found = [replace(case, monitor={**case.monitor, "every_n_steps": steps}) for case in cases]
+    check(found, steps=steps, told=None)
 
 
 FROM_THE_START = {"every_n_steps": [0, 1, 2]}
@@ -198,12 +200,16 @@ def test_which_batches_have_a_loss():
 def test_why_a_self_check_has_failed():
     """The first rank's diagnosis counts. What it cannot evaluate is not known; another failure leaves the probe out."""
     within, around = ("diagnosis forward", "diagnosis backward"), ("diagnosis", "behind diagnosis")
-    found = cases(*within, *around, project="wrong")
+    found = [
+        *cases(*within, project="wrong", monitor={"every_n_steps": [1]}),
+        *cases(around[1], ranks=usual([1], thorough=[0]), project="wrong"),
+        *usual([], thorough=cases(around[0], project="wrong")),
+    ]
     for case, (name, fits) in zip(found, run_cases(found, 2).items(), strict=True):
         (fault,) = case.faults
         is_left_out = fault.place in around
         for fit in fits:
-            assert (fit.changed, fit.error, fit.steps) == ([], None, [2] if is_left_out else [1, 2]), name
+            assert (fit.changed, fit.error, fit.steps) == ([], None, [2] if is_left_out else [1]), name
             assert (fit.rows, fit.verified, fit.num_probes) == (fits[0].rows, fits[0].verified, len(fit.steps)), name
             assert all(row["solver/check_error"] > 0.1 for row in fit.rows), name
         assert fault not in fits[fault.rank].left, name
@@ -222,8 +228,8 @@ def test_the_eigensolver():
     check([in_one_run(cases("forecast", "progress", *places, "random vector 0", "random vector 1"))])
     again(
         [
-            *cases(*places[1:], kinds=["memory"]),
-            *cases("an operation of restart", kinds=["device memory"], operation=2),
+            *cases(*places[how_many(2, 1) :], kinds=["memory"], ranks=usual([0], thorough=[1])),
+            *cases("an operation of restart", kinds=["device memory"], ranks=usual([1], thorough=[0]), operation=2),
         ]
     )
 
@@ -257,7 +263,8 @@ def test_central_differences():
 
 def test_a_trace_by_central_differences():
     options = {"monitor": {"curvature": "finite-difference", "k": 3, "ncv": 6, "dtype": "float64"}, "project": "kinked"}
-    failing = cases("Trace matvec 2 backward", "Trace matvec 3 forward", measurements=lambda: [Trace(2)], **options)
+    places = usual(["Trace matvec 3 forward"], thorough=["Trace matvec 2 backward"])
+    failing = cases(*places, ranks=usual([1], thorough=[0]), measurements=lambda: [Trace(2)], **options)
     check([in_one_run(failing)])
 
 
@@ -268,7 +275,7 @@ def test_the_measurements():
 
 def test_what_is_kept_of_a_probe():
     check([in_one_run(cases("sketch", "compare sketches", "complete", "probe record"))])
-    again(cases("sketch", "compare sketches", "complete", "probe record", kinds=["memory"]))
+    again(cases("compare sketches", "complete", *usual([], thorough=["sketch", "probe record"]), kinds=["memory"]))
 
 
 def test_a_measurement_of_the_users():
@@ -319,7 +326,8 @@ def test_whole_parameters_of_shards():
     ]
     check([in_one_run(failing)])
     distinct = {"monitor": {"k": 2, "ncv": 5}, **SHARDED}  # at step 2 the third eigenvalue is one of several
-    again(cases("matvec 1 backward", "matvec 3 backward", "measure between", ranks=[0], **distinct))
+    places = usual(["matvec 3 backward", "measure between"], thorough=["matvec 1 backward"])
+    again(cases(*places, ranks=[0], **distinct))
 
 
 def test_differences_on_shards():
@@ -342,7 +350,7 @@ def test_what_the_step_tells():
     found = [
         *cases("see gradient tensors", step=None, kinds=["exception", "memory"]),
         behind,
-        in_one_run(cases("stubborn after_step", measurements=lambda: [Stubborn()])),
+        in_one_run(cases("stubborn after_step", ranks=usual([1], thorough=[0]), measurements=lambda: [Stubborn()])),
         *cases("text after step", kinds=["nan"], ranks=[1], measurements=lambda: [Text()]),
     ]
     for fit in check(found, steps=[1, 2], told=OF_ITS_STEP)[behind.name]:
@@ -373,7 +381,8 @@ def test_a_checkpoint():
 
 
 def test_a_run_that_goes_on():
-    found = cases("restore", step=None, resumes=True, max_steps=3, monitor={"every_n_steps": 1})
+    options = {"resumes": True, "max_steps": 3, "monitor": {"every_n_steps": 1}}
+    found = cases("restore", ranks=usual([1], thorough=[0]), step=None, **options)
     check(found, steps=[1, 2, 3], told="the state in the checkpoint is not used, history and overlaps start anew")
 
 
@@ -396,11 +405,12 @@ def test_ranks_that_go_different_ways():
     solved = {"measurements": lambda: [Solving()]}
     check(
         [
-            *cases("measure more", kinds=["different"]),
-            *cases("own product 2 more", kinds=["different"], **solved),
+            *cases("measure more", kinds=["different"], ranks=usual([0], thorough=[1])),
+            *cases("own product 2 more", kinds=["different"], ranks=usual([1], thorough=[0]), **solved),
         ]
     )
-    check(cases("after_step behind", kinds=["different"]), steps=[1, 2], told=OF_ITS_STEP)
+    behind = cases("after_step behind", kinds=["different"], ranks=usual([1], thorough=[0]))
+    check(behind, steps=[1, 2], told=OF_ITS_STEP)
 
 
 # -- what is raised ---------------------------------------------------------------------------------------------------
@@ -408,14 +418,15 @@ def test_ranks_that_go_different_ways():
 
 def test_on_failure_raise_raises_on_every_rank():
     options = {"monitor": {"on_failure": "raise"}}
+    one, other = usual([0], thorough=[1]), usual([1], thorough=[0])
     within = ("build forward", "extra forward", "matvec 3 backward", "measure between", "after_step before")
     found = [
         *cases(*within, **options),
         *cases("begin", "see gradient tensors", step=None, **options),
-        *cases("item", step=None, monitor={"on_failure": "raise", "sample": "all"}),
-        *cases("copy", step=None, monitor={"on_failure": "raise", "sample": "current"}),
-        *cases("should_measure", step=None, callback=Deciding, **options),
-        *cases("own product 2 before", measurements=lambda: [Solving()], **options),
+        *cases("item", step=None, ranks=one, monitor={"on_failure": "raise", "sample": "all"}),
+        *cases("copy", step=None, ranks=other, monitor={"on_failure": "raise", "sample": "current"}),
+        *cases("should_measure", step=None, ranks=one, callback=Deciding, **options),
+        *cases("own product 2 before", ranks=other, measurements=lambda: [Solving()], **options),
     ]
     wrong = {}
     for (name, fits), case in zip(run_cases(found, 2).items(), found, strict=True):
@@ -444,8 +455,7 @@ def test_a_projection_without_its_space():
     samples = {"copy": "current", "item": "all", "adapt space": 8, "build forward": 8}
     found = [
         (Fault(place, rank, "value" if place == "item" else "exception", step=None), {"sample": sample})
-        for place, sample in samples.items()
-        for rank in (0, 1)
+        for (place, sample), rank in covering([*samples.items()], [0, 1])
     ]
     for (fault, _), fits in zip(found, project_updates(found, 2), strict=True):
         (error, told, theta), (other_error, nothing, other_theta) = fits
@@ -458,13 +468,13 @@ def test_a_projection_without_its_space():
 
 
 def test_three_ranks():
-    places = ("extra forward", "matvec 3 backward", "measure between", "own product 2 before")
-    found = [
-        in_one_run([*cases(places[0], places[2], ranks=[0, 1, 2, None]), *cases(places[1], ranks=[2])]),
-        *cases(places[3], ranks=[1], measurements=lambda: [Solving()]),
+    failing = [
+        *cases("extra forward", "measure between", ranks=[0, 1, 2, None]),
+        *cases("matvec 3 backward", ranks=[2]),
         *cases("build forward", kinds=["nan"], ranks=[2]),
     ]
-    check(found, ranks=3)
+    solved = cases("own product 2 before", ranks=[1], measurements=lambda: [Solving()])
+    check([in_one_run(failing), *solved], ranks=3)
     check(cases("after_step before", ranks=[1]), [1, 2], OF_ITS_STEP, ranks=3)
     check(cases("copy", ranks=[2], step=None, monitor={"sample": "current"}), told="could not be copied", ranks=3)
 
@@ -477,7 +487,7 @@ def test_memory_that_runs_out_anywhere():
     (fits,) = run_cases([Case([Fault("an operation of probe", None, step=2, operation=10**9)])], 2).values()
     count = fits[0].num_operations
     assert count > 200
-    first, parts, last = (8, 12, 7) if IS_THOROUGH else (3, 4, 2)  # how many at the ends, and in between
+    first, parts, last = (8, 12, 7) if IS_THOROUGH else (2, 3, 1)  # how many at the ends, and in between
     chosen = [
         *range(1, first + 1),
         *range(first + 1, count - last, count // parts),

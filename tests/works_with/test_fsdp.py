@@ -1,6 +1,7 @@
 """Training under FSDP2, Lightning's ModelParallelStrategy: nothing of it changes, whatever is evaluated in between."""
 
 import contextlib
+import functools
 import io
 import logging
 import warnings
@@ -277,7 +278,7 @@ def monitor(**arguments):
 
 def monitored(ranks, curvature, folder):
     """A fit without the monitor and one with it: their differences, and what the probes changed, held and recorded."""
-    alone, one = fitted(Classifier(), folder, ranks=ranks), monitor(curvature=curvature)
+    alone, one = fitted(Classifier(), folder, ranks=ranks), monitor(curvature=curvature, every_n_steps=[0, 1, 2])
     changes, bases, numbers = [], [], []
 
     def take(self, trainer, module, *args, original=Recorder.take):
@@ -303,8 +304,9 @@ WATCHED = usual([(2, "finite-difference"), (3, "hessian")], thorough=[(2, "hessi
 
 
 @pytest.mark.parametrize(("ranks", "curvature"), WATCHED)
-def test_a_monitored_run_is_untouched_and_a_rank_holds_its_shards_of_the_basis(ranks, curvature, tmp_path):
+def test_a_monitored_run_is_untouched_and_a_rank_holds_its_shards_of_the_basis(ranks, curvature, tmp_path, monkeypatch):
     """Weights, gradients, buffers, the optimizer, random numbers and metrics; FSDP's hooks, states and settings."""
+    ddp.leave_error_bar_out(monkeypatch)
     found = run(monitored, ranks, ranks, curvature, tmp_path, group=False)
     ddp.assert_equal_on_all([rows for *_, rows in found])
     for size, differing, changes, bases, numbers, rows in found:
@@ -337,14 +339,20 @@ def fit_in_shards(ranks, data, *callbacks, **options):
 def measured(ranks, curvature):
     k = {"k": 0} if curvature == "none" else {}
     one = ddp.monitor(every_n_steps=1, curvature=curvature, tol=1e-5, **k)
-    fit_in_shards(ranks, ddp.in_turn(ranks), one, steps=3)
+    with ddp.probes_alone():
+        fit_in_shards(ranks, ddp.in_turn(ranks), one, steps=2)
     return ddp.rows(one), [[] if r.subspace is None else r.subspace.eigenvalues.tolist() for r in one.history]
+
+
+@functools.cache
+def measured_alone(curvature):
+    return ddp.on(1, measured, curvature)
 
 
 @pytest.mark.parametrize(("ranks", "curvatures"), [(2, CURVATURES), (3, ["hessian"])])
 def test_records_are_those_of_one_process(ranks, curvatures):
     """Differences of gradients on the shards too, which are another approximation there."""
-    ((expected, eigenvalues),) = ddp.on(1, measured, "hessian")
+    ((expected, eigenvalues),) = measured_alone("hessian")
     for curvature in curvatures:
         found = ddp.on(ranks, measured, curvature)
         assert_step_of(found[0][0], expected, 1e-9 if curvature == "hessian" else 2e-3)
@@ -382,7 +390,8 @@ def test_the_step_is_measured_on_shards_without_second_derivatives():
 def resumed(ranks, folder, resume):
     """Train to step 7, from the start or from a checkpoint of shards, and leave one behind every step."""
     one, data = ddp.monitor(every_n_steps=2, reference_step=2), ddp.in_turn(ranks, ddp.COUNT)  # one step an epoch
-    fit_in_shards(ranks, data, one, ddp.Saving(folder), steps=7, max_epochs=-1, ckpt_path=resume)
+    with ddp.probes_alone():
+        fit_in_shards(ranks, data, one, ddp.Saving(folder), steps=7, max_epochs=-1, ckpt_path=resume)
     return ddp.rows(one), *one.overlap_matrix()
 
 
@@ -448,14 +457,15 @@ def test_of_a_loss_with_kinks_the_step_is_measured_and_no_product(tmp_path):
 def narrow(folder):
     alone, found = fitted(Narrow(), folder, steps=2), []
     for curvature in CURVATURES:
-        one = monitor(curvature=curvature)
+        one = monitor(curvature=curvature, every_n_steps=[1])
         observed = fitted(Narrow(), folder, [one], steps=2)
         found.append((differences(alone, observed), one.history[0].subspace.eigenvalues.tolist()))
     return found
 
 
-def test_a_policy_of_narrow_types_is_set_aside_for_probes(tmp_path):
+def test_a_policy_of_narrow_types_is_set_aside_for_probes(tmp_path, monkeypatch):
     """By both ways the same in float32, and training goes on in the types of the policy."""
+    ddp.leave_error_bar_out(monkeypatch)
     for (differing, exact), (differing_too, found) in run(narrow, 2, tmp_path, group=False):
         assert differing == differing_too == []
         assert found == pytest.approx(exact, rel=1e-3)

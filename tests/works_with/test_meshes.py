@@ -71,6 +71,13 @@ def assert_goes_on(found, expected, tolerance=1e-6):
             assert one[key] == near, (other["step"], key)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _probes_alone():
+    """No self-check and no error bar: what goes on is about neither."""
+    with ddp.probes_alone():
+        yield
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """Of one process."""

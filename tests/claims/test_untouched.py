@@ -124,7 +124,9 @@ def test_a_monitored_run_is_the_same_run(name, way, alone, tmp_path):
             thorough=itertools.product(["Everything"], [16, "current"], [1, 4], ["train"]),
         ),
         *covering(["InPlaceBatch", "Augmented"], ["all", "current"], [1], ["train"]),
-        *usual([("Statistics", "all", 1, "eval")], thorough=[("Everything", "all", 1, "eval")]),
+        *usual(
+            [("Statistics", "all", 1, "eval")], thorough=[("Everything", "all", 1, mode) for mode in ("train", "eval")]
+        ),
         ("Toggled", "current", 4, "eval"),
     ],
 )

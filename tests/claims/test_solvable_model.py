@@ -9,6 +9,8 @@ from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.measure import measure_subspace
+from tests.left_out import leave_self_check_out
+from tests.measurements.probes import without_error_bar
 from tests.oracles import EPS, Quadratic, SolvableModel, dense_hessian, dense_hessian_by_differences
 from tests.thorough import usual
 
@@ -17,6 +19,14 @@ STEPS = (0, 1, 10, 100)
 # Residual / gap of the solver in these tests. Eigenvalues and fractions err by its square, or by itself at worst.
 TOL = 1e-10
 CLOSE = 1e-8
+
+
+@pytest.fixture(autouse=True)
+def _left_out(monkeypatch):
+    """The self-check and the error bar: no closed form is about them."""
+    leave_self_check_out(monkeypatch)
+    with without_error_bar():
+        yield
 
 
 def cross_entropy(module, batch, batch_idx):

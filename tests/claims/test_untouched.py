@@ -30,7 +30,7 @@ from lightning_subspace.measurements import Measurement
 from lightning_subspace.measurements.base import Needs
 from lightning_subspace.state import containers as contents
 from lightning_subspace.state import object_graph as containers
-from tests.left_out import leave_figures_out
+from tests.left_out import leave_figures_out, leave_self_check_out
 from tests.modules import (
     BATCH,
     NOT_A_GRADIENT,
@@ -64,11 +64,18 @@ def monitor(**options) -> SubspaceMonitor:
 
 @pytest.fixture(autouse=True)
 def _left_out(request, monkeypatch):
-    """Figures, and the diagnosis of what is no gradient, which takes many evaluations: one test has each."""
-    if "figures" not in request.node.name:
+    """Figures, the self-check, and its diagnosis of what is no gradient, which take long.
+
+    Tests that name them have them, and so have the run of every project, and the interrupts, which wait for calls of
+    the self-check. `Everything` has no diagnosis: the projects that it is made of have theirs.
+    """
+    name = request.node.name
+    if "figures" not in name:
         leave_figures_out(monkeypatch)
-    if "monitored_run" not in request.node.name:
+    if "monitored_run" not in name or "Everything" in name:
         monkeypatch.setattr(diagnosis, "diagnose", lambda *args, **options: Diagnosis(math.nan, diagnosis.UNKNOWN))
+    if not any(word in name for word in ("monitored_run", "self_check", "self-check", "interrupt")):
+        leave_self_check_out(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +119,14 @@ def test_a_monitored_run_is_the_same_run(name, way, alone, tmp_path):
 @pytest.mark.parametrize(
     ("name", "size", "accumulate", "mode"),
     [
-        *covering(["Everything"], [16, "all", "current"], [1, 4], ["train"]),
+        *usual(
+            [("Everything", "all", 4, "train")],
+            thorough=itertools.product(["Everything"], [16, "current"], [1, 4], ["train"]),
+        ),
         *covering(["InPlaceBatch", "Augmented"], ["all", "current"], [1], ["train"]),
-        ("Everything", "all", 1, "eval"),
+        *usual(
+            [("Statistics", "all", 1, "eval")], thorough=[("Everything", "all", 1, mode) for mode in ("train", "eval")]
+        ),
         ("Toggled", "current", 4, "eval"),
     ],
 )
@@ -126,18 +138,19 @@ def test_whatever_the_sample_the_mode_and_the_accumulation(name, size, accumulat
 
 
 def test_figures_and_all_measurements_change_nothing(alone, tmp_path):
-    callback = monitor(log="all", reference_step=4)
+    callback = monitor(log="all", reference_step=4, every_n_steps=[4, 8])
     assert differences(alone("Metrics"), watched("Metrics", tmp_path, callback)) == []
 
 
 def test_the_cheap_tier_changes_nothing(alone, tmp_path):
-    assert differences(alone("Everything"), watched("Everything", tmp_path, monitor(k=0))) == []
+    assert differences(alone("Everything"), watched("Everything", tmp_path, monitor(k=0, every_n_steps=8))) == []
 
 
 def test_two_monitors_change_nothing(alone, tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "SubspaceMonitor")
-        run = train(Everything, tmp_path, monitor(), monitor(name="subspace_eval", mode="eval", sample="current"))
+        other = monitor(name="subspace_eval", mode="eval", sample="current", every_n_steps=8)
+        run = train(Everything, tmp_path, monitor(every_n_steps=8), other)
     assert differences(alone("Everything"), run) == []
 
 
@@ -236,7 +249,7 @@ def test_a_failing_probe_is_told_and_changes_nothing(failure, alone, tmp_path, m
 
 def test_a_self_check_that_fails_inside_is_inconclusive_and_changes_nothing(alone, tmp_path, monkeypatch):
     failing_evaluation(3)(monkeypatch)
-    assert differences(alone("Everything"), watched("Everything", tmp_path, monitor())) == []
+    assert differences(alone("Everything"), watched("Everything", tmp_path, monitor(every_n_steps=8))) == []
 
 
 class Opened(RandomDataset):
@@ -301,7 +314,7 @@ class BrokenLogger(CSVLogger):
 def test_a_failing_logger_is_told_and_changes_nothing(alone, tmp_path, monkeypatch):
     monkeypatch.setattr("tests.modules.CSVLogger", BrokenLogger)
     with pytest.warns(UserWarning, match="BrokenLogger raised DeliberateError: on purpose"):
-        run = watched("Metrics", tmp_path, monitor())
+        run = watched("Metrics", tmp_path, monitor(every_n_steps=8))
     assert differences(alone("Metrics"), run) == []
 
 
@@ -420,6 +433,8 @@ def caches_as_they_are(patch):
     patch.setattr(containment.Shadow, "_open", without)
 
 
+LATER = {"every_n_steps": [4]}  # at step 0 training does the same itself
+
 # piece: how to take it away, the project that needs it, and how it is monitored
 PIECES = {
     "random state": (lambda p: p.setattr(training_loss, "preserved_random_state", nothing), "Randomness", {}),
@@ -427,7 +442,7 @@ PIECES = {
     "tensors": (lambda p: p.setattr(containment.Shadow, "_copy_tensor", unchanged), "Statistics", {}),
     "arrays": (lambda p: p.setattr(containment.np, "ndarray", ()), "Attributes", {}),
     "frozen parameters": (not_copied(lambda p: not p.requires_grad), "Teacher", {}),
-    "trainable parameters": (not_copied(lambda p: p.requires_grad), "Clamped", {}),
+    "trainable parameters": (not_copied(lambda p: p.requires_grad), "Clamped", LATER),
     "dicts and attributes": (without_kind(dict), "Attributes", {}),
     "lists": (without_kind(list), "Metrics", {}),
     "sets": (without_kind(set), "Attributes", {}),
@@ -438,7 +453,11 @@ PIECES = {
     "closures": (without_kind(types.CellType), "Hooks", {}),
     "plain objects": (followed_by_nobody, "Attributes", {}),
     "caches": (caches_as_they_are, "Cached", {"sample": "all", "dtype": "float64"}),
-    "extra_roots": (lambda p: p.setattr(training_loss, "extra_roots", lambda module: []), "Conductor", {}),
+    "extra_roots": (
+        lambda p: p.setattr(training_loss, "extra_roots", lambda module: []),
+        "Conductor",
+        {"every_n_steps": 4},
+    ),
     "self.log": (lambda p: p.setattr(_lightning, "_cover", nothing), "Metrics", {}),
     "loggers": (lambda p: p.setattr(_lightning, "Silent", lambda logger: logger), "Writers", {}),
     "kept writers": (lambda p: p.setattr(_lightning, "_writes", lambda *args: False), "Writers", {}),
@@ -451,12 +470,13 @@ PIECES = {
 @pytest.mark.parametrize("piece", PIECES)
 def test_without_a_piece_of_the_containment_the_run_is_another(piece, alone, tmp_path, monkeypatch):
     remove, name, options = PIECES[piece]
+    one_probe = {"every_n_steps": [0], "verify": "never", "on_failure": "warn"}  # and all steps behind it
     expected = alone(name)
     remove(monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is broken may well complain
         try:
-            run = train(PROJECTS[name], tmp_path, monitor(on_failure="warn", **options))
+            run = train(PROJECTS[name], tmp_path, monitor(**{**one_probe, **options}))
         except Exception as error:
             run = {"raised": error}
     assert differences(expected, run) != []

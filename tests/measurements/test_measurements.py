@@ -91,18 +91,22 @@ def small(**kwargs):
 
 @pytest.mark.parametrize(
     ("optimizer", "trainer"),
-    [
-        ({}, {}),
-        ({"momentum": 0.9, "weight_decay": 0.1}, {}),
-        ({"optimizer": torch.optim.Adam, "lr": 0.01}, {}),
-        ({}, {"accumulate_grad_batches": 4}),
-        ({"lr": 1.0}, {"gradient_clip_val": 0.05}),
-        (
-            {"optimizer": torch.optim.Adam, "lr": 0.01},
-            {"accumulate_grad_batches": 4, "gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
-        ),
-    ],
-    ids=["sgd", "momentum", "adam", "accumulated", "clipped", "adam-accumulated-clipped"],
+    usual(
+        [
+            pytest.param({"momentum": 0.9, "weight_decay": 0.1}, {}, id="momentum"),
+            pytest.param({"lr": 1.0}, {"gradient_clip_val": 0.05}, id="clipped"),
+            pytest.param(
+                {"optimizer": torch.optim.Adam, "lr": 0.01},
+                {"accumulate_grad_batches": 4, "gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
+                id="adam-accumulated-clipped",
+            ),
+        ],
+        thorough=[
+            pytest.param({}, {}, id="sgd"),
+            pytest.param({"optimizer": torch.optim.Adam, "lr": 0.01}, {}, id="adam"),
+            pytest.param({}, {"accumulate_grad_batches": 4}, id="accumulated"),
+        ],
+    ),
 )
 def test_the_fractions_of_update_and_batch_gradient_are_those_of_the_saved_weights(optimizer, trainer):
     module, weights = small(**optimizer), Weights()
@@ -227,20 +231,20 @@ def test_the_threshold_is_that_of_the_step_to_come():
 
 # The curves of a small net on the digits (windows, not single steps: seeds shift the early transient by some 50 steps)
 
-EARLY, LATE = [50, 100], usual([300, 500, 1000, 2000], thorough=[3000])
+EARLY, LATE = [50, 100], usual([300, 500, 1000], thorough=[2000, 3000])
 SEEDS = usual([0], thorough=[1, 2])
 
 
-def digits():
-    images, labels = load_digits(return_X_y=True)
+def digits(each=1):
+    images, labels = (column[::each] for column in load_digits(return_X_y=True))
     return TensorDataset(torch.tensor(images / 16.0, dtype=torch.float32), torch.tensor(labels))
 
 
-def digits_run(seed, steps, *callbacks, width=20, full_batch=False):
+def digits_run(seed, steps, *callbacks, width=20, full_batch=False, each=1):
     """FC 64-20-20-10 with ReLU; SGD with batches of 64, or descent by the full gradient from the same start."""
     torch.manual_seed(seed)
     module = Classifier(64, width, width, 10, activation=nn.ReLU)
-    dataset = digits()
+    dataset = digits(each)
     generator = torch.Generator().manual_seed(seed)
     if full_batch:
         loader = DataLoader([dataset.tensors] * max(steps), batch_size=None)
@@ -249,7 +253,13 @@ def digits_run(seed, steps, *callbacks, width=20, full_batch=False):
         loader = DataLoader(dataset, batch_size=64, shuffle=True, drop_last=True, generator=generator)
         sample = "all"
     monitor = SubspaceMonitor(
-        k=10, every_n_steps=steps, max_overhead=None, sample=sample, batch_size=1797, on_failure="raise"
+        k=10,
+        every_n_steps=steps,
+        max_overhead=None,
+        sample=sample,
+        batch_size=1797,
+        verify="never",  # of no eigenvalue of this network there are copies to miss
+        on_failure="raise",
     )
     fit(module, loader, *callbacks, monitor, max_steps=max(steps))
     assert all(record.subspace.trusted for record in monitor.history)
@@ -284,7 +294,7 @@ def test_the_gradient_moves_into_the_top_space_which_stays(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_descent_by_the_full_gradient_is_not_aligned(seed):
-    monitor, _ = digits_run(seed, [100, 300, 1000, 2000] if IS_THOROUGH else [100, 300, 600], full_batch=True)
+    monitor, _ = digits_run(seed, [100, 300, 1000, 2000] if IS_THOROUGH else [100, 300], full_batch=True)
     for row in monitor.to_rows():
         assert row["gradient_fraction"] < 0.1
         assert row["sharpness_over_threshold"] < 1.0
@@ -292,8 +302,9 @@ def test_descent_by_the_full_gradient_is_not_aligned(seed):
 
 def test_the_curves_are_those_of_dense_hessians_at_saved_weights():
     steps, weights = [0, 50, 300, 500, 1000] if IS_THOROUGH else [0, 50, 300], Weights()
-    monitor, module = digits_run(0, steps, weights, width=how_many(10, 20))  # n = 870, or 1,930
-    images, labels = digits().tensors
+    each = how_many(3, thorough=1)  # of so many digits one
+    monitor, module = digits_run(0, steps, weights, width=how_many(10, 20), each=each)  # n = 870, or 1,930
+    images, labels = digits(each).tensors
     batch = (images.double(), labels)
     previous = None
     for record in monitor.history:
@@ -331,7 +342,7 @@ def behind_an_outlier(size, dtype="float32", tol=1e-3, rank=300):
     return record, values
 
 
-@pytest.mark.parametrize("size", [100.0, 1e3, 1e4, 1e6])
+@pytest.mark.parametrize("size", usual([1e3, 1e4], thorough=[100.0, 1e6]))
 def test_what_is_reported_behind_an_outlier_is_right(size):
     record, values = behind_an_outlier(size)
     assert record.subspace.converged

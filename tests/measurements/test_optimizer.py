@@ -99,7 +99,7 @@ def test_stability_is_the_largest_eigenvalue_of_the_dense_preconditioned_hessian
     module, optimizer = stepped(RULES[name], 6)
     see, expected = dense_stability(RULES[name], 6)
     for k in (0, 4):
-        found = metrics(module, Stability(), optimizer=optimizer, k=k)
+        found = metrics(module, Stability(), optimizer=optimizer, k=k, verify="never")
         assert found["stability"] == pytest.approx(expected, rel=1e-6)
         if "adam" in name and "groups" not in name:
             assert found["preconditioned_sharpness"] == pytest.approx(expected * see.edge.threshold, rel=1e-6)
@@ -183,7 +183,7 @@ def test_what_is_not_known_is_left_out_and_said_once(make, reason):
     optimizer = make(module)
 
     def measured():
-        return measure_subspace(module, data(), k=2, loss_fn=loss_fn, measurements=[measurement], optimizer=optimizer)
+        return measure_subspace(module, data(), k=0, loss_fn=loss_fn, measurements=[measurement], optimizer=optimizer)
 
     with pytest.warns(UserWarning, match=reason):
         assert "stability" not in measured().metrics

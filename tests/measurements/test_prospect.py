@@ -70,7 +70,7 @@ def expected_and_taken(measurement, monkeypatch, optimizer=sgd, number=0, k=K):
     sample = part_of_a_set(data())
     solver = Solver(k)
     with TrainingLoss(module, ParameterSpace.of(module), loss_fn) as loss:
-        probe, _ = take_probe(loss, sample, solver, [], optimizer=optimizer, number=number)
+        probe, _ = take_probe(loss, sample, solver, [], optimizer=optimizer, number=number, verify=False)
         products = Products(monkeypatch, sum(batch.weight for batch in sample.hessian))
         measurement.measure(probe)
     prospect = Prospect(number, solver, sample, optimizer, space=ParameterSpace.of(module))
@@ -124,17 +124,17 @@ def test_ranks_exchange_as_many_messages_for_a_half():
     assert Reliability().expected_products(together) > 1.5 * Reliability().expected_products(alone)
 
 
-@pytest.mark.parametrize("k", usual([1, 10], thorough=[2, 5]))
+@pytest.mark.parametrize("k", usual([5], thorough=[1, 2, 10]))
 def test_the_first_probe_of_a_classifier_is_guessed_within_a_factor(k, monkeypatch):
     images, labels = digits()
-    batches = [(images[start : start + 64], labels[start : start + 64]) for start in range(0, 1024, 64)]
+    batches = [(images[start : start + 64], labels[start : start + 64]) for start in range(0, 512, 64)]
     sample, solver = part_of_a_set(batches), Solver(k)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = network()
     settings = ProbeSettings(k=k)
     expected, later = expected_products(settings, Prospect(0, solver, sample))
-    products = Products(monkeypatch, 1024.0)
+    products = Products(monkeypatch, 512.0)
     with TrainingLoss(module, ParameterSpace.of(module), loss_fn) as loss:
         take_probe(loss, sample, solver, settings.taken)
     assert products.count / 2 <= expected <= 2 * products.count

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import Measurement, SubspaceMonitor, SubspaceProjection
 from lightning_subspace.measurements.base import Needs
+from tests.left_out import leave_self_check_out
 from tests.oracles import dense_gradient, dense_hessian, projected_share, top_eigenspace
 from tests.thorough import IS_THOROUGH, covering
 
@@ -21,6 +22,12 @@ INPUTS = torch.randn(48, 6, generator=GENERATOR, dtype=torch.float64)
 LABELS = INPUTS[:, :3].argmax(dim=1)
 BATCHES = list(zip(INPUTS.split(12), LABELS.split(12), strict=True))
 LAST = 3 * 4  # steps in three epochs of four batches
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch):
+    """Without the self-check, which costs as much as several probes and is tested elsewhere."""
+    leave_self_check_out(monkeypatch)
 
 
 class Net(LightningModule):

@@ -13,9 +13,16 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_subspace import SubspaceMonitor
+from tests.left_out import leave_self_check_out
 
 KEY = "subspace/sharpness"
 STEPS = [0, 2, 4, 5]
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch):
+    """Without the self-check, which costs as much as several probes and is tested elsewhere."""
+    leave_self_check_out(monkeypatch)
 
 
 def missing(name):

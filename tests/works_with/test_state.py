@@ -132,7 +132,7 @@ def test_the_state_is_tensors_and_plain_values_without_the_basis(straight):
 
 @pytest.mark.filterwarnings("ignore:.*eigenvalue 10 is so close to the next one:UserWarning")
 def test_a_checkpoint_is_no_larger_than_stated():
-    k, cells, probes = 10, 4096, 300
+    k, cells, probes = 10, 4096, 100
     one = monitor(k=k)
     run(one, steps=1, width=400)
     generator = torch.Generator().manual_seed(0)

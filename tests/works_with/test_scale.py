@@ -11,8 +11,6 @@ from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor
-from tests.left_out import leave_self_check_out
-from tests.measurements.probes import without_error_bar
 from tests.thorough import how_many
 from tests.works_with.test_state import QUIET, Net
 
@@ -37,8 +35,7 @@ class Watch(Callback):
             self.state[step] = buffer.tell()
 
 
-def test_many_probes_in_flat_memory(monkeypatch):
-    leave_self_check_out(monkeypatch)
+def test_many_probes_in_flat_memory():
     torch.manual_seed(0)
     monitor = SubspaceMonitor(
         k=K, every_n_steps=1, max_overhead=None, sample=16, gradient_sample=32, tol=1e-2, verify="never"
@@ -49,8 +46,7 @@ def test_many_probes_in_flat_memory(monkeypatch):
     inputs = torch.randn(64, 16, generator=generator) + 2.0 * torch.eye(3, 16)[labels]
     loader = DataLoader(TensorDataset(inputs, labels), batch_size=32)
     trainer = Trainer(max_steps=PROBES - 1, callbacks=[monitor, watch], enable_checkpointing=False, **QUIET)
-    with without_error_bar():
-        trainer.fit(Net(width=250), loader)  # n = 5,003
+    trainer.fit(Net(width=250), loader)  # n = 5,003
     assert len(monitor.history) == PROBES
     # A record has three small tensors: eigenvalues, residuals and its table; a kept sketch is one of 64.
     assert len(monitor._runner.run.overlaps.sketches) <= 64

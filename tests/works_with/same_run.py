@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lightning_subspace import Measurement, Needs, SubspaceMonitor
 from lightning_subspace.data.sample import Sample
+from tests.measurements.probes import without_error_bar
 from tests.modules import CLASSES, FEATURES, Observer, differences
 
 
@@ -110,7 +111,8 @@ def compare(
     arguments = {**defaults, "on_failure": "raise", "measurements": [keep], **(monitor or {})}
     watching = SubspaceMonitor(**arguments)
     alone, _ = _run(folder / "alone", module, data, callbacks, None, validation, options)
-    watched, trainer = _run(folder / "watched", module, data, callbacks, watching, validation, options)
+    with without_error_bar():
+        watched, trainer = _run(folder / "watched", module, data, callbacks, watching, validation, options)
     return Compared(differences(alone, watched), watching, keep.samples, trainer, watched)
 
 

@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import Measurement, SubspaceMonitor, SubspaceProjection
 from lightning_subspace.measurements.base import Needs
+from tests.left_out import leave_self_check_out
+from tests.measurements.probes import without_error_bar
 from tests.oracles import dense_gradient, dense_hessian, projected_share, top_eigenspace
 from tests.thorough import IS_THOROUGH, covering
 
@@ -21,6 +23,14 @@ INPUTS = torch.randn(48, 6, generator=GENERATOR, dtype=torch.float64)
 LABELS = INPUTS[:, :3].argmax(dim=1)
 BATCHES = list(zip(INPUTS.split(12), LABELS.split(12), strict=True))
 LAST = 3 * 4  # steps in three epochs of four batches
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch):
+    """Without the self-check and the error bar, which cost as much as several probes and are tested elsewhere."""
+    leave_self_check_out(monkeypatch)
+    with without_error_bar():
+        yield
 
 
 class Net(LightningModule):
@@ -96,8 +106,8 @@ def fit(*callbacks, norm=False, **settings):
 
 
 def monitor(every_n_steps=5, **arguments):
-    settings = {"k": 2, "max_overhead": None, "sample": BATCHES, "tol": 1e-9, "dtype": "float64", "on_failure": "raise"}
-    return SubspaceMonitor(every_n_steps=every_n_steps, **{**settings, **arguments})
+    settings = {"k": 2, "max_overhead": None, "sample": BATCHES, "tol": 1e-9, "dtype": "float64", "verify": "never"}
+    return SubspaceMonitor(every_n_steps=every_n_steps, **{**settings, "on_failure": "raise", **arguments})
 
 
 def require_dense(record, net):
@@ -207,7 +217,8 @@ def test_a_large_frozen_part_is_not_copied_and_a_teacher_is():
 
 def test_a_projection_never_sees_an_average():
     def projected(*others, first=True):
-        projection = SubspaceProjection("top", k=2, sample="all", tol=1e-9, dtype="float64", on_failure="raise")
+        settings = {"refresh_every_n_steps": 4, "tol": 1e-9, "dtype": "float64", "on_failure": "raise"}
+        projection = SubspaceProjection("top", k=2, sample="all", **settings)  # anew behind each validation
         module, _ = fit(*([projection, *others] if first else [*others, projection]))
         return list(module.trained[LAST].parameters())
 

@@ -12,8 +12,16 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_subspace import SubspaceMonitor
 from lightning_subspace.callbacks import notices
 from lightning_subspace.curvature.joining import Joined
+from lightning_subspace.probe import randomness
+from tests.left_out import leave_self_check_out
 
 STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch):
+    """Without the self-check, which costs as much as several probes and is tested elsewhere."""
+    leave_self_check_out(monkeypatch)
 
 
 class Net(LightningModule):
@@ -79,6 +87,8 @@ def test_it_is_told_once_and_training_does_not_notice(tmp_path, products, caplog
 
 def test_that_none_are_joined_is_told_once_a_process_and_another_reason_again(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(notices, "_TOLD_IN_PROCESS", set())
+    monkeypatch.setattr(randomness, "HESSIAN", 64)  # evaluations of a random loss, not hundreds
+    monkeypatch.setattr(randomness, "GRADIENT", 64)
     random, told = Net(nn.Dropout(0.3)), []
     with caplog.at_level(logging.INFO, "lightning.pytorch"):
         modules = random, random, Net(nn.Dropout(0.5)), Net(reduction="sum"), Net(nn.Tanh(), reduction="sum")

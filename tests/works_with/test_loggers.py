@@ -13,9 +13,17 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_subspace import SubspaceMonitor
+from tests.left_out import leave_figures_out, leave_self_check_out
+from tests.thorough import usual
 
 KEY = "subspace/sharpness"
 STEPS = [0, 2, 4, 5]
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch):
+    """Without the self-check, which costs as much as several probes and is tested elsewhere."""
+    leave_self_check_out(monkeypatch)
 
 
 def missing(name):
@@ -37,12 +45,16 @@ def read_tensorboard(logger, folder):
     return {e.step: e.value for e in events.Scalars(KEY)}
 
 
+def values_of_csv(logger):
+    with open(os.path.join(logger.log_dir, "metrics.csv")) as file:
+        return {int(row["step"]): float(row[KEY]) for row in csv.DictReader(file) if row.get(KEY)}
+
+
 def read_csv(logger, folder):
     drawn = {name.rpartition("_")[0] for name in os.listdir(os.path.join(logger.log_dir, "figures"))}
     assert drawn == {"subspace_layers", "subspace_overlaps", "subspace_spectrum"}
     assert os.path.exists(os.path.join(logger.log_dir, "subspace_probes.json"))
-    with open(os.path.join(logger.log_dir, "metrics.csv")) as file:
-        return {int(row["step"]): float(row[KEY]) for row in csv.DictReader(file) if row.get(KEY)}
+    return values_of_csv(logger)
 
 
 def read_mlflow(logger, folder):
@@ -134,7 +146,10 @@ OWN = (
 pytestmark = list(OWN)
 
 
-@pytest.mark.parametrize(("make", "read"), CASES)
+ALONE = [case for case in CASES if case.id[0] == "W"]  # the others are read in the next test as well
+
+
+@pytest.mark.parametrize(("make", "read"), usual(ALONE, thorough=[case for case in CASES if case not in ALONE]))
 def test_each_value_is_logged_once_at_its_step(make, read, tmp_path):
     one, logger = monitor(), make(tmp_path)
     train(logger, one)
@@ -156,10 +171,11 @@ def test_none_at_all():
     assert len(one.to_rows()) == len(STEPS)
 
 
-def test_one_that_throws_stops_neither_training_nor_the_others(tmp_path):
+def test_one_that_throws_stops_neither_training_nor_the_others(tmp_path, monkeypatch):
+    leave_figures_out(monkeypatch)
     good, one = CSVLogger(tmp_path / "good"), monitor()
     with pytest.warns(UserWarning, match="Throwing raised OSError: the disk is full. Lost: "):
         module = train([Throwing(tmp_path / "bad"), good], one)
-    check(one, read_csv(good, tmp_path))
+    check(one, values_of_csv(good))
     for a, b in zip(module.parameters(), train(False).parameters(), strict=True):
         assert torch.equal(a, b)

@@ -20,6 +20,7 @@ from lightning_subspace import SubspaceMonitor
 from lightning_subspace.curvature import CheckOutcome, CurvatureConfig, Hessian
 from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.parallel.parameters import ParameterSpace
+from tests.measurements.probes import without_error_bar
 from tests.thorough import covering, usual
 
 STEP = 1e-6
@@ -232,7 +233,9 @@ DIFFERING_IN_KIND = ["multihead-attention", "encoder-layer", "gpt-tied", "lstm",
 def test_the_loss_of_the_sample_is_that_of_training(name):
     """No word of a difference: any would be an error here."""
     make, inputs = MODELS[name]
-    monitor = SubspaceMonitor(k=0, every_n_steps=24, max_overhead=None, on_failure="raise", sample=len(inputs))
+    monitor = SubspaceMonitor(
+        k=0, every_n_steps=24, max_overhead=None, on_failure="raise", sample=len(inputs), gradient_sample=512
+    )
     module = built(make)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     with torch.random.fork_rng():
@@ -251,8 +254,11 @@ def number_of_graphs():
 @pytest.mark.parametrize("name", ["multihead-attention-without-weights", "encoder-layer", "gpt-tied", "lstm"])
 def test_training_is_left_alone(name):
     make, inputs = MODELS[name]
-    monitor = SubspaceMonitor(k=1, every_n_steps=2, max_overhead=None, max_matvecs=40, on_failure="raise", sample=8)
-    with_monitor, _ = fitted(make, inputs, monitor)
+    monitor = SubspaceMonitor(
+        k=1, every_n_steps=2, max_overhead=None, max_matvecs=40, on_failure="raise", sample=8, gradient_sample=24
+    )
+    with without_error_bar():
+        with_monitor, _ = fitted(make, inputs, monitor)
     assert len(monitor.history) == 4
     assert all(torch.equal(a, b) for a, b in zip(with_monitor, fitted(make, inputs)[0], strict=True))
 
@@ -333,12 +339,14 @@ class Compare(Callback):
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled(name):
     make, wrap = COMPILED[name]
-    monitor = SubspaceMonitor(k=2, every_n_steps=2, max_overhead=None, on_failure="raise")
+    monitor = SubspaceMonitor(k=2, every_n_steps=3, max_overhead=None, on_failure="raise")
     compare = Compare(make)
-    trained, graphs = fitted(make, INPUTS, compare, monitor, wrap=wrap)
+    with without_error_bar():
+        trained, graphs = fitted(make, INPUTS, compare, monitor, wrap=wrap)
     alone, graphs_alone = fitted(make, INPUTS, wrap=wrap)
     assert graphs == graphs_alone > 0  # compiled as often as without probes
     assert all(torch.equal(a, b) for a, b in zip(trained, alone, strict=True))
     assert len(compare.errors) == 4
     assert max(compare.errors) < 1e-7
+    assert [record.step for record in monitor.history] == [0, 3, 6]
     assert all(math.isfinite(record.metrics["sharpness"]) for record in monitor.history)

@@ -11,11 +11,18 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor
 from lightning_subspace._lightning import Callback, MisconfigurationException
-from tests.thorough import IS_THOROUGH, covering
+from tests.left_out import leave_self_check_out
+from tests.thorough import covering, usual
 
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": False}
 ARGUMENTS = ("k", "every_n_steps", "max_overhead", "sample", "dtype", "curvature", "on_check_fail", "measurements")
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch):
+    """Without the self-check, which costs as much as several probes and is tested elsewhere."""
+    leave_self_check_out(monkeypatch)
 
 
 @pytest.fixture(params=NAMESPACES)
@@ -207,20 +214,25 @@ def test_a_wrong_argument_in_yaml_is_named(pl, tmp_path, capsys):
     assert "on_check_fail" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("first", "expected"),
-    # Each starts Python and imports Lightning.
-    [
-        ("pytorch_lightning", "pytorch_lightning"),
-        ("torch", "lightning"),
-        *([("lightning.pytorch", "lightning")] if IS_THOROUGH else []),
-    ],
-)
-def test_the_logger_of_lightnings_messages_stays_with_the_users_namespace(first, expected):
-    script = (
-        f"import {first}, lightning_subspace.callbacks.monitor; from lightning_utilities.core import rank_zero as r; "
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", script + "print(r.log.name)"], capture_output=True, text=True, check=True
-    )
-    assert run.stdout.split(".")[0] == expected
+LOGGER = """
+import os, sys, torch, torchmetrics
+assert not {"lightning", "pytorch_lightning"} & set(sys.modules)
+for first in sys.argv[1:]:
+    if not os.fork():
+        try:
+            __import__(first)
+            import lightning_subspace.callbacks.monitor
+            from lightning_utilities.core import rank_zero
+            print(first, rank_zero.log.name.split(".")[0], flush=True)
+        finally:
+            os._exit(0)
+    os.wait()
+"""
+
+
+def test_the_logger_of_lightnings_messages_stays_with_the_users_namespace():
+    """Forked where no namespace is imported yet."""
+    expected = {"pytorch_lightning": "pytorch_lightning", "torch": "lightning"}
+    expected |= dict(usual([], thorough=[("lightning.pytorch", "lightning")]))
+    run = subprocess.run([sys.executable, "-c", LOGGER, *expected], capture_output=True, text=True, check=True)
+    assert dict(line.split() for line in run.stdout.splitlines()) == expected, run.stderr

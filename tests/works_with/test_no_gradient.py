@@ -21,7 +21,8 @@ from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from tests.custom_functions import KeepsInput
-from tests.thorough import covering
+from tests.measurements.probes import without_error_bar
+from tests.thorough import covering, usual
 
 K = 2
 GENERATOR = torch.Generator().manual_seed(0)
@@ -189,7 +190,7 @@ def test_the_message_names_the_cause_first_and_a_way_out_that_is_right(name):
         assert "solver/check_error" not in part.metrics
 
 
-@pytest.mark.parametrize("name", ["gradient reversal", "actor and critic", "detached proposals"])
+@pytest.mark.parametrize("name", usual(["detached proposals"], thorough=["gradient reversal", "actor and critic"]))
 def test_the_asymmetry_is_that_of_the_dense_derivative(name):
     module = built(NO_GRADIENT[name][0])
     dense, space = jacobian(module), ParameterSpace.of(module)
@@ -314,7 +315,7 @@ def test_a_monitor_marks_or_omits_and_trains_the_same():
     alone, _ = trained(adversarial)
     for policy, mark in (("warn", True), ("omit", False)):
         monitor = SubspaceMonitor(k=K, every_n_steps=2, max_overhead=None, on_check_fail=policy)
-        with pytest.warns(UserWarning, match="is not the gradient of a function") as said:
+        with pytest.warns(UserWarning, match="is not the gradient of a function") as said, without_error_bar():
             watched, trainer = trained(adversarial, monitor)
         assert len([s for s in said if "not the gradient" in str(s.message)]) == 1
         assert all(torch.equal(a, b) for a, b in zip(alone, watched, strict=True))

@@ -145,7 +145,7 @@ def run(dataset):
         sample="all",
         batch_size=1000,
         reference_step=REFERENCE_STEP,
-        verify="never",  # of no eigenvalue of this network there are copies to miss
+        verify="never",  # eigenvalues are compared with those of the oracle, so that a missed copy shows
         on_failure="raise",
     )
     trainer = L.Trainer(

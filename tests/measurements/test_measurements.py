@@ -258,7 +258,7 @@ def digits_run(seed, steps, *callbacks, width=20, full_batch=False, each=1):
         max_overhead=None,
         sample=sample,
         batch_size=1797,
-        verify="never",  # of no eigenvalue of this network there are copies to miss
+        verify="never",  # eigenvalues are compared with those of the oracle, so that a missed copy shows
         on_failure="raise",
     )
     fit(module, loader, *callbacks, monitor, max_steps=max(steps))

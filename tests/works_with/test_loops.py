@@ -1,7 +1,6 @@
 """Every way of running the loop: training is bit for bit what it is without the monitor, with several probes taken."""
 
 import csv
-import time
 
 import pytest
 import torch
@@ -164,18 +163,35 @@ def test_several_optimizers_need_manual_optimisation(tmp_path):
 # -- time -------------------------------------------------------------------------------------------------------------
 
 
-class Sleeping(Measurement):
+class Clock:
+    """A Timer's clock that only the tests here move."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("lightning.pytorch.callbacks.timer.time", clock)
+    return clock
+
+
+class Slow(Measurement):
     """Makes the probe of one step a long one."""
 
     needs = Needs.NOTHING
 
-    def __init__(self, step, seconds):
-        self.step, self.seconds = step, seconds
+    def __init__(self, step, seconds, clock):
+        self.step, self.seconds, self.clock = step, seconds, clock
 
     def measure(self, probe):
         if probe.step == self.step:
-            time.sleep(self.seconds)
-        return {"slept": 1.0}
+            self.clock.now += self.seconds
+        return {"took": 1.0}
 
 
 def fit(folder, monitor, **options):
@@ -192,15 +208,15 @@ def fit(folder, monitor, **options):
     return trainer
 
 
-def test_a_time_limit_reached_inside_a_probe_ends_training_after_it(tmp_path):
-    slow = Sleeping(4, 4.0)
+def test_a_time_limit_reached_inside_a_probe_ends_training_after_it(clock, tmp_path):
+    slow = Slow(4, 4.0, clock)
     monitor = SubspaceMonitor(
         k=2, every_n_steps=2, max_overhead=None, sample=16, on_failure="raise", measurements=[slow]
     )
     limited = fit(tmp_path, monitor, max_time={"seconds": 4})
     assert limited.global_step == 4  # the step that was probed is the last
     assert [record.step for record in monitor.history] == [0, 2, 4]
-    assert all(record.metrics["slept"] == 1.0 for record in monitor.history)
+    assert all(record.metrics["took"] == 1.0 for record in monitor.history)
     with (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open(newline="") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "2", "4"]
     slow.step = -1
@@ -208,20 +224,7 @@ def test_a_time_limit_reached_inside_a_probe_ends_training_after_it(tmp_path):
     assert [record.step for record in monitor.history] == [0, 2, 4, 6, 8]
 
 
-class Clock:
-    """A Timer's clock that only training moves: a probe takes none of its time."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def monotonic(self):
-        return self.now
-
-
-def test_a_time_limit_apart_from_the_time_of_probes(tmp_path, monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr("lightning.pytorch.callbacks.timer.time", clock)
-
+def test_a_time_limit_apart_from_the_time_of_probes(clock, tmp_path):
     class Ticking(Classifier):
         def on_train_batch_end(self, *args):
             clock.now += 1.0

@@ -65,13 +65,8 @@ from tests.processes import RankErrorsError, run
 
 SECONDS = 60  # that one fit may take, on a machine that does other things as well
 LARGE = 30  # numbers: a hidden layer, a rank's part of a vector, but no small matrix of the eigensolver's
-CHECKING = (
-    "self-check",
-    "second evaluation",
-    "diagnosis",
-    "randomness",
-    "of probe",
-)  # the self-check is among these places
+# Places in the self-check, and such as need that the first evaluation, where ranks agree, was one of its own.
+CHECKING = ("self-check", "second evaluation", "diagnosis", "randomness", "of probe")
 COSTS = ("solver/seconds", "solver/overhead", "solver/megabytes_moved")
 
 

@@ -71,17 +71,11 @@ def assert_goes_on(found, expected, tolerance=1e-6):
             assert one[key] == near, (other["step"], key)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _probes_alone():
-    """No self-check and no error bar: what goes on is about neither."""
-    with ddp.probes_alone():
-        yield
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """Of one process."""
-    return ddp.on(1, fsdp.resumed, tmp_path_factory.mktemp("straight"), None)[0]
+    with ddp.probes_alone():
+        return ddp.on(1, fsdp.resumed, tmp_path_factory.mktemp("straight"), None)[0]
 
 
 # -- a rank that leaves -----------------------------------------------------------------------------------------------
@@ -133,7 +127,8 @@ def launched(folder):
 def restarted(tmp_path_factory):
     """What each rank has returned, and the folder of its checkpoints."""
     folder = tmp_path_factory.mktemp("restarted")
-    (found,) = run(launched, 1, folder, group=False, timeout=120)
+    with ddp.probes_alone():
+        (found,) = run(launched, 1, folder, group=False, timeout=120)
     return found, folder
 
 
@@ -149,7 +144,7 @@ def test_a_rank_that_leaves_and_comes_back_goes_on(straight, restarted):
 
 
 def test_a_checkpoint_of_shards_goes_on_in_replicated_shards_of_another_package(straight, restarted):
-    """From two ranks of FSDP2 to four of HSDP, by differences of gradients on what they hold."""
+    """From two ranks of FSDP2 to four of HSDP, by differences of gradients on what they hold, behind a self-check."""
     found = ddp.on(4, hybrid, restarted[1] / "5.ckpt")
     ddp.assert_equal_on_all([rows for rows, *_ in found])
     assert_goes_on(found[0], straight, tolerance=2e-3)

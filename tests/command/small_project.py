@@ -79,7 +79,12 @@ class FixedCLI(LightningCLI):
 
 HERE = f"{__name__}."
 IS_MEASURED = False
-QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+QUIET = [
+    "--seed_everything=1",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
 SAVED = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.save_top_k=-1"]
 
 

@@ -91,7 +91,7 @@ def is_state(cls: type) -> bool:
 @per_class
 def is_all_known(cls: type) -> bool:
     """Whether objects of a class have nothing but attributes and items."""
-    is_plain = issubclass(cls, (nn.Module, *PLAIN, types.CellType, types.MethodType, types.BuiltinMethodType))
+    is_plain = is_state(cls) or issubclass(cls, (types.CellType, types.MethodType, types.BuiltinMethodType))
     return is_plain or bool(of_built_in(cls)) or bool(of_memory(cls))
 
 

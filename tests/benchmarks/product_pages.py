@@ -74,9 +74,10 @@ def vectors(result: Any) -> list[Piece]:
     """Random vectors, and the two places of a basis."""
     words = "a random vector takes {} ns a coordinate and rank, a draw by `torch.randn` {} ns in float32 and {} ns in"
     drawn = tuple(f"{1e9 * seconds:.0f}" for seconds in result["normals"].values())
-    moved = "{} s of processor time a product in place of {} s, for n = 1e7, k = 10, the mean over the first 25"
-    seconds = tuple(short(result["basis"][place], 2) for place in ("cpu", "device"))
-    return [Sentence(LINALG, words, drawn), Sentence(LINALG, moved, seconds)]
+    moved = "{} s of processor time a product in place of {} s, for n = {}, k = {}, the mean over the first {}"
+    seconds = (short(result["basis"][place], 2) for place in ("cpu", "device"))
+    of = (f"{result['n']:.0e}".replace("e+0", "e"), str(result["k"]), str(result["products"]))
+    return [Sentence(LINALG, words, drawn), Sentence(LINALG, moved, (*seconds, *of))]
 
 
 def fisher(result: Any) -> list[Piece]:

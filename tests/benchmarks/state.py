@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -31,6 +30,7 @@ from lightning_subspace.loss import precision
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from tests.benchmarks.big import GPT, Size, next_token
+from tests.benchmarks.clock import seconds
 from tests.benchmarks.workloads import cross_entropy
 from tests.gpu.models import resnet18
 
@@ -108,13 +108,6 @@ def default_type(module: nn.Module, loss_fn: Any, batch: Any) -> dict[str, float
     pairs = zip(taken["product_with"], taken["product_without"], strict=True)
     ratio = statistics.median(one / other for one, other in pairs)  # of neighbours, which a busy machine slows alike
     return {**{what: min(times) for what, times in taken.items()}, "ratio": ratio}
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    """Processor time of a call."""
-    begun = time.process_time()
-    call()
-    return time.process_time() - begun
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lightning_subspace.linalg import eigsh, tiles
 from lightning_subspace.linalg.normals import normals
+from tests.benchmarks.clock import seconds
 
 COORDINATES, DRAWS = 1_000_000, 7
 K, PRODUCTS, RUNS = 10, 25, 3
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=10_000_000, help="length of the vectors of the basis")
     asked = parser.parse_args()
     found = {"normals": random_vectors(), "basis": places(asked.n)}
-    print("nanoseconds a coordinate:", *(f"{name} {1e9 * seconds:.1f};" for name, seconds in found["normals"].items()))
+    print("nanoseconds a coordinate:", *(f"{name} {1e9 * taken:.1f};" for name, taken in found["normals"].items()))
     print(f"seconds of {PRODUCTS} products, n = {asked.n:,}:", *(f"{k} {v:.2f};" for k, v in found["basis"].items()))
     if asked.json is not None:
         asked.json.write_text(json.dumps(found | {"n": asked.n, "k": K, "products": PRODUCTS}, indent=1) + "\n")
@@ -47,32 +48,25 @@ def random_vectors() -> dict[str, float]:
         "torch, float32": lambda: torch.randn(COORDINATES, dtype=torch.float32),
         "torch, float64": lambda: torch.randn(COORDINATES, dtype=torch.float64),
     }
-    return {name: min(timed(draw) for _ in range(DRAWS)) / COORDINATES for name, draw in ways.items()}
+    return {name: seconds(draw, rounds=DRAWS) / COORDINATES for name, draw in ways.items()}
 
 
 def places(n: int) -> dict[str, float]:
     """Processor seconds of the solver with the basis on the device, and in another memory."""
     diagonal = torch.linspace(0.0, 1.0, n) ** 20
-    seconds: dict[str, float] = {}
+    found: dict[str, float] = {}
     answers: dict[str, Any] = {}
+
+    def solve(place: tiles.BasisPlace) -> None:
+        answers[place] = eigsh(
+            lambda v: diagonal * v, n, K, max_matvecs=PRODUCTS, ncv=PRODUCTS, verify="never", basis=place
+        )
+
     with mock.patch.object(tiles, "is_staged", lambda place, device: place == "cpu"):
         for place in ("device", "cpu"):
-            taken = []
-            for _ in range(RUNS):
-                begun = time.process_time()
-                answers[place] = eigsh(
-                    lambda v: diagonal * v, n, K, max_matvecs=PRODUCTS, ncv=PRODUCTS, verify="never", basis=place
-                )
-                taken.append(time.process_time() - begun)
-            seconds[place] = min(taken) / PRODUCTS
+            found[place] = seconds(partial(solve, place), rounds=RUNS) / PRODUCTS
     assert torch.equal(answers["device"].eigenvalues, answers["cpu"].eigenvalues), "the two places have other numbers"
-    return seconds
-
-
-def timed(function: Callable[[], object]) -> float:
-    begun = time.process_time()
-    function()
-    return time.process_time() - begun
+    return found
 
 
 if __name__ == "__main__":

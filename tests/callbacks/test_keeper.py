@@ -14,8 +14,7 @@ from lightning_subspace import Control, CriticalSharpness, Density, Measurement,
 from lightning_subspace._lightning import MisconfigurationException
 from lightning_subspace.measurements import Chi
 from lightning_subspace.measurements.base import Needs
-from tests.left_out import leave_self_check_out
-from tests.measurements.probes import without_error_bar
+from tests.left_out import leave_error_bar_out, leave_self_check_out
 from tests.thorough import covering
 
 # Of lightning: the saver is not in the run that is resumed.
@@ -31,8 +30,7 @@ KEY = "SubspaceMonitor{'name': 'subspace'}"
 def _unchecked(monkeypatch):
     """Nor an error bar, which keeps nothing."""
     leave_self_check_out(monkeypatch)
-    with without_error_bar():
-        yield
+    leave_error_bar_out(monkeypatch)
 
 
 class Net(LightningModule):

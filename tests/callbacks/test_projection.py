@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_subspace import StartWhenAligned, SubspaceMonitor, SubspaceProjection
 from lightning_subspace.curvature import Hessian
-from tests.left_out import leave_self_check_out
-from tests.measurements.probes import without_error_bar
+from tests.left_out import leave_error_bar_out, leave_self_check_out
 from tests.oracles import dense_gradient, dense_hessian, top_eigenspace
 from tests.processes import run
 from tests.thorough import covering, usual
@@ -33,8 +32,7 @@ K = 3
 def _unchecked(monkeypatch):
     """Steps and spaces are held against dense ones here: no monitor or projection has to check itself first."""
     leave_self_check_out(monkeypatch)
-    with without_error_bar():
-        yield
+    leave_error_bar_out(monkeypatch)
 
 
 class Net(pl.LightningModule):

@@ -9,8 +9,7 @@ from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.measure import measure_subspace
-from tests.left_out import leave_self_check_out
-from tests.measurements.probes import without_error_bar
+from tests.left_out import leave_error_bar_out, leave_self_check_out
 from tests.oracles import EPS, Quadratic, SolvableModel, dense_hessian, dense_hessian_by_differences
 from tests.thorough import usual
 
@@ -25,8 +24,7 @@ CLOSE = 1e-8
 def _left_out(monkeypatch):
     """The self-check and the error bar: no closed form is about them."""
     leave_self_check_out(monkeypatch)
-    with without_error_bar():
-        yield
+    leave_error_bar_out(monkeypatch)
 
 
 def cross_entropy(module, batch, batch_idx):

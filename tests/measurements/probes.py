@@ -2,7 +2,6 @@
 
 import warnings
 from contextlib import nullcontext
-from unittest import mock
 
 import torch
 from torch import nn
@@ -10,10 +9,10 @@ from torch import nn
 from lightning_subspace import measure_subspace
 from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss.training_loss import TrainingLoss
-from lightning_subspace.measurements import Reliability
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.measure import take_probe
 from lightning_subspace.subspace.solver import Solver
+from tests.left_out import without_error_bar
 from tests.oracles import dense_gradient, dense_hessian, top_eigenspace
 
 F64 = torch.float64
@@ -63,15 +62,6 @@ def step(module, optimizer):
     objective(module).backward()
     optimizer.step()
     optimizer.zero_grad()
-
-
-def _nothing(*args):  # a mock would keep what it is called with, so every probe
-    return {}
-
-
-def without_error_bar():
-    """The error bar of the gradient fraction takes two more eigensolves: no test that looks elsewhere needs it."""
-    return mock.patch.object(Reliability, "measure", _nothing)
 
 
 def metrics(module, *measurements, k=4, error_bar=False, **options):

@@ -23,10 +23,11 @@ from lightning_subspace.report.tab_entry import tab_entry
 from lightning_subspace.subspace.record import History, Record
 from lightning_subspace.subspace.table import MOST_GROUPS, Table
 from lightning_subspace.tensorboard_tab.schema import to_json
+from tests.left_out import without_error_bar
 from tests.measurements.test_measurements import Classifier, batched_hessian, blobs, digits, fit
 from tests.processes import run
 
-from .probes import F64, data, derivatives, loss_fn, metrics, net, stepped, top_eigenspace, without_error_bar
+from .probes import F64, data, derivatives, loss_fn, metrics, net, stepped, top_eigenspace
 
 NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
 PLACES = [slice(a, b) for a, b in pairwise(accumulate((30, 6, 18, 3), initial=0))]

@@ -258,7 +258,7 @@ def digits_run(seed, steps, *callbacks, width=20, full_batch=False, each=1):
         max_overhead=None,
         sample=sample,
         batch_size=1797,
-        verify="never",  # eigenvalues are compared with those of the oracle, so that a missed copy shows
+        verify="never",  # one of the tests below holds eigenvalues against dense ones
         on_failure="raise",
     )
     fit(module, loader, *callbacks, monitor, max_steps=max(steps))

@@ -28,10 +28,11 @@ from lightning_subspace import (
     Trace,
     measure_subspace,
 )
+from tests.left_out import without_error_bar
 from tests.processes import run
 from tests.thorough import usual
 
-from .probes import F64, data, loss_fn, metrics, net, objective, step, stepped, without_error_bar
+from .probes import F64, data, loss_fn, metrics, net, objective, step, stepped
 
 OPTIMIZERS = {
     "sgd": lambda module: SGD(module.parameters(), lr=0.1, momentum=0.5),

@@ -32,6 +32,7 @@ from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.measurements.gradient_pair import GradientPair, noise_of
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.ranks import Ranks
+from tests.left_out import without_error_bar
 from tests.measurements.test_measurements import Weights, blobs, fit, small
 from tests.oracles import dense_gradient, dense_hessian
 from tests.processes import run
@@ -48,7 +49,6 @@ from .probes import (
     objective,
     stepped,
     top_eigenspace,
-    without_error_bar,
 )
 
 K = 2

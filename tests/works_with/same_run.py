@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lightning_subspace import Measurement, Needs, SubspaceMonitor
 from lightning_subspace.data.sample import Sample
-from tests.measurements.probes import without_error_bar
+from tests.left_out import without_error_bar
 from tests.modules import CLASSES, FEATURES, Observer, differences
 
 

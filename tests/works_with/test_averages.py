@@ -12,8 +12,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import Measurement, SubspaceMonitor, SubspaceProjection
 from lightning_subspace.measurements.base import Needs
-from tests.left_out import leave_self_check_out
-from tests.measurements.probes import without_error_bar
 from tests.oracles import dense_gradient, dense_hessian, projected_share, top_eigenspace
 from tests.thorough import IS_THOROUGH, covering
 
@@ -23,14 +21,6 @@ INPUTS = torch.randn(48, 6, generator=GENERATOR, dtype=torch.float64)
 LABELS = INPUTS[:, :3].argmax(dim=1)
 BATCHES = list(zip(INPUTS.split(12), LABELS.split(12), strict=True))
 LAST = 3 * 4  # steps in three epochs of four batches
-
-
-@pytest.fixture(autouse=True)
-def _unchecked(monkeypatch):
-    """Without the self-check and the error bar, which cost as much as several probes and are tested elsewhere."""
-    leave_self_check_out(monkeypatch)
-    with without_error_bar():
-        yield
 
 
 class Net(LightningModule):

@@ -19,7 +19,6 @@ from torch.utils.data import (
 )
 
 from lightning_subspace.data.drawn import sample_of_dataset
-from tests.left_out import leave_self_check_out
 from tests.modules import BATCH, EXAMPLES, RandomDataset
 from tests.thorough import IS_THOROUGH
 from tests.works_with.numbered import ByList, Holding, Numbered, everything, indices, loader
@@ -33,12 +32,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 # -- batches of every structure ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def _unchecked(monkeypatch):
-    """Without the self-check, which costs as much as several probes and is tested elsewhere."""
-    leave_self_check_out(monkeypatch)
 
 
 @dataclass

@@ -37,9 +37,8 @@ from torch.utils.data import (
 
 from lightning_subspace import SubspaceMonitor, measure_subspace
 from lightning_subspace.callbacks.strategy import ranks_of
-from lightning_subspace.measurements import Reliability
 from lightning_subspace.subspace.sketch import Sketch
-from tests.left_out import leave_self_check_out
+from tests.left_out import leave_error_bar_out, leave_self_check_out
 from tests.modules import CLASSES, FEATURES, Observer, RandomDataset, differences
 from tests.processes import run
 from tests.thorough import IS_THOROUGH, usual
@@ -120,11 +119,6 @@ def rows(one):
 
 def steps_of(one):
     return [record.step for record in one.history]
-
-
-def leave_error_bar_out(patch):
-    """It takes two more eigensolves."""
-    patch.setattr(Reliability, "measure", lambda *args: {})
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from lightning_subspace.parallel.fsdp import full_tensors, rank_zero_buffers, re
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import Partition, shards
 from lightning_subspace.parallel.ranks import Ranks
+from tests.left_out import leave_error_bar_out
 from tests.modules import BATCH, CLASSES, FEATURES, differences, examples, fingerprint, random_bytes
 from tests.oracles import dense_hessian
 from tests.processes import run
@@ -306,7 +307,7 @@ WATCHED = usual([(2, "finite-difference"), (3, "hessian")], thorough=[(2, "hessi
 @pytest.mark.parametrize(("ranks", "curvature"), WATCHED)
 def test_a_monitored_run_is_untouched_and_a_rank_holds_its_shards_of_the_basis(ranks, curvature, tmp_path, monkeypatch):
     """Weights, gradients, buffers, the optimizer, random numbers and metrics; FSDP's hooks, states and settings."""
-    ddp.leave_error_bar_out(monkeypatch)
+    leave_error_bar_out(monkeypatch)
     found = run(monitored, ranks, ranks, curvature, tmp_path, group=False)
     ddp.assert_equal_on_all([rows for *_, rows in found])
     for size, differing, changes, bases, numbers, rows in found:
@@ -465,7 +466,7 @@ def narrow(folder):
 
 def test_a_policy_of_narrow_types_is_set_aside_for_probes(tmp_path, monkeypatch):
     """By both ways the same in float32, and training goes on in the types of the policy."""
-    ddp.leave_error_bar_out(monkeypatch)
+    leave_error_bar_out(monkeypatch)
     for (differing, exact), (differing_too, found) in run(narrow, 2, tmp_path, group=False):
         assert differing == differing_too == []
         assert found == pytest.approx(exact, rel=1e-3)

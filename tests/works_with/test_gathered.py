@@ -15,20 +15,10 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
 from lightning_subspace import SubspaceMonitor, SubspaceProjection
 from lightning_subspace.data.training_set import TrainingSet, is_in_memory
-from lightning_subspace.measurements import Reliability
-from tests.left_out import leave_self_check_out
 from tests.modules import BATCH, EXAMPLES, examples
 from tests.thorough import covering
 from tests.works_with.numbered import Numbered, by_index, everything, indices, loader
 from tests.works_with.same_run import Classifier, KeepSample, compare
-
-
-@pytest.fixture(autouse=True)
-def _probes_alone(monkeypatch):
-    """No self-check and no error bar: what is gathered is about neither."""
-    leave_self_check_out(monkeypatch)
-    monkeypatch.setattr(Reliability, "measure", lambda *args: {})
-
 
 pytestmark = pytest.mark.filterwarnings("ignore:SubspaceMonitor. at step")  # two eigenvalues may lie close together
 

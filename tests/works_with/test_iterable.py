@@ -11,18 +11,11 @@ from torch.utils.data import (
 )
 
 from lightning_subspace import SubspaceMonitor
-from tests.left_out import leave_self_check_out
 from tests.modules import BATCH, EXAMPLES
 from tests.works_with.numbered import Holding, Numbered, Stream, indices, loader, of_both
 from tests.works_with.same_run import Classifier, KeepSample, Validated, compare
 
 pytestmark = pytest.mark.filterwarnings("ignore:SubspaceMonitor. at step")  # two eigenvalues may lie close together
-
-
-@pytest.fixture(autouse=True)
-def _unchecked(monkeypatch):
-    """Without the self-check, which costs as much as several probes and is tested elsewhere."""
-    leave_self_check_out(monkeypatch)
 
 
 class Sources:

@@ -13,15 +13,8 @@ from lightning_subspace import SubspaceMonitor
 from lightning_subspace.callbacks import notices
 from lightning_subspace.curvature.joining import Joined
 from lightning_subspace.probe import randomness
-from tests.left_out import leave_self_check_out
 
 STEPS = 6
-
-
-@pytest.fixture(autouse=True)
-def _unchecked(monkeypatch):
-    """Without the self-check, which costs as much as several probes and is tested elsewhere."""
-    leave_self_check_out(monkeypatch)
 
 
 class Net(LightningModule):

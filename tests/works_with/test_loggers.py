@@ -13,17 +13,11 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_subspace import SubspaceMonitor
-from tests.left_out import leave_figures_out, leave_self_check_out
+from tests.left_out import leave_figures_out
 from tests.thorough import usual
 
 KEY = "subspace/sharpness"
 STEPS = [0, 2, 4, 5]
-
-
-@pytest.fixture(autouse=True)
-def _unchecked(monkeypatch):
-    """Without the self-check, which costs as much as several probes and is tested elsewhere."""
-    leave_self_check_out(monkeypatch)
 
 
 def missing(name):

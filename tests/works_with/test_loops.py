@@ -16,7 +16,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_subspace import Measurement, Needs, SubspaceMonitor
-from tests.left_out import leave_self_check_out
 from tests.modules import BATCH, examples
 from tests.thorough import usual
 from tests.works_with.same_run import Classifier, Validated, compare
@@ -24,12 +23,6 @@ from tests.works_with.same_run import Classifier, Validated, compare
 pytestmark = pytest.mark.filterwarnings(
     "ignore:SubspaceMonitor. at step",  # two eigenvalues may lie close together
 )
-
-
-@pytest.fixture(autouse=True)
-def _unchecked(monkeypatch):
-    """Without the self-check, which costs as much as several probes and is tested elsewhere."""
-    leave_self_check_out(monkeypatch)
 
 
 def loader(**options):

@@ -9,19 +9,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_subspace import SubspaceMonitor
-from tests.left_out import leave_self_check_out
 from tests.modules import BATCH, FEATURES, differences, examples
 from tests.works_with.same_run import Classifier, compare
 
 pytestmark = pytest.mark.filterwarnings("ignore:SubspaceMonitor. at step")  # two eigenvalues may lie close together
 
 LATENT = 3
-
-
-@pytest.fixture(autouse=True)
-def _unchecked(monkeypatch):
-    """Without the self-check, which costs as much as several probes and is tested elsewhere."""
-    leave_self_check_out(monkeypatch)
 
 
 def loader():

@@ -20,7 +20,7 @@ from lightning_subspace import SubspaceMonitor
 from lightning_subspace.curvature import CheckOutcome, CurvatureConfig, Hessian
 from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.parallel.parameters import ParameterSpace
-from tests.measurements.probes import without_error_bar
+from tests.left_out import without_error_bar
 from tests.thorough import covering, usual
 
 STEP = 1e-6

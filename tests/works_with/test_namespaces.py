@@ -11,18 +11,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor
 from lightning_subspace._lightning import Callback, MisconfigurationException
-from tests.left_out import leave_self_check_out
 from tests.thorough import covering, usual
 
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": False}
 ARGUMENTS = ("k", "every_n_steps", "max_overhead", "sample", "dtype", "curvature", "on_check_fail", "measurements")
-
-
-@pytest.fixture(autouse=True)
-def _unchecked(monkeypatch):
-    """Without the self-check, which costs as much as several probes and is tested elsewhere."""
-    leave_self_check_out(monkeypatch)
 
 
 @pytest.fixture(params=NAMESPACES)

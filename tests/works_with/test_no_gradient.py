@@ -21,7 +21,7 @@ from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from tests.custom_functions import KeepsInput
-from tests.measurements.probes import without_error_bar
+from tests.left_out import without_error_bar
 from tests.thorough import covering, usual
 
 K = 2

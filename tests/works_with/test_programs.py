@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_subspace import SubspaceMonitor
 from lightning_subspace.probe import randomness
-from tests.measurements.probes import without_error_bar
+from tests.left_out import without_error_bar
 from tests.thorough import covering
 
 VOCABULARY = 30

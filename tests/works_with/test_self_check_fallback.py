@@ -22,7 +22,7 @@ from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.settings import ProbeSettings
 from tests.custom_functions import KeepsInput, OnceDifferentiable
-from tests.measurements.probes import without_error_bar
+from tests.left_out import without_error_bar
 from tests.oracles import dense_hessian, dense_hessian_by_differences, top_eigenspace
 from tests.processes import run
 from tests.thorough import covering, usual

@@ -6,7 +6,6 @@ import pytest
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from tests.left_out import leave_self_check_out
 from tests.works_with.numbered import indices, of_both, two
 from tests.works_with.same_run import Classifier, compare
 
@@ -22,12 +21,6 @@ COMBINED = {
     "max_size": (lambda: CombinedLoader(two(), "max_size"), of_both, [(4, 0)] * 3 + [(4, 6)] * 2),
     "one in a dict": (lambda: {"a": two()["a"]}, of_both, [(4, 0)] * 5),
 }
-
-
-@pytest.fixture(autouse=True)
-def _unchecked(monkeypatch):
-    """Without the self-check, which costs as much as several probes and is tested elsewhere."""
-    leave_self_check_out(monkeypatch)
 
 
 def composition(batches: Any, read: Any) -> list[tuple[int, int]]:

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_subspace import SubspaceMonitor
 from lightning_subspace.subspace.overlap_history import OverlapHistory
 from lightning_subspace.subspace.sketch import Sketch
-from tests.left_out import leave_self_check_out
 from tests.thorough import IS_THOROUGH
 
 # Of ModelCheckpoint, which a resumed run does not have here.
@@ -24,12 +23,6 @@ NOT_CERTIFIED = "ignore:SubspaceMonitor. at step 3, .* may occur more often than
 # Metrics that count products or seconds: those of a resumed run with a cold start are its own.
 SOLVER = "solver/"
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": False}
-
-
-@pytest.fixture(autouse=True)
-def _unchecked(monkeypatch):
-    """Without the self-check, which costs as much as several probes and is tested elsewhere."""
-    leave_self_check_out(monkeypatch)
 
 
 class Net(LightningModule):

@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from tests.left_out import leave_self_check_out
 from tests.works_with.numbered import Numbered, Stream, loader
 from tests.works_with.same_run import Classifier, compare
 
@@ -15,12 +14,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:SubspaceMonitor. at step",  # two eigenvalues may lie close together
     "ignore:You have overridden `on_.*_batch_transfer` in `LightningModule`",  # beside a data module
 )
-
-
-@pytest.fixture(autouse=True)
-def _unchecked(monkeypatch):
-    """Without the self-check, which costs as much as several probes and is tested elsewhere."""
-    leave_self_check_out(monkeypatch)
 
 
 class VectorBuffers:

@@ -56,7 +56,7 @@ def joining(result: Any) -> list[Piece]:
 
 
 def state(result: Any) -> list[Piece]:
-    """Contexts around a loss, and the mode of the wider default type."""
+    """Contexts around a loss, the mode of the wider default type, and the state of an optimizer."""
     rows = [(row["holds"], *(rounded(row[key]) for key in ("first", "later", "each"))) for row in result["contexts"]]
     header = ("the module holds", "first time", "opening and closing later", "each evaluation")
     gpt, resnet = (result["default_type"][of] for of in ("gpt", "resnet"))
@@ -67,7 +67,13 @@ def state(result: Any) -> list[Piece]:
     apart = max(abs(of["ratio"] - 1) for of in (gpt, resnet))
     forward = [f"{1e3 * of[way]:.3g}" for of in (gpt, resnet) for way in ("forward_with", "forward_without")]
     products = [f"{1e3 * of['product_with']:.0f}" for of in (gpt, resnet)]
-    return [Table(LOSS, header, tuple(rows)), Sentence(LOSS, words, (*forward, *products, f"{100 * apart:.0f}"))]
+    optimizer = result["optimizer"]
+    summed = (f"{optimizer['numbers'] / 1e6:.0f}", f"{1e3 * optimizer['seconds']:.0f}")
+    return [
+        Table(LOSS, header, tuple(rows)),
+        Sentence(LOSS, words, (*forward, *products, f"{100 * apart:.0f}")),
+        Sentence(LOSS, "is summed twice a probe, {} million numbers in {} ms each time", summed),
+    ]
 
 
 def vectors(result: Any) -> list[Piece]:

@@ -5,6 +5,7 @@
 Modules of one small layer hold what a row says, through which nothing is computed. Each is opened, evaluated once and
 closed, the first time and then again, and evaluated many times within an open context: the fastest of several. Then
 what the wider default type costs: a forward pass and a Hessian product in float64, with its mode and without, in turns.
+At last a sum over the state of an optimizer, two moments of one parameter, which an evaluation has met before.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from lightning_subspace.curvature import Hessian
 from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss import precision
+from lightning_subspace.loss.findings import Findings
 from lightning_subspace.loss.training_loss import TrainingLoss
+from lightning_subspace.loss.watched import WatchedTensors
 from lightning_subspace.parallel.parameters import ParameterSpace
 from tests.benchmarks.big import GPT, Size, next_token
 from tests.benchmarks.clock import seconds
@@ -48,6 +51,7 @@ HELD: dict[str, Callable[[], Any]] = {
     ),
 }
 MODULES, AGAIN, EVALUATIONS, PASSES = 3, 3, 50, 7
+MOMENTS = 5_500_000  # numbers in each, too many for a copy in each probe
 
 
 def main() -> None:
@@ -68,8 +72,10 @@ def main() -> None:
         print(
             f"{name}, ms: " + ", ".join(f"{what} {1e3 * value:.1f}" for what, value in found.items() if what != "ratio")
         )
+    found = {"contexts": rows, "default_type": modes, "optimizer": optimizer()}
+    print("optimizer: {numbers:,} numbers, {seconds:.4f} s".format(**found["optimizer"]))
     if asked.json is not None:
-        asked.json.write_text(json.dumps({"contexts": rows, "default_type": modes}, indent=1) + "\n")
+        asked.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def context(name: str, held: Any) -> dict[str, Any]:
@@ -108,6 +114,16 @@ def default_type(module: nn.Module, loss_fn: Any, batch: Any) -> dict[str, float
     pairs = zip(taken["product_with"], taken["product_without"], strict=True)
     ratio = statistics.median(one / other for one, other in pairs)  # of neighbours, which a busy machine slows alike
     return {**{what: min(times) for what, times in taken.items()}, "ratio": ratio}
+
+
+def optimizer() -> dict[str, float]:
+    """Seconds of one sum over its state."""
+    moments, findings = [torch.rand(MOMENTS), torch.rand(MOMENTS)], Findings()
+    WatchedTensors(moments, findings).verify()  # a copy, this once
+    return {
+        "numbers": 2 * MOMENTS,
+        "seconds": seconds(lambda: WatchedTensors(moments, findings), rounds=EVALUATIONS),
+    }
 
 
 if __name__ == "__main__":

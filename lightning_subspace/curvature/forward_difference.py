@@ -25,8 +25,8 @@ from lightning_subspace.data.micro_batch import MicroBatch
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.state.signals import SignalError
 
-# Truncation is STEP / 2 times the third derivative along u, rounding about 1e-6 |g| / STEP: both below 1e-3 lambda_1
-# for smooth networks (1e-4 to 7e-4 measured for a GELU ViT along its own eigenvectors).
+# Truncation is STEP / 2 times the third derivative along u, rounding about 1e-6 |g| / STEP. Along top eigenvectors of
+# smooth networks both are about 1e-3 lambda_1; what was measured: README.md, "What is exact".
 STEP = 3e-4
 CHECKED_STEP = 1e-3
 # The largest error of the extrapolation that counts as smooth, in units of the largest |H u|. On 64 examples 2e-7 to

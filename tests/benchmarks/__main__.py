@@ -41,6 +41,7 @@ BENCHMARKS = {
     "state": "state --json {out}/state.json",
     "vectors": "vectors --json {out}/vectors.json",
     "fisher": "fisher --json {out}/fisher.json",
+    "differences": "differences --json {out}/differences.json",
     "tab": "tab --json {out}/tab.json",
     "tab_page": "tab_page --json {out}/tab_page.json",
     "big": "big --out {out}/big.json",

@@ -109,6 +109,43 @@ def fisher(result: Any) -> list[Piece]:
     ]
 
 
+def differences(result: Any) -> list[Piece]:
+    """Errors of differences, over the smooth networks and with kinks, and gradients of a product."""
+    smooth, kinked = ([row for row in result if row["is_smooth"] == is_smooth] for is_smooth in (True, False))
+
+    def errors(way: str, along: str) -> list[float]:
+        return [row["errors"][way][along] for row in smooth]
+
+    def gradients(way: str, rows: Any) -> str:
+        return str(max(row["gradients"][way] for row in rows))
+
+    forward, top, one_side = (
+        tuple(power(end(errors(*of))) for end in (min, max))
+        for of in (("forward", "eigenvectors"), ("shards", "top"), ("one_side", "top"))
+    )
+    others = tuple(power(max(errors("shards", along))) for along in ("gradient", "random"))
+    wrong = max(row["errors"]["shards"][along] for row in kinked for along in ("top", "gradient", "random"))
+    of_shards = (
+        "differences leave {} to {} of |H v| along the top eigenvector of these networks, up to {} along the gradient, "
+        "and up to {} along a random direction"
+    )
+    central = "central differences of float64 gradients | {} of float64, up to {} at a kink |"
+    return [
+        Sentence(CURVATURE, "forward differences of float32 gradients | {} |", (gradients("forward", smooth),)),
+        Sentence(CURVATURE, central, tuple(gradients("central", rows) for rows in (smooth, kinked))),
+        Sentence(CURVATURE, "central differences of float32 gradients | {} |", (gradients("shards", result),)),
+        Sentence(CURVATURE, "Forward differences leave {} to {} of lambda_1", forward),
+        Sentence(CURVATURE, of_shards, (*top, *others)),
+        Sentence(CURVATURE, "cost half and leave {} to {} along the top eigenvector", one_side),
+        Sentence(CURVATURE, "With kinks products are off by up to {} of |H v|", (f"{wrong:.0f}",)),
+    ]
+
+
+def power(value: float) -> str:
+    """One digit and a power of ten."""
+    return f"{value:.0e}".replace("e-0", "e-")
+
+
 def rounded(seconds: float) -> str:
     """Two digits, without an exponent."""
     return f"{float(f'{seconds:.2g}'):.6f}".rstrip("0").rstrip(".")

@@ -42,6 +42,7 @@ BENCHMARKS = {
     "vectors": "vectors --json {out}/vectors.json",
     "fisher": "fisher --json {out}/fisher.json",
     "differences": "differences --json {out}/differences.json",
+    "beside": "beside --json {out}/beside.json",
     "tab": "tab --json {out}/tab.json",
     "tab_page": "tab_page --json {out}/tab_page.json",
     "big": "big --out {out}/big.json",

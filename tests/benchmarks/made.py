@@ -11,7 +11,7 @@ from typing import Any
 from tests.benchmarks.constants import constants
 from tests.benchmarks.example_pages import lora, text
 from tests.benchmarks.pages import Piece, Sentence, Table, short
-from tests.benchmarks.product_pages import differences, fisher, joining, operations, state, vectors
+from tests.benchmarks.product_pages import beside, differences, fisher, joining, operations, state, vectors
 from tests.benchmarks.speed_pages import speed
 
 BENCHMARKS = "tests/benchmarks/README.md"
@@ -221,6 +221,7 @@ MAKERS: dict[str, Callable[[Any], list[Piece]]] = {
     "vectors": vectors,
     "fisher": fisher,
     "differences": differences,
+    "beside": beside,
     "mnist": mnist,
     "lora": lora,
     "text": text,

@@ -12,6 +12,7 @@ CURVATURE = "lightning_subspace/curvature/README.md"
 PARALLEL = "lightning_subspace/parallel/README.md"
 LOSS = "lightning_subspace/loss/README.md"
 LINALG = "lightning_subspace/linalg/README.md"
+MEASUREMENTS = "lightning_subspace/measurements/README.md"
 
 
 def operations(result: Any) -> list[Piece]:
@@ -138,6 +139,19 @@ def differences(result: Any) -> list[Piece]:
         Sentence(CURVATURE, of_shards, (*top, *others)),
         Sentence(CURVATURE, "cost half and leave {} to {} along the top eigenvector", one_side),
         Sentence(CURVATURE, "With kinks products are off by up to {} of |H v|", (f"{wrong:.0f}",)),
+    ]
+
+
+def beside(result: Any) -> list[Piece]:
+    """Least and most of the three networks, in gradients."""
+    graph, noise, forward = (
+        tuple(short(end(of[what] for of in result.values()), digits) for end in (min, max))
+        for what, digits in (("graph", 1), ("noise", 3), ("forward", 1))
+    )
+    return [
+        Sentence(CURVATURE, "one graph of the sample ({} to {} gradients)", graph),
+        Sentence(MEASUREMENTS, "Cost: a forward pass, {} to {} gradients", forward),
+        Sentence(MEASUREMENTS, "gradients that are there anyway ({} to {} of their pass", noise),
     ]
 
 

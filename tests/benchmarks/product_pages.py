@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_subspace.curvature.central_difference import STEPS
 from tests.benchmarks.pages import Piece, Sentence, Table, short
 
 README = "README.md"
@@ -130,10 +131,12 @@ def differences(result: Any) -> list[Piece]:
         "differences leave {} to {} of |H v| along the top eigenvector of these networks, up to {} along the gradient, "
         "and up to {} along a random direction"
     )
-    central = "central differences of float64 gradients | {} of float64, up to {} at a kink |"
+    central = (
+        "central differences of float64 gradients | {} of float64, more at a kink ({} were measured, {} at most) |"
+    )
     return [
         Sentence(CURVATURE, "forward differences of float32 gradients | {} |", (gradients("forward", smooth),)),
-        Sentence(CURVATURE, central, tuple(gradients("central", rows) for rows in (smooth, kinked))),
+        Sentence(CURVATURE, central, (*(gradients("central", rows) for rows in (smooth, kinked)), str(2 * len(STEPS)))),
         Sentence(CURVATURE, "central differences of float32 gradients | {} |", (gradients("shards", result),)),
         Sentence(CURVATURE, "Forward differences leave {} to {} of lambda_1", forward),
         Sentence(CURVATURE, of_shards, (*top, *others)),

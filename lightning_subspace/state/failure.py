@@ -14,7 +14,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import suppress
 from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
-from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
+from types import FrameType
 
 import torch
 
@@ -98,10 +98,8 @@ def free_frames(error: BaseException) -> None:
         ...     print(seen[0]() is None)
         True
     """
-    frames = [frame for one in chain(error) for frame in _frames(one)]
-    waiting = _frames_of_generators(frames)
-    for frame in frames:
-        if id(frame) not in waiting:
+    for frame in [frame for one in chain(error) for frame in _frames(one)]:
+        if not _waits(frame):
             with suppress(RuntimeError):  # it still runs
                 frame.clear()
 
@@ -174,18 +172,10 @@ def _frames(error: BaseException) -> Iterator[FrameType]:
         entry = entry.tb_next
 
 
-def _frames_of_generators(frames: list[FrameType]) -> set[int]:
-    """Ids of those frames whose generator or coroutine has not ended.
+def _waits(frame: FrameType) -> bool:
+    """Whether a frame is that of a generator or coroutine which has not ended.
 
-    A frame does not tell its generator: the garbage collector knows what refers to it, which takes a pass over all.
+    Until then its variables are the generator's. It takes them over as the generator ends, and refers to its code then.
     """
-    some = [frame for frame in frames if frame.f_code.co_flags & OF_GENERATOR]
-    found: set[int] = set()
-    for one in gc.get_referrers(*some) if some else ():
-        if isinstance(one, GeneratorType):
-            found.add(id(one.gi_frame))
-        elif isinstance(one, CoroutineType):
-            found.add(id(one.cr_frame))
-        elif isinstance(one, AsyncGeneratorType):
-            found.add(id(one.ag_frame))
-    return found
+    is_of_generator = frame.f_code.co_flags & OF_GENERATOR
+    return bool(is_of_generator) and not any(one is frame.f_code for one in gc.get_referents(frame))

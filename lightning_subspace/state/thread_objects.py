@@ -47,13 +47,12 @@ def in_other_threads() -> dict[int, Any]:
         return {}
     # Documented, with the underscore, as the one way to the frames of other threads.
     frames = sys._current_frames()
-    namespaces = {id(getattr(module, "__dict__", None)) for module in list(sys.modules.values())}
     found, level = dict[int, Any](), list[Any]()
     for frame in (frames[ident] for ident in idents if ident in frames):
         level.extend(_locals_of(frame))
     while level and len(found) < MOST:
         new = {id(value): value for value in level if _may_be_used(type(value))}
-        new = {key: value for key, value in new.items() if key not in found and key not in namespaces}
+        new = {key: value for key, value in new.items() if key not in found and not _is_namespace(value)}
         found.update(new)
         level = [item for value in new.values() for item in _inside(value)]
     return found
@@ -64,6 +63,12 @@ def _locals_of(frame: FrameType | None) -> Iterator[Any]:
     while frame is not None:  # the variables of one that runs a file are those of a module
         yield from () if frame.f_locals is frame.f_globals else frame.f_locals.values()
         frame = frame.f_back
+
+
+def _is_namespace(value: Any) -> bool:
+    """Whether a dict has the variables of a module, which is asked for under the name that they give it."""
+    name = dict.get(value, "__name__") if type(value) is dict else None
+    return type(name) is str and getattr(sys.modules.get(name), "__dict__", None) is value
 
 
 @per_class

@@ -7,8 +7,6 @@ import pytest
 
 from tests.rooms import PACKAGE, between_rooms, circles, imports, levels, modules, room, within_room
 
-GRAPH = imports()
-ROOMS = between_rooms(GRAPH)
 FOLDERS = {
     "state", "parallel", "data", "loss", "curvature", "linalg", "subspace", "measurements", "metrics", "report",
     "probe", "callbacks", "tensorboard_tab", "command",
@@ -19,23 +17,38 @@ LONGER = {"callbacks/monitor.py": 380, "callbacks/projection.py": 390}
 MOST_WORDS = 12
 
 
+@pytest.fixture(scope="module")
+def graph():
+    return imports()
+
+
+@pytest.fixture(scope="module")
+def rooms(graph):
+    return between_rooms(graph)
+
+
+@pytest.fixture(scope="module")
+def own():
+    return set(names_of_its_own())
+
+
 def test_nothing_else_is_in_the_root_of_the_package():
     found = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
     files = {"__init__.py", "__main__.py", "_arguments.py", "_lightning.py", "_torch.py", "py.typed", "view.py"}
     assert found == FOLDERS | files
 
 
-def test_there_are_no_circles():
-    assert circles(ROOMS) == []
-    assert [circle for name in FOLDERS for circle in circles(within_room(GRAPH, name))] == []
-    assert circles({name: targets for name, targets in GRAPH.items() if name}) == []
+def test_there_are_no_circles(graph, rooms):
+    assert circles(rooms) == []
+    assert [circle for name in FOLDERS for circle in circles(within_room(graph, name))] == []
+    assert circles({name: targets for name, targets in graph.items() if name}) == []
 
 
-def test_there_are_few_levels_and_arrows():
+def test_there_are_few_levels_and_arrows(rooms):
     # On top of the callbacks are the command, with an arrow to each of the six rooms that it shows or starts, and its
     # two names: `python -m lightning_subspace` and `python -m lightning_subspace.view`.
-    assert max(levels(ROOMS).values()) <= 11
-    assert sum(map(len, ROOMS.values())) <= 71
+    assert max(levels(rooms).values()) <= 11
+    assert sum(map(len, rooms.values())) <= 71
 
 
 def test_circles_and_levels_are_found():
@@ -91,11 +104,8 @@ def _is_own(node):
     return isinstance(node, ast.Name) and node.id in ("self", "cls")
 
 
-OWN = set(names_of_its_own())
-
-
 @pytest.mark.parametrize("name", [name for name in modules() if name not in ("", "_torch", "_lightning")])
-def test_private_attributes_of_other_packages_are_named_in_two_files_alone(name):
+def test_private_attributes_of_other_packages_are_named_in_two_files_alone(name, own):
     # `_asdict`, `_replace` and `_fields` are the public interface of named tuples; the last two are of Python itself.
     allowed = {"_asdict", "_replace", "_fields", "_lru_cache_wrapper", "_current_frames"}
-    assert set(private_attributes(modules()[name].read_text())) <= allowed | OWN
+    assert set(private_attributes(modules()[name].read_text())) <= allowed | own

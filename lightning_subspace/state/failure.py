@@ -173,9 +173,9 @@ def _frames(error: BaseException) -> Iterator[FrameType]:
 
 
 def _waits(frame: FrameType) -> bool:
-    """Whether a frame is that of a generator or coroutine which has not ended.
+    """Whether a frame is that of a generator that has not ended.
 
-    Until then its variables are the generator's. It takes them over as the generator ends, and refers to its code then.
+    Or of a coroutine. Until then its variables are the generator's; it takes them over as that ends, with the code.
     """
     is_of_generator = frame.f_code.co_flags & OF_GENERATOR
     return bool(is_of_generator) and not any(one is frame.f_code for one in gc.get_referents(frame))

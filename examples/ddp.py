@@ -1,6 +1,6 @@
 """The monitor on several processes, by torchrun: one answer, and each holds its share of it.
 
-    torchrun --nproc-per-node 2 examples/ddp.py [--steps 400] [--strategy ddp|fsdp2] [--out runs/ddp]
+    torchrun --nproc-per-node 2 examples/ddp.py [--steps 400] [--strategy ddp|fsdp2] [--out runs/ddp] [--json FILE]
 
 It is the network of examples/digits.py, and nothing about the monitor is different: the Trainer's strategy decides. The
 same script runs on several machines, started on each of them with
@@ -14,6 +14,7 @@ moved between them.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
     parser.add_argument("--strategy", choices=("ddp", "fsdp2"), default="ddp")
     parser.add_argument("--out", type=Path, default=Path("runs/ddp"), help="folder for the logs")
+    parser.add_argument("--json", type=Path, help="file for all numbers of the probes")
     arguments = parser.parse_args()
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun, as the next one
     per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -95,6 +97,9 @@ def main() -> None:
         print(f"{'step':>6} {'lambda_1':>9} {'f_top':>9} {'overlap':>9} {'products':>9} {'MB moved':>9} {'seconds':>9}")
         for row in monitor.to_rows():
             print(f"{row['step']:6.0f} " + " ".join(f"{row.get(key, 0.0):9.3g}" for key in COLUMNS))
+        if arguments.json is not None:
+            rows = [{"step": record.step, **record.metrics} for record in monitor.history]
+            arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
         late = [record.metrics["gradient_fraction"] for record in monitor.history if record.step >= 300]
         assert late, "no probe after step 300 had a subspace to trust"
         assert min(late) >= 0.8, "after the transient nearly all of the gradient lies in 10 of 1,930 directions"

@@ -66,7 +66,7 @@ def _locals_of(frame: FrameType | None) -> Iterator[Any]:
 
 
 def _is_namespace(value: Any) -> bool:
-    """Whether a dict has the variables of a module, known by its name."""
+    """Whether a dict has the variables of a module."""
     name = dict.get(value, "__name__") if type(value) is dict else None
     return type(name) is str and getattr(sys.modules.get(name), "__dict__", None) is value
 

@@ -1,13 +1,15 @@
-"""From what examples print to the tables of their page."""
+"""From what examples have measured to the tables of their page, and a sentence of another."""
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from typing import Any
 
-from tests.benchmarks.pages import Piece, Sentence, Table, short
+from tests.benchmarks.pages import ROOT, Piece, Sentence, Table, short
 
-PAGE = "examples/README.md"
+PAGE, CALLBACKS = "examples/README.md", "lightning_subspace/callbacks/README.md"
 TOLD = (0, 50, 150, 300)  # steps of the LoRA
 BATCHES = (50, 150, 250)  # of the text
 # Optimizers by their name in `text/train.py`: the label, and how many steps Lightning counts a batch.
@@ -71,6 +73,41 @@ def text(result: Any) -> list[Piece]:
         Sentence(PAGE, "Muon's steps are {} to {} times as long", longer),
         Sentence(PAGE, "{} s on one core)", (f"{result['seconds']:.0f}",)),
     ]
+
+
+def two_tasks() -> list[Piece]:
+    """Of the reproduction of this name, from what its claims say in the gallery."""
+    claims = json.loads((ROOT / "examples" / "reproduce" / "results" / "two_tasks.json").read_text())["claims"]
+    steps, fits = (
+        {kind: values for claim in claims if words in claim["text"] for kind, values in by_kind(claim["ours"]).items()}
+        for words in ("rises by", "SGD, the loss of A")
+    )
+    shares = {
+        kind: [value / without for value, without in zip(steps[kind], steps["none"], strict=True)] for kind in steps
+    }
+    several = [100 * share for kind in ("classes", "micro-batches") for share in shares[kind]]
+    words = (
+        "come to .6, that of the first was {} to {}, {} to {} and at least {} with spaces of every step, every 10 and "
+        "every 100, and {} to {} without a projection"
+    )
+    every, tenth, without = (
+        tuple(short(end(fits[way]), 1) for end in (min, max))
+        for way in ("micro-batches, every step", "micro-batches", "none")
+    )
+    hundredth = short(min(fits["micro-batches, every 100"]), 1)
+    once = "one step outside of the mean gradient does {} to {} times as much as without"
+    part = "which span the sharp directions, {} to {} % of what it does without"
+    return [
+        Sentence(CALLBACKS, once, tuple(short(end(shares["mean gradient"]), 1) for end in (min, max))),
+        Sentence(CALLBACKS, part, tuple(f"{end(several):.0f}" for end in (min, max))),
+        Sentence(CALLBACKS, words, (*every, *tenth, hundredth, *without)),
+    ]
+
+
+def by_kind(text: str) -> dict[str, list[float]]:
+    """Numbers of "kind 1.2, 3; other, of this kind 4, 5", one for each seed."""
+    found = re.findall(r"([^;]+?) (-?[\d.e-]+(?:, -?[\d.e-]+)*)(?:; |$)", text)
+    return {kind: [float(number) for number in numbers.split(", ")] for kind, numbers in found}
 
 
 def known(value: float | None) -> str:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tests.benchmarks.constants import constants
-from tests.benchmarks.example_pages import lora, text
+from tests.benchmarks.example_pages import lora, text, two_tasks
 from tests.benchmarks.pages import Piece, Sentence, Table, short
 from tests.benchmarks.product_pages import beside, differences, fisher, joining, operations, state, vectors
+from tests.benchmarks.repository_pages import moved, printed, suite
 from tests.benchmarks.speed_pages import speed
 
 BENCHMARKS = "tests/benchmarks/README.md"
@@ -22,8 +23,8 @@ TAB = "lightning_subspace/tensorboard_tab/README.md"
 
 
 def pieces(results: Mapping[str, Any]) -> list[Piece]:
-    """All that the results make, and what the package itself says."""
-    return [*constants(), *(piece for name, result in results.items() for piece in MAKERS[name](result))]
+    """All that the results make, and what the package itself and the gallery say."""
+    return [*constants(), *two_tasks(), *(piece for name, result in results.items() for piece in MAKERS[name](result))]
 
 
 def growth(result: Any) -> list[Piece]:
@@ -197,13 +198,18 @@ def tab(result: Any) -> list[Piece]:
 
 
 def tab_page(result: Any) -> list[Piece]:
-    """The page, with three runs and with a long one."""
+    """The page, with three runs and with a long one, and with many eigenvalues."""
+    *few, many = result
     words = (
         "Three runs of {} probes with k = 10 are drawn in {} s, one of {} in {} s, and a step of the slider "
         "takes {} and {} ms"
     )
-    drawn = [text for row in result for text in (f"{row['probes']:,}", short(row["cold"], 1))]
-    return [Sentence(TAB, words, (*drawn, *(f"{1e3 * row['work']:.0f}" for row in result)))]
+    drawn = [text for row in few for text in (f"{row['probes']:,}", short(row["cold"], 1))]
+    slow = (f"{many['probes']:,}", str(many["k"]), f"{1e3 * many['work']:.0f}", f"{many['megabytes']:.0f}")
+    return [
+        Sentence(TAB, words, (*drawn, *(f"{1e3 * row['work']:.0f}" for row in few))),
+        Sentence(TAB, "With {} probes of {} eigenvalues it takes {} ms a step, and {} MB are loaded", slow),
+    ]
 
 
 MAKERS: dict[str, Callable[[Any], list[Piece]]] = {
@@ -227,4 +233,7 @@ MAKERS: dict[str, Callable[[Any], list[Piece]]] = {
     "text": text,
     "tab": tab,
     "tab_page": tab_page,
+    "moved": moved,
+    "printed": printed,
+    "suite": suite,
 }

@@ -1,7 +1,8 @@
-"""Tables and sentences with numbers, in README.md and the pages, made from stored results.
+"""Tables, sentences with numbers and printed text, in README.md and the pages, made from stored results.
 
 A benchmark leaves `results/NAME.json`; the function of its name in `made.py` makes pieces of pages from it. A table
-is found by its header and replaced down to its last row; a sentence is found by its words and gets new numbers.
+is found by its header and replaced down to its last row; a sentence is found by its words and gets new numbers; what is
+printed is found by the lines in front of it.
 """
 
 from __future__ import annotations
@@ -78,7 +79,34 @@ class Sentence:
         return text
 
 
-Piece: TypeAlias = Table | Sentence
+@dataclass(frozen=True)
+class Block:
+    """What a command has printed, between fences.
+
+    Attributes:
+        page: path from the root of the repository.
+        before: the last lines in front of the block, by which it is found; they occur once.
+        text: what was printed.
+    """
+
+    page: str
+    before: str
+    text: str
+
+    def put_into(self, text: str) -> str:
+        """The page with this text.
+
+        Raises:
+            LookupError: where the page has no block behind such lines, or several.
+        """
+        pattern = re.escape(self.before) + r"\n\n```(?:text)?\n(.*?)^```$"
+        found = list(re.finditer(pattern, text, re.DOTALL | re.MULTILINE))
+        if len(found) != 1:
+            raise LookupError(f"{self.page}: expected a block behind {self.before!r} once, got it {len(found)} times")
+        return text[: found[0].start(1)] + self.text.rstrip("\n") + "\n" + text[found[0].end(1) :]
+
+
+Piece: TypeAlias = Table | Sentence | Block
 
 
 def row(cells: Sequence[str]) -> str:

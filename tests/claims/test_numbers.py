@@ -5,9 +5,12 @@ import re
 
 import pytest
 
+from tests.benchmarks.example_pages import by_kind
 from tests.benchmarks.made import MAKERS, pieces
-from tests.benchmarks.pages import RESULTS, ROOT, Sentence, Table, rewritten, short, stored
+from tests.benchmarks.pages import RESULTS, ROOT, Block, Sentence, Table, rewritten, short, stored
+from tests.benchmarks.repository_pages import suite
 from tests.benchmarks.speed_pages import ratio, summary
+from tests.benchmarks.suite import counted
 
 benchmarks = importlib.import_module("tests.benchmarks.__main__")
 PIECES = pieces(stored())
@@ -20,6 +23,15 @@ Text.
 | 9 | nine | .9 |
 
 More than 1,000 in 3 s.
+
+```
+command
+```
+
+```text
+old
+lines
+```
 """
 
 
@@ -39,6 +51,8 @@ def test_another_number_in_a_page_is_found_and_mended(piece):
     if isinstance(piece, Table):
         row = max(piece.rows, key=lambda cells: len("".join(cells)))
         wrong = Table(piece.page, piece.header, ((*row[:-1], "77"), *piece.rows)).put_into(page)
+    elif isinstance(piece, Block):
+        wrong = Block(piece.page, piece.before, "77\n" + piece.text).put_into(page)
     else:
         wrong = Sentence(piece.page, piece.words, ("77",) * len(piece.numbers)).put_into(page)
     assert wrong != page
@@ -52,7 +66,16 @@ def test_a_table_is_replaced_down_to_its_last_row():
 def test_a_sentence_may_be_broken_anywhere_and_keeps_its_lines():
     words = "More than {} in {} s."
     broken = TEXT.replace("than 1,000 in", "than\n1,000\nin")
-    assert Sentence("page", words, ("2,000", ".7")).put_into(broken).endswith("More than\n2,000\nin .7 s.\n")
+    assert (
+        Sentence("page", words, ("2,000", ".7"))
+        .put_into(broken)
+        .startswith(broken.split("1,000")[0] + "2,000\nin .7 s.\n")
+    )
+
+
+def test_a_block_is_replaced_between_its_fences():
+    found = Block("page", "```\ncommand\n```", "new\n").put_into(TEXT)
+    assert found == TEXT.replace("old\nlines", "new")
 
 
 @pytest.mark.parametrize(
@@ -61,6 +84,7 @@ def test_a_sentence_may_be_broken_anywhere_and_keeps_its_lines():
         Table("page", ("n", "s"), ()),
         Sentence("page", "Less than {}", ("1",)),
         Sentence("page", "e", ()),
+        Block("page", "Text.", "new"),
     ],
 )
 def test_what_is_not_there_or_several_times_is_an_error(piece):
@@ -99,6 +123,18 @@ def test_the_fastest_tuned_peer_whose_answer_is_right_is_compared():
     problem = (1e-3, "lightning_subspace, cold", "mlp")
     assert ratio(table, 10, *problem, "tuned", 2, ", ") == "1.50 (1.50), 3.00 by differences"
     assert ratio(table, 20, *problem, "tuned", 2, ", ") == "none is right"
+
+
+def test_minutes_of_the_tests_are_rounded_up_from_what_pytest_reports():
+    report = "<testsuites><testsuite tests='10' skipped='2' failures='1' errors='0' time='61.5'/></testsuites>"
+    row = counted(report)
+    assert [row[key] for key in ("passed", "skipped", "failed", "seconds")] == [7, 2, 1, 61.5]
+    whole = row | {"cores": 4}
+    assert [piece.numbers for piece in suite({"whole": whole, "fast": row})] == [("2", "4", "2"), ("2", "4"), ("2",)]
+
+
+def test_numbers_of_a_claim_are_read_by_their_kind():
+    assert by_kind("none 3.6, 4; ways, every 10 7e-05, -.5") == {"none": [3.6, 4.0], "ways, every 10": [7e-5, -0.5]}
 
 
 def test_pictures_of_the_pages_are_made_by_a_benchmark():

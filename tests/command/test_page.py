@@ -1,6 +1,5 @@
 """The page shows what the commands print: they are run in its order, and compared but for their digits."""
 
-import itertools
 import re
 import shlex
 import sys
@@ -9,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from lightning_subspace.command.main import main
+from tests.benchmarks.pages import ROOT
+from tests.benchmarks.printed import COMMAND, QUIET, Session
 
-PAGE = (Path(__file__).parents[2] / "lightning_subspace" / "command" / "README.md").read_text()
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+PAGE = (ROOT / COMMAND).read_text()
 
 
 def without_digits(text):
@@ -24,24 +23,18 @@ def without_digits(text):
 def test_the_page_shows_what_is_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    blocks = [(kind, text) for kind, text in BLOCK.findall(PAGE.split("## A run that had no monitor")[1])]
-    [project] = [text for kind, text in blocks if kind == "python"]
-    Path("blobs.py").write_text(project)
-    [(_, training), *_] = [block for block in blocks if "LightningCLI()" in block[1]]
-    _, flag, script, *arguments = shlex.split(training)
+    session = Session.on_page()
+    Path("blobs.py").write_text(session.project)
+    _, flag, script, *arguments = shlex.split(session.training)
     assert flag == "-c"
     monkeypatch.setattr(sys, "argv", ["-c", *arguments, *QUIET])
     exec(script, {})
-    compared = 0
-    for (_, command), (kind, shown) in itertools.pairwise(blocks):
-        if kind != "text":
-            continue
+    assert len(session.shown) == 2
+    for command, shown in session.shown.items():
         capsys.readouterr()
         name, *arguments = shlex.split(command)
         assert (name, main(arguments)) == ("lightning-subspace", 0)
         assert without_digits(capsys.readouterr().out) == without_digits(shown)
-        compared += 1
-    assert compared == 2
     monkeypatch.delitem(sys.modules, "blobs")
 
 

@@ -2,11 +2,13 @@
 
 import ast
 import re
+from functools import cache
 
 import pytest
 
 from tests.rooms import PACKAGE, between_rooms, circles, imports, levels, modules, room, within_room
 
+PATHS = modules()
 FOLDERS = {
     "state", "parallel", "data", "loss", "curvature", "linalg", "subspace", "measurements", "metrics", "report",
     "probe", "callbacks", "tensorboard_tab", "command",
@@ -15,6 +17,12 @@ FOLDERS = {
 MOST_LINES = 300
 LONGER = {"callbacks/monitor.py": 380, "callbacks/projection.py": 390}
 MOST_WORDS = 12
+
+
+@cache
+def nodes(path):
+    """Those of a file's syntax tree."""
+    return [*ast.walk(ast.parse(path.read_text()))]
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +73,19 @@ def test_a_room_says_in_one_sentence_what_it_is(name):
     assert text.split("\n\n")[0].endswith(".")
 
 
-@pytest.mark.parametrize("name", [name for name in modules() if name])
+@pytest.mark.parametrize("name", [name for name in PATHS if name])
 def test_a_file_is_short(name):
-    path = modules()[name]
+    path = PATHS[name]
     assert path.read_text().count("\n") <= LONGER.get(str(path.relative_to(PACKAGE)), MOST_LINES)
 
 
-@pytest.mark.parametrize("name", modules())
+@pytest.mark.parametrize("name", PATHS)
 def test_first_lines_are_short_and_those_of_files_begin_with_what_it_is(name):
-    tree = ast.parse(modules()[name].read_text())
     kinds = ast.Module | ast.ClassDef | ast.FunctionDef
     heads = [
-        text.splitlines()[0] for node in ast.walk(tree) if isinstance(node, kinds) and (text := ast.get_docstring(node))
+        text.splitlines()[0]
+        for node in nodes(PATHS[name])
+        if isinstance(node, kinds) and (text := ast.get_docstring(node))
     ]
     assert [head for head in heads if len(head.split()) > MOST_WORDS] == []
     assert not re.match(r"(What|Where|Which|How|When|Who|Do|Does|Is|Are)\b", heads[0])
@@ -84,17 +93,17 @@ def test_first_lines_are_short_and_those_of_files_begin_with_what_it_is(name):
 
 def names_of_its_own():
     """What the package itself defines, as a function, a class or an attribute of `self`."""
-    for path in modules().values():
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path in PATHS.values():
+        for node in nodes(path):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 yield node.name
             elif isinstance(node, ast.Attribute) and _is_own(node.value):
                 yield node.attr
 
 
-def private_attributes(source):
+def private_attributes(path):
     """Underscored attributes of anything but `self` and `cls`."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(path):
         is_private = isinstance(node, ast.Attribute) and re.fullmatch(r"_[a-z]\w*", node.attr)
         if is_private and not _is_own(node.value):
             yield node.attr
@@ -104,8 +113,8 @@ def _is_own(node):
     return isinstance(node, ast.Name) and node.id in ("self", "cls")
 
 
-@pytest.mark.parametrize("name", [name for name in modules() if name not in ("", "_torch", "_lightning")])
+@pytest.mark.parametrize("name", [name for name in PATHS if name not in ("", "_torch", "_lightning")])
 def test_private_attributes_of_other_packages_are_named_in_two_files_alone(name, own):
     # `_asdict`, `_replace` and `_fields` are the public interface of named tuples; the last two are of Python itself.
     allowed = {"_asdict", "_replace", "_fields", "_lru_cache_wrapper", "_current_frames"}
-    assert set(private_attributes(modules()[name].read_text())) <= allowed | own
+    assert set(private_attributes(PATHS[name])) <= allowed | own

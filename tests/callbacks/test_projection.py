@@ -226,11 +226,11 @@ def test_two_projections_project_one_after_the_other():
 
 
 def test_in_float32_and_in_bfloat16_it_is_right_to_their_rounding():
-    reference = by_hand("bulk", 4)[4]
+    reference = by_hand("bulk", 2)[2]
     for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.03)):
         module = Net().to(dtype)
         x = DataLoader(TensorDataset(INPUTS.to(dtype), LABELS), batch_size=24)
-        found = train(project("bulk", dtype="float32", tol=1e-4, ncv=None), module=module, batches=x)[4]
+        found = train(project("bulk", dtype="float32", tol=1e-4, ncv=None), module=module, steps=2, batches=x)[2]
         assert found.dtype is dtype
         assert float((found.double() - reference).abs().max()) < bound
 
@@ -387,9 +387,9 @@ def test_a_monitor_with_other_arguments_does_not(other):
 
 def test_a_monitor_that_probes_more_rarely_lends_what_it_has():
     one = project("top")
-    found = train(watch(every_n_steps=2), one, steps=4)
-    assert one._runner.run.num_probes == 2  # at steps 1 and 3
-    assert_same_path(found, by_hand("top", 4))
+    found = train(watch(every_n_steps=2), one, steps=3)
+    assert one._runner.run.num_probes == 1  # at step 1
+    assert_same_path(found, by_hand("top", 3))
 
 
 class Ema(WeightAveraging):
@@ -614,10 +614,10 @@ def test_a_resumed_run_is_the_straight_run(tmp_path, stop, start):
     straight_one, first, second = (project("bulk", **arguments) for _ in range(3))
     momentum = OPTIMIZERS["momentum"]
     epochs = {"batches": loader(48)}  # one step an epoch: every step can be resumed from
-    straight = train(straight_one, module=Net(momentum), steps=4, **epochs)
+    straight = train(straight_one, module=Net(momentum), steps=3, **epochs)
     keep = ModelCheckpoint(tmp_path, every_n_train_steps=stop, save_top_k=-1, filename="{step}")
     train(first, keep, module=Net(momentum), steps=stop, enable_checkpointing=True, **epochs)
-    resumed = train(second, module=Net(momentum), steps=4, ckpt_path=tmp_path / f"step={stop}.ckpt", **epochs)
+    resumed = train(second, module=Net(momentum), steps=3, ckpt_path=tmp_path / f"step={stop}.ckpt", **epochs)
     assert_same_path({s: t for s, t in resumed.items() if s > stop}, {s: t for s, t in straight.items() if s > stop})
     assert second.chi == pytest.approx(straight_one.chi) if straight_one.chi is not None else second.chi is None
     state = torch.load(tmp_path / f"step={stop}.ckpt", weights_only=True)["callbacks"]
@@ -719,7 +719,7 @@ def test_two_ranks_share_the_space_of_a_monitor_and_a_failure():
         is_first = os.environ["RANK"] == "0"
         with pytest.warns(UserWarning, match="rank 1: ZeroDivisionError: mine") if is_first else nullcontext():
             at = train(
-                one, watch(every_n_steps=2, on_failure="warn"), batches=loader(12), steps=5, strategy="ddp", devices=2
+                one, watch(every_n_steps=2, on_failure="warn"), batches=loader(12), steps=4, strategy="ddp", devices=2
             )
         return {step: theta.numpy().copy() for step, theta in at.items()}, one._runner.run.num_probes
 

@@ -1,11 +1,11 @@
-"""One browser a module, and pages whose console must be silent."""
+"""One browser for all, and pages whose console must be silent."""
 
 import pytest
 
 from tests.tensorboard_tab.browser import CHROMIUM, Tab
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def browser():
     """Chromium, driven by playwright."""
     if CHROMIUM is None:

@@ -165,7 +165,7 @@ def test_a_drag_in_both_directions_zooms_values_and_another_scale_forgets_what_i
     assert card.locator(".series").count() == K + 2
 
 
-@in_both
+# Tables go through the frame of TensorBoard as files do, see `test_the_same_numbers_in_both`.
 def test_a_drawing_is_a_file_that_stands_alone(tab):
     others = ("spectrum", "shares", "survival", "others", "at_loss", "density")
     for name in ("eigenvalues", "overlaps", *(others if tab.is_alone else ())):

@@ -11,6 +11,7 @@ import pytest
 from tests.tensorboard_tab.browser import FRAME, Tab, at_step, of_one_monitor, write_page, written
 from tests.tensorboard_tab.runs import K, write
 from tests.tensorboard_tab.server import ROOT, Server
+from tests.thorough import usual
 
 STEPS = range(0, 1100, 100)
 
@@ -98,7 +99,7 @@ def test_a_single_probe_is_drawn(alone):
     assert "no two spaces to compare yet" in tab.card("overlaps").inner_text()
 
 
-@pytest.mark.parametrize("frame", ["sandbox='allow-scripts' src", "src", "srcdoc"])
+@pytest.mark.parametrize("frame", usual(["sandbox='allow-scripts' src", "srcdoc"], thorough=["src"]))
 def test_a_page_that_stands_alone_works_in_a_frame_of_another(tmp_path, opened, browser, frame):
     """As it does in a notebook, or in a viewer of artefacts."""
     address = write_page(tmp_path, of_one_monitor({"a": written(STEPS)}))

@@ -9,7 +9,7 @@ UNCHECKED = {
     *("test_loops.py", "test_manual.py", "test_namespaces.py", "test_several_loaders.py", "test_state.py"),
     *("test_transfer.py", "test_turns.py"),
 }  # fmt: skip
-WITHOUT_ERROR_BAR = {"test_averages.py", "test_gathered.py"}
+WITHOUT_ERROR_BAR = {"test_averages.py", "test_gathered.py", "test_manual.py"}
 
 
 @pytest.fixture(autouse=True)

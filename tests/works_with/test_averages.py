@@ -160,8 +160,8 @@ def test_the_epoch_that_swa_adds_for_batch_norm_is_not_measured(every_n_steps, i
 
 def test_which_weights_the_last_probe_is_of_is_said_once(caplog):
     caplog.set_level("INFO")
-    fit(AVERAGES["EMA"](), monitor())
-    fit(monitor())
+    fit(AVERAGES["EMA"](), monitor(10_000))
+    fit(monitor(10_000))
     told = [r.getMessage() for r in caplog.records if "holds other weights at the end of training" in r.getMessage()]
     assert len(told) == 1
 

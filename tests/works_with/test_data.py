@@ -20,7 +20,7 @@ from torch.utils.data import (
 
 from lightning_subspace.data.drawn import sample_of_dataset
 from tests.modules import BATCH, EXAMPLES, RandomDataset
-from tests.thorough import IS_THOROUGH
+from tests.thorough import IS_THOROUGH, usual
 from tests.works_with.numbered import ByList, Holding, Numbered, everything, indices, loader
 from tests.works_with.same_run import Classifier, compare
 
@@ -76,10 +76,19 @@ class Collate:
         return STRUCTURES[self.structure][0](*columns(items))
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+# The others are batches of most tests, or a dictionary by another name.
+@pytest.mark.parametrize(
+    "structure",
+    usual(["named tuple", "dict", "dataclass", "nested"], thorough=["tuple", "list", "ordered dict"]),
+)
 def test_batches_of_every_structure(structure, tmp_path):
     read = STRUCTURES[structure][1]
-    run = compare(tmp_path, lambda: Classifier(read), lambda: loader(shuffle=True, collate_fn=Collate(structure)))
+    run = compare(
+        tmp_path,
+        lambda: Classifier(read),
+        lambda: loader(shuffle=True, collate_fn=Collate(structure)),
+        monitor={"k": 0},
+    )
     assert run.differing == []
     assert run.steps == [1, 2, 4, 6, 8]  # a collate function may do anything: its batches are gathered
     first, rest = indices(run.sample.hessian, read), indices(run.sample.extra, read)
@@ -132,7 +141,11 @@ SAMPLERS = {
 }
 
 
-@pytest.mark.parametrize("case", SAMPLERS)
+# Those that differ in a detail from one of the others.
+DETAILS = ("another sampler", "overfit_batches, a share", "BatchSampler")
+
+
+@pytest.mark.parametrize("case", usual([case for case in SAMPLERS if case not in DETAILS], thorough=DETAILS))
 def test_the_sample_holds_what_training_draws_from(case, tmp_path):
     options, limits, expected = SAMPLERS[case]
     monitor = {"k": 0, "sample": "all", "batch_size": BATCH}  # a sample is the same for every k

@@ -86,10 +86,7 @@ LOOPS = {
     "clipping of the user's own": (Clipping, {}, [], FOURTH),
     "a learning rate by step": (BySteps, {}, [], FOURTH),
     "LBFGS": (ByLBFGS, {}, [], FOURTH),
-    "max_steps": (Classifier, {"max_steps": 5, "max_epochs": -1}, [], [0, 4, 5]),
     "val_check_interval": (Validated, {"val_check_interval": 2}, [], FOURTH),
-    "validation across epochs": (Validated, {"val_check_interval": 3, "check_val_every_n_epoch": None}, [], FOURTH),
-    "num_sanity_val_steps": (Validated, {"num_sanity_val_steps": 3}, [], FOURTH),
     "fast_dev_run": (Validated, {"fast_dev_run": 3}, [], [0, 3]),
     "EMAWeightAveraging": (Normalised, {}, [lambda: EMAWeightAveraging(decay=0.9)], FOURTH),
     "WeightAveraging": (Normalised, {}, [Averaging], FOURTH),
@@ -98,7 +95,6 @@ LOOPS = {
     "reload_dataloaders_every_n_epochs": (Classifier, {"reload_dataloaders_every_n_epochs": 1}, [], FOURTH),
     "profiler": (Validated, {"profiler": "simple"}, [], FOURTH),
     "detect_anomaly": (Classifier, {"detect_anomaly": True}, [], FOURTH),
-    "deterministic": (Classifier, {"deterministic": True}, [], FOURTH),
     "inference_mode=False": (Validated, {"inference_mode": False}, [], FOURTH),
 }
 # Those that differ in a detail from one above.
@@ -106,6 +102,10 @@ MORE_LOOPS = {
     "clipping by value": (Classifier, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, [], FOURTH),
     "max_epochs=-1": (Classifier, {"max_epochs": -1, "max_steps": 9}, [], [*FOURTH, 9]),
     "no sanity check": (Validated, {"num_sanity_val_steps": 0}, [], FOURTH),
+    "validation across epochs": (Validated, {"val_check_interval": 3, "check_val_every_n_epoch": None}, [], FOURTH),
+    "num_sanity_val_steps": (Validated, {"num_sanity_val_steps": 3}, [], FOURTH),
+    "deterministic": (Classifier, {"deterministic": True}, [], FOURTH),
+    "max_steps": (Classifier, {"max_steps": 5, "max_epochs": -1}, [], [0, 4, 5]),
     "limit_val_batches": (Validated, {"limit_val_batches": 1}, [], FOURTH),
 }
 

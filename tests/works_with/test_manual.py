@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from lightning_subspace import SubspaceMonitor
 from tests.modules import BATCH, FEATURES, differences, examples
+from tests.thorough import usual
 from tests.works_with.same_run import Classifier, compare
 
 pytestmark = pytest.mark.filterwarnings("ignore:SubspaceMonitor. at step")  # two eigenvalues may lie close together
@@ -128,7 +129,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# The generator alone is measured at other intervals, too.
+@pytest.mark.parametrize("case", usual([case for case in CASES if case != "generator"], thorough=["generator"]))
 def test_training_is_the_same_with_a_loss_function(case, tmp_path):
     module, loss_fn, params, every, steps = CASES[case]
     run = compare(tmp_path, module, loader, monitor={"loss_fn": loss_fn, "params": params, "every_n_steps": every})

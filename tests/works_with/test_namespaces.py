@@ -72,10 +72,11 @@ def test_trainers_of_both_namespaces_are_left_alone_and_measured_alike(pl):
     for a, b in zip(with_monitor.parameters(), without.parameters(), strict=True):
         assert torch.equal(a, b)
     assert [r.step for r in one.history] == [0, 2, 4, 6]
-    reference = monitor()
-    train(importlib.import_module(NAMESPACES[0]), reference)
-    for a, b in zip(one.history, reference.history, strict=True):
-        torch.testing.assert_close(a.subspace.eigenvalues, b.subspace.eigenvalues, rtol=0.0, atol=0.0)
+    if pl.__name__ != NAMESPACES[0]:
+        reference = monitor()
+        train(importlib.import_module(NAMESPACES[0]), reference)
+        for a, b in zip(one.history, reference.history, strict=True):
+            torch.testing.assert_close(a.subspace.eigenvalues, b.subspace.eigenvalues, rtol=0.0, atol=0.0)
 
 
 def test_a_lone_callback_need_not_be_in_a_list(pl):

@@ -204,7 +204,10 @@ def test_the_asymmetry_is_that_of_the_dense_derivative(name):
 @pytest.mark.parametrize(
     ("name", "options", "dtype"),
     covering(
-        list(NO_GRADIENT),
+        usual(
+            ["gradient reversal", "detached proposals"],
+            thorough=[name for name in NO_GRADIENT if name not in ("gradient reversal", "detached proposals")],
+        ),
         [{"on_check_fail": "finite-difference"}, {"curvature": "finite-difference"}],
         ["float32", "float64"],
     ),
@@ -350,8 +353,9 @@ def test_a_check_that_could_not_be_made_says_so_once(policy):
     assert "expected float32" in text
     assert "in float32 H v agrees with differences of gradients within" in text
     assert record.metrics["solver/unchecked"] == 1.0
-    with pytest.raises(CheckError, match=r"could not be checked.*on_check_fail='warn'"):
-        measure(module, on_check_fail="raise")
+    if policy == "warn":
+        with pytest.raises(CheckError, match=r"could not be checked.*on_check_fail='warn'"):
+            measure(module, on_check_fail="raise")
 
 
 def test_a_fault_that_only_float32_can_show():

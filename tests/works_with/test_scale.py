@@ -18,18 +18,19 @@ PROBES, K = how_many(100, thorough=200), 2
 
 
 class Watch(Callback):
-    """Tensors alive, the largest resident set in bytes, and the size of the monitor's state, at each step."""
+    """The size of the monitor's state at every tenth step; at some, tensors alive and the largest resident set."""
 
-    def __init__(self, monitor):
-        self.monitor = monitor
+    def __init__(self, monitor, counted=()):
+        self.monitor, self.counted = monitor, counted
         self.tensors, self.resident, self.state = {}, {}, {}
 
     def on_train_batch_end(self, trainer, *args):
         step = trainer.global_step
-        if step % 10 == 0:
+        if step in self.counted:
             gc.collect()
             self.tensors[step] = sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects())
             self.resident[step] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if step % 10 == 0:
             buffer = io.BytesIO()
             torch.save(self.monitor.state_dict(), buffer)
             self.state[step] = buffer.tell()
@@ -40,7 +41,8 @@ def test_many_probes_in_flat_memory():
     monitor = SubspaceMonitor(
         k=K, every_n_steps=1, max_overhead=None, sample=16, gradient_sample=32, tol=1e-2, verify="never"
     )
-    watch = Watch(monitor)
+    first, last = 70, PROBES - 10  # from where on sketches are as many as are kept
+    watch = Watch(monitor, (first, last))
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(64) % 3
     inputs = torch.randn(64, 16, generator=generator) + 2.0 * torch.eye(3, 16)[labels]
@@ -50,7 +52,6 @@ def test_many_probes_in_flat_memory():
     assert len(monitor.history) == PROBES
     # A record has three small tensors: eigenvalues, residuals and its table; a kept sketch is one of 64.
     assert len(monitor._runner.run.overlaps.sketches) <= 64
-    first, last = 70, PROBES - 10  # from where on sketches are as many as are kept
     assert watch.tensors[last] - watch.tensors[first] <= 3 * (last - first) + 10
     assert watch.resident[last] - watch.resident[first] <= 8e6
     for step, size in watch.state.items():

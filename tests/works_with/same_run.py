@@ -107,7 +107,7 @@ def compare(
         options: of the Trainer.
     """
     keep = KeepSample()
-    defaults = {"k": 2, "every_n_steps": 2, "max_overhead": None, "sample": 16, "gradient_sample": 24}
+    defaults = {"k": 1, "every_n_steps": 2, "max_overhead": None, "sample": 16, "gradient_sample": 24}
     arguments = {**defaults, "on_failure": "raise", "measurements": [keep], **(monitor or {})}
     watching = SubspaceMonitor(**arguments)
     alone, _ = _run(folder / "alone", module, data, callbacks, None, validation, options)

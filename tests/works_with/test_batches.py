@@ -169,7 +169,7 @@ def test_batches_of_every_kind_are_measured_as_they_are(kind, sample, tmp_path, 
         tmp_path,
         lambda: Classifier(KINDS[kind][1]),
         lambda: DataLoader(dataset, batch_size=BATCH, shuffle=True, collate_fn=Collate(kind)),
-        monitor={"sample": sample, "every_n_steps": 4, "dtype": "float64", "tol": 1e-8, "measurements": [keep]},
+        monitor={"sample": sample, "every_n_steps": 4, "dtype": "float64", "k": 2, "tol": 1e-8, "measurements": [keep]},
         max_epochs=1,
     )
     assert run.differing == []

@@ -172,7 +172,7 @@ CASES = {
         "batch-norm": Case(**NORMS),
         "attention": Case(**ATTENTION, k=2 if IS_THOROUGH else 1, halves=IS_THOROUGH),
         "gauss-newton": Case(**UNEVEN, extra=MORE, curvature="ggn"),
-        "differences": Case(**UNEVEN, halves=IS_THOROUGH, extra=MORE[:2], curvature="finite-difference"),
+        "differences": Case(**UNEVEN, halves=True, extra=MORE[:2], curvature="finite-difference"),
         "k = 0": Case(**UNEVEN, extra=MORE, k=0),
         "k = 0, differences": Case(**UNEVEN, k=0, curvature="finite-difference"),
     },

@@ -469,7 +469,7 @@ def test_a_projection_without_its_space():
 
 
 def test_three_ranks():
-    """What ranks agree on is the same for any number: here the third is one that fails, and one that hears of it."""
+    """What ranks agree on is the same for any number: here the third fails, alone or with all."""
     failing = [
         *cases("extra forward", "measure between", ranks=usual([2, None], thorough=[0, 1])),
         *cases("matvec 3 backward", ranks=[2]),

@@ -27,6 +27,7 @@ from lightning_subspace.subspace.room import GIB
 from tests.oracles import dense_gradient, dense_hessian, top_eigenspace
 from tests.parallel.test_fsdp import Block, loss_fn, made, mean_of, micro_batch, words
 from tests.processes import run
+from tests.thorough import IS_THOROUGH
 
 try:
     from torch.distributed._composable.replicate_with_fsdp import replicate
@@ -111,7 +112,8 @@ ON_TWO = {
     "checkpointed around, root not wrapped": checkpointed_around,
 }
 ON_FOUR = {
-    "HSDP, root not wrapped": lambda module: blocks(module, two(), mp_policy=INSIDE),
+    # "bfloat16, root not wrapped" and "HSDP and FSDP" in one
+    **({"HSDP, root not wrapped": lambda module: blocks(module, two(), mp_policy=INSIDE)} if IS_THOROUGH else {}),
     "HSDP, transposed": lambda module: everything(module, transposed()),
     "HSDP and FSDP": two_meshes,
     "resharded over two": lambda module: everything(module, reshard_after_forward=2),

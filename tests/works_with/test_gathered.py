@@ -15,12 +15,20 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
 from lightning_subspace import SubspaceMonitor, SubspaceProjection
 from lightning_subspace.data.training_set import TrainingSet, is_in_memory
+from tests.left_out import leave_error_bar_out, leave_self_check_out
 from tests.modules import BATCH, EXAMPLES, examples
 from tests.thorough import covering
 from tests.works_with.numbered import Numbered, by_index, everything, indices, loader
 from tests.works_with.same_run import Classifier, KeepSample, compare
 
 pytestmark = pytest.mark.filterwarnings("ignore:SubspaceMonitor. at step")  # two eigenvalues may lie close together
+
+
+@pytest.fixture(autouse=True)
+def _probes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither changes a sample; test_fidelity.py has runs with a self-check."""
+    leave_self_check_out(monkeypatch)
+    leave_error_bar_out(monkeypatch)
 
 
 class Recording(Classifier):

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lightning_subspace.callbacks.strategy import ranks_of
+from tests.left_out import without_error_bar
 from tests.processes import environment, run
 from tests.works_with import test_ddp as ddp
 from tests.works_with import test_fsdp as fsdp
@@ -55,7 +56,8 @@ def hybrid(ranks, resume):
     """As `fsdp.resumed`."""
     one = ddp.monitor(every_n_steps=2, reference_step=2, curvature="finite-difference")
     data, options = ddp.in_turn(ranks, ddp.COUNT), {"steps": STEPS, "max_epochs": -1, "ckpt_path": resume}
-    ddp.fit(Hybrid(), data, one, ranks=ranks, strategy=HybridStrategy(), **options)
+    with without_error_bar():
+        ddp.fit(Hybrid(), data, one, ranks=ranks, strategy=HybridStrategy(), **options)
     return ddp.rows(one), *one.overlap_matrix()
 
 

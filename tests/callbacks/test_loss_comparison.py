@@ -128,7 +128,7 @@ MISMATCHES = {
 
 
 # Others have their sampler, and their labels.
-MORE_MISMATCHES = ["sampler of some classes", "other labels"]
+MORE_MISMATCHES = ["sampler of some classes", "one batch", "other labels"]
 
 
 @pytest.mark.parametrize(
@@ -168,8 +168,8 @@ MATCHES = {
 }
 
 
-# Batches as large as all of them, a loader of another order, and small losses: "one batch", "usual", "interpolating".
-MORE_MATCHES = ["full batch", "in order", "learnt by heart"]
+# Other samples of the same data, a loader of another order, and small losses: "usual" and "interpolating".
+MORE_MATCHES = ["everything", "one batch", "full batch", "in order", "learnt by heart"]
 
 
 @pytest.mark.parametrize("name", usual([name for name in MATCHES if name not in MORE_MATCHES], thorough=MORE_MATCHES))

@@ -301,7 +301,7 @@ def monitored(ranks, curvature, folder):
     return len(alone), differences(alone, observed), changes, bases, numbers, ddp.rows(one)
 
 
-WATCHED = usual([(2, "finite-difference"), (3, "hessian")], thorough=[(2, "hessian")])
+WATCHED = usual([(2, "finite-difference"), (2, "hessian")], thorough=[(3, "hessian")])
 
 
 @pytest.mark.parametrize(("ranks", "curvature"), WATCHED)

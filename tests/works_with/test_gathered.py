@@ -17,7 +17,7 @@ from lightning_subspace import SubspaceMonitor, SubspaceProjection
 from lightning_subspace.data.training_set import TrainingSet, is_in_memory
 from tests.left_out import leave_error_bar_out, leave_self_check_out
 from tests.modules import BATCH, EXAMPLES, examples
-from tests.thorough import covering
+from tests.thorough import covering, usual
 from tests.works_with.numbered import Numbered, by_index, everything, indices, loader
 from tests.works_with.same_run import Classifier, KeepSample, compare
 
@@ -198,7 +198,7 @@ class Later(Callback):
             batch[0].mul_(3.0)
 
 
-@pytest.mark.parametrize(("first", "epochs"), [(2, 4), (3, 4), (30, 9)])
+@pytest.mark.parametrize(("first", "epochs"), usual([(2, 4), (30, 9)], thorough=[(3, 4)]))
 def test_a_hook_that_sets_in_later_is_noticed(first, epochs, tmp_path):
     with pytest.warns(UserWarning, match=r"a hook .* has changed a batch at step .* gathered behind the hooks"):
         watched, module = run(
@@ -283,7 +283,7 @@ def _unpicklable(items: Any) -> Any:
     return Unpicklable(torch.stack(x), torch.stack(y))
 
 
-@pytest.mark.parametrize("sample", [16, "all"])
+@pytest.mark.parametrize("sample", usual(["all"], thorough=[16]))
 def test_a_dataset_with_a_thread_is_read_in_no_other_process(sample, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fork", lambda: pytest.fail("a process was forked"))
     datasets = []
@@ -299,7 +299,7 @@ def test_a_dataset_with_a_thread_is_read_in_no_other_process(sample, tmp_path, m
     assert datasets[1].served == datasets[0].served == 2 * EXAMPLES  # what was read beside is put back
 
 
-@pytest.mark.parametrize("sample", [16, "all"])
+@pytest.mark.parametrize("sample", usual([16], thorough=["all"]))
 def test_a_batch_that_cannot_be_pickled_is_measured(sample, tmp_path):
     def read(batch):
         return batch.scale(batch.x), batch.y
@@ -462,7 +462,7 @@ class InPlace(Recording):
             (self.dataset.x if self.tensors is None else self.tensors.tensors[0]).mul_(30.0)
 
 
-@pytest.mark.parametrize("sample", [16, "all"])
+@pytest.mark.parametrize("sample", usual([16], thorough=["all"]))
 def test_tensors_that_are_written_to_are_read_anew(sample, tmp_path):
     own = {"k": 2, "sample": sample}
     watched, _ = run(tmp_path, lambda: None, lambda: InPlace(True), monitor=own, max_epochs=6)

@@ -13,6 +13,14 @@ from lightning_subspace.data.reading import ReadProgress
 from tests.data.datasets import COUNT, Numbered, RandomStream, loader
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _impatient():
+    """How long torch waits for the end of a worker that hangs, or has raised."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+        yield
+
+
 class Clock:
     def __init__(self):
         self.now = 0.0

@@ -45,10 +45,10 @@ def in_other_threads() -> dict[int, Any]:
     idents = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
     if not idents:
         return {}
-    # Documented, with the underscore, as the one way to the frames of other threads.
-    frames = sys._current_frames()
     found, level = dict[int, Any](), list[Any]()
-    for frame in (frames[ident] for ident in idents if ident in frames):
+    # Documented, with the underscore, as the one way to the frames of other threads. This thread's own is among them: a
+    # variable that keeps them all would keep its own frame, and with it those of the probe, until a garbage collection.
+    for frame in [frame for ident, frame in sys._current_frames().items() if ident in idents]:
         level.extend(_locals_of(frame))
     while level and len(found) < MOST:
         new = {id(value): value for value in level if _may_be_used(type(value))}

@@ -6,6 +6,7 @@ weak reference to its memory. A failure of some kind comes in some phase, inside
 
 import contextlib
 import gc
+import threading
 import types
 
 import pytest
@@ -173,6 +174,23 @@ def test_nothing_is_alive_after_a_probe_but_its_record(kind, monkeypatch):
             record = probe(net, fuse)
         assert fuse.reached >= set(PHASES)
         assert made.num_alive(held=[record.subspace.basis, record.sketch.basis]) == 0
+
+
+def test_nothing_is_alive_after_a_probe_beside_another_thread():
+    """Such as the writer of a logger has, or a compiler."""
+    fuse, done = Fuse(), threading.Event()
+    net, made = Net(fuse), Made()
+    thread = threading.Thread(target=done.wait, daemon=True)
+    thread.start()
+    try:
+        with without_collection():
+            with made:
+                record = probe(net, fuse)
+            assert made.memory
+            assert made.num_alive(held=[record.subspace.basis, record.sketch.basis]) == 0
+    finally:
+        done.set()
+        thread.join()
 
 
 def seen_in_probes(monkeypatch):

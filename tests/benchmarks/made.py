@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.benchmarks.constants import constants
 from tests.benchmarks.example_pages import lora, text, two_tasks
-from tests.benchmarks.pages import Piece, Sentence, Table, short
+from tests.benchmarks.pages import Piece, Sentence, Table, power, short
 from tests.benchmarks.product_pages import beside, differences, fisher, joining, operations, state, vectors
 from tests.benchmarks.repository_pages import moved, printed, suite
 from tests.benchmarks.speed_pages import speed
@@ -53,7 +53,7 @@ def big(result: Any) -> list[Piece]:
         f"{result['n']:,}",
         f"{result['ncv']}",
         f"{result['matvecs']}",
-        f"{result['residual']:.0e}".replace("e-0", "e-"),
+        power(result["residual"]),
         f"{result['seconds']:.0f}",
         f"{result['peak_gib']:.1f}",
     )

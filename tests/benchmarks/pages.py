@@ -119,6 +119,11 @@ def short(value: float, digits: int) -> str:
     return re.sub(r"^(-?)0\.", r"\1.", f"{value:.{digits}f}")
 
 
+def power(value: float, digits: int = 0) -> str:
+    """A number with a power of ten, which has no zero in front."""
+    return f"{value:.{digits}e}".replace("e-0", "e-")
+
+
 def keep(file: Path, rows: Iterable[Any], names: Sequence[str]) -> None:
     """Store some attributes of what was measured."""
     file.write_text(json.dumps([{name: getattr(row, name) for name in names} for row in rows], indent=1) + "\n")

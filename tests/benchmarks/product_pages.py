@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_subspace.curvature.central_difference import STEPS
-from tests.benchmarks.pages import Piece, Sentence, Table, short
+from tests.benchmarks.pages import Piece, Sentence, Table, power, short
 
 README = "README.md"
 BENCHMARKS = "tests/benchmarks/README.md"
@@ -156,11 +156,6 @@ def beside(result: Any) -> list[Piece]:
         Sentence(MEASUREMENTS, "Cost: a forward pass, {} to {} gradients", forward),
         Sentence(MEASUREMENTS, "gradients that are there anyway ({} to {} of their pass", noise),
     ]
-
-
-def power(value: float) -> str:
-    """One digit and a power of ten."""
-    return f"{value:.0e}".replace("e-0", "e-")
 
 
 def rounded(seconds: float) -> str:

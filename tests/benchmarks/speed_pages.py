@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tests.benchmarks.pages import Piece, Sentence, Table, short
+from tests.benchmarks.pages import Piece, Sentence, Table, power, short
 
 PAGE = "tests/benchmarks/README.md"
 OURS = "lightning_subspace"
@@ -95,7 +95,7 @@ def speed(result: Any) -> list[Piece]:
         rows.append((f"*{label}*", *of_networks))
     others = []
     for tol, k in sorted({(of["tol"], of["k"]) for of in result["ratios"]}):
-        named = {COLD: f"{k}, {tol:.0e}".replace("e-0", "e-")}
+        named = {COLD: f"{k}, {power(tol)}"}
         if tol == TOL:
             named[ALONE] = "the same, asked for residuals alone"
         for mine, label in named.items():
@@ -131,7 +131,7 @@ def cells(by_workload: Mapping[str, Any], *, is_first: bool) -> Iterator[str]:
             unit = " products" * (is_first and workload == WORKLOADS[0])
             yield f"{found['clock']:.0f} ({found['operations']:.0f}), {found['products']}{unit}"
         else:
-            yield f"residual {found['residual']:.1e}".replace("e-0", "e-") if is_right_somewhere else "not reached"
+            yield f"residual {power(found['residual'], 1)}" if is_right_somewhere else "not reached"
 
 
 def ratio(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_subspace.state.packages import TRAINING, package
 from lightning_subspace.state.per_class import per_class
+from lightning_subspace.state.threads import frames_of_others
 
 MOST = 10_000  # objects that are looked for
 UNSEEN = (nn.Module, Tensor, type, types.ModuleType, str, bytes, int, float, type(None))
@@ -46,10 +47,8 @@ def in_other_threads() -> dict[int, Any]:
     if not idents:
         return {}
     found, level = dict[int, Any](), list[Any]()
-    # Documented, with the underscore, as the one way to the frames of other threads. This thread's own is among them: a
-    # variable that keeps them all would keep its own frame, and with it those of the probe, until a garbage collection.
-    for frame in [frame for ident, frame in sys._current_frames().items() if ident in idents]:
-        level.extend(_locals_of(frame))
+    for ident, frame in frames_of_others().items():
+        level.extend(_locals_of(frame) if ident in idents else ())
     while level and len(found) < MOST:
         new = {id(value): value for value in level if _may_be_used(type(value))}
         new = {key: value for key, value in new.items() if key not in found and not _is_namespace(value)}

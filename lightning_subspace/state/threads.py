@@ -33,13 +33,24 @@ def other_threads() -> list[str]:
         >>> other_threads()
         []
     """
-    frames: dict[int, FrameType] = sys._current_frames()  # documented under this name
+    frames = frames_of_others()
     own = {threading.main_thread().ident, threading.get_ident()}
     return [
         thread.name
         for thread in threading.enumerate()
         if thread.ident not in own and any(map(_is_of_user, _packages(thread, frames.get(thread.ident or 0))))
     ]
+
+
+def frames_of_others() -> dict[int, FrameType]:
+    """Frames of all threads but this one, by the thread.
+
+    A variable that had this thread's own would be a cycle, which keeps the locals of all callers until a garbage
+    collection: of a probe, say.
+    """
+    own = threading.get_ident()
+    # Documented, with the underscore, as the one way to the frames of other threads.
+    return {ident: frame for ident, frame in sys._current_frames().items() if ident != own}
 
 
 def _packages(thread: threading.Thread, frame: FrameType | None) -> Iterator[str]:

@@ -1,7 +1,9 @@
 """Threads that may draw a probe's random numbers are found; those that do not are passed over."""
 
+import gc
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -11,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from lightning_subspace.state.thread_objects import in_other_threads
 from lightning_subspace.state.threads import other_threads
 
 
@@ -94,3 +97,25 @@ def test_what_others_have_running_beside_training_is_passed_over(tmp_path):
         bar.close()
         file.close()
         del batches
+
+
+@pytest.mark.parametrize("look", [other_threads, in_other_threads])
+def test_a_look_at_other_threads_keeps_nothing_of_its_caller(look):
+    """Without a garbage collection: a frame that refers to itself keeps those that have called it."""
+
+    def caller():
+        local = torch.ones(2)
+        look()
+        return weakref.ref(local)
+
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait, daemon=True)
+    thread.start()
+    gc.collect()
+    gc.disable()
+    try:
+        assert caller()() is None
+    finally:
+        gc.enable()
+        done.set()
+        thread.join()

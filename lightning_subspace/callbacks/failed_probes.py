@@ -1,6 +1,7 @@
-"""Probes of a fit that failed, and why.
+"""Probes of a fit that failed, or refreshes of a projection.
 
-A failure is warned of once a cause, when it comes first; what became of all of them is said at the end.
+A failure is warned of once a cause, when it comes first; what became of all of them is said at the end. Reasons that
+differ in their numbers alone are one cause.
 """
 
 from __future__ import annotations
@@ -8,13 +9,16 @@ from __future__ import annotations
 import sys
 from collections import Counter
 
-from lightning_subspace.callbacks.notices import Notices
+from lightning_subspace.callbacks.notices import Notices, without_numbers
 
 MOST = 2  # causes that are told, the most frequent first
 
 
 class FailedProbes:
     """Counts the probes of a fit, and those that failed.
+
+    Args:
+        what: they did, in words, with "are" in braces where it goes by their number.
 
     Attributes:
         reasons: exception and text by step, of all that failed.
@@ -27,8 +31,9 @@ class FailedProbes:
         '2 of 3 probes failed and are left out. LossError: the loss is nan.'
     """
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "probes failed and {are} left out") -> None:
         self.reasons: dict[int, str] = {}
+        self._what = what
         self._taken = 0
 
     def begin(self, *, goes_on: bool) -> None:
@@ -47,8 +52,13 @@ class FailedProbes:
         """How many failed and why; None if none did."""
         if not self.reasons:
             return None
-        failed, causes = len(self.reasons), Counter(self.reasons.values()).most_common()
-        head = f"{failed} of {self._taken} probes failed and {'is' if failed == 1 else 'are'} left out"
+        failed = len(self.reasons)
+        first: dict[str, str] = {}  # text of each cause
+        for reason in self.reasons.values():
+            first.setdefault(without_numbers(reason), reason)
+        counted = Counter(map(without_numbers, self.reasons.values())).most_common()
+        causes = [(first[cause], count) for cause, count in counted]
+        head = f"{failed} of {self._taken} {self._what.format(are='is' if failed == 1 else 'are')}"
         if len(causes) == 1:
             return f"{head}. {causes[0][0]}"
         told = [f"{count} by {cause.rstrip('.')}" for cause, count in causes[:MOST]]

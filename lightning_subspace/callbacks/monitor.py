@@ -212,8 +212,8 @@ class SubspaceMonitor(Measured):
                 )
         last = self.history[-1].step if self.history else -1
         continues = 0 <= last <= step and step > 0 and self._runner.goes_on(pl_module, ranks)
-        self._recorder.begin(goes_on=continues and saved is None)
         self._notices.begin()
+        self._recorder.begin(goes_on=continues and saved is None)
         if not continues:
             self._give_up_history()
         self._schedule.begin(step)

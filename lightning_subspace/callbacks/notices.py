@@ -14,7 +14,7 @@ from lightning_subspace.state.signals import SignalError
 from lightning_subspace.state.threads import other_threads
 
 OnFailure: TypeAlias = Literal["warn", "raise"]
-NUMBER = re.compile(r"\d[\d.e+-]*")
+NUMBER = re.compile(r"-?\d[\d.e+-]*")
 _TOLD_IN_PROCESS: set[str] = set()
 
 
@@ -56,7 +56,7 @@ class Notices:
 
         With `in_process` once a process and text, whatever numbers are in it: each fit would say it again.
         """
-        cause, words = text if cause is None else cause, NUMBER.sub("", f"{self.speaker}: {text}")
+        cause, words = text if cause is None else cause, without_numbers(f"{self.speaker}: {text}")
         if self.is_new(cause) and not (in_process and words in _TOLD_IN_PROCESS):
             self._told.add(cause)
             rank_zero_info(f"{self.speaker}: {text}")
@@ -105,3 +105,13 @@ class Notices:
             f"{count} steps ({some}) were passed over to keep max_overhead={max_overhead}, since a probe takes long "
             "beside this training; pass max_overhead=None to measure at every one, or a smaller sample or k."
         )
+
+
+def without_numbers(text: str) -> str:
+    """The words of a text, whatever numbers are in it.
+
+    Example:
+        >>> without_numbers("rank 1: 2 of 1.5e-3")
+        'rank :  of '
+    """
+    return NUMBER.sub("", text)

@@ -224,7 +224,7 @@ class SubspaceProjection(Resumable):
         is_same_run = saved is None and self._runner.run is not None and step > 0 and self._seen_step <= step
         continues = is_same_run and self._runner.goes_on(pl_module, ranks)
         self._notices.begin()
-        self._log.begin()
+        self._log.begin(goes_on=continues)
         if not continues:
             self._start = StartCondition(self._start_when)
             self._schedule.begin(step)
@@ -266,6 +266,7 @@ class SubspaceProjection(Resumable):
     def on_train_end(self, trainer: Trainer, pl_module: nn.Module) -> None:
         """Leave the optimizers as they were."""
         self._steps.release()
+        self._log.finish()
         self._runner.remember_end(pl_module)
         self._runner.end(trainer)
 
@@ -305,14 +306,15 @@ class SubspaceProjection(Resumable):
             return
         record = self._record_of(trainer, module, step)
         if record is None or record.subspace is None:
-            self._log.lack(trainer, step, self._notices.last_failure)
+            self._log.refreshed(trainer, step, self._notices.last_failure)
             return
         if not record.subspace.trusted:
             refusal = record.subspace.refusal("the space is not used")
             cause = f"{record.subspace.outcome.name}, {record.subspace.gap_given_up}"
             self._notices.warn_once(cause, f"at step {step}, {refusal}")
-            self._log.lack(trainer, step, refusal)
+            self._log.refreshed(trainer, step, refusal)
             return
+        self._log.refreshed(trainer, step)
         if self._start.watches and "gradient_fraction" in record.metrics:
             average = self._start.see_chi(math.sqrt(record.metrics["gradient_fraction"]))
             self._log.write(trainer, "chi", average, step)
@@ -334,10 +336,11 @@ class SubspaceProjection(Resumable):
         """Take the space of `basis=`, and tell of it."""
         space, run = given.take(self._runner, module, step, INSTEAD), self._runner.run
         if space is None or run is None:
-            self._log.lack(trainer, step, self._notices.last_failure)
+            self._log.refreshed(trainer, step, self._notices.last_failure)
             return
         self._steps.projector = Projector(space.basis, run.partition, keep=self._keep, gradient=space.gradient)
         run.num_probes += 1
+        self._log.refreshed(trainer, step)
         for key, value in space.metrics.items():
             self._log.write(trainer, key, value, step)
 

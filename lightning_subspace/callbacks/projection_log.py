@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_subspace._lightning import Trainer
+from lightning_subspace.callbacks.failed_probes import FailedProbes
 from lightning_subspace.callbacks.projector import Keep
 from lightning_subspace.callbacks.runner import ProbeRunner
 from lightning_subspace.callbacks.tab_log import TabLog
@@ -25,17 +26,25 @@ class ProjectionLog:
         self._keep = keep
         self._last: Record | None = None  # with all numbers of the last step
         self._lack: tuple[int, str] | None = None  # the last step without a new space, and why
+        self._refreshes = FailedProbes("refreshes gave no new space")
+        self._notices = runner.notices
 
-    def begin(self) -> None:
-        """Another fit begins."""
+    def begin(self, *, goes_on: bool) -> None:
+        """Another fit begins, of a new run or of the last one."""
         self._tab.begin()
+        self._refreshes.begin(goes_on=goes_on)
         self._last = self._lack = None
 
-    def lack(self, trainer: Trainer, step: int, reason: str | None) -> None:
-        """Tell the tab why a step has no new space, if known."""
+    def refreshed(self, trainer: Trainer, step: int, reason: str | None = None) -> None:
+        """Count a refresh; tell the tab why it gave no space."""
+        self._refreshes.see(step, reason)
         if reason is not None:
             self._lack = step, reason
             self._tell(trainer, Record(step, {}))
+
+    def finish(self) -> None:
+        """Tell how many gave none."""
+        self._refreshes.tell(self._notices)
 
     def write(self, trainer: Trainer, key: str, value: float, step: int) -> None:
         """Publish a number of a step."""

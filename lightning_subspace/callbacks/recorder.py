@@ -141,12 +141,14 @@ class Recorder:
         self.failed.tell(self._runner.notices)
 
     def begin(self, *, goes_on: bool) -> None:
-        """Another fit begins: forget the open record.
+        """Another fit begins: forget the open record, tell of settings.
 
         Raises:
             MisconfigurationException: where the measurements of a run that goes on were used elsewhere.
         """
         self.open, self._has_closed = None, False
+        if (text := self._runner.settings.without_effect) is not None:
+            self._runner.notices.info_once(text)
         self.losses.begin()
         self.failed.begin(goes_on=goes_on)
         self._tab.begin()

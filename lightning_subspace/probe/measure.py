@@ -187,7 +187,7 @@ def measure_subspace(
     with ranks.agree():
         if screening.notice is not None:
             warn(screening.notice, stacklevel=3)
-        for text in filter(None, (screening.footprint.notice, joining.remark, choice.remark)):
+        for text in filter(None, (settings.without_effect, screening.footprint.notice, joining.remark, choice.remark)):
             LOG.info(text)
     return record
 

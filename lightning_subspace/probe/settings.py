@@ -42,6 +42,8 @@ from lightning_subspace.subspace.solver import MAX_TOL, Solver
 
 # Those whose every number takes products.
 OF_PRODUCTS = (Density, SpectralSharpness, Trace)
+# What the search for eigenpairs alone asks for.
+OF_EIGENPAIRS = ("which", "tol", "ncv", "max_matvecs", "verify", "basis")
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +154,19 @@ class ProbeSettings:
     def measures_without_products(self) -> bool:
         """Whether anything is measured that needs no eigenpairs."""
         return any(measurement.needs is Needs.NOTHING for measurement in self.taken)
+
+    @property
+    def without_effect(self) -> str | None:
+        """Sentence on given arguments that change nothing, or None.
+
+        Example:
+            >>> ProbeSettings(k=0, tol=1e-4).without_effect
+            'tol without effect: no eigenpairs are computed with k=0.'
+        """
+        defaults = {field.name: field.default for field in fields(self)}
+        unused = [name for name in OF_EIGENPAIRS if self.k == 0 and getattr(self, name) != defaults[name]]
+        why = "curvature='none'" if self.curvature == "none" else "k=0"
+        return f"{', '.join(unused)} without effect: no eigenpairs are computed with {why}." if unused else None
 
     @property
     def sample_spec(self) -> SampleSpec:

@@ -532,9 +532,25 @@ def test_of_several_causes_the_most_frequent_are_told():
     for step, reason in enumerate(["A: a.", None, "B: b.", "B: b.", "C: c.", "D: d."]):
         probes.see(step, reason)
     assert probes.text == "5 of 6 probes failed and are left out: 2 by B: b; 1 by A: a; 2 by other causes."
+    probes.see(6, "C: c.")
+    probes.see(7, "A: a.")
+    assert probes.text.startswith("7 of 8 probes failed and are left out: 2 by A: a; 2 by B: b; ")
+
+
+def test_reasons_that_differ_in_numbers_are_one_cause():
+    probes = FailedProbes()
+    for step, reason in enumerate(["A: 1.5 on rank 0.", "A: 2e-3 on rank 1.", None, "B: b.", "A: -7 on rank 0."]):
+        probes.see(step, reason)
+    assert probes.text == "4 of 5 probes failed and are left out: 3 by A: 1.5 on rank 0; 1 by B: b."
+
+
+def test_they_go_on_with_a_run_and_not_without():
+    probes = FailedProbes()
+    for step, reason in enumerate(["A: a.", "A: a.", None]):
+        probes.see(step, reason)
     probes.begin(goes_on=True)
     probes.see(6, None)
-    assert probes.text.startswith("5 of 7 ")
+    assert probes.text == "2 of 4 probes failed and are left out. A: a."
     probes.begin(goes_on=False)
     probes.see(0, None)
     assert probes.text is None
@@ -564,6 +580,27 @@ def test_a_measurement_that_fails_after_the_step_costs_what_the_step_tells():
     assert not any("update_fraction" in record.metrics for record in monitor.history)
     with pytest.raises(ZeroDivisionError, match="mine"):
         fit(probing(measurements=[Broken()], on_failure="raise"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            {"tol": 1e-4, "verify": 10, "ncv": 9},
+            "tol, ncv, verify without effect: no eigenpairs are computed with k=0.",
+        ),
+        (
+            {"curvature": "none", "which": "SA"},
+            "which without effect: no eigenpairs are computed with curvature='none'.",
+        ),
+        ({}, None),
+    ],
+)
+def test_arguments_of_the_eigensolver_without_eigenpairs_are_told_of(arguments, text, caplog):
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        fit(probing(k=0, **arguments))
+    said = [message for message in caplog.messages if "without effect" in message]
+    assert said == ([] if text is None else [f"SubspaceMonitor: {text}"])
 
 
 class Freezing(pl.Callback):

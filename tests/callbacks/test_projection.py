@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import logging
 import os
 import pickle
 from contextlib import nullcontext
@@ -541,11 +542,20 @@ def test_the_average_of_chi_is_logged_until_it_begins(tmp_path):
 # What goes wrong
 
 
-def test_a_space_that_is_not_converged_is_not_used_and_is_told_once():
+def summary(caplog):
+    return [text for text in caplog.messages if "refreshes" in text]
+
+
+def test_a_space_that_is_not_converged_is_not_used_and_is_told_once(caplog):
     one = project("top", max_matvecs=3)
-    with pytest.warns(UserWarning, match="SubspaceProjection: at step 0, the space is not used.*max_matvecs") as caught:
+    infos = caplog.at_level(logging.INFO, "lightning.pytorch")
+    warned = pytest.warns(UserWarning, match="SubspaceProjection: at step 0, the space is not used.*max_matvecs")
+    with infos, warned as caught:
         at = train(one)
     assert len([w for w in caught if "SubspaceProjection" in str(w.message)]) == 1
+    (text,) = summary(caplog)  # every one counts, whatever their numbers are
+    steps = len(at) - 1
+    assert text.startswith(f"SubspaceProjection: {steps} of {steps} refreshes gave no new space. the space is not used")
     assert_same_path(at, train(), atol=0.0)
     assert not one.is_active
 
@@ -570,11 +580,14 @@ def fails_at_2(module, batch, batch_idx):
     return nn.functional.cross_entropy(module.net(batch[0]), batch[1])
 
 
-def test_the_last_good_space_stays_in_use_when_a_probe_fails():
-    with pytest.warns(
+def test_the_last_good_space_stays_in_use_when_a_probe_fails(caplog):
+    infos = caplog.at_level(logging.INFO, "lightning.pytorch")
+    warned = pytest.warns(
         UserWarning, match="the probe at step 2 failed and is left out; the last good space stays in use"
-    ):
+    )
+    with infos, warned:
         found = train(project("top", loss_fn=fails_at_2, on_failure="warn"), steps=3)
+    assert summary(caplog) == ["SubspaceProjection: 1 of 3 refreshes gave no new space. ZeroDivisionError: mine"]
     stale = train(project("top", refresh_every_n_steps=1, loss_fn=fails_at_2, on_failure="warn", seed=0), steps=2)
     assert_same_path({s: found[s] for s in stale}, stale, atol=0.0)
     module = Net()

@@ -1,6 +1,7 @@
 """One measurement against dense linear algebra: what is reported, and what is withheld."""
 
 import copy
+import logging
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -128,9 +129,11 @@ def test_every_number_is_that_of_dense_linear_algebra(module, dense, k):
     assert record.sketch is not None
 
 
-def test_without_eigenvectors_there_is_what_one_product_tells(module, dense):
+def test_without_eigenvectors_there_is_what_one_product_tells(module, dense, caplog):
     matrix, gradient = dense
-    record = measure(module, k=0)
+    with caplog.at_level(logging.INFO, "lightning_subspace"):
+        record = measure(module, k=0)
+    assert "tol, max_matvecs without effect: no eigenpairs are computed with k=0." in caplog.messages
     image = matrix @ gradient
     assert record.subspace is None
     assert record.sketch is None

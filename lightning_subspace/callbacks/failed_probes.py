@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Mapping
 
 from lightning_subspace.callbacks.notices import Notices, without_numbers
 
@@ -46,6 +47,10 @@ class FailedProbes:
         self._taken += 1
         if reason is not None:
             self.reasons[step] = sys.intern(reason)  # a run may have very many
+
+    def resume(self, reasons: Mapping[int, str], count: int) -> None:
+        """Go on behind those of a checkpoint, and `count` others."""
+        self.reasons, self._taken = dict(reasons), count + len(reasons)
 
     @property
     def text(self) -> str | None:

@@ -342,9 +342,8 @@ class SubspaceMonitor(Measured):
         if self._runner.run is None:
             return dict(self._saved) if isinstance(self._saved, Mapping) else {}
         try:
-            state = self._runner.run.state(self._schedule.position, self._recorder.open)
-            kept = self._recorder.keeper.state()
-            return encode(replace(state, sample=self._runner.source.state, measurements=kept))
+            state = self._recorder.completed(self._runner.run.state(self._schedule.position, self._recorder.open))
+            return encode(replace(state, sample=self._runner.source.state))
         except Exception as error:  # a checkpoint is worth more than what the monitor has to add
             self._notices.failure("a checkpoint was written without what was measured", error, self._runner.ranks)
             return {}
@@ -363,7 +362,7 @@ class SubspaceMonitor(Measured):
         if resumed is None:
             return
         self._runner.run, is_reopened = resumed
-        self._recorder.keeper.resume(read.measurements, self._runner.ranks)
+        self._recorder.resume(read, self._runner.run)
         self._schedule.resume(read.position, step)
         # Where the checkpoint was written before our hook, the step is still due.
         is_due = last_step < step and self._agree_to_measure(trainer, step)

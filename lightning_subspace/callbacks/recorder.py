@@ -20,6 +20,7 @@ from lightning_subspace.callbacks.tab_log import TabLog
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.loss.findings import findings_of
 from lightning_subspace.measurements.prospect import Prospect
+from lightning_subspace.probe.checkpoint import RunState
 from lightning_subspace.probe.forecast import Forecast
 from lightning_subspace.probe.open_record import OpenRecord
 from lightning_subspace.probe.run import ProbeRun
@@ -153,6 +154,15 @@ class Recorder:
         self.failed.begin(goes_on=goes_on)
         self._tab.begin()
         self.keeper.begin(goes_on=goes_on)
+
+    def completed(self, state: RunState) -> RunState:
+        """A run's state with what measurements keep and what failed."""
+        return replace(state, measurements=self.keeper.state(), failed=self.failed.reasons)
+
+    def resume(self, state: RunState, run: ProbeRun) -> None:
+        """Go on from the checkpoint of a run. A collective."""
+        self.keeper.resume(state.measurements, self._runner.ranks)
+        self.failed.resume(state.failed, run.num_probes)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds eigenvectors and the parameters of a module."""

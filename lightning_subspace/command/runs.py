@@ -84,11 +84,13 @@ def _of_json(path: Path) -> Runs:
 def _of_checkpoint(path: Path) -> Runs:
     # Torch and the monitor are loaded for a checkpoint alone.
     from lightning_subspace.probe.history import read_states
-    from lightning_subspace.report.tab_entry import tab_entry
+    from lightning_subspace.report.tab_entry import failed_entry, tab_entry
 
     tags: dict[str, list[Probe]] = {}
     for name, state in read_states(path).items():
-        probes = [from_json(to_json(tab_entry(record, state.overlaps))) for record in state.records]
+        entries = {step: failed_entry(step, reason) for step, reason in state.failed.items()}
+        entries |= {record.step: tab_entry(record, state.overlaps) for record in state.records}
+        probes = [from_json(to_json(entries[step])) for step in sorted(entries)]
         if probes:
             probes[0]["run"] = {"k": state.k, "n": state.space.n, "which": state.which}
             tags[tag_of(name)] = probes

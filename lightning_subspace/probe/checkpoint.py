@@ -10,6 +10,7 @@ A state of an older format is brought up to date by `MIGRATIONS`. One that no ru
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -53,6 +54,7 @@ class RunState:
         position: of the schedule.
         sample: what was gathered from the batches of training, if the checkpoint may hold it.
         measurements: what they keep between probes, by their keys (see `measurement_states`).
+        failed: exception and text of the probes that failed, by step.
     """
 
     k: int
@@ -65,6 +67,7 @@ class RunState:
     position: Position
     sample: Gathered | None = None
     measurements: Mapping[str, Any] = field(default_factory=dict)
+    failed: Mapping[int, str] = field(default_factory=dict)
 
     def require_continuable(self, k: int, which: str, step: int) -> None:
         """Refuse what a monitor with these settings cannot continue at this step.
@@ -83,8 +86,8 @@ def encode(state: RunState) -> dict[str, Any]:
 
     With p probes of m metrics over n parameters: at most 64 sketches of 4 k min(n, 4096) bytes, 24 bytes for each of
     the 2016 overlaps between them, 8 m + 16 k + 40 bytes a record, 4 for each number of its tables, the names and
-    shapes of the parameters, what the measurements keep, and a gathered sample if it is small (see `sample_state`). The
-    time is linear in m p.
+    shapes of the parameters, what the measurements keep, each reason of a failed probe once, and a gathered sample if
+    it is small (see `sample_state`). The time is linear in m p.
     """
     return {
         "format": FORMAT,
@@ -100,6 +103,7 @@ def encode(state: RunState) -> dict[str, Any]:
         "schedule": encode_position(state.position),
         "sample": encode_gathered(state.sample),
         "measurements": dict(state.measurements),
+        "failed": {"steps": list(state.failed), "reasons": list(state.failed.values())},
     }
 
 
@@ -127,6 +131,7 @@ def decode(saved: Any) -> RunState:
         position=decode_position(entries.below("schedule")),
         sample=decode_gathered(entries.any("sample")),
         measurements=_decode_measurements(entries),
+        failed=_decode_failed(entries.below("failed")) if "failed" in entries else {},
     )
 
 
@@ -255,6 +260,11 @@ def _decode_measurements(entries: Entries) -> Mapping[str, Any]:
     is_right = all(isinstance(key, str) and isinstance(state, Mapping) for key, state in found.items())
     entries.require(is_right and is_plain(dict(found)), "measurements", "plain states by the names of measurements")
     return found
+
+
+def _decode_failed(entries: Entries) -> Mapping[int, str]:
+    steps = entries.ascending("steps")
+    return dict(zip(steps, map(sys.intern, entries.texts("reasons", len(steps))), strict=True))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

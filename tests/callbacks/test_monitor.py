@@ -8,6 +8,7 @@ import re
 import signal
 from contextlib import nullcontext
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import Measurement, Needs, NoiseScale, Step, SubspaceMonitor
 from lightning_subspace.callbacks.failed_probes import FailedProbes
+from lightning_subspace.command.runs import read_runs
 from lightning_subspace.probe import forecast
 from lightning_subspace.report import logged_name, progress, select
 from lightning_subspace.tensorboard_tab.schema import from_json
@@ -525,6 +527,34 @@ def test_where_every_probe_fails_the_end_says_so_and_every_reason_is_kept(tmp_pa
         probes = from_json(file.read_text())["subspace"]["subspace/probes"]
         assert [(probe["step"], probe["failed"]) for probe in probes] == [(step, reason) for step in (0, 4, 8, 12)]
     assert is_usable(monitor)
+
+
+def nan_between(module, batch, batch_idx):
+    return nan_at_first(module, batch, batch_idx) * (float("nan") if 4 <= module.global_step < 12 else 1.0)
+
+
+# Of ModelCheckpoint, which a resumed run does not have here.
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch:UserWarning")
+def test_a_resumed_run_counts_the_probes_that_failed_before(tmp_path, caplog):
+    """At steps 0, 4 and 8 of 0, 4, 8, 12; a checkpoint of step 6 has the first two, which `show` finds there."""
+    keep, path = ModelCheckpoint(tmp_path / "kept", "{step}", every_n_train_steps=6, save_top_k=-1), None
+    reason = "LossError: the loss of Net is nan on the fixed sample; nothing can be measured here."
+    for callbacks in ([keep], []):
+        logger = CSVLogger(tmp_path / "logs")
+        trainer = make(probing(loss_fn=nan_between), *callbacks, logger=logger, enable_checkpointing=path is None)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "lightning.pytorch"), pytest.warns(UserWarning, match="probe at step"):
+            trainer.fit(net(), data(), ckpt_path=path)
+        said = [text for text in caplog.messages if "probes failed" in text]
+        assert said == [f"SubspaceMonitor: 3 of 4 probes failed and are left out. {reason}"]
+        (probes,) = from_json(Path(logger.log_dir, "subspace_probes.json").read_text())["subspace"].values()
+        assert [(probe["step"], probe.get("failed")) for probe in probes] == [
+            *((step, reason) for step in (0, 4, 8)), (12, None),
+        ]  # fmt: skip
+        path = tmp_path / "kept/step=6.ckpt"
+    (tags,) = read_runs(path).values()
+    assert [(probe["step"], probe["failed"]) for probe in tags["subspace/probes"]] == [(0, reason), (4, reason)]
 
 
 def test_of_several_causes_the_most_frequent_are_told():

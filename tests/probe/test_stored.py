@@ -261,12 +261,16 @@ def test_whatever_is_damaged_in_the_state_of_a_monitor_is_found_and_named():
 def test_whatever_is_damaged_in_a_state_of_today_is_found_and_named(of_today):
     assert of_today["format"] == checkpoint.FORMAT
     assert of_today["measurements"].keys() == {"Control", "Density"}
-    refused, passed = judged(of_today)
+    assert of_today["failed"] == {"steps": [], "reasons": []}
+    refused, passed = judged({**of_today, "failed": {"steps": [1, 4], "reasons": ["A: a.", "B: b."]}})
     assert refused > 900
     apart = {path for path in passed if path[0] != "measurements"}  # which judge for themselves
     # Keys of metrics, of which there are more than then.
     kinds = {path for path in apart if path[:2] == ("history", "keys") and path[-1] in ("text", "backwards")}
     absent = {("complex_names", "absent"), ("sample", "None")}  # it is None, as batches were given
+    # Older states have none that failed; their texts are any, and of their steps the last one may be later.
+    texts = {("failed", "reasons", *change) for change in ((0, "text"), (1, "text"), ("backwards",))}
+    absent |= {("failed", "absent"), ("failed", "steps", 1, "huge")} | texts
     # Names of groups and rows, and numbers, could be others; and an older state has no tables.
     tables = {path for path in apart if path[:2] == ("history", "tables")}
     one = ("history", "tables", "layers", "absent")

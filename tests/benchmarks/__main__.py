@@ -13,7 +13,6 @@ of them take hours, on a quiet machine.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import shlex
 import shutil
@@ -29,7 +28,7 @@ THREADS = {"big": "2", "mnist": "2", "tab.png": "2"}  # of the others: one
 BENCHMARKS = {
     "speed": "speed --out {out}/rows.json --json {out}/speed.json",
     "growth": "growth --out {out}/growth.png --json {out}/growth.json",
-    "ranks": "ranks",
+    "ranks": "ranks --json {out}/ranks.json",
     "overhead": "overhead --ranks 1 --json {out}/overhead.json",
     "overhead, two ranks": "overhead --ranks 2 --json {out}/overhead.json",
     "sample_size": "sample_size --json {out}/sample_size.json",
@@ -64,8 +63,8 @@ PICTURES = {
     "mnist.png": "examples/mnist.png",
     "tab.png": "examples/tab.png",
 }
-# Scripts that put what they have stored into a page themselves, and with --check compare it.
-WRITERS = ("examples/reproduce/gallery.py", "tests.benchmarks.bill")
+# Puts what the reproductions have stored into their page itself, and with --check compares it.
+GALLERY = (sys.executable, "examples/reproduce/gallery.py")
 
 
 def main() -> int:
@@ -123,22 +122,16 @@ def write() -> None:
     for page, text in rewritten(pieces(stored())).items():
         (ROOT / page).write_text(text)
         print(page)
-    for writer in writers():
-        subprocess.run([*writer, "--write"], cwd=ROOT, check=True)
+    subprocess.run([*GALLERY, "--write"], cwd=ROOT, check=True)
 
 
 def differs() -> bool:
     """Whether a page is not what is stored makes of it; says which."""
     pages = list(rewritten(pieces(stored())))
-    others = [writer for writer in writers() if subprocess.run([*writer, "--check"], cwd=ROOT).returncode]
+    gallery = subprocess.run([*GALLERY, "--check"], cwd=ROOT)
     for page in pages:
         print(f"{page}: other numbers than the results make: python -m tests.benchmarks --write")
-    return bool(pages or others)
-
-
-def writers() -> list[list[str]]:
-    """Commands of the scripts that write pages by themselves."""
-    return [command(name) for name in WRITERS if name.endswith(".py") or importlib.util.find_spec(name)]
+    return bool(pages or gallery.returncode)
 
 
 def command(word: str) -> list[str]:

@@ -1,8 +1,6 @@
 """The bill of a probe at scale: bytes a rank, seconds, share of a training run, computed from a model.
 
-    python -m tests.benchmarks.bill            # prints the tables
-    python -m tests.benchmarks.bill --write    # puts them into lightning_subspace/parallel/README.md
-    python -m tests.benchmarks.bill --check    # ends in an error where what is there is something else
+    python -m tests.benchmarks.bill    # prints the tables of lightning_subspace/parallel/README.md
 
 `product_bytes` and `rank_bytes` are checked against processes by `ranks.py`, whose stored rows are printed first. What
 follows for 1.1 and 7 billion parameters is computed: nothing of that size has run here. Each assumption is a constant
@@ -11,21 +9,15 @@ below, with its source.
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from lightning_subspace.subspace.room import DEVICE_SHARE, HOST_SHARE, VECTORS, least_size, wanted_size
 from lightning_subspace.subspace.solver import Solver
-from tests.benchmarks.pages import stored
+from tests.benchmarks.pages import Piece, Table, row, stored
 
-PAGE = Path(__file__).parents[2] / "lightning_subspace" / "parallel" / "README.md"
-STORED = Path(__file__).with_name("ranks.json")
-BEGIN, END = "<!-- written by tests/benchmarks/bill.py: {} -->\n", "<!-- end of {} -->\n"
-
+PAGE = "lightning_subspace/parallel/README.md"
 FLOAT = 4  # bytes
 K, STEPS = 10, 1_000  # eigenpairs; steps between probes
 WHOLE, IN_GRAPHS = 3, 3  # vectors of n numbers that an exact product makes for a while; in a graph that is rebuilt
@@ -227,11 +219,11 @@ def bill(model: Transformer, way: Way, cards: int) -> Bill:
     return Bill(training, held, graph, size, hosted, seconds, probe, probe / (STEPS * step))
 
 
-def bill_table() -> str:
+def bill_table() -> Table:
     """The worked examples."""
     columns = ["model", "cards", "how", "training", "copies", "whole vectors and product", "vectors", "basis"]
     columns += ["one graph", "sum", "s a product", "s a probe", "share"]
-    lines = [_row(columns), _row(["---"] * len(columns))]
+    rows = []
     for model, cards, way in product(MODELS, CARDS, WAYS):
         one = bill(model, way, cards)
         basis = f"{_gb(one.held['basis'])} ({one.size})" if one.size else "none"
@@ -240,32 +232,26 @@ def bill_table() -> str:
         parts = [one.training, one.held["copies"], one.held["transfers"] + one.held["product"], one.held["vectors"]]
         costs = [f"{one.product:.2g}" if one.size else "none", f"{one.probe:,.0f}", f"{one.share:.1%}"]
         costs = costs if one.fits else [f"does not fit: {way.instead}", "", ""]
-        cells = [model.name, str(cards), way.name, *map(_gb, parts), basis, _gb(one.graph), _gb(one.total), *costs]
-        lines.append(_row(cells))
-    return "\n".join(lines) + "\n"
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+        rows.append((model.name, str(cards), way.name, *map(_gb, parts), basis, _gb(one.graph), _gb(one.total), *costs))
+    return Table(PAGE, tuple(columns), tuple(rows))
 
 
 def _gb(count: float) -> str:
     return f"{count / 1e9:.1f}" if count < 99.95e9 else f"{count / 1e9:.0f}"
 
 
-def ranks_table() -> str:
-    """What was measured: `ranks.json`."""
-    stored: dict[str, Any] = json.loads(STORED.read_text())
+def ranks_table(result: Any) -> Table:
+    """What `ranks.py` has measured."""
     columns = ["strategy", "ranks", "n", "bytes moved a product", "calls a product", "MB moved a probe"]
     columns += ["peak MB a rank", "in floats", "of the model's"]
-    lines = [_row(columns), _row(["---"] * len(columns))]
-    for row in stored["rows"]:
-        n, peak = row["n"], row["peak"]
-        moved, calls = (sum(row[f"{what} a product"].values()) for what in ("bytes", "calls"))
-        cells = [row["strategy"], str(row["ranks"]), f"{n:,}", f"{moved / n:.1f} n", f"{calls:.0f}"]
-        cells += [f"{row['bytes'] / 1e6:,.1f}", f"{peak / 1e6:,.0f}", f"{peak / n / FLOAT:.0f} n"]
-        lines.append(_row([*cells, f"{peak / bound_bytes(row):.0%}"]))
-    return "\n".join(lines) + "\n"
+    rows = []
+    for case in result["rows"]:
+        n, peak = case["n"], case["peak"]
+        moved, calls = (sum(case[f"{what} a product"].values()) for what in ("bytes", "calls"))
+        cells = [case["strategy"], str(case["ranks"]), f"{n:,}", f"{moved / n:.1f} n", f"{calls:.0f}"]
+        cells += [f"{case['bytes'] / 1e6:,.1f}", f"{peak / 1e6:,.0f}", f"{peak / n / FLOAT:.0f} n"]
+        rows.append((*cells, f"{peak / bound_bytes(case):.0%}"))
+    return Table(PAGE, tuple(columns), tuple(rows))
 
 
 # Of a stored case: micro-batches, and what libraries take that are loaded at the first backward pass.
@@ -283,30 +269,14 @@ def bound_bytes(row: dict[str, Any]) -> float:
     return rank_bytes(model_of(row))["peak"] + row["graphs"] + OTHER
 
 
-TABLES = {"measured": ranks_table, "bill": bill_table}
-
-
-def with_tables(page: str) -> str:
-    """The page with the tables as they are now."""
-    for name, table in TABLES.items():
-        begin, end = BEGIN.format(name), END.format(name)
-        before, rest = page.split(begin)
-        page = before + begin + "\n" + table() + "\n" + end + rest.split(end)[1]
-    return page
+def pieces(result: Any) -> list[Piece]:
+    """The measured table and the computed one."""
+    return [ranks_table(result), bill_table()]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    page = PAGE.read_text()
-    if arguments.write:
-        PAGE.write_text(with_tables(page))
-    elif arguments.check:
-        assert page == with_tables(page), f"{PAGE.name} is not what this prints: run with --write"
-    else:
-        print("\n".join(table() for table in TABLES.values()))
+    for table in (ranks_table(stored()["ranks"]), bill_table()):
+        print("\n".join(map(row, (table.header, ["---"] * len(table.header), *table.rows))), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tests.benchmarks import bill
 from tests.benchmarks.constants import constants
 from tests.benchmarks.example_pages import lora, text, two_tasks
 from tests.benchmarks.pages import Piece, Sentence, Table, power, short
@@ -216,6 +217,7 @@ MAKERS: dict[str, Callable[[Any], list[Piece]]] = {
     "speed": speed,
     "growth": growth,
     "big": big,
+    "ranks": bill.pieces,
     "overhead": overhead,
     "sample_size": sample_size,
     "certificate": certificate,

@@ -1,6 +1,6 @@
 """What a probe moves and holds on several ranks: bytes and calls a product and a probe, the peak of memory, seconds.
 
-    python -m tests.benchmarks.ranks [--n 100000 1000000] [--ranks 1 2] [--strategies ddp] [--write]
+    python -m tests.benchmarks.ranks [--n 100000 1000000] [--ranks 1 2] [--strategies ddp] [--json FILE]
 
 Every case gets fresh processes of one thread that talk over gloo. The strategies: `ddp` is a whole model on every rank
 (one rank: no group), `fsdp2` its shards and exact products, which gather it once, and `differences` its shards and
@@ -8,8 +8,8 @@ gradients by FSDP alone. The network is an MLP 784-w-w-10 of GELU, the sample 8 
 first probe the gradient, the solve and the sketch are taken, without self-check and other measurements.
 
 Memory is the peak of the resident set over what it was before the probe. Where ranks outnumber the cores the seconds
-say nothing. `--write` keeps the rows in `ranks.json`, beside those of other cases. All of them take about ten minutes
-on two cores that others use, too, and 11 GB. A case is left out that would need more than .6 of the free memory.
+say nothing. `--json` puts the rows into a file, beside those of other cases. All of them take about ten minutes on two
+cores that others use, too, and 11 GB. A case is left out that would need more than .6 of the free memory.
 
 Ends in an assertion where the bytes of a product are not those of the model in `bill.py`, or its memory is
 exceeded.
@@ -43,7 +43,6 @@ from lightning_subspace.probe.settings import ProbeSettings
 from lightning_subspace.state.free_memory import free_memory
 from tests.benchmarks.bill import (
     FLOAT,
-    STORED,
     STORED_BATCHES,
     Model,
     bound_bytes,
@@ -227,25 +226,25 @@ HEAD = (
 )
 
 
-def main(sizes: list[int], counts: list[int], strategies: list[str], *, write: bool) -> None:
+def main(sizes: list[int], counts: list[int], strategies: list[str], file: Path | None) -> None:
     torch.set_num_threads(1)
     print(HEAD)
     started = time.monotonic()
     for strategy, n, num_ranks in product(strategies, sizes, counts):
         if (row := case(strategy, n, num_ranks)) is not None:
             print(text(row), flush=True)
-            if write:
-                store(row)
+            if file is not None:
+                store(row, file)
     print(f"{time.monotonic() - started:.0f} s")
 
 
-def store(row: dict[str, Any]) -> None:
+def store(row: dict[str, Any], file: Path) -> None:
     """Keep a row in place of an older one of the same case."""
-    rows = json.loads(STORED.read_text())["rows"] if STORED.exists() else []
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
     kept = {name(one): one for one in (*rows, row)}
     about = {"torch": torch.__version__, "machine": f"{platform.machine()}, one thread a rank"}
     ordered = sorted(kept.values(), key=lambda one: (STRATEGIES.index(one["strategy"]), one["n"], one["ranks"]))
-    STORED.write_text(json.dumps({"about": about, "rows": ordered}, indent=1) + "\n")
+    file.write_text(json.dumps({"about": about, "rows": ordered}, indent=1) + "\n")
 
 
 def name(row: dict[str, Any]) -> tuple[str, int, int]:
@@ -258,6 +257,6 @@ if __name__ == "__main__":
     parser.add_argument("--n", type=int, nargs="+", default=SIZES)
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    main(arguments.n, arguments.ranks, arguments.strategies, write=arguments.write)
+    main(arguments.n, arguments.ranks, arguments.strategies, arguments.json)

@@ -1,28 +1,22 @@
-"""The tables of the bill at scale are what its script prints, and the stored counts are those of today's probes."""
-
-import json
+"""The bill at scale: the stored counts are those of its model, and of today's probes."""
 
 import pytest
 
 from lightning_subspace.subspace.room import DEVICE_SHARE
 from tests.benchmarks import bill, ranks
 from tests.benchmarks.bill import CARD, CARDS, MODELS, WAYS, Model
+from tests.benchmarks.pages import stored
 
-STORED = json.loads(bill.STORED.read_text())["rows"]
+STORED = stored()["ranks"]["rows"]
 COUNTED = ("calls a product", "bytes a product", "calls", "bytes")
 
 
-def test_the_page_has_the_tables_that_are_printed():
-    page = bill.PAGE.read_text()
-    assert page == bill.with_tables(page), "run python -m tests.benchmarks.bill --write"
-
-
 def test_every_strategy_size_and_number_of_ranks_is_stored():
-    stored = {(row["strategy"], row["ranks"], round(row["n"], -len(str(row["n"])) + 1)) for row in STORED}
+    cases = {(row["strategy"], row["ranks"], round(row["n"], -len(str(row["n"])) + 1)) for row in STORED}
     for strategy in ranks.STRATEGIES:
         for count in ranks.RANKS[strategy != "ddp" :]:
-            assert {(strategy, count, n) for n in ranks.SIZES[:3]} <= stored
-    assert ("ddp", 1, ranks.SIZES[-1]) in stored
+            assert {(strategy, count, n) for n in ranks.SIZES[:3]} <= cases
+    assert ("ddp", 1, ranks.SIZES[-1]) in cases
 
 
 @pytest.mark.parametrize("row", STORED, ids=lambda row: f"{row['strategy']}-{row['ranks']}-{row['n']}")
@@ -33,8 +27,8 @@ def test_what_is_stored_is_as_the_model_has_it(row):
 @pytest.mark.parametrize("strategy", ranks.STRATEGIES)
 def test_a_probe_moves_today_what_is_stored(strategy):
     found = ranks.case(strategy, ranks.SIZES[0], 2)
-    (stored,) = (row for row in STORED if (row["strategy"], row["ranks"], row["n"]) == (strategy, 2, found["n"]))
-    assert [found[name] for name in COUNTED] == [stored[name] for name in COUNTED]
+    (then,) = (row for row in STORED if (row["strategy"], row["ranks"], row["n"]) == (strategy, 2, found["n"]))
+    assert [found[name] for name in COUNTED] == [then[name] for name in COUNTED]
 
 
 def test_more_ranks_take_less_each_and_move_as_much():

@@ -158,7 +158,7 @@ def test_the_command_compares_and_writes(monkeypatch, tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text(TEXT)
     monkeypatch.setattr(benchmarks, "ROOT", tmp_path)
-    monkeypatch.setattr(benchmarks, "WRITERS", ())
+    monkeypatch.setattr(benchmarks, "GALLERY", ("true",))
     monkeypatch.setattr(importlib.import_module("tests.benchmarks.pages"), "ROOT", tmp_path)
     monkeypatch.setattr(benchmarks, "pieces", lambda _: [Table("page.md", TABLE.header, TABLE.rows)])
     exits = []

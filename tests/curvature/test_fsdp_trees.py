@@ -97,9 +97,9 @@ def transposed():
     return DeviceMesh("cpu", torch.tensor([[0, 2], [1, 3]]), mesh_dim_names=("replicate", "shard"))
 
 
-def two_meshes(module):
+def two_meshes(module, mesh=two):
     """Replicated shards in the blocks, plain ones in the root."""
-    return fully_shard(blocks(module, two()), mesh=init_device_mesh("cpu", (4,)))
+    return fully_shard(blocks(module, mesh()), mesh=init_device_mesh("cpu", (4,)))
 
 
 ON_TWO = {
@@ -112,12 +112,15 @@ ON_TWO = {
     "checkpointed around, root not wrapped": checkpointed_around,
 }
 ON_FOUR = {
-    # "bfloat16, root not wrapped" and "HSDP and FSDP" in one
-    **({"HSDP, root not wrapped": lambda module: blocks(module, two(), mp_policy=INSIDE)} if IS_THOROUGH else {}),
-    "HSDP, transposed": lambda module: everything(module, transposed()),
-    "HSDP and FSDP": two_meshes,
+    "HSDP, transposed, and FSDP": partial(two_meshes, mesh=transposed),
     "resharded over two": lambda module: everything(module, reshard_after_forward=2),
 }
+if IS_THOROUGH:  # one of two things each, or "bfloat16, root not wrapped" on more processes
+    ON_FOUR |= {
+        "HSDP, root not wrapped": lambda module: blocks(module, two(), mp_policy=INSIDE),
+        "HSDP, transposed": lambda module: everything(module, transposed()),
+        "HSDP and FSDP": two_meshes,
+    }
 
 
 def gradients(module):

@@ -10,7 +10,7 @@ from lightning_subspace.data.given import sample_of_batches
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.probe.measure import measure_subspace
-from tests.thorough import covering
+from tests.thorough import covering, usual
 
 SEEDS = range(3)
 
@@ -159,7 +159,7 @@ def test_the_module_is_untouched():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("name", ["relu", "relu-conv-maxpool"])
+@pytest.mark.parametrize("name", usual(["relu-conv-maxpool"], thorough=["relu"]))
 def test_eigenpairs_are_those_of_the_exact_operator(name):
     module = built(NETS[name], 0)
     options = {"k": 4, "loss_fn": classify, "dtype": "float64", "tol": 1e-6}

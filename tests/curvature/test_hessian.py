@@ -143,10 +143,10 @@ NETS = {
 }
 
 
-HAS_MODES = ("batch-norm", "dropout", "dropout-2d")
+HAS_MODES = ("batch-norm", "dropout")
 MODES = usual(
-    [*((name, "train") for name in NETS), *((name, "eval") for name in HAS_MODES)],
-    thorough=[(name, "eval") for name in NETS if name not in HAS_MODES],
+    [*((name, "train") for name in NETS if name != "conv"), *((name, "eval") for name in HAS_MODES)],
+    thorough=[("conv", "train"), *((name, "eval") for name in NETS if name not in HAS_MODES)],  # others have a "conv"
 )
 
 
@@ -375,6 +375,8 @@ def test_retained_and_rebuilt_graphs_give_the_same_bits(name):
             if hessian.num_retained in results:
                 continue
             results[hessian.num_retained] = [hessian.matvec(v) for v in directions] + [hessian.gradient()]
+            if len(results) > len(batches):
+                break
     assert results.keys() == {0, 1, 2, 3}
     for pieces in zip(*results.values(), strict=True):
         assert all(torch.equal(pieces[0], piece) for piece in pieces[1:])

@@ -25,6 +25,7 @@ from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.probe.joining import Joining
 from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.settings import ProbeSettings
+from tests.left_out import leave_error_bar_out, leave_self_check_out
 from tests.oracles import dense_hessian
 from tests.processes import run
 from tests.thorough import covering, usual
@@ -78,6 +79,13 @@ def images(*shape, sizes=(4,) * 6):
 
 def texts(count=6):
     return list(torch.randint(11, (count, 2, 9), generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.fixture
+def _left_out(monkeypatch):
+    """What takes longer than what these tests are about."""
+    leave_self_check_out(monkeypatch)
+    leave_error_bar_out(monkeypatch)
 
 
 CASES = {
@@ -317,6 +325,7 @@ def test_ranks_measure_what_one_process_measures(count):
                 assert found[key] == pytest.approx(value, rel=1e-6, abs=1e-8), key
 
 
+@pytest.mark.usefixtures("_left_out")
 def test_one_rank_without_memory_is_enough():
     def probed():
         ranks = Ranks(dist.group.WORLD)
@@ -364,6 +373,7 @@ def probe(loss_fn, batches, ranks=None, **settings):
     return tracker, tracker.measure(module, sample, 0).record
 
 
+@pytest.mark.usefixtures("_left_out")
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_loss_that_fails_on_larger_batches_is_measured_as_before(count):
     def probed(with_group):
@@ -468,7 +478,8 @@ def test_copies_of_the_data_are_counted():
     assert tracker.examples.footprint.joined == 0
 
 
-def test_what_became_of_it_is_logged(caplog):
+def test_what_became_of_it_is_logged(caplog, monkeypatch):
+    leave_error_bar_out(monkeypatch)
     with caplog.at_level("INFO", "lightning_subspace"):
         measure_subspace(made(mlp), images(4), k=2, loss_fn=classify, dtype="float64")
         measure_subspace(made(smooth), images(4), k=2, loss_fn=classify, curvature="finite-difference")

@@ -277,7 +277,7 @@ FAITHFUL = {
 @pytest.mark.parametrize(("name", "mode"), covering(list(FAITHFUL), ["train", "eval"]))
 def test_it_passes_with_a_wide_margin(name, mode):
     make, inputs = FAITHFUL[name]
-    results = [check(built(make), (inputs, LABELS), seed=seed, mode=mode) for seed in range(8)]
+    results = [check(built(make), (inputs, LABELS), seed=seed, mode=mode) for seed in range(how_many(3, thorough=8))]
     assert {result.outcome for result in results} == {CheckOutcome.PASSED}
     assert max(result.error for result in results) < 1e-3 * LARGEST_ERROR
 
@@ -314,7 +314,7 @@ class RecurrentFromFloat32(nn.Module):
 
 @pytest.mark.parametrize("middle", [NormInFloat32, RecurrentFromFloat32])
 def test_what_asks_for_float32_is_checked_in_float64(middle):
-    results = [check(around(middle), seed=seed) for seed in range(10)]
+    results = [check(around(middle), seed=seed) for seed in range(how_many(4, thorough=10))]
     assert {result.outcome for result in results} == {CheckOutcome.PASSED}
     assert max(result.error for result in results) < 1e-3 * LARGEST_ERROR
     wrong = around(lambda: nn.Sequential(middle(), Apply(KeepsInput.apply)))

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from lightning_subspace.linalg import Quadrature, eigsh, quadrature
-from tests.thorough import covering
+from tests.thorough import covering, how_many
 
 from .fake_ranks import FakeRanks
 from .spectra import Operator, normal, spectra
 
 N = 301
 F64 = {"dtype": torch.float64}
+SEEDS = range(how_many(30, thorough=60))
 
 
 def identity(x: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ def test_it_is_exact_for_polynomials_in_the_start_vector(name: str, k: int) -> N
 )
 def test_the_standard_error_is_that_of_many_runs(name: str, function: object) -> None:
     operator = Operator(spectra(N)[name])
-    runs = [quadrature(operator, N, steps=20, vectors=2, seed=seed, **F64).sum(function) for seed in range(60)]
+    runs = [quadrature(operator, N, steps=20, vectors=2, seed=seed, **F64).sum(function) for seed in SEEDS]
     values = torch.tensor([run.value for run in runs])
     truth = float(function(operator.eigenvalues).sum())
     stated = math.sqrt(sum(run.error**2 for run in runs) / len(runs))

@@ -180,9 +180,15 @@ def test_a_checkpoint_is_computed_again_with_the_same_types(use_reentrant, how):
     assert {kinds[:2] for kinds in seen} == {(torch.float64, torch.float64)}
 
 
-class Deep(torch.autograd.Function):
-    """A backward pass within a backward pass; beyond 60 of them torch goes on in another thread."""
+# A backward pass within a backward pass; beyond 60 of them torch goes on in another thread.
+DEEP = """
+import os
+import threading
+import torch
+from lightning_subspace.loss.default_type import DefaultType
 
+
+class Deep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, depth, seen):
         ctx.depth, ctx.seen = depth, seen
@@ -191,33 +197,31 @@ class Deep(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         if ctx.depth == 0:
-            types_seen(ctx.seen, gradient)
+            ctx.seen.append((torch.zeros(1).dtype, (torch.arange(1, 4) / 2).dtype, threading.get_ident()))
         else:
             with torch.enable_grad():
                 Deep.apply(gradient.detach().requires_grad_(), ctx.depth - 1, ctx.seen).sum().backward()
         return gradient, None, None
 
 
-def go_deep():
-    seen = []
-    with DefaultType(torch.float64):
-        Deep.apply(torch.ones(3, requires_grad=True), 70, seen).sum().backward()
-    ((*kinds, thread),) = seen
-    return kinds, thread != threading.get_ident()
+seen = []
+with DefaultType(torch.float64):
+    Deep.apply(torch.ones(3, requires_grad=True), 70, seen).sum().backward()
+((*kinds, thread),) = seen
+print((kinds, thread != threading.get_ident()), flush=True)
+os._exit(0)
+"""
 
 
 def test_a_thread_of_autograd_has_the_type_too():
     """As those have in which torch runs the backward pass on a GPU."""
-    # In a process of its own: torch refuses a backward pass in forks of one that has had such threads.
+    # In a process of its own: torch refuses a backward pass in forks of one that has had such threads. It imports this
+    # one type, as all of the package and of this file takes four times as long.
     # It leaves without the interpreter's end: the threads of nested backward passes still live then, and where one of
     # them wants the lock of an interpreter that is gone, torch aborts the process.
-    code = (
-        "import os; from tests.loss import test_default_type; "
-        "print(test_default_type.go_deep(), flush=True); os._exit(0)"
-    )
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", DEEP], cwd=root, capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.strip() == "([torch.float64, torch.float64], True)"
 

@@ -26,6 +26,7 @@ from lightning_subspace.tensorboard_tab.schema import to_json
 from tests.left_out import without_error_bar
 from tests.measurements.test_measurements import Classifier, batched_hessian, blobs, digits, fit
 from tests.processes import run
+from tests.thorough import usual
 
 from .probes import F64, data, derivatives, loss_fn, metrics, net, stepped, top_eigenspace
 
@@ -160,9 +161,20 @@ def test_of_two_independent_nets_the_blocks_have_the_eigenvalues_of_the_whole():
         assert record.metrics[f"layers/participation/{name}"] == pytest.approx(0.5, abs=1e-9)
 
 
-# On the digits, where training is under way
+# Traces of a small net, and of one on the digits where training is under way
 
 VECTORS, EXAMPLES = 200, 600
+
+
+@pytest.fixture(scope="module")
+def of_a_small_net(trained):
+    """The same of a net whose products take little."""
+    module, _, hessian, *_ = trained
+    batch = tuple(torch.cat(parts) for parts in zip(*data(), strict=True))
+    options = {"loss_fn": loss_fn, "dtype": "float64", "tol": 1e-10}
+    trace = Trace(vectors=VECTORS, groups="tensors")
+    deflated, plain = (measure_subspace(module, [batch], k=k, measurements=[trace], **options).metrics for k in (10, 0))
+    return hessian, top_eigenspace(hessian, 10), dict(zip(NAMES, PLACES, strict=True)), deflated, plain
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +197,7 @@ def of_digits():
     return hessian, top_eigenspace(hessian, 10), places, deflated, plain
 
 
+@pytest.mark.thorough  # of the tests: where a block is given, it is that of the dense Hessian above
 def test_blocks_of_weights_are_known_from_ten_pairs(of_digits):
     hessian, _, places, found, _ = of_digits
     for name, place in places.items():
@@ -194,8 +207,9 @@ def test_blocks_of_weights_are_known_from_ten_pairs(of_digits):
     assert max(by_group(found, "layers/block_sharpness").values()) < 0.75 * found["sharpness"]  # layers are coupled
 
 
-def test_traces_of_blocks_are_unbiased_and_have_the_errors_of_the_formula(of_digits):
-    hessian, (eigenvalues, vectors), places, deflated, plain = of_digits
+@pytest.mark.parametrize("where", usual(["of_a_small_net"], thorough=["of_digits"]))
+def test_traces_of_blocks_are_unbiased_and_have_the_errors_of_the_formula(where, request):
+    hessian, (eigenvalues, vectors), places, deflated, plain = request.getfixturevalue(where)
     rest = hessian - vectors.T @ (eigenvalues[:, None] * vectors)
     for matrix, found in ((hessian, plain), (rest, deflated)):
         for name, place in places.items():
@@ -283,7 +297,8 @@ def fitted(tmp_path_factory):
     """A monitor with its defaults after a fit, and where it wrote."""
     folder = tmp_path_factory.mktemp("layers")
     monitor = SubspaceMonitor(k=3, every_n_steps=2, max_overhead=None, dtype="float64")
-    fit(Classifier(5, 6, 3), DataLoader(blobs(), batch_size=16), monitor, max_steps=6, logger=CSVLogger(folder))
+    with without_error_bar():
+        fit(Classifier(5, 6, 3), DataLoader(blobs(), batch_size=16), monitor, max_steps=6, logger=CSVLogger(folder))
     return monitor
 
 
@@ -397,10 +412,14 @@ def of_types(module, group=None):
 
 
 def of_ranks():
-    """On a module that each rank has whole, and on shards, whose classes FSDP2 renames."""
-    whole, sharded = (stepped(lambda m: SGD(m.parameters(), lr=0.5), 5)[0] for _ in range(2))
-    fully_shard(sharded, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    return [of_types(module, dist.group.WORLD) for module in (whole, sharded)]
+    """On shards, whose classes FSDP2 renames, and on a module that each rank has whole, as test_ranks.py does, too."""
+    found = []
+    for is_sharded in usual([True], thorough=[False]):
+        module, _ = stepped(lambda m: SGD(m.parameters(), lr=0.5), 5)
+        if is_sharded:
+            fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        found.append(of_types(module, dist.group.WORLD))
+    return found
 
 
 def test_three_ranks_and_shards_measure_what_one_process_does():

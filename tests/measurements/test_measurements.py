@@ -231,7 +231,7 @@ def test_the_threshold_is_that_of_the_step_to_come():
 
 # The curves of a small net on the digits (windows, not single steps: seeds shift the early transient by some 50 steps)
 
-EARLY, LATE = [50, 100], usual([300, 500, 1000], thorough=[2000, 3000])
+EARLY, LATE = [50, 100], usual([300, 500, 700], thorough=[1000, 2000, 3000])
 SEEDS = usual([0], thorough=[1, 2])
 
 
@@ -289,7 +289,7 @@ def test_the_gradient_moves_into_the_top_space_which_stays(seed):
     assert all(rows[t]["gradient_fraction"] >= 0.95 for t in LATE if t >= 500)
     steps, matrix = monitor.overlap_matrix()
     assert matrix[steps.index(500), steps.index(LATE[-1])] >= 0.75
-    assert all(rows[t]["gap_index"] == 9 for t in (300, 500, 1000))  # K - 1
+    assert all(rows[t]["gap_index"] == 9 for t in LATE if t <= 1000)  # K - 1
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -301,7 +301,7 @@ def test_descent_by_the_full_gradient_is_not_aligned(seed):
 
 
 def test_the_curves_are_those_of_dense_hessians_at_saved_weights():
-    steps, weights = [0, 50, 300, 500, 1000] if IS_THOROUGH else [0, 50, 300], Weights()
+    steps, weights = [0, 50, 300, 500, 1000] if IS_THOROUGH else [50, 300], Weights()
     each = how_many(3, thorough=1)  # of so many digits one
     monitor, module = digits_run(0, steps, weights, width=how_many(10, 20), each=each)  # n = 870, or 1,930
     images, labels = digits(each).tensors

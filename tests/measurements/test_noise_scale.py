@@ -275,7 +275,7 @@ def objective_of(batches):
 
 
 def test_it_takes_no_evaluation_beyond_those_of_the_probe():
-    batches = micro_batches(*[8] * 8)
+    batches = micro_batches(*[8] * 4)
 
     def evaluations(*measurements, **options):
         calls = []
@@ -288,15 +288,15 @@ def test_it_takes_no_evaluation_beyond_those_of_the_probe():
         return len(calls), metrics
 
     for options in (
-        {"k": 0, "first": 4},
-        {"k": 2, "first": 4, "number": 1},  # without the split
-        {"k": 2, "population": 64.0},  # the split from the graphs that are there
+        {"k": 0, "first": 2},
+        {"k": 1, "first": 2, "number": 1},  # without the split
+        {"k": 1, "population": 32.0},  # the split from the graphs that are there
     ):
         alone, _ = evaluations(**options)
         count, metrics = evaluations(NoiseScale(), **options)
         assert "noise/scale" in metrics
         assert count == alone
-    both = {"k": 2, "first": 4, "population": 100.0}  # the split in the pass of the error bar
+    both = {"k": 1, "first": 2, "population": 100.0}  # the split in the pass of the error bar
     alone, _ = evaluations(Reliability(), **both)
     for measurements in ([Reliability(), NoiseScale()], [NoiseScale(), Reliability()]):
         count, metrics = evaluations(*measurements, **both)

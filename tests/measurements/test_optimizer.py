@@ -130,6 +130,7 @@ def swings(kind, curvature, settings):
     return max(seen[-40:]) / max(seen[300:340])
 
 
+@pytest.mark.thorough  # of the factors above; test_stability.py has the edges themselves against torch's steps
 @pytest.mark.parametrize(
     ("kind", "settings", "threshold"),
     [

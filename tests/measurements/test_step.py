@@ -154,6 +154,7 @@ def half_squares(outputs, labels):
     return 0.5 * (outputs - nn.functional.one_hot(labels, 10)).square().sum(1).mean()
 
 
+@pytest.mark.thorough  # of the tests: on a quadratic it is exact, see above
 def test_at_the_edge_of_stability_the_ratio_is_one_and_steps_turn_back():
     """Full-batch descent on 300 digits: far below the edge at step 50, at it from step 500 on."""
     early, late = list(range(50, 54)), list(range(600, 610))
@@ -166,6 +167,7 @@ def test_at_the_edge_of_stability_the_ratio_is_one_and_steps_turn_back():
     assert max(record.metrics["step/cosine_previous"] for record in at) < -0.8
 
 
+@pytest.mark.thorough  # of the tests, as the one above
 def test_secants_are_the_curvature_where_it_is_not_small():
     """SGD on digits with GELU from step 300 on, where u.Hu is above .3 lambda_1 |u|^2."""
     module = Digits(nn.GELU, 0.1, nn.functional.cross_entropy)
@@ -338,7 +340,7 @@ def test_pooled_ratios_are_ratios_of_sums():
 def test_without_second_derivatives_the_step_is_measured_all_the_same():
     """And the eigensolver is not asked for."""
     data = blobs()
-    with_products = probed(small(), data, 3, StepCurvature(), k=2)
+    with_products = probed(small(), data, 3, StepCurvature(), k=1)
     without = probed(small(), data, 3, StepCurvature(), k=0, curvature="none")
     for one, other in zip(with_products[:-1], without[:-1], strict=True):
         assert other.subspace is None

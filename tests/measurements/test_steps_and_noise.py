@@ -184,7 +184,7 @@ def test_batch_sharpness_and_noise_are_those_of_dense_derivatives(batches):
 def test_they_are_taken_at_every_so_many_probes():
     torch.manual_seed(0)
     monitor = SubspaceMonitor(
-        k=2, every_n_steps=[0, 1, 2, 3, 4], max_overhead=None, sample="all", measurements=[BatchSharpness(every=2)]
+        k=0, every_n_steps=[0, 1, 2, 3, 4], max_overhead=None, sample="all", measurements=[BatchSharpness(every=2)]
     )
     fit(small(), DataLoader(blobs(), batch_size=8), monitor, max_steps=5)
     assert ["batch_sharpness" in record.metrics for record in monitor.history] == [True, False, True, False, True]

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_subspace import Density, Measurement, Trace, measure_subspace
 from lightning_subspace.subspace.spectral_density import NEGATIVE
 from tests.measurements.test_measurements import Classifier, batched_hessian, digits, fit
+from tests.thorough import how_many
 
 from .probes import F64, derivatives, metrics, net, stepped
 
@@ -26,7 +27,7 @@ def trained():
 def test_with_as_many_steps_as_dimensions_only_the_random_vectors_are_left(trained, k):
     """The standard errors hold, and shrink by what is taken out; the smallest eigenvalue is exact."""
     module, eigenvalues = trained
-    density = Density(steps=57, vectors=20)
+    density = Density(steps=57, vectors=how_many(8, thorough=20))
     found = metrics(module, density, k=k)
     edge = -NEGATIVE * float(eigenvalues.abs().max())
     negative = eigenvalues[eigenvalues < edge]

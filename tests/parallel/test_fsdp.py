@@ -26,7 +26,7 @@ from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.parallel.partition import shards
 from tests.oracles import dense_hessian
 from tests.processes import run
-from tests.thorough import covering
+from tests.thorough import IS_THOROUGH, covering
 
 SIZE = 8
 
@@ -95,6 +95,8 @@ NETS = {
     "convolution and batch-norm": (convolution, images),
     "transformer with tied embeddings": (Transformer, words),
 }
+# The transformer is what tests/curvature/test_fsdp_trees.py has products of, by both ways.
+WITHOUT_TREES = list(NETS) if IS_THOROUGH else list(NETS)[:-1]
 
 
 def loss_fn(module, batch, batch_idx):
@@ -167,7 +169,9 @@ def product_on_whole_tensors(name, dtype, options):
         return summed_product(loss, data)
 
 
-@pytest.mark.parametrize(("name", "precision"), covering(list(NETS), [(torch.float64, 1e-10), (torch.float32, 1e-5)]))
+@pytest.mark.parametrize(
+    ("name", "precision"), covering(WITHOUT_TREES, [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+)
 def test_products_are_those_of_one_process(name, precision):
     dtype, tolerance = precision
     expected = exact_product(name, 2)

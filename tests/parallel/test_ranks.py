@@ -298,7 +298,7 @@ def in_a_block(ranks, at=None, error=None):
         return go_through(ranks, at, error)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", usual([3], thorough=[2]))
 def test_a_failure_of_one_rank_anywhere_is_told_to_all(count):
     def in_a_process():
         ranks = world()
@@ -652,7 +652,7 @@ def test_a_process_may_end_right_after_a_collective(backend, end, tmp_path):
     # Where nobody waits for them, threads of gloo come too late in about half of such pairs on two cores.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ends = []
-    for number in range(how_many(2, thorough=3)):
+    for number in range(how_many(1, thorough=3)):
         path = str(tmp_path / str(number))
         commands = [[sys.executable, "-c", ENDING, path, str(rank), backend, end] for rank in range(2)]
         pair = [subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]

@@ -1,4 +1,4 @@
-"""Ten thousand probes, by a stub of the solver: memory is that of the scalars, and the work of each is constant."""
+"""Thousands of probes, by a stub of the solver: memory is that of the scalars, and the work of each is constant."""
 
 import gc
 import io
@@ -26,7 +26,7 @@ from lightning_subspace.subspace.sketch import Sketch
 from lightning_subspace.subspace.subspace import Subspace
 from tests.thorough import how_many
 
-PROBES, K = how_many(10_000, thorough=100_000), 2
+PROBES, K = how_many(4_000, thorough=100_000), 2
 METRICS = 12  # beside those that the recorder adds
 SKETCHED = 25  # every so many probes has a sketch, which is compared with 64 others
 BASES = torch.eye(4)
@@ -180,13 +180,14 @@ def test_densities_are_as_many_as_are_kept(monkeypatch):
     nodes = torch.linspace(0.0, 1.0, 4).double()[None]
     spectrum = Quadrature(torch.ones(1).double(), nodes, torch.full((1, 4), 0.25).double(), 9, ((nodes[0], nodes[0]),))
     monkeypatch.setattr(density, "spectrum_of", lambda *args: spectrum)
-    for keep in (1, 2, 3, 200):
+    count = how_many(100, thorough=600)
+    for keep in (1, 2, 3, how_many(20, thorough=200)):
         measurement = Density(keep=keep)
-        for step in range(600):
+        for step in range(count):
             measurement.measure(SimpleNamespace(step=step, number=step))
             assert len(measurement.history) <= keep
         steps = [one.step for one in measurement.history]
-        assert steps[-1] == 599
+        assert steps[-1] == count - 1
         assert steps == sorted(set(steps))
         assert (steps[0] == 0) == (keep > 2)
         assert measurement.state_dict()["values"].numel() == len(steps) * 17
@@ -211,8 +212,8 @@ def test_a_long_list_of_steps_is_searched_by_halves():
 def test_sketches_of_parameters_that_have_changed_leave_the_history(many):
     monitor, take, _ = many
     run = monitor._runner.run
-    for start in range(0, 1000, 200):
-        take(start, start + 200)
+    for start in range(0, 300, 100):
+        take(start, start + 100)
         run._start_overlaps()
         assert not any(record.sketch is not None for record in run.history)
-    assert len(run.history) == 1000
+    assert len(run.history) == 300

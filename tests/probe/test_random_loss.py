@@ -23,7 +23,7 @@ from tests.processes import run
 from tests.thorough import covering, how_many
 
 K = 2
-RUNS = how_many(20, thorough=40)
+RUNS = how_many(10, thorough=40)
 
 
 @pytest.fixture(autouse=True)

@@ -56,6 +56,7 @@ def test_the_pure_parts(node):
     assert int(re.search(r"^\D*pass (\d+)", done.stdout, re.MULTILINE)[1]) >= 50
 
 
+@pytest.mark.thorough  # of the tests
 def test_a_fault_in_them_is_found(node, copy):
     static, checks = copy
     plant(static / "series.js", "if (high < 0) return -1;", "if (high < 0) return 0;")

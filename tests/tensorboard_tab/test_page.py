@@ -7,10 +7,10 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from tests.tensorboard_tab.browser import at_step, of_one_monitor, write_page, written
+from tests.tensorboard_tab.browser import FRAME, Tab, at_step, of_one_monitor, write_page, written
 from tests.tensorboard_tab.runs import FAILED, REASON, UNCONVERGED, WITHHELD, K, write
 from tests.tensorboard_tab.server import Server
-from tests.thorough import usual
+from tests.thorough import IS_THOROUGH, usual
 
 STEPS = range(0, 1100, 100)
 SCALES = {"a": 1.0, "b": 3.0}
@@ -42,7 +42,7 @@ def tab(request, addresses, opened):
     return opened(addresses[request.param])
 
 
-# Keys, files and addresses go through the frame of TensorBoard, or do not.
+# Addresses go through the frame of TensorBoard, or do not; so do keys and files, see `test_the_same_numbers_in_both`.
 in_both = pytest.mark.parametrize("tab", ["tensorboard", "file"], indirect=True)
 
 
@@ -52,7 +52,7 @@ def test_there_is_a_line_for_each_eigenvalue_and_the_hover_names_it(tab):
     card = tab.card("eigenvalues")
     assert card.locator(".series").count() == K + 2  # the next one, and the threshold
     hit, found = card.locator(".hit"), set()
-    for height in range(2, 99, 3):
+    for height in range(2, 99, 3 if IS_THOROUGH else 6):
         tab.hover(hit, at_step(500), height / 100)
         index = int(re.fullmatch(r"step 500 · index (\d)", tab.find(".tip-title").inner_text())[1])
         value, residual = tab.find(".strong .tip-value").inner_text().split(" ± ")
@@ -70,7 +70,6 @@ def test_a_line_has_a_gap_where_a_value_is_missing(tab):
     assert first.get_attribute("d").count("M") == 3
 
 
-@in_both
 def test_the_slider_and_the_keyboard_move_all_panels(tab):
     tab.only("b")
     tab.choose(7)
@@ -165,10 +164,11 @@ def test_a_drag_in_both_directions_zooms_values_and_another_scale_forgets_what_i
     assert card.locator(".series").count() == K + 2
 
 
-# Tables go through the frame of TensorBoard as files do, see `test_the_same_numbers_in_both`.
+# Tables go through the frame of TensorBoard as files do, see `test_the_same_numbers_in_both`. What all drawings hold is
+# read in test_page_panels.py.
 def test_a_drawing_is_a_file_that_stands_alone(tab):
     others = ("spectrum", "shares", "survival", "others", "at_loss", "density")
-    for name in ("eigenvalues", "overlaps", *(others if tab.is_alone else ())):
+    for name in ("eigenvalues", "overlaps", *(others if tab.is_alone and IS_THOROUGH else ())):
         card = tab.card(name)
         file, text = tab.download(card, "SVG")
         assert file == f"subspace_{name}.svg"
@@ -264,6 +264,23 @@ def overlap(one, other):
     )
 
 
+def test_tensorboard_may_be_in_a_frame_of_another_page(addresses, browser):
+    """As a cell of a notebook shows it; test_notebook.py runs one."""
+    board = addresses["tensorboard"].partition("#")[0]
+    tab = Tab(browser, f"{board}data/plugins_listing")  # any page of the same host, as a file may hold no such frame
+    try:
+        tab.page.set_content(f'<iframe width="1300" height="1200" src="{board}"></iframe>')
+        board = tab.page.frame_locator("iframe")
+        board.get_by_role("tab", name="Subspace").click()  # in a frame it does not keep to the address
+        inside = board.frame_locator(FRAME)
+        inside.locator("body[data-ready]").wait_for()
+        assert inside.locator("#at").inner_text() == "1,000 (11 of 11)"
+        inside.locator(".shares .hit").click()
+        inside.locator("h3", has_text="Spectrum at step 500").wait_for()
+    finally:
+        tab.close()
+
+
 def test_a_page_that_stands_alone_asks_for_nothing(addresses, opened):
     tab = opened(addresses["file"])
     tab.only("a")
@@ -277,5 +294,8 @@ def test_the_same_numbers_in_both(addresses, opened):
     for address in addresses.values():
         tab = opened(address)
         tables.append({name: tab.table(tab.card(name)) for name in ("eigenvalues", "shares", "overlaps", "others")})
+        tab.find("#main").click(position={"x": 3, "y": 900})  # to where the keys go
+        tab.press("ArrowLeft")
+        assert tab.steps() == "900 (10 of 11)"
     assert tables[0] == tables[1]
     assert json.dumps(tables[0]).count("eigenvalue 1") > 10

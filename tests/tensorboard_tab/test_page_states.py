@@ -48,7 +48,7 @@ def test_negative_eigenvalues_are_drawn_on_both_sides_of_zero(alone):
     assert min(values) < 0 < max(values)
     assert 0 in values
     hit, found = tab.card("eigenvalues").locator(".hit"), set()
-    for height in range(2, 99, 4):
+    for height in range(2, 99, 8):
         tab.hover(hit, at_step(500), height / 100)
         found.add(tab.find(".strong .tip-value").inner_text().split(" ± ")[0])
     assert found == {"300", "2", "-1", "-40"}

@@ -123,6 +123,7 @@ def test_no_other_file_is(server, name):
     assert b"import" not in body
 
 
+@pytest.mark.thorough  # `test_without_the_flag_ten_probes_are_kept` has what becomes of the flag
 def test_what_the_user_says_of_samples_is_respected(logs):
     server = Server(logs, "--samples_per_plugin", "lightning_subspace=50,scalars=7", "--load_fast=false")
     try:
@@ -175,6 +176,7 @@ def test_without_the_flag_ten_probes_are_kept():
     assert none.samples_per_plugin == {PLUGIN: 0}
 
 
+@pytest.mark.thorough  # of the tests
 def test_broken_on_purpose_without_the_flag(logs):
     server = Server(logs, "--load_fast=false", broken="flags")
     try:
@@ -186,6 +188,7 @@ def test_broken_on_purpose_without_the_flag(logs):
         server.close()
 
 
+@pytest.mark.thorough  # of TensorBoard
 def test_two_plugins_of_one_name_are_what_tensorboard_itself_refuses(logs):
     """So the name is a long one. TensorBoard names it before it serves anything."""
     command = [sys.executable, str(SERVE), "second", "--logdir", str(logs), "--port", "0", "--load_fast=false"]

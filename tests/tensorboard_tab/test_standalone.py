@@ -39,10 +39,11 @@ def test_nothing_is_asked_for():
 
 
 def test_every_module_is_in_it_once_and_behind_those_it_imports():
-    names = re.findall(r"^const (module_\w+) = \(\(\) =>", joined_modules(), re.MULTILINE)
+    joined = joined_modules()
+    names = re.findall(r"^const (module_\w+) = \(\(\) =>", joined, re.MULTILINE)
     assert sorted(names) == sorted("module_" + re.sub(r"\W", "_", name) for name in MODULES)
-    for used in re.finditer(r"^const \{[^}]*\} = (module_\w+);", joined_modules(), re.MULTILINE):
-        assert joined_modules().index(f"const {used[1]} = (() =>") < used.start()
+    for used in re.finditer(r"^const \{[^}]*\} = (module_\w+);", joined, re.MULTILINE):
+        assert joined.index(f"const {used[1]} = (() =>") < used.start()
 
 
 @pytest.mark.parametrize("name", MODULES)

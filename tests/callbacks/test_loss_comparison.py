@@ -154,16 +154,26 @@ MATCHES = {
     "one batch": lambda: (Digits(), loader(), {"sample": batches(count=1)}, {}),
     "current batch": lambda: (Digits(), loader(batch_size=8), {"sample": "current"}, {}),
     "full batch": lambda: (Digits(), loader(batch_size=len(LABELS)), {"sample": batches(count=1)}, {}),
-    "accumulated": lambda: (Digits(), loader(batch_size=16), {}, {"accumulate_grad_batches": 4}),
+    "accumulated": lambda: (
+        Digits(),
+        loader(batch_size=16),
+        {},
+        {"accumulate_grad_batches": 4, "steps": how_many(60, thorough=120)},
+    ),
     "the sampler's own": lambda: (Digits(), loader(sampler=preferring_two()), {}, {}),
     "in order": lambda: (Digits(), loader(shuffle=False), {}, {}),
-    "interpolating": lambda: (Digits(), loader(INPUTS[:64], LABELS[:64], batch_size=16), {}, {"steps": 400}),
+    "interpolating": lambda: (
+        Digits(),
+        loader(INPUTS[:64], LABELS[:64], batch_size=16),
+        {},
+        {"steps": how_many(200, thorough=400)},
+    ),
     "learnt by heart": lambda: (Digits(), loader(INPUTS[:512], SHUFFLED[:512]), {}, {"steps": 400}),
     "every step": lambda: (
         Digits(),
         loader(),
         {"every_n_steps": 1, "gradient_sample": 256},
-        {"steps": how_many(40, thorough=80)},
+        {"steps": how_many(30, thorough=80)},
     ),
 }
 
@@ -199,7 +209,8 @@ def over_sample(module, parts):
 
 
 @pytest.mark.parametrize(
-    ("curvature", "k"), covering(["hessian", "ggn", "finite-difference", "empirical-fisher"], [0, 2])
+    ("curvature", "k"),
+    covering(usual(["hessian", "empirical-fisher"], thorough=["ggn", "finite-difference"]), [0, 2]),
 )
 def test_the_loss_of_the_sample_and_the_running_mean(curvature, k):
     parts, expected = [(INPUTS[:24], LABELS[:24]), (INPUTS[24:40], LABELS[24:40])], {}

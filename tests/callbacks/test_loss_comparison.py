@@ -173,7 +173,7 @@ MATCHES = {
         Digits(),
         loader(),
         {"every_n_steps": 1, "gradient_sample": 256},
-        {"steps": how_many(30, thorough=80)},
+        {"steps": how_many(20, thorough=80)},
     ),
 }
 
@@ -194,7 +194,7 @@ def test_another_loss_on_purpose_is_recorded_and_not_warned_of():
     def larger(module, batch, batch_idx):
         return 5.0 * module.training_step(batch, batch_idx)
 
-    watching, said = fitted(Digits(), loader(), monitor={"loss_fn": larger})
+    watching, said = fitted(Digits(), loader(), monitor={"loss_fn": larger}, steps=how_many(60, thorough=120))
     assert said == []
     last = watching.history[-1].metrics
     assert last["sample_loss"] > 3.0 * last["training_loss"]

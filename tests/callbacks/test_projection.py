@@ -144,7 +144,7 @@ def test_with_plain_sgd_it_is_descent_along_the_projected_gradient(keep):
     assert_same_path(train(project(keep)), by_hand(keep, 4))
 
 
-@pytest.mark.parametrize(("when", "keep"), covering([(3, 0), (1, 2), (3, 2)], ["top", "bulk"]))
+@pytest.mark.parametrize(("when", "keep"), covering(usual([(3, 0), (1, 2)], thorough=[(3, 2)]), ["top", "bulk"]))
 def test_the_space_is_refreshed_and_the_projection_begins_when_asked(when, keep):
     refresh, start = when
     found = train(project(keep, refresh_every_n_steps=refresh, start_when=start))

@@ -25,8 +25,10 @@ from lightning_subspace.loss import leaves as leaf
 from lightning_subspace.loss.training_loss import TrainingLoss
 from lightning_subspace.parallel.parameters import ParameterSpace
 from lightning_subspace.subspace.solver import Solver
+from tests.thorough import how_many
 
-FIRST, LAST, EVERY = 300, 500, 20
+# Those in the middle take as many in the mean as all do.
+FIRST, LAST, EVERY = how_many(380, thorough=300), how_many(460, thorough=500), 20
 SEEDS = range(4)  # of the solver's start
 
 

@@ -202,7 +202,8 @@ def test_whether_the_loss_is_random():
         *cases(*usual([extra], thorough=[build]), kinds=["nan"], ranks=usual([1], thorough=[0])),
     ]
     check([in_one_run(failing)])
-    again(cases(*usual([build], thorough=[extra]), kinds=["memory"], ranks=usual([0], thorough=[1])))
+    for case in usual([], thorough=cases(build, extra, kinds=["memory"])):  # as in evaluations of other parts
+        again([case])
 
 
 def test_which_batches_have_a_loss():
@@ -217,8 +218,7 @@ def test_why_a_self_check_has_failed():
     within, around = ("diagnosis forward", "diagnosis backward"), ("diagnosis", "behind diagnosis")
     found = [
         *cases(*within, project="wrong", monitor={"every_n_steps": [1]}),
-        *cases(around[1], ranks=usual([1], thorough=[0]), project="wrong"),
-        *usual([], thorough=cases(around[0], project="wrong")),
+        *usual([], thorough=cases(*around, project="wrong")),  # as failures elsewhere in a probe
     ]
     for case, (name, fits) in zip(found, run_cases(found, 2).items(), strict=True):
         (fault,) = case.faults
@@ -316,7 +316,8 @@ def test_a_measurement_of_the_users():
             *cases("text", kinds=["nan"], measurements=lambda: [Text()], ranks=[0]),
         ]
     )
-    again(cases("measure between", kinds=["device memory"], ranks=[1]))
+    for case in usual([], thorough=cases("measure between", kinds=["device memory"], ranks=[1])):
+        again([case])  # as behind the eigensolve, above
 
 
 def test_an_operator_of_the_users():
@@ -533,7 +534,7 @@ def test_memory_that_runs_out_anywhere():
     (fits,) = run_cases([Case([Fault("an operation of probe", None, step=2, operation=10**9)])], 2).values()
     count = fits[0].num_operations
     assert count > 200
-    first, parts, last = (8, 12, 7) if IS_THOROUGH else (1, 3, 1)  # how many at the ends, and in between
+    first, parts, last = (8, 12, 7) if IS_THOROUGH else (1, 2, 1)  # how many at the ends, and in between
     chosen = [
         *range(1, first + 1),
         *range(first + 1, count - last, count // parts),

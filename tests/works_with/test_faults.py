@@ -536,7 +536,7 @@ def test_three_ranks():
         *usual([], thorough=cases("build forward", kinds=["nan"], ranks=[2])),
     ]
     solved = cases("own product 2 before", ranks=[1], measurements=lambda: [Solving()])
-    check([in_one_run(failing), *usual([], thorough=solved)], ranks=3)
+    check([*in_few_runs(failing), *usual([], thorough=solved)], ranks=3)
     behind = cases("after_step before", ranks=[1])
     for found in usual([], thorough=[behind]):
         check(found, [1, 2], OF_ITS_STEP, ranks=3)

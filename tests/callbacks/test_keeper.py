@@ -15,7 +15,7 @@ from lightning_subspace._lightning import MisconfigurationException
 from lightning_subspace.measurements import Chi
 from lightning_subspace.measurements.base import Needs
 from tests.left_out import leave_error_bar_out, leave_self_check_out
-from tests.thorough import covering
+from tests.thorough import covering, usual
 
 # Of lightning: the saver is not in the run that is resumed.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
@@ -127,7 +127,7 @@ def straight(tmp_path_factory):
 
 
 # A record is open at 2, whose space is the reference, and at 4.
-@pytest.mark.parametrize(("at", "dtype"), covering([1, 2, 4, 5], ["float32", "float64"]))
+@pytest.mark.parametrize(("at", "dtype"), covering(usual([2, 4], thorough=[1, 5]), ["float32", "float64"]))
 def test_a_resumed_run_remembers_to_the_bit(straight, at, dtype):
     own, one, folder = straight(dtype)
     other = each()
@@ -167,7 +167,7 @@ def test_spaces_of_many_parameters_go_on_as_sketches(tmp_path):
 def test_a_new_run_remembers_nothing_of_the_last_one():
     used, fresh = each(), each()
     one, two = monitor(*used), monitor(*fresh)
-    trainer(one).fit(Net(seed=1), loader())
+    trainer(one, steps=2).fit(Net(seed=1), loader())
     trainer(one).fit(Net(), loader())
     trainer(two).fit(Net(), loader())
     assert rows(one, *STARTS) == rows(two, *STARTS)
@@ -200,7 +200,7 @@ def test_one_measurement_in_two_monitors_of_a_trainer_is_refused(make):
         trainer(monitor(shared, shared)).fit(Net(), loader())
 
 
-@pytest.mark.parametrize("make", [Control, Counting])
+@pytest.mark.parametrize("make", usual([Control], thorough=[Counting]))
 def test_a_run_does_not_go_on_with_a_measurement_that_another_has_used(make):
     shared = make()
     one, two, first = monitor(shared), monitor(shared), Net()

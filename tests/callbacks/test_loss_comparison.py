@@ -154,16 +154,26 @@ MATCHES = {
     "one batch": lambda: (Digits(), loader(), {"sample": batches(count=1)}, {}),
     "current batch": lambda: (Digits(), loader(batch_size=8), {"sample": "current"}, {}),
     "full batch": lambda: (Digits(), loader(batch_size=len(LABELS)), {"sample": batches(count=1)}, {}),
-    "accumulated": lambda: (Digits(), loader(batch_size=16), {}, {"accumulate_grad_batches": 4}),
+    "accumulated": lambda: (
+        Digits(),
+        loader(batch_size=16),
+        {},
+        {"accumulate_grad_batches": 4, "steps": how_many(60, thorough=120)},
+    ),
     "the sampler's own": lambda: (Digits(), loader(sampler=preferring_two()), {}, {}),
     "in order": lambda: (Digits(), loader(shuffle=False), {}, {}),
-    "interpolating": lambda: (Digits(), loader(INPUTS[:64], LABELS[:64], batch_size=16), {}, {"steps": 400}),
+    "interpolating": lambda: (
+        Digits(),
+        loader(INPUTS[:64], LABELS[:64], batch_size=16),
+        {},
+        {"steps": how_many(200, thorough=400)},
+    ),
     "learnt by heart": lambda: (Digits(), loader(INPUTS[:512], SHUFFLED[:512]), {}, {"steps": 400}),
     "every step": lambda: (
         Digits(),
         loader(),
         {"every_n_steps": 1, "gradient_sample": 256},
-        {"steps": how_many(40, thorough=80)},
+        {"steps": how_many(20, thorough=80)},
     ),
 }
 
@@ -184,7 +194,7 @@ def test_another_loss_on_purpose_is_recorded_and_not_warned_of():
     def larger(module, batch, batch_idx):
         return 5.0 * module.training_step(batch, batch_idx)
 
-    watching, said = fitted(Digits(), loader(), monitor={"loss_fn": larger})
+    watching, said = fitted(Digits(), loader(), monitor={"loss_fn": larger}, steps=how_many(60, thorough=120))
     assert said == []
     last = watching.history[-1].metrics
     assert last["sample_loss"] > 3.0 * last["training_loss"]
@@ -199,7 +209,8 @@ def over_sample(module, parts):
 
 
 @pytest.mark.parametrize(
-    ("curvature", "k"), covering(["hessian", "ggn", "finite-difference", "empirical-fisher"], [0, 2])
+    ("curvature", "k"),
+    covering(usual(["hessian", "empirical-fisher"], thorough=["ggn", "finite-difference"]), [0, 2]),
 )
 def test_the_loss_of_the_sample_and_the_running_mean(curvature, k):
     parts, expected = [(INPUTS[:24], LABELS[:24]), (INPUTS[24:40], LABELS[24:40])], {}

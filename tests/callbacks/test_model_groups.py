@@ -1,6 +1,7 @@
 """DDP strategies of others: those whose processes may share a model are refused by name, plain ones are measured."""
 
 import logging
+import re
 import warnings
 from datetime import timedelta
 
@@ -16,9 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor, SubspaceProjection
 from lightning_subspace._lightning import MisconfigurationException
-from tests.left_out import leave_self_check_out
+from tests.left_out import leave_error_bar_out, leave_self_check_out
 from tests.processes import run
-from tests.thorough import usual
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS = torch.randn(32, 5, generator=GENERATOR, dtype=torch.float64)
@@ -26,9 +26,12 @@ DATA = TensorDataset(INPUTS, INPUTS[:, :3].argmax(dim=1))
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
 
 
-@pytest.fixture(autouse=True)
-def _unchecked(monkeypatch):
-    leave_self_check_out(monkeypatch)
+@pytest.fixture(autouse=True, scope="module")
+def _left_out():
+    with pytest.MonkeyPatch.context() as patch:
+        leave_self_check_out(patch)
+        leave_error_bar_out(patch)
+        yield
 
 
 class Net(LightningModule):
@@ -162,20 +165,18 @@ def refusal(make, callbacks):
     return None
 
 
-@pytest.mark.parametrize("name", SHARED)
-def test_a_strategy_whose_processes_may_share_a_model_is_refused_by_name(name):
-    make, pattern = SHARED[name]
-    messages = run(refusal, 2, make, monitor, group=False)
-    for message in messages:
-        with pytest.raises(
-            MisconfigurationException, match=f"^SubspaceMonitor: strategy: .*{pattern}.*data_parallel = T"
-        ):
-            raise MisconfigurationException(str(message))
+def refusals():
+    """By name of what is shared, and that of a projection: one after the other in the same processes."""
+    found = {name: refusal(make, monitor) for name, (make, _) in SHARED.items()}
+    return found, refusal(lambda: Groups(2), lambda: [SubspaceProjection("bulk", k=1)])
 
 
-def test_a_projection_refuses_it_too():
-    for message in run(refusal, 2, lambda: Groups(2), lambda: [SubspaceProjection("bulk", k=1)], group=False):
-        assert message.startswith(
+def test_strategies_whose_processes_may_share_a_model_are_refused_by_name():
+    for found, of_projection in run(refusals, 2, group=False):
+        for name, (_, pattern) in SHARED.items():
+            expected = f"SubspaceMonitor: strategy: .*{pattern}.*data_parallel = T"
+            assert re.match(expected, str(found[name])), (name, found[name])
+        assert of_projection.startswith(
             "SubspaceProjection: strategy: expected processes that each have a whole model, got Gr"
         )
 
@@ -247,11 +248,6 @@ APART = {
 }
 
 
-@pytest.fixture(scope="module")
-def expected():
-    return run(fit, 2, lambda: "ddp", monitor, group=False)[0][0]
-
-
 def shown(rows):
     """All but times and bytes, as text: a missing value is nan."""
     apart = {"solver/seconds", "solver/overhead", "solver/megabytes_moved"}
@@ -262,12 +258,26 @@ def shown(rows):
 ALIKE = ["a subclass with a static graph", "plain", "said by an attribute", "a backend"]
 
 
-@pytest.mark.parametrize("name", usual([name for name in APART if name not in ALIKE], thorough=ALIKE))
-def test_a_plain_one_is_measured_as_ddp_is(name, expected):
+def each(names):
+    """What `ddp` comes to, and what others do, one after the other in the same processes."""
+    return fit(lambda: "ddp", monitor), {name: fit(APART[name], monitor) for name in names}
+
+
+def test_plain_ones_are_measured_as_ddp_is():
+    for expected, found in run(each, 2, [name for name in APART if name not in ALIKE], group=False):
+        for name, (rows, told, step) in found.items():
+            assert (told, step) == ([], 2), name
+            assert shown(rows) == shown(expected[0]), name
+            assert rows[0][0]["gradient_fraction"] > 0.0
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", APART)
+def test_a_plain_one_is_measured_as_ddp_is_in_processes_of_its_own(name):
+    (expected, _, _), _ = run(fit, 2, lambda: "ddp", monitor, group=False)
     for rows, told, step in run(fit, 2, APART[name], monitor, group=False):
         assert (told, step) == ([], 2)
         assert shown(rows) == shown(expected)
-        assert rows[0][0]["gradient_fraction"] > 0.0
 
 
 class Drift(Callback):

@@ -25,10 +25,11 @@ from lightning_subspace import Measurement, Needs, NoiseScale, Step, SubspaceMon
 from lightning_subspace.callbacks.failed_probes import FailedProbes
 from lightning_subspace.command.runs import read_runs
 from lightning_subspace.probe import forecast
-from lightning_subspace.report import logged_name, progress, select
+from lightning_subspace.report import figures, layer_figure, logged_name, progress, select
+from lightning_subspace.report.loggers import Reporter
 from lightning_subspace.tensorboard_tab.schema import from_json
 from tests.left_out import leave_figures_out, leave_self_check_out
-from tests.thorough import covering
+from tests.thorough import covering, how_many, usual
 
 # The first is raised by torch's own pytree, in Lightning's CombinedLoader; the second depends on the machine, the third
 # on the length of the run.
@@ -191,11 +192,14 @@ def usual_run():
     return monitor, weights
 
 
+LAST_DRAWN = how_many(4, thorough=10)
+
+
 @pytest.fixture(scope="module")
 def drawn_run(tmp_path_factory):
-    """A monitor after a run of eleven probes, and the folder where two loggers have written."""
+    """A monitor after a run of some probes, and the folder where two loggers have written."""
     folder, monitor = tmp_path_factory.mktemp("drawn"), probing(1)
-    fit(monitor, logger=[CSVLogger(folder), TensorBoardLogger(folder, name="board")], max_steps=10)
+    fit(monitor, logger=[CSVLogger(folder), TensorBoardLogger(folder, name="board")], max_steps=LAST_DRAWN)
     return monitor, folder
 
 
@@ -231,7 +235,9 @@ class WithExtra(Measurement):
         return {"shown": 1.0, "aside": 2.0}
 
 
-@pytest.mark.parametrize(("options", "is_logged"), [({}, False), ({"log": "all"}, True), ({"k": 0}, True)])
+@pytest.mark.parametrize(
+    ("options", "is_logged"), usual([({}, False), ({"k": 0}, True)], thorough=[({"log": "all"}, True)])
+)
 def test_a_measurement_declares_which_of_its_keys_are_extra(tmp_path, options, is_logged):
     monitor = probing(measurements=[WithExtra()], **options)
     fit(monitor, logger=CSVLogger(tmp_path), max_steps=1)
@@ -247,9 +253,10 @@ def pictures(folder):
 
 def test_figures_at_probes_1_2_4_8_and_at_the_end(drawn_run):
     _, folder = drawn_run
-    spectra = [f"subspace_spectrum_{step:06d}" for step in (0, 1, 3, 7, 10)]
+    drawn = [step for step in (0, 1, 3, 7, LAST_DRAWN) if step <= LAST_DRAWN]
+    spectra = [f"subspace_spectrum_{step:06d}" for step in drawn]
     layers = [name.replace("spectrum", "layers") for name in spectra]
-    assert pictures(folder) == [*layers, *(f"subspace_overlaps_{step:06d}" for step in (1, 3, 7, 10)), *spectra]
+    assert pictures(folder) == [*layers, *(f"subspace_overlaps_{step:06d}" for step in drawn[1:]), *spectra]
 
 
 def test_tensorboard_gets_an_entry_a_probe_and_no_pictures(drawn_run):
@@ -263,19 +270,21 @@ def test_other_loggers_keep_all_entries_in_a_file_at_the_end(drawn_run):
     monitor, folder = drawn_run
     kept = from_json((folder / "lightning_logs/version_0/subspace_probes.json").read_text())
     probes = kept["subspace"]["subspace/probes"]
-    assert [probe["step"] for probe in probes] == list(range(11))
+    assert [probe["step"] for probe in probes] == list(range(LAST_DRAWN + 1))
     for probe, record in zip(probes, monitor.history, strict=True):
         assert probe["metrics"] == pytest.approx(
             {key: value for key, value in record.metrics.items() if not key.startswith("eigenvalues/")}, rel=1e-4
         )
 
 
-def test_a_figure_is_not_drawn_twice_when_the_run_ends_at_a_power_of_two(tmp_path):
-    monitor = probing(1)
-    fit(monitor, logger=CSVLogger(tmp_path), max_steps=3)
-    assert [name for name in pictures(tmp_path) if "spectrum" in name] == [
-        f"subspace_spectrum_{step:06d}" for step in (0, 1, 3)
-    ]
+def test_a_figure_is_not_drawn_twice_when_the_run_ends_at_a_power_of_two(tmp_path, monkeypatch):
+    drawn = []
+    # in place of a file, which a second one of the same name would overwrite
+    monkeypatch.setattr(Reporter, "figure", lambda self, loggers, tag, figure, step: drawn.append((tag, step)))
+    for module, name in ((figures, "spectrum_figure"), (figures, "overlap_figure"), (layer_figure, "layers_figure")):
+        monkeypatch.setattr(module, name, lambda *args: None)
+    fit(probing(1), logger=CSVLogger(tmp_path), max_steps=3)
+    assert [step for tag, step in drawn if tag == "subspace/spectrum"] == [0, 1, 3]
 
 
 class ThrowingLogger(TensorBoardLogger):
@@ -305,8 +314,9 @@ def test_several_loggers_get_the_same_and_one_that_throws_stops_nothing(tmp_path
 def test_no_logger_is_needed(tmp_path, usual_run):
     (plain, _), logged, bare = usual_run, probing(), probing()
     fit(logged, logger=CSVLogger(tmp_path))
-    fit(bare, module=net(Silent), barebones=True, enable_checkpointing=None, logger=None)
-    assert steps(plain) == steps(logged) == steps(bare)
+    fit(bare, module=net(Silent), barebones=True, enable_checkpointing=None, logger=None, max_steps=4)
+    assert steps(plain) == steps(logged)
+    assert steps(bare) == [0, 4]
     for a, b in zip(plain.history, logged.history, strict=True):
         numbers = {key for key in a.metrics if not key.startswith("solver/")}
         assert {key: a.metrics[key] for key in numbers} == {key: b.metrics[key] for key in numbers}
@@ -380,6 +390,7 @@ def test_two_monitors_measure_side_by_side(tmp_path):
     assert found[1] == pytest.approx(expected_scalars(two, "other"))
 
 
+@pytest.mark.thorough  # two monitors, and all kinds of samples, in claims/test_untouched.py
 def test_training_is_what_it_is_without_the_monitor(bare_run):
     bare, watched = bare_run, Weights()
     fit(probing(sample=16, gradient_sample=32), probing(name="current", sample="current"), watched)
@@ -475,12 +486,10 @@ class Returning(Net):
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [
-        ("none", "got none for this batch"),
-        ("nan", "is nan on the fixed sample"),
-        ("vector", r"expected a scalar tensor, got \(3,\)"),
-        ("detached", "does not depend on the parameters"),
-    ],
+    usual(
+        [("none", "got none for this batch"), ("detached", "does not depend on the parameters")],
+        thorough=[("nan", "is nan on the fixed sample"), ("vector", r"expected a scalar tensor, got \(3,\)")],
+    ),
 )
 def test_a_training_step_that_gives_no_loss_costs_a_probe_and_nothing_else(value, words, bare_run, caplog):
     module, weights = net(Returning), Weights()
@@ -720,7 +729,7 @@ def test_the_forecast_is_made_of_several_products(monkeypatch):
     assert told == [(5.0 + 2.0 * 10.0, 5.0 + 2.0 * 3.0)]
 
 
-@pytest.mark.parametrize("answer", [None, "raises"])
+@pytest.mark.parametrize("answer", usual(["raises"], thorough=[None]))
 def test_a_measurement_that_cannot_tell_what_it_takes_costs_the_forecast_alone(answer, caplog):
     class Vague(Measurement):
         def expected_products(self, prospect):

@@ -24,6 +24,7 @@ from lightning_subspace import (
 from lightning_subspace.data.micro_batch import MicroBatch, with_equal_weights
 from lightning_subspace.report import figures, loggers
 from tests.processes import run
+from tests.thorough import usual
 from tests.works_with.faults import OnCtx
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -173,7 +174,11 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("name", PLACES)
+# Their words are those of others.
+MORE_PLACES = ["another one", "measure_subspace"]
+
+
+@pytest.mark.parametrize("name", usual([name for name in PLACES if name not in MORE_PLACES], thorough=MORE_PLACES))
 def test_nothing_stops_and_the_log_tells(name, logged):
     act, text = PLACES[name]
     with warnings.catch_warnings():

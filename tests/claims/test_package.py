@@ -1,5 +1,6 @@
 """What is released: contents of the archives, workflows, and what importing costs, in modules."""
 
+import ast
 import email
 import re
 import subprocess
@@ -11,6 +12,7 @@ import yaml
 
 import lightning_subspace
 from tests.package.contents import PACKAGE, faults_of_metadata, faults_of_sdist, faults_of_wheel
+from tests.rooms import modules
 
 ROOT = Path(__file__).parents[2]
 HABITS = ROOT / ".github"
@@ -78,6 +80,57 @@ def test_importing_the_package_imports_nothing_but_pythons_own():
     assert found - set(sys.stdlib_module_names) == {PACKAGE}
 
 
+def imported_with(name):
+    """Modules of the package, and names of others, that come with one of its modules, as its files have it."""
+    paths, others, ahead = modules(), set(), {name}
+    found = set()
+    while ahead:
+        found |= ahead
+        named = {target for one in ahead for target in at_once(ast.parse(paths[one].read_text()))}
+        ours = {target.partition(".")[2] for target in named if target.split(".")[0] == PACKAGE}
+        others |= {target.split(".")[0] for target in named} - {PACKAGE}
+        parts = [target.split(".") for target in ours]
+        ahead = {".".join(part[:i]) for part in parts for i in range(1, len(part) + 1)} & paths.keys() - found
+    return found, others - set(sys.stdlib_module_names)
+
+
+def at_once(node):
+    """What code imports when it is run, so outside of functions and of what is for type checkers alone."""
+    if isinstance(node, ast.ImportFrom):
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    elif isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        for child in node.orelse:
+            yield from at_once(child)
+    elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        for child in ast.iter_child_nodes(node):
+            yield from at_once(child)
+
+
+WAITING = {"report.figures", "report.panel", "tensorboard_tab.plugin", "view"}  # for their first use: they take long
+
+
+def test_what_the_callback_imports_as_its_files_have_it():
+    found, others = imported_with("callbacks.monitor")
+    assert {"callbacks.monitor", "probe", "report.loggers", "linalg"} <= found
+    assert found & WAITING == set()
+    assert others == {"torch", "lightning_utilities", "numpy", "typing_extensions"}
+
+
+def test_matplotlib_is_imported_for_figures_alone_and_pyplot_never():
+    assert "matplotlib" not in imported_with("report")[1]
+    assert "matplotlib" in imported_with("report.figures")[1]
+    for name, path in modules().items():
+        if "pyplot" not in path.read_text():
+            continue
+        nodes = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        assert not [target for node in nodes for target in at_once(node) if "pyplot" in target], name
+
+
+@pytest.mark.thorough
 def test_the_callback_imports_little_beyond_torch_and_lightning():
     """In seconds: .09 to .12, installed, so with compiled files, beyond the three that it stands on."""
     stands_on = "import torch, lightning.pytorch, pytorch_lightning"
@@ -85,9 +138,7 @@ def test_the_callback_imports_little_beyond_torch_and_lightning():
     others = {name.partition(".")[0] for name in found} - set(sys.stdlib_module_names)
     assert others == {PACKAGE}
     # What takes long to import waits for its first use.
-    assert not {"report.figures", "report.panel", "tensorboard_tab.plugin", "view"} & {
-        name.removeprefix(f"{PACKAGE}.") for name in found
-    }
+    assert not WAITING & {name.removeprefix(f"{PACKAGE}.") for name in found}
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

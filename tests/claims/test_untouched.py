@@ -107,7 +107,13 @@ WAYS = {  # arguments of the monitor, and how many batches make a step
 }
 
 
-@pytest.mark.parametrize(("name", "way"), covering(list(PROJECTS), list(WAYS)))
+# `Everything` is made of these.
+PARTS = ["Statistics", "Metrics", "Randomness", "Attributes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "way"), covering(usual([name for name in PROJECTS if name not in PARTS], thorough=PARTS), list(WAYS))
+)
 def test_a_monitored_run_is_the_same_run(name, way, alone, tmp_path):
     options, accumulate = WAYS[way]
     callback = monitor(**options)
@@ -120,8 +126,11 @@ def test_a_monitored_run_is_the_same_run(name, way, alone, tmp_path):
     ("name", "size", "accumulate", "mode"),
     [
         *usual(
-            [("Everything", "all", 4, "train")],
-            thorough=itertools.product(["Everything"], [16, "current"], [1, 4], ["train"]),
+            [("Augmented", "all", 4, "train")],
+            thorough=[
+                ("Everything", "all", 4, "train"),
+                *itertools.product(["Everything"], [16, "current"], [1, 4], ["train"]),
+            ],
         ),
         *covering(["InPlaceBatch", "Augmented"], ["all", "current"], [1], ["train"]),
         *usual(
@@ -225,14 +234,14 @@ FAILURES = {
     "self-check": lambda patch: patch.setattr(CurvatureConfig, "check", failing_at(CurvatureConfig.check, 1)),
     "first evaluation": failing_after_the_check(training_loss, "as_scalar", 1),
     "transfer": failing_after_the_check(training_loss, "transfer", 2, sample="all"),  # what is gathered has been
-    "tenth product": failing_after_the_check(Hessian, "matvec", 10),
     "restart": lambda patch: (
         patch.setattr(Lanczos, "contract", failing_at(Lanczos.contract, 1)) or {"every_n_steps": 4}
     ),
-    "measurement": lambda patch: {"measurements": [FailingMeasurement("measure")]},
     "after_step": lambda patch: {"measurements": [FailingMeasurement("after_step")]},
 }
-MORE_FAILURES = {
+MORE_FAILURES = {  # amid a solve as a restart is, or before one; works_with/test_faults.py has measurements
+    "tenth product": failing_after_the_check(Hessian, "matvec", 10),
+    "measurement": lambda patch: {"measurements": [FailingMeasurement("measure")]},
     "fifth evaluation": failing_after_the_check(training_loss, "as_scalar", 5),
     "first product": failing_after_the_check(Hessian, "matvec", 1),
 }
@@ -247,6 +256,7 @@ def test_a_failing_probe_is_told_and_changes_nothing(failure, alone, tmp_path, m
     assert differences(alone("Everything"), run) == []
 
 
+@pytest.mark.thorough  # works_with/test_faults.py has this of one rank
 def test_a_self_check_that_fails_inside_is_inconclusive_and_changes_nothing(alone, tmp_path, monkeypatch):
     failing_evaluation(3)(monkeypatch)
     assert differences(alone("Everything"), watched("Everything", tmp_path, monitor(every_n_steps=8))) == []
@@ -341,6 +351,7 @@ def test_an_interrupted_probe_leaves_every_object_in_place(name, place, monkeypa
     assert differences(before, after) == []
 
 
+@pytest.mark.thorough  # the one above goes without a Trainer; callbacks/test_monitor.py interrupts a run in a probe
 @pytest.mark.filterwarnings(
     "ignore:SubspaceMonitor. (What trains this model is not|The second derivatives of this model are)"
 )
@@ -467,7 +478,14 @@ PIECES = {
 }
 
 
-@pytest.mark.parametrize("piece", PIECES)
+# Of a project with several pieces, one or two that are kept in different ways.
+FEW_PIECES = [
+    *("random state", "tensors", "trainable parameters", "dicts and attributes", "plain objects", "closures", "caches"),
+    *("extra_roots", "self.log", "kept writers", "reading", "batch"),
+]
+
+
+@pytest.mark.parametrize("piece", usual(FEW_PIECES, thorough=[piece for piece in PIECES if piece not in FEW_PIECES]))
 def test_without_a_piece_of_the_containment_the_run_is_another(piece, alone, tmp_path, monkeypatch):
     remove, name, options = PIECES[piece]
     one_probe = {"every_n_steps": [0], "verify": "never", "on_failure": "warn"}  # and all steps behind it

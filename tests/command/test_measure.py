@@ -18,6 +18,7 @@ from lightning_subspace.command.runs import read_runs
 from lightning_subspace.probe.history import read_states
 from tests.command.small_project import BATCH, CLASSES, EPOCHS, EXAMPLES, LR, Data, Net
 from tests.processes import run
+from tests.thorough import how_many
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # jsonargparse's, about Lightning's use of it
@@ -129,10 +130,12 @@ def test_what_was_killed_goes_on_with_the_next_checkpoint(straight, measure, tmp
     assert opened == []
 
 
-def test_two_processes_find_what_one_does(straight, measure, tmp_path):
-    assert run(measure, 2, group=False, timeout=60.0) == [0, 0]
+def test_two_processes_find_what_one_does(straight, measure, trained, tmp_path):
+    count = how_many(2, thorough=EPOCHS)
+    files = [str(file) for step in STEPS[:count] for file in trained.glob(f"*step={step}.ckpt")]
+    assert run(measure, 2, "--ckpt", *files, group=False, timeout=60.0) == [0, 0]
     one, two = (read_history(folder / "history.ckpt") for folder in (straight[0], tmp_path / "out"))
-    for ours, theirs in zip(numbers(one), numbers(two), strict=True):
+    for ours, theirs in zip(numbers(one)[:count], numbers(two), strict=True):
         assert ours == pytest.approx(theirs, rel=CLOSE, abs=CLOSE)
 
 

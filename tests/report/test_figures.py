@@ -270,6 +270,7 @@ def test_drawing_leaves_no_trace() -> None:
     assert dict(mpl.rcParams) == before
 
 
+@pytest.mark.thorough  # claims/test_package.py reads the same off the files
 def test_pyplot_is_not_imported_and_matplotlib_only_for_figures() -> None:
     code = (
         "import sys, lightning_subspace.report as report; assert 'matplotlib' not in sys.modules;"

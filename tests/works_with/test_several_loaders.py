@@ -6,6 +6,7 @@ import pytest
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from tests.thorough import usual
 from tests.works_with.numbered import indices, of_both, two
 from tests.works_with.same_run import Classifier, compare
 
@@ -28,7 +29,8 @@ def composition(batches: Any, read: Any) -> list[tuple[int, int]]:
     return sorted((sum(i < 20 for i in one), sum(i >= 20 for i in one)) for one in found)
 
 
-@pytest.mark.parametrize("case", COMBINED)
+# Of a list a CombinedLoader is made as of a dictionary.
+@pytest.mark.parametrize("case", usual([case for case in COMBINED if case != "list"], thorough=["list"]))
 def test_several_loaders(case, tmp_path):
     make, read, expected = COMBINED[case]
     k = 1 if case == "dict" else 0  # a sample is the same for every k

@@ -21,7 +21,7 @@ from lightning_subspace import Measurement, Needs, measure_subspace
 from tests.left_out import leave_self_check_out
 from tests.modules import BATCH, CLASSES, examples
 from tests.oracles import dense_hessian, top_eigenspace
-from tests.thorough import covering
+from tests.thorough import covering, usual
 from tests.works_with.same_run import Classifier, compare
 
 pytestmark = [
@@ -195,7 +195,11 @@ class OnCtx(torch.autograd.Function):
         return gradient * ctx.slope
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Those that are to the check what one of the others is.
+ALIKE = ("None and scalars", "adjacency", "CSR", "nested", "dataclass with text", "user dict", "views of a batch")
+
+
+@pytest.mark.parametrize("kind", usual([kind for kind in KINDS if kind not in ALIKE], thorough=ALIKE))
 def test_a_wrong_second_derivative_is_found_whatever_the_batch_is(kind):
     net = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, CLASSES))
     make, read = KINDS[kind]

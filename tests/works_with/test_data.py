@@ -1,8 +1,8 @@
 """Data of every kind: training is bit for bit what it is without the monitor, and the sample is what it should be."""
 
 import collections
-import subprocess
-import sys
+import os
+import runpy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from torch.utils.data import (
 
 from lightning_subspace.data.drawn import sample_of_dataset
 from tests.modules import BATCH, EXAMPLES, RandomDataset
+from tests.processes import environment
+from tests.processes import run as run_in_processes
 from tests.thorough import IS_THOROUGH, usual
 from tests.works_with.numbered import ByList, Holding, Numbered, everything, indices, loader
 from tests.works_with.same_run import Classifier, compare
@@ -161,7 +163,7 @@ def test_a_weighted_sampler_is_followed(replacement, tmp_path):
     def data():
         return loader(sampler=WeightedRandomSampler(WEIGHTS, 12, replacement), batch_size=4)
 
-    run = compare(tmp_path, Classifier, data, monitor={"sample": "all"})
+    run = compare(tmp_path, Classifier, data, monitor={"k": 0, "sample": "all"})
     drawn = indices(run.sample.hessian)
     assert run.differing == []
     assert len(drawn) == 12
@@ -201,7 +203,7 @@ def test_what_is_augmented_at_random_is_fixed(workers, tmp_path):
         dataset.append(RandomDataset())
         return Holding(dataset[-1])
 
-    run = compare(tmp_path, module, data)
+    run = compare(tmp_path, module, data, monitor={"k": 0})
     assert run.differing == []
     first, *others = ([batch.data[0] for batch in sample.hessian] for sample in run.samples.values())
     assert len(others) == 4
@@ -213,7 +215,7 @@ def test_a_loader_of_the_users_own_moves_nothing_random(tmp_path):
     dataset = RandomDataset()
     own = loader(dataset, shuffle=True)
     before = dataset.generator.get_state()
-    run = compare(tmp_path, Classifier, lambda: loader(shuffle=True), monitor={"sample": own})
+    run = compare(tmp_path, Classifier, lambda: loader(shuffle=True), monitor={"k": 0, "sample": own})
     assert run.differing == []
     assert torch.equal(dataset.generator.get_state(), before)
     assert dataset.served == []
@@ -232,13 +234,24 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 class Model(BoringModel):
     def training_step(self, batch, batch_idx):
         return super().training_step(batch[0], batch_idx)
-print("script begins")
+def tell(*what):
+    with open("told.txt", "a") as file:
+        print(*what, file=file)
+tell("script begins")
 monitor = SubspaceMonitor(k=1, every_n_steps=1, max_overhead=None, on_failure="raise")
 options = dict(max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
 loader = DataLoader(TensorDataset(torch.randn(8, 32)), batch_size=4)
 L.Trainer(**options, callbacks=[monitor]).fit(Model(), loader)
-print("probes", [record.step for record in monitor.history])
+tell("probes", [record.step for record in monitor.history])
 """
+
+
+def run_script(path):
+    """What a new interpreter does, without its start: it is `__main__` for processes that are spawned from here."""
+    for name in environment(0, 1):
+        os.environ.pop(name, None)
+    os.chdir(path.parent)
+    runpy.run_path(str(path), run_name="__main__")
 
 
 # The other two under `thorough` alone: of a spawned process Python runs the script again, if there is one.
@@ -246,9 +259,8 @@ print("probes", [record.step for record in monitor.history])
 def test_a_script_without_workers_needs_no_main_guard(method, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(WITHOUT_A_GUARD.format(method=method))
-    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
-    assert run.stdout.count("script begins") == 1
-    assert "probes [0, 1, 2]" in run.stdout
+    run_in_processes(run_script, 1, script, group=False)
+    assert (tmp_path / "told.txt").read_text().splitlines() == ["script begins", "probes [0, 1, 2]"]
 
 
 def test_without_forking_the_examples_are_loaded_here_and_nothing_random_moves(tmp_path, monkeypatch):

@@ -243,7 +243,8 @@ def train_twice(ranks, ways):
         seen, own = [], {"loss_fn": Manual.loss} if make is Manual else {}
         sizes = {"sample": 8, "gradient_sample": 16, "batch_size": None}
         k = 2 if name == "plain" else 1  # few products: each is taken in the same way
-        one = monitor(k=k, every_n_steps=[0, 1, 2], dtype="float32", **sizes, **own)
+        steps = [0, 1, 2] if name == "plain" else [0, 2]
+        one = monitor(k=k, every_n_steps=steps, dtype="float32", **sizes, **own)
         for callbacks in ([], [one]):
             seed_everything(1, verbose=False)
             observer = Observer()
@@ -264,7 +265,7 @@ def test_training_is_what_it_is_without_a_monitor(ranks, ways):
         for differing, history, size in (of_rank[name] for of_rank in found):
             assert not differing, name
             assert size > 100
-            assert len(history) >= 3, name
+            assert len(history) >= (3 if name == "plain" else 2), name
             assert repr(history) == repr(found[0][name][1]), name
         assert "gradient_fraction" in found[0][name][1][0], name
 
@@ -294,15 +295,15 @@ def train(ranks, make, steps=4, *, accumulate=1, **arguments):
 
 RUNS = {
     "plain": lambda ranks: train(ranks, Net, reference_step=2),
-    "sketched": lambda ranks: train(ranks, lambda: Net(600), reference_step=0),
-    "differences": lambda ranks: train(ranks, Net, steps=2, every_n_steps=[0], curvature="finite-difference"),
+    "sketched": lambda ranks: train(ranks, lambda: Net(600), reference_step=0, k=1),
+    "differences": lambda ranks: train(ranks, Net, steps=2, k=1, every_n_steps=[0], curvature="finite-difference"),
     "k = 0": lambda ranks: train(ranks, Net, k=0),
     "accumulated": lambda ranks: train(ranks, Net, accumulate=2, k=0),
     # In every round each of 2 or of 3 ranks has a batch: the loss of one is the mean over those of its round.
-    "collectives": lambda ranks: train(ranks, Collective, steps=2, every_n_steps=[1], gradient_sample=48, batch_size=4),
+    "collectives": lambda ranks: train(
+        ranks, Collective, steps=2, k=1, every_n_steps=[1], gradient_sample=48, batch_size=4
+    ),
 }
-# What three ranks do otherwise than two: how batches and vectors are dealt.
-DEALT = ["accumulated", "collectives"]
 
 
 def train_in(ranks, names):
@@ -320,7 +321,8 @@ def run_one(ranks, name):
 
 
 @pytest.mark.filterwarnings(GATHERING)
-@pytest.mark.parametrize(("ranks", "names"), [(2, list(RUNS)), (3, list(RUNS) if IS_THOROUGH else DEALT)])
+# What three ranks do otherwise, how batches and vectors are dealt: tests/probe/test_ranks.py, and test_faults.py.
+@pytest.mark.parametrize(("ranks", "names"), usual([(2, list(RUNS))], thorough=[(3, list(RUNS))]))
 def test_records_are_those_of_one_process(ranks, names):
     """Every number, those of the steps between the probes too; to the bit the same on all ranks."""
     alone = {name: run_alone(name) for name in names}
@@ -344,11 +346,11 @@ def test_records_are_those_of_one_process(ranks, names):
 
 def fit_twice(ranks, folder):
     """Half of the steps in one fit, half in another; and the best checkpoint by a measured value."""
-    one = monitor(every_n_steps=2)
+    one = monitor(k=1, every_n_steps=2)
     saver = ModelCheckpoint(folder, "{step}", monitor="subspace/sharpness", mode="min", every_n_train_steps=1)
     module, data = Net(), in_turn(ranks)
-    trainer = fit(module, data, one, saver, ranks=ranks, steps=4, enable_checkpointing=True)
-    trainer.fit_loop.epoch_loop.max_steps = 8
+    trainer = fit(module, data, one, saver, ranks=ranks, steps=2, enable_checkpointing=True)
+    trainer.fit_loop.epoch_loop.max_steps = 4
     trainer.fit(module, data)
     return rows(one), one.overlap_matrix()[0], saver.best_model_path.rpartition("/")[2]
 
@@ -362,7 +364,7 @@ def test_a_run_goes_on_in_another_fit(tmp_path):
     assert_equal_on_all(found)
     assert_close("in two fits", found[0][0], alone[0])
     assert found[0][1:] == alone[1:]
-    assert alone[1] == [0, 2, 4, 6, 8]
+    assert alone[1] == [0, 2, 4]
     best = min(alone[0], key=lambda row: row["sharpness"])["step"]
     assert alone[2] == f"step={int(best)}.ckpt"
 
@@ -417,7 +419,7 @@ class Noisy(RandomDataset):
 
 WEIGHTS = torch.linspace(0.1, 1.0, COUNT)
 CHEAP = {"k": 0, "every_n_steps": [0]}
-TWICE = {"every_n_steps": [0, 2]}
+TWICE = {"k": 1, "every_n_steps": [0, 2]}
 LIMITED = {"sample": "all", "limit_train_batches": 2, **CHEAP}
 SAMPLES = {
     "number": (loader, TWICE),
@@ -428,7 +430,7 @@ SAMPLES = {
     "weighted batches": (loader, {"sample": lambda: [(b, 1.0 + i) for i, b in enumerate(batches())], **CHEAP}),
     "loader": (loader, {"sample": lambda: DataLoader(dataset(), batch_size=13), **CHEAP}),
     "shuffling loader": (loader, {"sample": lambda: DataLoader(dataset(), batch_size=13, shuffle=True), **CHEAP}),
-    "iterable": (lambda ranks: DataLoader(Stream(), batch_size=GLOBAL_BATCH // ranks), {"gradient_sample": 48}),
+    "iterable": (lambda ranks: DataLoader(Stream(), batch_size=GLOBAL_BATCH // ranks), {"k": 0, "gradient_sample": 48}),
     "random examples": (noisy, {"sample": "all", **CHEAP}),
     "shuffled": (lambda ranks: loader(ranks, shuffle=True), CHEAP),
     "subset": (lambda ranks: loader(ranks, sampler=SubsetRandomSampler(range(5, 53))), CHEAP),
@@ -461,9 +463,16 @@ def take_samples(ranks, names):
     return found
 
 
+# Those that differ in a detail from one of the others.
+DETAILS = ["weighted batches", "loader", "shuffled", "subset", "all of a subset"]
+
+
 @pytest.mark.parametrize(
     ("ranks", "names"),
-    usual([(2, list(SAMPLES))], thorough=[(3, ["number", "current", "iterable", "weighted"])]),
+    usual(
+        [(2, usual([name for name in SAMPLES if name not in DETAILS], thorough=DETAILS))],
+        thorough=[(3, ["number", "current", "iterable", "weighted"])],
+    ),
 )
 def test_the_sample_is_that_of_one_process(ranks, names):
     (alone,) = on(1, take_samples, names)
@@ -477,7 +486,7 @@ def test_the_sample_is_that_of_one_process(ranks, names):
         assert alone[name], name
         assert_close(name, found[0][name], alone[name], apart=apart)
     norms = {alone[name][0]["gradient_norm"] for name in names}
-    assert len(norms) >= len(names) - 5  # some of the samples are the same, not all
+    assert len(norms) >= len(names) - how_many(2, thorough=5)  # some of the samples are the same, not all
 
 
 class Dropping(Net):
@@ -531,7 +540,7 @@ class Snapshot(Callback):
 
 def probe_in_both_modes(ranks):
     found, snapshot = {}, Snapshot(3)
-    both = [monitor(every_n_steps=[3], sample=batches(), mode=mode, name=mode) for mode in ("train", "eval")]
+    both = [monitor(k=1, every_n_steps=[3], sample=batches(), mode=mode, name=mode) for mode in ("train", "eval")]
     trainer = fit(Normed(), loader(ranks), snapshot, *both, ranks=ranks, steps=3)
     after = trainer.model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in snapshot.state.items())
@@ -551,7 +560,7 @@ def test_batch_norm_statistics_are_those_of_the_first_rank():
     module = Normed()
     module.load_state_dict({key: torch.from_numpy(value) for key, value in states[0].items()})
     for mode, record in zip(("train", "eval"), found[0]["records"], strict=True):
-        expected = measure_subspace(module, batches(), k=2, mode=mode, dtype="float64").metrics
+        expected = measure_subspace(module, batches(), k=1, mode=mode, dtype="float64").metrics
         for key in ("sharpness", "gradient_fraction", "gradient_norm", "gradient_hessian_cosine"):
             assert record[key] == pytest.approx(expected[key], rel=1e-9), (mode, key)
 
@@ -608,7 +617,7 @@ def choose_steps(ranks):
     found = {}
     for slow in range(ranks):
         for name, arguments in SCHEDULES.items():
-            if slow and "budget" not in name and not IS_THOROUGH:
+            if not IS_THOROUGH and (name == "list" or (slow and name != "budget")):  # a list is one in a budget, too
                 continue
             one, module, callbacks = monitor(sample=12, gradient_sample=12, **arguments), Slow(slow), []
             if "budget" in name:
@@ -631,10 +640,11 @@ def test_all_ranks_choose_the_same_steps():
     # The first rank is the slow one, and then the fast one; the other would have chosen as in the other case.
     assert found[1, "budget"] == list(range(9))
     assert 1 < len(found[0, "budget"]) < 9
-    assert found[1, "list in a budget"] == [0, 1, 2, 5, 6, 8]
     assert 1 < len(found[0, "list in a budget"]) < 6
+    if IS_THOROUGH:
+        assert found[1, "list in a budget"] == [0, 1, 2, 5, 6, 8]
+        assert found[0, "list"] == found[1, "list"] == [1, 2, 5]
     for slow in range(how_many(1, thorough=2)):
-        assert found[slow, "list"] == [1, 2, 5]
         assert found[slow, "by the clock"][0] == 0
     assert found["contrary"] == [0, 2, 4, 6, 7]
 
@@ -660,24 +670,26 @@ def train_on(ranks, folder, resume, width):
     return rows(one), steps, matrix, [p.tolist() for p in trainer.model.parameters()], one._runner.run.num_probes
 
 
-@pytest.mark.usefixtures("_probes_alone")
-@pytest.mark.parametrize(
-    ("width", "changes"),
-    [
-        (6, usual([(2, 3, 4)], thorough=[(1, 2, 5), (2, 1, 4), (2, 3, 5), (2, 1, 5), (1, 2, 4)])),
-        (600, usual([(2, 1, 5)], thorough=[(1, 2, 5)])),
-    ],
-    ids=["sketch is basis", "sketch estimates"],
+EXACT = pytest.param(
+    6, usual([(1, 2, 4)], thorough=[(2, 3, 4), (1, 2, 5), (2, 1, 4), (2, 3, 5), (2, 1, 5)]), id="sketch is basis"
 )
+# Sketches of two ranks that estimate are among the records above, and such ones of a checkpoint in test_state.py.
+ESTIMATED = pytest.param(600, [(2, 1, 5), (1, 2, 5)], id="sketch estimates")
+
+
+@pytest.mark.usefixtures("_probes_alone")
+@pytest.mark.parametrize(("width", "changes"), usual([EXACT], thorough=[ESTIMATED]))
 def test_a_checkpoint_can_be_resumed_on_another_number_of_ranks(tmp_path, width, changes):
     """History, overlaps and schedule go on: behind a probe, whose record is open, and between two.
 
     Overlaps are exact with up to 4,096 parameters, and estimated beyond.
     """
-    straight = {ranks: on(ranks, train_on, tmp_path / str(ranks), None, width)[0] for ranks in (1, 2)}
+    started = sorted({1, *(before for before, _, _ in changes)})
+    straight = {ranks: on(ranks, train_on, tmp_path / str(ranks), None, width)[0] for ranks in started}
     history, steps, matrix, weights, num_probes = straight[1]
     assert steps == [0, 2, 4, 6, 7]
-    assert_close("straight", straight[2][0], history)
+    for other, *_ in straight.values():
+        assert_close("straight", other, history)
     error = 5 * Sketch(torch.eye(2, 4096), exact=False).error if width == 600 else 1e-6
     for before, after, at in changes:
         found = on(after, train_on, tmp_path / "other", tmp_path / str(before) / f"{at}.ckpt", width)
@@ -829,16 +841,19 @@ class Counter(Callback):
         self.seen = torch.zeros(1)
 
 
-def written_on_one(ranks, is_watched):
-    module, counter = WritingOnOne(), Counter()
-    watching = [monitor(every_n_steps=[0, 1, 3], sample=12, gradient_sample=24)] if is_watched else []
-    fit(module, in_turn(ranks), counter, *watching, ranks=ranks)
-    weights = [p.tolist() for p in module.parameters()]
-    return weights, counter.seen.item(), module.seen, [steps_of(one) for one in watching]
+def written_on_one(ranks):
+    """Of a fit without a monitor and one with it."""
+    found = []
+    for watching in ([], [monitor(k=1, every_n_steps=[0, 1], sample=12, gradient_sample=24)]):
+        module, counter = WritingOnOne(), Counter()
+        fit(module, in_turn(ranks), counter, *watching, ranks=ranks, steps=3)
+        weights = [p.tolist() for p in module.parameters()]
+        found.append((weights, counter.seen.item(), module.seen, [steps_of(one) for one in watching]))
+    return found
 
 
 def test_an_evaluation_that_writes_on_one_rank_is_taken_again_on_all(monkeypatch):
     leave_error_bar_out(monkeypatch)
-    alone, watched = (on(2, written_on_one, is_watched) for is_watched in (False, True))
-    assert [one[3] for one in watched] == [[[0, 1, 3]]] * 2
+    alone, watched = zip(*on(2, written_on_one), strict=True)
+    assert [one[3] for one in watched] == [[[0, 1]]] * 2
     assert [one[:3] for one in watched] == [one[:3] for one in alone]

@@ -110,7 +110,11 @@ def _doubled(items: Any) -> Any:
     return 2.0 * torch.stack(x), torch.stack(y)
 
 
-@pytest.mark.parametrize("case", LOADERS)
+# Those that are the loaders of other tests here and in test_data.py.
+ELSEWHERE = ("examples by index", "tensors with a collate function")
+
+
+@pytest.mark.parametrize("case", usual([case for case in LOADERS if case not in ELSEWHERE], thorough=ELSEWHERE))
 def test_the_sample_is_what_training_draws(case, tmp_path):
     watched, module = run(tmp_path, LOADERS[case])
     assert watched.differing == []
@@ -180,7 +184,7 @@ HOOKS = {
 @pytest.mark.parametrize("case", HOOKS)
 def test_the_sample_is_taken_behind_all_hooks(case, tmp_path):
     module, data, callbacks = HOOKS[case]
-    watched, seen = run(tmp_path, data, module, callbacks=callbacks)
+    watched, seen = run(tmp_path, data, module, callbacks=callbacks, max_epochs=1)
     assert watched.differing == []
     assert watched.steps[0] == 1  # tensors in memory, but not those that training sees
     assert equal(watched.sample, seen.given)
@@ -198,7 +202,7 @@ class Later(Callback):
             batch[0].mul_(3.0)
 
 
-@pytest.mark.parametrize(("first", "epochs"), usual([(2, 4), (30, 9)], thorough=[(3, 4)]))
+@pytest.mark.parametrize(("first", "epochs"), usual([(2, 4), (14, 5)], thorough=[(3, 4), (30, 9)]))
 def test_a_hook_that_sets_in_later_is_noticed(first, epochs, tmp_path):
     with pytest.warns(UserWarning, match=r"a hook .* has changed a batch at step .* gathered behind the hooks"):
         watched, module = run(
@@ -206,7 +210,7 @@ def test_a_hook_that_sets_in_later_is_noticed(first, epochs, tmp_path):
             lambda: loader(shuffle=True),
             callbacks=lambda: [Later(first)],
             max_epochs=epochs,
-            monitor={"seed": 1},
+            monitor={"seed": 1, "every_n_steps": epochs},
         )
     assert watched.differing == []
     assert watched.steps[0] == 0
@@ -225,7 +229,7 @@ def test_a_hook_that_all_of_a_dataset_does_not_have_is_told_once(tmp_path):
 @pytest.mark.parametrize("case", ["a batch sampler of the user's own", "a loader with an __iter__ of its own"])
 def test_all_of_a_dataset_is_not_what_such_a_loader_gives(case, tmp_path):
     with pytest.warns(UserWarning, match="the dataset was read for sample='all', but .* sample=1024, is gathered"):
-        watched, _ = run(tmp_path, LOADERS[case], monitor={"sample": "all", "batch_size": BATCH})
+        watched, _ = run(tmp_path, LOADERS[case], monitor={"sample": "all", "batch_size": BATCH}, max_epochs=1)
     assert watched.differing == []
 
 
@@ -464,7 +468,7 @@ class InPlace(Recording):
 
 @pytest.mark.parametrize("sample", usual([16], thorough=["all"]))
 def test_tensors_that_are_written_to_are_read_anew(sample, tmp_path):
-    own = {"k": 2, "sample": sample}
+    own = {"k": 2, "sample": sample, "every_n_steps": 4}
     watched, _ = run(tmp_path, lambda: None, lambda: InPlace(True), monitor=own, max_epochs=6)
     assert watched.differing == []
     largest = {step: float(found.hessian[0].data[0].abs().max()) for step, found in watched.samples.items()}
@@ -475,7 +479,7 @@ def test_tensors_that_are_written_to_are_read_anew(sample, tmp_path):
 
 
 def test_a_dataset_that_is_written_to_is_gathered_anew(tmp_path):
-    watched, module = run(tmp_path, lambda: None, lambda: InPlace(False), max_epochs=6)
+    watched, module = run(tmp_path, lambda: None, lambda: InPlace(False), max_epochs=6, monitor={"every_n_steps": 4})
     assert watched.differing == []
     first, last = (watched.samples[step].hessian[0].data[0] for step in (12, 24))
     assert torch.equal(first, module.given[0][0])
@@ -483,10 +487,11 @@ def test_a_dataset_that_is_written_to_is_gathered_anew(tmp_path):
 
 
 def test_data_that_stay_keep_their_sample(tmp_path):
-    watched, _ = run(tmp_path, lambda: by_index(shuffle=True), Classifier, max_epochs=12)
+    own = {"every_n_steps": 4}
+    watched, _ = run(tmp_path, lambda: by_index(shuffle=True), Classifier, max_epochs=12, monitor=own)
     assert watched.differing == []
     first, *others = (sample.hessian for step, sample in watched.samples.items() if step > 1)
-    assert len(others) > 20
+    assert len(others) == 11
     assert all(torch.equal(a.data[0], b.data[0]) for other in others for a, b in zip(first, other, strict=True))
 
 
@@ -573,7 +578,7 @@ def fit(monitor: Any, data: Any, module: Any = None, **options: Any) -> Trainer:
 
 
 def listed(steps: list[int], **options: Any) -> SubspaceMonitor:
-    arguments = {"k": 2, "max_overhead": None, "sample": 20, "gradient_sample": 20, **options}
+    arguments = {"k": 0, "max_overhead": None, "sample": 20, "gradient_sample": 20, **options}
     return SubspaceMonitor(every_n_steps=steps, **arguments)
 
 
@@ -637,7 +642,7 @@ def test_several_callbacks_see_the_batch_and_leave_the_strategy_alone():
     keeps = [KeepSample(), KeepSample()]
     monitors = [
         SubspaceMonitor(
-            k=2,
+            k=1,
             every_n_steps=1,
             max_overhead=None,
             sample=size,
@@ -690,7 +695,7 @@ def stopped_and_resumed(tmp_path, data):
     for options in ({"max_steps": 6}, {"max_epochs": 4}):
         keep = KeepSample()
         monitor = SubspaceMonitor(
-            k=2,
+            k=0,
             every_n_steps=1,
             max_overhead=None,
             sample=16,
@@ -740,7 +745,7 @@ def test_a_run_that_is_resumed_before_its_sample_is_full_fills_it(tmp_path, capl
     def fit_to(end, path=None):
         keep = KeepSample()
         monitor = SubspaceMonitor(
-            k=2, every_n_steps=100, max_overhead=None, sample=32, gradient_sample=32, measurements=[keep]
+            k=0, every_n_steps=100, max_overhead=None, sample=32, gradient_sample=32, measurements=[keep]
         )
         quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
         trainer = Trainer(accelerator="cpu", logger=False, callbacks=[monitor], max_steps=end, max_epochs=-1, **quiet)
@@ -766,7 +771,7 @@ def test_a_reading_that_takes_too_long_measures_nothing_and_training_goes_on():
             time.sleep(0.02)
             return super().__getitem__(index)
 
-    monitor = SubspaceMonitor(k=2, sample="all", read_timeout=0.1)
+    monitor = SubspaceMonitor(k=0, sample="all", read_timeout=0.1)
     with pytest.warns(
         UserWarning, match=r"nothing is measured, training goes on. TimeoutError: read_timeout: expected"
     ):

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_subspace import Measurement, Needs, SubspaceMonitor
+from tests.left_out import leave_figures_out
 from tests.modules import BATCH, examples
 from tests.thorough import usual
 from tests.works_with.same_run import Classifier, Validated, compare
@@ -89,7 +90,6 @@ LOOPS = {
     "val_check_interval": (Validated, {"val_check_interval": 2}, [], FOURTH),
     "fast_dev_run": (Validated, {"fast_dev_run": 3}, [], [0, 3]),
     "EMAWeightAveraging": (Normalised, {}, [lambda: EMAWeightAveraging(decay=0.9)], FOURTH),
-    "WeightAveraging": (Normalised, {}, [Averaging], FOURTH),
     "StochasticWeightAveraging": (Normalised, {"max_epochs": 3}, [Swa], [*FOURTH, 12]),  # 13 is of no training
     "barebones": (Classifier, {"barebones": True}, [], FOURTH),
     "reload_dataloaders_every_n_epochs": (Classifier, {"reload_dataloaders_every_n_epochs": 1}, [], FOURTH),
@@ -99,6 +99,7 @@ LOOPS = {
 }
 # Those that differ in a detail from one above.
 MORE_LOOPS = {
+    "WeightAveraging": (Normalised, {}, [Averaging], FOURTH),  # what EMAWeightAveraging is derived from
     "clipping by value": (Classifier, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, [], FOURTH),
     "max_epochs=-1": (Classifier, {"max_epochs": -1, "max_steps": 9}, [], [*FOURTH, 9]),
     "no sanity check": (Validated, {"num_sanity_val_steps": 0}, [], FOURTH),
@@ -201,10 +202,11 @@ def fit(folder, monitor, **options):
     return trainer
 
 
-def test_a_time_limit_reached_inside_a_probe_ends_training_after_it(clock, tmp_path):
+def test_a_time_limit_reached_inside_a_probe_ends_training_after_it(clock, tmp_path, monkeypatch):
+    leave_figures_out(monkeypatch)
     slow = Slow(4, 4.0, clock)
     monitor = SubspaceMonitor(
-        k=2, every_n_steps=2, max_overhead=None, sample=16, on_failure="raise", measurements=[slow]
+        k=1, every_n_steps=2, max_overhead=None, sample=16, on_failure="raise", measurements=[slow]
     )
     limited = fit(tmp_path, monitor, max_time={"seconds": 4})
     assert limited.global_step == 4  # the step that was probed is the last

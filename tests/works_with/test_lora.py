@@ -141,7 +141,7 @@ def before(moved):
     return measured(moved)
 
 
-@pytest.mark.parametrize("c", [0.5, 3.0])
+@pytest.mark.parametrize("c", usual([3.0], thorough=[0.5]))
 def test_other_scales_of_the_factors_are_the_same_network_and_another_hessian(moved, before, c):
     """With D = diag(1/c at A, c at B) it is D^-1 H D^-1."""
     other = scaled(moved, c)

@@ -19,7 +19,7 @@ from tests.processes import environment, run
 from tests.works_with import test_ddp as ddp
 from tests.works_with import test_fsdp as fsdp
 
-STEPS = 7
+STEPS, PROBED = 7, [0, 2, 6]
 MEASURED = ("eigenvalues/01", "eigenvalues/02", "gradient_fraction", "overlap_previous", "overlap_reference")
 KEYS = (*MEASURED, "gradient_norm", "step/gain", "step/curvature", "step/norm", "step/edge_ratio")
 
@@ -54,7 +54,7 @@ def averaged(gradient):
 
 def hybrid(ranks, resume):
     """As `fsdp.resumed`."""
-    one = ddp.monitor(every_n_steps=2, reference_step=2, curvature="finite-difference")
+    one = ddp.monitor(every_n_steps=PROBED, reference_step=2, curvature="finite-difference")
     data, options = ddp.in_turn(ranks, ddp.COUNT), {"steps": STEPS, "max_epochs": -1, "ckpt_path": resume}
     with without_error_bar():
         ddp.fit(Hybrid(), data, one, ranks=ranks, strategy=HybridStrategy(), **options)
@@ -65,7 +65,7 @@ def assert_goes_on(found, expected, tolerance=1e-6):
     """History and overlaps of a run that went on from a checkpoint, as those of the straight run."""
     rows, steps, overlaps = found
     history, steps_of_straight, matrix = expected
-    assert steps == steps_of_straight == [0, 2, 4, 6, 7]
+    assert steps == steps_of_straight == PROBED
     torch.testing.assert_close(torch.as_tensor(overlaps), torch.as_tensor(matrix), rtol=0, atol=tolerance)
     for one, other in zip(rows, history, strict=True):
         for key in KEYS:
@@ -77,7 +77,7 @@ def assert_goes_on(found, expected, tolerance=1e-6):
 def straight(tmp_path_factory):
     """Of one process."""
     with ddp.probes_alone():
-        return ddp.on(1, fsdp.resumed, tmp_path_factory.mktemp("straight"), None)[0]
+        return ddp.on(1, fsdp.resumed, tmp_path_factory.mktemp("straight"), None, PROBED)[0]
 
 
 # -- a rank that leaves -----------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def worker(folder):
     torch.set_num_threads(1)
     rank_zero_only.rank = int(os.environ["RANK"])
     checkpoints = sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem))
-    one, data = ddp.monitor(every_n_steps=2, reference_step=2), ddp.in_turn(2, ddp.COUNT)
+    one, data = ddp.monitor(every_n_steps=PROBED, reference_step=2), ddp.in_turn(2, ddp.COUNT)
     options = {"steps": STEPS, "max_epochs": -1, "ckpt_path": checkpoints[-1] if checkpoints else None}
     fsdp.fit_in_shards(2, data, one, ddp.Saving(folder), Leaving(), **options)
     return ddp.rows(one), *one.overlap_matrix(), [path.stem for path in checkpoints]

@@ -203,7 +203,7 @@ def test_products_are_those_of_differences(name, mode):
 # Compiled
 
 
-def fitted(make, inputs, *callbacks, wrap=lambda module: module, epochs=2):
+def fitted(make, inputs, *callbacks, wrap=lambda module: module):
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -211,7 +211,7 @@ def fitted(make, inputs, *callbacks, wrap=lambda module: module, epochs=2):
     with torch.random.fork_rng():
         torch.manual_seed(1)
         trainer = Trainer(
-            max_epochs=epochs,
+            max_epochs=1,
             accelerator="cpu",
             logger=False,
             enable_checkpointing=False,
@@ -223,8 +223,8 @@ def fitted(make, inputs, *callbacks, wrap=lambda module: module, epochs=2):
     return [parameter.detach().clone() for parameter in module.parameters()], number_of_graphs()
 
 
-# With dropout and without, tied, recurrent and evaluated a second time: what the loss of a probe could differ by.
-DIFFERING_IN_KIND = ["multihead-attention", "encoder-layer", "gpt-tied", "lstm", "checkpoint"]
+# With dropout and without, tied, and evaluated a second time: what the loss of a probe could differ by.
+DIFFERING_IN_KIND = ["multihead-attention", "encoder-layer", "gpt-tied", "checkpoint"]
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_training_is_left_alone(name):
     )
     with without_error_bar():
         with_monitor, _ = fitted(make, inputs, monitor)
-    assert len(monitor.history) == 4
+    assert len(monitor.history) == 3
     assert all(torch.equal(a, b) for a, b in zip(with_monitor, fitted(make, inputs)[0], strict=True))
 
 
@@ -335,19 +335,20 @@ class Compare(Callback):
             self.errors.append(float((products - expected).norm() / expected.norm()))
 
 
+# Products of attention are above, and a loss that is compiled is such a function.
+ELSEWHERE = ("attention-module", "function")
+
+
 # dynamo itself looks at `.grad` of what a compiled function is given
 @pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf")
-# Products of attention are above.
-@pytest.mark.parametrize(
-    "name", usual([name for name in COMPILED if name != "attention-module"], thorough=["attention-module"])
-)
+@pytest.mark.parametrize("name", usual([name for name in COMPILED if name not in ELSEWHERE], thorough=ELSEWHERE))
 def test_compiled(name):
     make, wrap = COMPILED[name]
-    monitor = SubspaceMonitor(k=2, every_n_steps=2, max_overhead=None, on_failure="raise")
+    monitor = SubspaceMonitor(k=1, every_n_steps=2, max_overhead=None, on_failure="raise")
     compare = Compare(make)
     with without_error_bar():
-        trained, graphs = fitted(make, INPUTS, compare, monitor, wrap=wrap, epochs=1)
-    alone, graphs_alone = fitted(make, INPUTS, wrap=wrap, epochs=1)
+        trained, graphs = fitted(make, INPUTS, compare, monitor, wrap=wrap)
+    alone, graphs_alone = fitted(make, INPUTS, wrap=wrap)
     assert graphs == graphs_alone > 0  # compiled as often as without probes
     assert all(torch.equal(a, b) for a, b in zip(trained, alone, strict=True))
     assert len(compare.errors) == 2

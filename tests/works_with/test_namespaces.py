@@ -1,7 +1,6 @@
 """`lightning` and `pytorch_lightning`: one callback class in both Trainers and both command lines."""
 
 import importlib
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor
 from lightning_subspace._lightning import Callback, MisconfigurationException
+from tests.processes import run
 from tests.thorough import covering, usual
 
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
@@ -208,25 +208,19 @@ def test_a_wrong_argument_in_yaml_is_named(pl, tmp_path, capsys):
     assert "on_check_fail" in capsys.readouterr().err
 
 
-LOGGER = """
-import os, sys, torch, torchmetrics
-assert not {"lightning", "pytorch_lightning"} & set(sys.modules)
-for first in sys.argv[1:]:
-    if not os.fork():
-        try:
-            __import__(first)
-            import lightning_subspace.callbacks.monitor
-            from lightning_utilities.core import rank_zero
-            print(first, rank_zero.log.name.split(".")[0], flush=True)
-        finally:
-            os._exit(0)
-    os.wait()
-"""
+IMPORTED = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "lightning_subspace"}
+
+
+def name_of_logger(first):
+    """In a process where none of them is imported any more, but what they import beside each other is."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in IMPORTED]:
+        del sys.modules[name]
+    importlib.import_module(first)
+    importlib.import_module("lightning_subspace.callbacks.monitor")
+    return importlib.import_module("lightning_utilities.core.rank_zero").log.name.partition(".")[0]
 
 
 def test_the_logger_of_lightnings_messages_stays_with_the_users_namespace():
-    """Forked where no namespace is imported yet."""
     expected = {"pytorch_lightning": "pytorch_lightning", "torch": "lightning"}
     expected |= dict(usual([], thorough=[("lightning.pytorch", "lightning")]))
-    run = subprocess.run([sys.executable, "-c", LOGGER, *expected], capture_output=True, text=True, check=True)
-    assert dict(line.split() for line in run.stdout.splitlines()) == expected, run.stderr
+    assert {first: run(name_of_logger, 1, first, group=False, timeout=120)[0] for first in expected} == expected

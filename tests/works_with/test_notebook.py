@@ -52,7 +52,7 @@ def test_what_cells_have_defined_is_left_as_training_leaves_it(monkeypatch):
     steps = "print([record.step for record in monitors[0].history])"
     sources = [PROJECT, TRAIN.format(monitors="[]"), TRAIN.format(monitors=f"[{MONITOR}]"), steps]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", shutdown_kernel="immediate").execute()
     alone, watched, steps = (printed(cell) for cell in notebook.cells[1:])
     assert alone[0] == [0, 1, 2, 3] * 2
     assert watched == alone

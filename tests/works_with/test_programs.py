@@ -45,7 +45,7 @@ def offline(module):
 
 def transformer():
     module = offline(LightningTransformer(VOCABULARY))
-    module.model = Transformer(VOCABULARY, ninp=32, nhid=32)
+    module.model = Transformer(VOCABULARY, ninp=16, nhid=16, nlayers=1)
     return module, DataLoader(Tokens(), batch_size=4), {}
 
 
@@ -136,7 +136,7 @@ def train(make, with_monitor, sample="all"):
     seed_everything(0, verbose=False)
     module, data, arguments = make()
     monitor = SubspaceMonitor(
-        k=2, every_n_steps=4, max_overhead=None, sample=sample, gradient_sample=4, on_failure="raise", **arguments
+        k=1, every_n_steps=4, max_overhead=None, sample=sample, gradient_sample=4, on_failure="raise", **arguments
     )
     trainer = Trainer(
         max_steps=STEPS,

@@ -6,6 +6,7 @@ import pytest
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from tests.thorough import usual
 from tests.works_with.numbered import indices, of_both, two
 from tests.works_with.same_run import Classifier, compare
 
@@ -28,10 +29,12 @@ def composition(batches: Any, read: Any) -> list[tuple[int, int]]:
     return sorted((sum(i < 20 for i in one), sum(i >= 20 for i in one)) for one in found)
 
 
-@pytest.mark.parametrize("case", COMBINED)
+# Of a list a CombinedLoader is made as of a dictionary.
+@pytest.mark.parametrize("case", usual([case for case in COMBINED if case != "list"], thorough=["list"]))
 def test_several_loaders(case, tmp_path):
     make, read, expected = COMBINED[case]
-    run = compare(tmp_path, lambda: Classifier(read), make, monitor={"sample": "all"})
+    k = 1 if case == "dict" else 0  # a sample is the same for every k
+    run = compare(tmp_path, lambda: Classifier(read), make, monitor={"sample": "all", "k": k})
     assert run.differing == []
     assert len(run.steps) >= 3
     assert composition(run.sample.hessian, read) == expected
@@ -44,7 +47,7 @@ def test_a_part_of_several_loaders(mode, tmp_path):
         tmp_path,
         lambda: Classifier(of_both),
         lambda: CombinedLoader(two(), mode),
-        monitor={"sample": 6, "gradient_sample": 14},
+        monitor={"sample": 6, "gradient_sample": 14, "k": 0},
         limit_train_batches=3,
     )
     assert run.differing == []

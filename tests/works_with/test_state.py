@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_subspace import SubspaceMonitor
 from lightning_subspace.subspace.overlap_history import OverlapHistory
 from lightning_subspace.subspace.sketch import Sketch
-from tests.thorough import IS_THOROUGH
+from tests.left_out import leave_error_bar_out
+from tests.thorough import usual
 
 # Of ModelCheckpoint, which a resumed run does not have here.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
@@ -45,6 +46,11 @@ def loader():
     labels = torch.arange(64) % 3
     inputs = torch.randn(64, 16, generator=generator) + 2.0 * torch.eye(3, 16)[labels]
     return DataLoader(TensorDataset(inputs, labels), batch_size=64)  # one step an epoch: every step can be resumed from
+
+
+@pytest.fixture
+def _without_error_bar(monkeypatch):
+    leave_error_bar_out(monkeypatch)
 
 
 def monitor(**arguments):
@@ -84,9 +90,16 @@ def numbers(record):
 
 
 # 6 and 9: a probe is open when the checkpoint is written; 7 and 8: between two; 1: only the start has been probed
-@pytest.mark.parametrize("at", [1, 6, 7, 8, 9] if IS_THOROUGH else [1, 6, 8])
+AT = {6: usual([1, 8], thorough=[6, 7, 9]), 400: usual([6], thorough=[1, 7, 8, 9])}
+
+
 @pytest.mark.filterwarnings(NOT_CERTIFIED)
-def test_a_resumed_run_is_the_straight_run(straight, at):
+def test_a_resumed_run_is_the_straight_run(straight):
+    for at in AT[straight[-1]]:
+        assert_goes_on(straight, at)
+
+
+def assert_goes_on(straight, at):
     one, trainer, folder, width = straight
     other = monitor()
     resumed = run(other, steps=14, width=width, ckpt_path=folder / f"step={at}.ckpt")
@@ -124,9 +137,10 @@ def test_the_state_is_tensors_and_plain_values_without_the_basis(straight):
 
 
 @pytest.mark.filterwarnings("ignore:.*eigenvalue 10 is so close to the next one:UserWarning")
+@pytest.mark.usefixtures("_without_error_bar")
 def test_a_checkpoint_is_no_larger_than_stated():
     k, cells, probes = 10, 4096, 100
-    one = monitor(k=k)
+    one = monitor(k=k, every_n_steps=100)
     run(one, steps=1, width=400)
     generator = torch.Generator().manual_seed(0)
     overlaps, base = OverlapHistory(), one._runner.run.history[-1]
@@ -147,6 +161,7 @@ class EveryThird(SubspaceMonitor):
         return step % 3 == 0
 
 
+@pytest.mark.usefixtures("_without_error_bar")
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 def test_a_schedule_of_the_users_is_resumed_at_a_probe_without_a_second_record(tmp_path):
     # Unverified, so that every probe has a trusted space: a gap of this net is not certified within twenty products.
@@ -168,18 +183,22 @@ def test_resuming_without_the_monitor_goes_on(straight):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [({"k": 3}, "k=2, and this monitor has k=3"), ({"which": "LM"}, "which='LA', and this monitor has which='LM'")],
-)
-def test_another_k_or_end_of_the_spectrum_starts_anew_and_says_so(straight, arguments, words):
+K = ({"k": 3}, "k=2, and this monitor has k=3")
+END = ({"which": "LM"}, "which='LA', and this monitor has which='LM'")
+
+
+@pytest.mark.usefixtures("_without_error_bar")
+def test_another_k_or_end_of_the_spectrum_starts_anew_and_says_so(straight):
     _, _, folder, width = straight
-    other = monitor(**arguments)
-    with pytest.warns(UserWarning, match=f"state 'subspace' of the checkpoint is not used: .*{words}.*start anew"):
-        run(other, steps=10, width=width, ckpt_path=folder / "step=7.ckpt")
-    assert [r.step for r in other.history] == [7, 9, 10]
+    cases = {6: usual([K], thorough=[END]), 400: usual([END], thorough=[K])}
+    for arguments, words in cases[width]:
+        other = monitor(**arguments)
+        with pytest.warns(UserWarning, match=f"state 'subspace' of the checkpoint is not used: .*{words}.*start anew"):
+            run(other, steps=9, width=width, ckpt_path=folder / "step=7.ckpt")
+        assert [r.step for r in other.history] == [7, 9]
 
 
+@pytest.mark.usefixtures("_without_error_bar")
 def test_another_trainable_set_restarts_the_overlaps_and_says_so(straight):
     _, _, folder, width = straight
     other = monitor(params=["net.2.*"])
@@ -191,8 +210,9 @@ def test_another_trainable_set_restarts_the_overlaps_and_says_so(straight):
     assert "overlap_previous" in other.history[4].metrics
 
 
-def test_a_checkpoint_of_another_version_is_not_used(straight):
-    width = straight[-1]
+@pytest.mark.usefixtures("_without_error_bar")
+@pytest.mark.parametrize("width", usual([6], thorough=[400]))
+def test_a_checkpoint_of_another_version_is_not_used(width):
     other = monitor()
     other.load_state_dict({"format": 0, "schedule": {"last_step": 0, "passed_over": [], "num_passed_over": 0}})
     with pytest.warns(UserWarning, match="written by another version of lightning_subspace"):
@@ -207,6 +227,7 @@ def test_a_state_that_no_run_has_taken_up_is_kept_for_the_next_checkpoint(straig
     assert other.state_dict().keys() == one.state_dict().keys()
 
 
+@pytest.mark.usefixtures("_without_error_bar")
 @pytest.mark.filterwarnings(NOT_CERTIFIED)
 def test_two_monitors_keep_two_states(tmp_path):
     def pair():

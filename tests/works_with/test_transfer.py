@@ -67,7 +67,7 @@ def measured(seen: list[Tensor]) -> Any:
 )
 def test_transfer_hooks_are_applied_once(module, data, tmp_path):
     seen = []
-    run = compare(tmp_path, module, data, monitor={"loss_fn": measured(seen)})
+    run = compare(tmp_path, module, data, monitor={"k": 0, "loss_fn": measured(seen)})
     assert run.differing == []
     assert_transferred_once(seen)
 
@@ -76,7 +76,7 @@ def test_transfer_hooks_are_applied_once(module, data, tmp_path):
 def test_batches_of_training_do_not_go_through_the_hooks_again(sample, tmp_path):
     seen = []
     data = (lambda: loader(Stream())) if sample == 8 else Data
-    monitor = {"loss_fn": measured(seen), "sample": sample}
+    monitor = {"k": 0, "loss_fn": measured(seen), "sample": sample}
     run = compare(tmp_path, TransferringModule, data, monitor=monitor)
     assert run.differing == []
     assert_transferred_once(seen)

@@ -20,7 +20,7 @@ from tests.left_out import leave_self_check_out
 from tests.thorough import how_many, usual
 
 K = 10
-STEPS = usual([0, 50, 200, 500], thorough=[1000])
+STEPS = sorted(usual([0, 200, 500], thorough=[50, 1000]))
 REFERENCE_STEP = 200
 COMPARED = {"gradient_fraction", "gradient_hessian_cosine", "overlap_previous", "overlap_reference"}
 CLOSE = 0.01
@@ -199,8 +199,8 @@ def test_the_gradient_moves_into_the_top_space_which_stays(run):
     metrics = {step: record.metrics for step, record in run[0].items()}
     assert all(record.subspace.trusted for record in run[0].values())
     assert metrics[0]["gradient_fraction"] < 0.35
-    assert metrics[50]["gradient_fraction"] < 0.2
-    for step in STEPS[2:]:
+    assert all(metrics[step]["gradient_fraction"] < 0.2 for step in {50} & metrics.keys())
+    for step in STEPS[STEPS.index(REFERENCE_STEP) :]:
         assert metrics[step]["gradient_fraction"] >= 0.9
-    for step in STEPS[3:]:
+    for step in STEPS[STEPS.index(REFERENCE_STEP) + 1 :]:
         assert metrics[step]["overlap_reference"] >= 0.55

@@ -139,10 +139,10 @@ def test_very_many_probes_take_the_memory_of_their_scalars_and_no_more_work_each
     monkeypatch.setattr(
         OverlapHistory, "compare", lambda self, new: compared.append(len(self.sketches)) or compare(self, new)
     )
-    take(0, 1_100)
-    early = grown(take, 1_100, 1_600), lines_of(lambda: take(1_601, 1_626)) / 25
-    fill(monitor, 1_626, PROBES - 600)
-    late = grown(take, PROBES - 600, PROBES - 100), lines_of(lambda: take(PROBES - 99, PROBES - 74)) / 25
+    take(0, 1_400)
+    early = grown(take, 1_400, 1_600), lines_of(lambda: take(1_601, 1_626)) / 25
+    fill(monitor, 1_626, PROBES - 300)
+    late = grown(take, PROBES - 300, PROBES - 100), lines_of(lambda: take(PROBES - 99, PROBES - 74)) / 25
     # Each step of 25 has one probe with a sketch; at powers of two there are figures, and none is in these ranges.
     assert late[1] <= 1.02 * early[1]
     # The floats of a record and its dict; two small tensors, of which the storages are not traced.

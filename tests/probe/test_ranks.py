@@ -164,7 +164,7 @@ MORE = examples([5, 3, 9], 6, seed=2)
 CASES = {
     "float64": {
         "even": Case(**PLAIN, probes=2, reference_step=0, halves=True),
-        "uneven": Case(**UNEVEN, probes=2, halves=True, extra=MORE),
+        "uneven": Case(**UNEVEN, probes=2, halves=IS_THOROUGH, extra=MORE),
         "one batch": Case(PLAIN["make"], PLAIN["batches"][:1]),
         "two batches and one": Case(UNEVEN["make"], UNEVEN["batches"][:2], extra=MORE[:1], halves=True),
         "fewer parameters than ranks": Case(**PAIR, probes=2),
@@ -172,7 +172,7 @@ CASES = {
         "batch-norm": Case(**NORMS),
         "attention": Case(**ATTENTION, k=2 if IS_THOROUGH else 1, halves=IS_THOROUGH),
         "gauss-newton": Case(**UNEVEN, extra=MORE, curvature="ggn"),
-        "differences": Case(**UNEVEN, halves=True, extra=MORE[:2], curvature="finite-difference"),
+        "differences": Case(**UNEVEN, halves=IS_THOROUGH, extra=MORE[:2], curvature="finite-difference"),
         "k = 0": Case(**UNEVEN, extra=MORE, k=0),
         "k = 0, differences": Case(**UNEVEN, k=0, curvature="finite-difference"),
     },

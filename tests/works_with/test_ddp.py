@@ -320,9 +320,18 @@ def run_one(ranks, name):
         return RUNS[name](ranks)
 
 
+ELSEWHERE = ["differences", "k = 0"]  # in tests/probe/test_ranks.py
+
+
 @pytest.mark.filterwarnings(GATHERING)
 # What three ranks do otherwise, how batches and vectors are dealt: tests/probe/test_ranks.py, and test_faults.py.
-@pytest.mark.parametrize(("ranks", "names"), usual([(2, list(RUNS))], thorough=[(3, list(RUNS))]))
+@pytest.mark.parametrize(
+    ("ranks", "names"),
+    usual(
+        [(2, usual([name for name in RUNS if name not in ELSEWHERE], thorough=ELSEWHERE))],
+        thorough=[(3, list(RUNS))],
+    ),
+)
 def test_records_are_those_of_one_process(ranks, names):
     """Every number, those of the steps between the probes too; to the bit the same on all ranks."""
     alone = {name: run_alone(name) for name in names}

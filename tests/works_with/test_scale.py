@@ -4,6 +4,7 @@ import gc
 import io
 import pickle
 import resource
+from functools import partial
 
 import pytest
 import torch
@@ -11,10 +12,14 @@ from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor
+from lightning_subspace.callbacks import loss_comparison
+from lightning_subspace.probe import run
+from lightning_subspace.subspace.overlap_history import OverlapHistory
 from tests.thorough import how_many
 from tests.works_with.test_state import QUIET, Net
 
-PROBES, K = how_many(100, thorough=200), 2
+SKETCHES, LOSSES = how_many(16, thorough=64), how_many(20, thorough=80)  # that are kept; by default those of thorough
+PROBES, K = how_many(50, thorough=200), 2
 
 
 class Watch(Callback):
@@ -36,12 +41,15 @@ class Watch(Callback):
             self.state[step] = buffer.tell()
 
 
-def test_many_probes_in_flat_memory():
+def test_many_probes_in_flat_memory(monkeypatch):
+    """Usually fewer sketches and losses of training are kept than by default, so that fewer probes fill them."""
     torch.manual_seed(0)
+    monkeypatch.setattr(run, "OverlapHistory", partial(OverlapHistory, keep=SKETCHES))
+    monkeypatch.setattr(loss_comparison, "KEPT", LOSSES)
     monitor = SubspaceMonitor(
         k=K, every_n_steps=1, max_overhead=None, sample=16, gradient_sample=32, tol=1e-2, verify="never"
     )
-    first, last = 70, PROBES - 10  # from where on sketches are as many as are kept
+    first, last = max(SKETCHES, LOSSES) + 10, PROBES - 10  # from where on they are as many as are kept
     watch = Watch(monitor, (first, last))
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(64) % 3
@@ -50,12 +58,12 @@ def test_many_probes_in_flat_memory():
     trainer = Trainer(max_steps=PROBES - 1, callbacks=[monitor, watch], enable_checkpointing=False, **QUIET)
     trainer.fit(Net(width=250), loader)  # n = 5,003
     assert len(monitor.history) == PROBES
-    # A record has three small tensors: eigenvalues, residuals and its table; a kept sketch is one of 64.
-    assert len(monitor._runner.run.overlaps.sketches) <= 64
-    assert watch.tensors[last] - watch.tensors[first] <= 3 * (last - first) + 10
+    # A record has two small tensors, eigenvalues and residuals; sketches and losses do not become more.
+    assert len(monitor._runner.run.overlaps.sketches) == SKETCHES
+    assert watch.tensors[last] - watch.tensors[first] <= 2 * (last - first) + 10
     assert watch.resident[last] - watch.resident[first] <= 8e6
     for step, size in watch.state.items():
-        assert size <= 256 * K * 4096 + 2_000 * (step + 1) + 20_000
+        assert size <= 4 * SKETCHES * K * 4096 + 2_000 * (step + 1) + 20_000
     assert watch.state[last] - watch.state[first] <= 2_000 * (last - first)
 
 

@@ -198,7 +198,7 @@ def test_failure_in_the_last_step(last: str) -> None:
     assert isinstance(results[1], InjectedError)
 
 
-@pytest.mark.parametrize(("size", "failing"), usual([(2, 1), (3, 0)], thorough=[(2, 0), (3, 1), (3, 2)]))
+@pytest.mark.parametrize(("size", "failing"), usual([(3, 0)], thorough=[(2, 0), (2, 1), (3, 1), (3, 2)]))
 def test_failure_of_any_operation_on_a_slice(size: int, failing: int) -> None:
     """Out of memory may be anywhere: in the basis, an inner product, a restart, the answer."""
     sizes = lengths(size, empty=False)

@@ -20,7 +20,7 @@ from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.settings import ProbeSettings
 from tests.left_out import leave_self_check_out
 from tests.processes import run
-from tests.thorough import covering, how_many
+from tests.thorough import covering, how_many, usual
 
 K = 2
 RUNS = how_many(10, thorough=40)
@@ -141,7 +141,7 @@ def dropout_case():
     return net, cross_entropy, quarters(), dense_fraction(wide, [lambda: cross_entropy(wide, many, 0)])
 
 
-@pytest.mark.parametrize("case", [points_case, dropout_case])
+@pytest.mark.parametrize("case", usual([dropout_case], thorough=[points_case]))
 def test_the_band_covers_the_mean_over_many_draws(case):
     net, loss_fn, sample, truth = case()
     bands = []

@@ -157,8 +157,8 @@ def test_a_program_from_elsewhere_trains_as_before_and_is_measured(name, sample,
     make, needs = PROGRAMS[name]
     if needs is not None and importlib.util.find_spec(needs) is None:
         pytest.skip(f"needs {needs}: pip install lightning-subspace[programs]")
-    monkeypatch.setattr(randomness, "HESSIAN", 8)  # evaluations for sample="all" where there is dropout, not hundreds
-    monkeypatch.setattr(randomness, "GRADIENT", 16)
+    monkeypatch.setattr(randomness, "HESSIAN", 4)  # evaluations for sample="all" where there is dropout, not hundreds
+    monkeypatch.setattr(randomness, "GRADIENT", 8)
     with warnings.catch_warnings(), without_error_bar():
         warnings.simplefilter("ignore")  # the programs' own
         before, _ = train(make, with_monitor=False)

@@ -65,7 +65,7 @@ class FailedProbes:
         causes = [(first[cause], count) for cause, count in counted]
         head = f"{failed} of {self._taken} {self._what.format(are='is' if failed == 1 else 'are')}"
         if len(causes) == 1:
-            return f"{head}. {causes[0][0]}"
+            return f"{head}. {causes[0][0][:1].upper()}{causes[0][0][1:]}"
         told = [f"{count} by {cause.rstrip('.')}" for cause, count in causes[:MOST]]
         others = sum(count for _, count in causes[MOST:])
         return f"{head}: {'; '.join(told + [f'{others} by other causes'] * (others > 0))}."

@@ -561,7 +561,7 @@ def test_a_space_that_is_not_converged_is_not_used_and_is_told_once(caplog):
     assert len([w for w in caught if "SubspaceProjection" in str(w.message)]) == 1
     (text,) = summary(caplog)  # every one counts, whatever their numbers are
     steps = len(at) - 1
-    assert text.startswith(f"SubspaceProjection: {steps} of {steps} refreshes gave no new space. the space is not used")
+    assert text.startswith(f"SubspaceProjection: {steps} of {steps} refreshes gave no new space. The space is not used")
     assert_same_path(at, train(), atol=0.0)
     assert not one.is_active
 

@@ -35,22 +35,24 @@ class FailedProbes:
     def __init__(self, what: str = "probes failed and {are} left out") -> None:
         self.reasons: dict[int, str] = {}
         self._what = what
-        self._taken = 0
+        self._others = 0
 
     def begin(self, *, goes_on: bool) -> None:
         """Another fit begins, with or without the probes of the last one."""
         if not goes_on:
-            self.reasons, self._taken = {}, 0
+            self.reasons, self._others = {}, 0
 
     def see(self, step: int, reason: str | None) -> None:
         """A probe was taken, or failed for a reason."""
-        self._taken += 1
-        if reason is not None:
+        if reason is None:
+            self._others += 1
+            self.reasons.pop(step, None)  # of a probe that is taken again where a run is resumed
+        else:
             self.reasons[step] = sys.intern(reason)  # a run may have very many
 
     def resume(self, reasons: Mapping[int, str], count: int) -> None:
         """Go on behind those of a checkpoint, and `count` others."""
-        self.reasons, self._taken = dict(reasons), count + len(reasons)
+        self.reasons, self._others = dict(reasons), count
 
     @property
     def text(self) -> str | None:
@@ -63,7 +65,7 @@ class FailedProbes:
             first.setdefault(without_numbers(reason), reason)
         counted = Counter(map(without_numbers, self.reasons.values())).most_common()
         causes = [(first[cause], count) for cause, count in counted]
-        head = f"{failed} of {self._taken} {self._what.format(are='is' if failed == 1 else 'are')}"
+        head = f"{failed} of {failed + self._others} {self._what.format(are='is' if failed == 1 else 'are')}"
         if len(causes) == 1:
             return f"{head}. {causes[0][0][:1].upper()}{causes[0][0][1:]}"
         told = [f"{count} by {cause.rstrip('.')}" for cause, count in causes[:MOST]]

@@ -590,6 +590,10 @@ def test_they_go_on_with_a_run_and_not_without():
     probes.begin(goes_on=True)
     probes.see(6, None)
     assert probes.text == "2 of 4 probes failed and are left out. A: a."
+    probes.see(1, None)  # again
+    assert probes.text == "1 of 4 probes failed and is left out. A: a."
+    probes.resume({0: "B: b.", 1: "B: b."}, 2)
+    assert probes.text == "2 of 4 probes failed and are left out. B: b."
     probes.begin(goes_on=False)
     probes.see(0, None)
     assert probes.text is None

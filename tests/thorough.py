@@ -26,8 +26,8 @@ def covering(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Combinations of a value of each factor: all, or so many that every value occurs, each about as often.
 
     Example:
-        >>> covering("abc", "12", "xy")
-        [('a', '1', 'x'), ('b', '2', 'y'), ('c', '1', 'x')]
+        >>> list(zip("abc", "121", "xyx")) == covering("abc", "12", "xy") or IS_THOROUGH
+        True
     """
     if IS_THOROUGH:
         return list(itertools.product(*factors))

@@ -75,4 +75,4 @@ class FailedProbes:
     def tell(self, notices: Notices) -> None:
         """Tell it, once a fit."""
         if (text := self.text) is not None:
-            notices.info_once(text, "failed probes")
+            notices.info_once(text, self._what)

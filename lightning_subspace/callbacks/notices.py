@@ -101,9 +101,10 @@ class Notices:
     def budget_skipped(self, count: int, first: Sequence[int], max_overhead: float | None) -> None:
         """Warn of the steps that the budget left out, naming a few."""
         some = ", ".join(map(str, first)) + (", ..." if count > len(first) else "")
+        steps, were = ("step", "was") if count == 1 else ("steps", "were")
         self.warn(
-            f"{count} steps ({some}) were passed over to keep max_overhead={max_overhead}, since a probe takes long "
-            "beside this training; pass max_overhead=None to measure at every one, or a smaller sample or k."
+            f"{count} {steps} ({some}) {were} passed over to keep max_overhead={max_overhead}, since a probe takes "
+            "long beside this training; pass max_overhead=None to measure at every one, or a smaller sample or k."
         )
 
 

@@ -266,7 +266,7 @@ class SubspaceProjection(Resumable):
     def on_train_end(self, trainer: Trainer, pl_module: nn.Module) -> None:
         """Leave the optimizers as they were."""
         self._steps.release()
-        self._log.finish()
+        self._log.finish(self._start.missed)
         self._runner.remember_end(pl_module)
         self._runner.end(trainer)
 

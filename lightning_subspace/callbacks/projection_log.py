@@ -42,9 +42,11 @@ class ProjectionLog:
             self._lack = step, reason
             self._tell(trainer, Record(step, {}))
 
-    def finish(self) -> None:
-        """Tell how many gave none."""
+    def finish(self, missed: str | None) -> None:
+        """Tell how many gave none, and what was waited for in vain."""
         self._refreshes.tell(self._notices)
+        if missed is not None:
+            self._notices.info_once(missed)
 
     def write(self, trainer: Trainer, key: str, value: float, step: int) -> None:
         """Publish a number of a step."""

@@ -20,6 +20,7 @@ from lightning_subspace.callbacks.tab_log import TabLog
 from lightning_subspace.data.sample import Sample
 from lightning_subspace.loss.findings import findings_of
 from lightning_subspace.measurements.prospect import Prospect
+from lightning_subspace.probe.arguments import described
 from lightning_subspace.probe.checkpoint import RunState
 from lightning_subspace.probe.forecast import Forecast
 from lightning_subspace.probe.open_record import OpenRecord
@@ -48,6 +49,7 @@ class Recorder:
         self.open: OpenRecord | None = None
         self.losses = LossComparison(runner)
         self.failed = FailedProbes()
+        self._untrusted = FailedProbes("probes have no trusted eigenspace")
         self.keeper = Keeper(runner.settings, runner.notices)
         self._has_closed = False  # a record of this fit; one without has no figures to draw
         self._tab = TabLog(runner, publisher)
@@ -81,6 +83,8 @@ class Recorder:
         if subspace is not None and not subspace.trusted:
             cause = f"{subspace.outcome.name}, {subspace.gap_given_up}"
             self._runner.notices.warn_once(cause, f"at step {step}, {subspace.verdict}")
+        if subspace is not None:
+            self._untrusted.see(step, None if subspace.trusted else subspace.verdict)
         if subspace is not None and (told := unverified(subspace, self._runner.settings.verify)) is not None:
             self._runner.notices.info_once(f"at step {step}, {told}", "unverified")
         if subspace is not None and subspace.poor_values is not None:
@@ -140,6 +144,9 @@ class Recorder:
         if run is not None and (self._has_closed or self.failed.reasons):
             self._publisher.keep(trainer, run.history, run.overlaps, self.failed.reasons)
         self.failed.tell(self._runner.notices)
+        if len(self._untrusted.reasons) > 1:  # of a single one the warning has told all
+            self._untrusted.tell(self._runner.notices)
+        self._tell_what_is_missing(trainer)
 
     def begin(self, *, goes_on: bool) -> None:
         """Another fit begins: forget the open record, tell of settings.
@@ -152,6 +159,7 @@ class Recorder:
             self._runner.notices.info_once(text)
         self.losses.begin()
         self.failed.begin(goes_on=goes_on)
+        self._untrusted.begin(goes_on=goes_on)
         self._tab.begin()
         self.keeper.begin(goes_on=goes_on)
 
@@ -163,10 +171,25 @@ class Recorder:
         """Go on from the checkpoint of a run. A collective."""
         self.keeper.resume(state.measurements, self._runner.ranks)
         self.failed.resume(state.failed, run.num_probes)
+        spaces = {record.step: record.subspace for record in state.records if record.subspace is not None}
+        left_out = {step: subspace.verdict for step, subspace in spaces.items() if not subspace.trusted}
+        self._untrusted.resume(left_out, len(spaces) - len(left_out))
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds eigenvectors and the parameters of a module."""
         return {**vars(self), "open": None}
+
+    def _tell_what_is_missing(self, trainer: Trainer) -> None:
+        """Tell of what was asked for later than training went."""
+        run, end = self._runner.run, f"by step {trainer.global_step}, where training ended"
+        if run is None or self.failed.reasons:
+            return
+        reference_step = self._runner.settings.reference_step
+        if not run.history:
+            asked = described(self._runner.schedule.every_n_steps)
+            self._runner.notices.info_once(f"no probe was taken {end}; every_n_steps={asked}.")
+        elif self._runner.settings.k and reference_step is not None and run.overlaps.reference_step is None:
+            self._runner.notices.info_once(f"no reference was taken {end}; reference_step={reference_step}.")
 
     def _measure(
         self, run: ProbeRun, trainer: Trainer, module: nn.Module, sample: Sample, step: int, line: ProgressLine

@@ -84,6 +84,14 @@ class StartCondition:
         """Whether chi is waited for, so that a subspace is needed already."""
         return isinstance(self._when, StartWhenAligned) and not self.begun
 
+    @property
+    def missed(self) -> str | None:
+        """Sentence on what is still waited for, or None."""
+        if self.begun:
+            return None
+        reached = "" if self.average is None else f", the average of chi is {self.average:.2g}"
+        return f"no step was projected: start_when={self._when!r} was not reached{reached}."
+
     def see_step(self, step: int) -> bool:
         """A step is reached; whether the projection begins with it."""
         if self.begun or isinstance(self._when, StartWhenAligned) or step < self._when:

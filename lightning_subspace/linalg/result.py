@@ -17,8 +17,8 @@ class Outcome(enum.Enum):
     CONVERGED = "All wanted eigenpairs reached the tolerance."
     EXACT = "The basis spans the whole space, so the eigenpairs are exact up to rounding."
     MAX_MATVECS = (
-        "`max_matvecs` products were spent before the wanted eigenpairs reached the tolerance. The eigenvalues behind "
-        "the k-th are probably close to it. Raise `max_matvecs` or `ncv`, lower `k`, or loosen `tol`."
+        "`max_matvecs` products were spent before the wanted eigenpairs reached the tolerance: they are few for `k`, "
+        "or the eigenvalues behind the k-th are close to it. Raise `max_matvecs` or `ncv`, lower `k`, or loosen `tol`."
     )
     STAGNATED = (
         "The residuals stopped falling before they reached the tolerance. Likely causes: a tolerance near the rounding "

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from lightning_subspace import measurements as room
+from lightning_subspace._arguments import described as described
 from lightning_subspace._arguments import is_integer, is_list_like, require_instances
 from lightning_subspace._arguments import is_number as is_number
 from lightning_subspace._arguments import require_flag as require_flag

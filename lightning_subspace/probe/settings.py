@@ -42,8 +42,8 @@ from lightning_subspace.subspace.solver import MAX_TOL, Solver
 
 # Those whose every number takes products.
 OF_PRODUCTS = (Density, SpectralSharpness, Trace)
-# What the search for eigenpairs alone asks for.
-OF_EIGENPAIRS = ("which", "tol", "ncv", "max_matvecs", "verify", "basis")
+# What is about eigenpairs alone.
+OF_EIGENPAIRS = ("which", "tol", "ncv", "max_matvecs", "verify", "basis", "reference_step")
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,5 +244,6 @@ def require_sizes(settings: ProbeSettings) -> None:
         ValueError: for `max_matvecs` or `ncv` below that.
     """  # noqa: DOC501  # `wrong` makes one
     if settings.max_matvecs < settings.k:
-        raise wrong("max_matvecs", f"at least as many products as k={settings.k} eigenpairs", settings.max_matvecs)
+        expected, way_out = f"at least as many products as k={settings.k} eigenpairs", "raise it, or lower k"
+        raise wrong("max_matvecs", expected, settings.max_matvecs, way_out)
     require_integer("ncv", settings.ncv, settings.k + 3, optional=True)

@@ -6,6 +6,7 @@ import logging
 import pickle
 import re
 import signal
+import warnings
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -597,6 +598,44 @@ def test_they_go_on_with_a_run_and_not_without():
     probes.begin(goes_on=False)
     probes.see(0, None)
     assert probes.text is None
+
+
+def of_monitor(caplog):
+    return [text.removeprefix("SubspaceMonitor: ") for text in caplog.messages if text.startswith("SubspaceMonitor: ")]
+
+
+def test_probes_without_a_trusted_space_are_counted_at_the_end(tmp_path, caplog):
+    """Of a run that is resumed all of them, and of a single one its warning has told."""
+    keep, path = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=6, save_top_k=-1), None
+    for callbacks in ([keep], []):
+        trainer = make(probing(max_matvecs=4), *callbacks, enable_checkpointing=path is None)
+        caplog.clear()
+        with warnings.catch_warnings(), caplog.at_level(logging.INFO, "lightning.pytorch"):
+            warnings.simplefilter("ignore")
+            trainer.fit(net(), data(), ckpt_path=path)
+        (text,) = [text for text in of_monitor(caplog) if "no trusted eigenspace" in text]
+        assert text.startswith("4 of 4 probes have no trusted eigenspace. Eigenvalues, fractions and overlaps are left")
+        path = tmp_path / "step=6.ckpt"
+    caplog.clear()
+    with pytest.warns(UserWarning, match="are left out"), caplog.at_level(logging.INFO, "lightning.pytorch"):
+        fit(probing([4], max_matvecs=4))
+    assert not [text for text in of_monitor(caplog) if "no trusted eigenspace" in text]
+
+
+@pytest.mark.parametrize(
+    ("every", "arguments", "text"),
+    [
+        ([50], {}, "no probe was taken by step 12, where training ended; every_n_steps=[50]."),
+        (4, {"reference_step": 50}, "no reference was taken by step 12, where training ended; reference_step=50."),
+        (4, {"reference_step": 8}, None),
+        (4, {"loss_fn": always_nan}, None),  # of which there is a count
+    ],
+)
+def test_what_was_asked_for_later_than_training_went_is_told(every, arguments, text, caplog):
+    with warnings.catch_warnings(), caplog.at_level(logging.INFO, "lightning.pytorch"):
+        warnings.simplefilter("ignore")
+        fit(probing(every, **arguments))
+    assert [said for said in of_monitor(caplog) if "where training ended" in said] == [text] * (text is not None)
 
 
 def test_a_failure_is_raised_on_request():

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import pickle
+import re
 from contextlib import nullcontext
 
 import lightning.pytorch as pl
@@ -602,6 +603,22 @@ def test_the_last_good_space_stays_in_use_when_a_probe_fails(caplog):
     assert float((update - basis.T @ (basis @ update)).norm()) < 1e-10
     with pytest.raises(ZeroDivisionError, match="mine"):
         train(project("top", loss_fn=fails_at_2, start_when=2))
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (50, "start_when=50 was not reached."),
+        (StartWhenAligned(0.999), r"start_when=StartWhenAligned\(chi=0.999, .*\)"),
+    ],
+)
+def test_a_projection_that_never_begins_says_so(start, words, caplog):
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        train(project("top", start_when=start), steps=3)
+        train(project("top", start_when=2), steps=3)
+    (text,) = [text for text in caplog.messages if "no step was projected" in text]
+    assert re.match(f"SubspaceProjection: no step was projected: {words}", text)
+    assert ("the average of chi is 0." in text) == (start != 50)
 
 
 class Stream(IterableDataset):

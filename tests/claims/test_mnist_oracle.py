@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_subspace import SubspaceMonitor
 from tests.left_out import leave_self_check_out
-from tests.thorough import how_many, usual
+from tests.thorough import IS_THOROUGH, how_many, usual
 
 K = 10
 STEPS = sorted(usual([0, 200, 500], thorough=[50, 1000]))
@@ -147,6 +147,7 @@ def run(dataset):
         sample="all",
         batch_size=1000,
         reference_step=REFERENCE_STEP,
+        tol=1e-4 if IS_THOROUGH else 1e-3,  # of all images eigenvalues 10 and 11 lie close together at step 0
         verify="never",  # eigenvalues are compared with those of the oracle, so that a missed copy shows
         on_failure="raise",
     )

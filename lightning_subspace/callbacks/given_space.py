@@ -47,6 +47,15 @@ class GivenSpaces:
         """Settings of its run: no eigenvectors, and these batches."""
         return {"k": 0, "sample": self._given.sample}
 
+    def require_fewer(self, runner: ProbeRunner) -> None:
+        """Refuse as many batches as there are parameters.
+
+        Raises:
+            ValueError: naming both numbers.
+        """
+        if runner.run is not None and runner.source.sample is not None:
+            self._given.require_fewer(runner.source.sample, runner.run.partition.n)
+
     @waiting_signals()  # a handler may talk to the other ranks: not before all have left
     def take(self, runner: ProbeRunner, module: nn.Module, step: int, otherwise: str) -> GivenSpace | None:
         """The space at the parameters of a step; None after a failure.

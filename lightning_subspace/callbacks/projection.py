@@ -235,6 +235,8 @@ class SubspaceProjection(Resumable):
         if saved is not None:
             self._resume(saved, step)
         with misconfiguration(SPEAKER):
+            if self._given is not None:
+                self._given.require_fewer(self._runner)
             self._steps.start(trainer, pl_module)
         self._wants_space = self._projector is None and (self._start.begun or self._start.average is None)
 

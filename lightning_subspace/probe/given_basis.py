@@ -109,6 +109,16 @@ class GivenBasis:
                 shown = f"its default beside basis=, {parameter.default!r}"
                 raise wrong(name, shown, arguments[name], f"{names[name]}, so leave it out")
 
+    def require_fewer(self, sample: Sample, n: int) -> None:
+        """Refuse as many batches as there are parameters.
+
+        Raises:
+            ValueError: naming both numbers.
+        """  # noqa: DOC501  # `wrong` makes one
+        if not self.is_function and len(sample.hessian) >= n:
+            way_out = "that many gradients may span the whole space, so put more examples into each"
+            raise wrong("basis", f"fewer batches than the {n} parameters", len(sample.hessian), way_out)
+
     def space(self, choice: CurvatureConfig, module: nn.Module, sample: Sample, partition: Partition) -> GivenSpace:
         """The space at the present parameters. A collective.
 
@@ -132,9 +142,6 @@ class GivenBasis:
         def taken(left: Sample) -> GivenSpace:
             with cheap.loss(module, partition.space, ranks) as loss:
                 operator = cheap.operator(loss, left, partition)
-                if len(left.hessian) >= partition.n:
-                    way_out = "that many gradients may span the whole space, so put more examples into each"
-                    raise wrong("basis", f"fewer batches than the {partition.n} parameters", len(left.hessian), way_out)
                 rows = torch.stack([gradient for _, gradient in operator.batch_gradients()])
                 weights = torch.tensor([batch.weight for batch in left.hessian], dtype=torch.float64)
                 mean = (weights / weights.sum()).to(rows) @ rows

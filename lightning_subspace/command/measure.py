@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import os
+import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +34,7 @@ GPU: -- --trainer.accelerator cpu --trainer.precision 32. The arguments are thos
 Checkpoints should be all of one run: the overlaps between them are part of the results."""
 FILE = "history.ckpt"
 SOME_FAILED, INTERRUPTED = 3, 130
+VERIFY = "exclude missed copies: 'always', 'never', or a number m for every m-th checkpoint (%(default)s)"
 # Of the command line, what decides about the numbers.
 ASKED = (
     "k", "which", "sample", "gradient_sample", "batch_size", "params", "loss_fn", "mode", "dtype", "curvature",
@@ -72,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--on-check-fail", default="warn", help="where second derivatives are wrong (%(default)s)")
     what.add_argument("--tol", type=float, default=1e-3, help="of the eigenpairs (%(default)s)")
     what.add_argument("--max-matvecs", type=int, default=200, help="Hessian products a checkpoint (%(default)s)")
-    what.add_argument("--verify", default="always", choices=("always", "never"), help="exclude missed copies")
+    what.add_argument("--verify", default="always", type=_verify, metavar="WHEN", help=VERIFY)
     what.add_argument("--measurements", nargs="+", default=[], metavar="NAME", help="more, by class: Trace Density")
     what.add_argument("--seed", type=int, default=0, help="of the sample and the start vectors (%(default)s)")
     what.add_argument("--name", default="subspace", help="prefix of all keys (%(default)s)")
@@ -89,26 +92,63 @@ def run(options: argparse.Namespace) -> int:
 
     require_package()
     is_first = int(os.environ.get("RANK", "0")) == 0
-    points = _points(options)
+    points, unread = _points(options)
     failures, is_stopped = _walk(options, points)
+    failures |= unread
     if is_first:
-        for name, reason in failures.items():
-            print(f"{name}: {reason}", file=sys.stderr)
+        for path, reason in failures.items():
+            print(f"{path.name}: {reason}", file=sys.stderr)
         _tell(options)
     if is_stopped:
         return INTERRUPTED
     if not failures:
         return 0
-    return SOME_FAILED if len(failures) < len(points) else 1
+    return SOME_FAILED if len(failures) < len(points) + len(unread) else 1
 
 
-def _points(options: argparse.Namespace) -> list[SavedPoint]:
-    from lightning_subspace.callbacks.saved_points import points_of
+def _points(options: argparse.Namespace) -> tuple[list[SavedPoint], dict[Path, str]]:
+    """The points of the checkpoints; those that cannot be read, and why.
 
-    return points_of(options.ckpt, trust=options.trust)
+    Raises:
+        CheckpointError: where there is none that can be read.
+    """
+    from lightning_subspace.callbacks.saved_points import points_of, read
+    from lightning_subspace.probe.entries import CheckpointError
+
+    try:
+        return points_of(options.ckpt, trust=options.trust), {}
+    except (CheckpointError, OSError):
+        pass  # one of them costs itself alone: each is read by itself
+    readable: list[str] = []
+    unread: dict[Path, Exception] = {}
+    for path in dict.fromkeys(path for pattern in options.ckpt for path in sorted(glob.glob(pattern, recursive=True))):
+        try:
+            read(Path(path), trust=options.trust)
+        except (CheckpointError, OSError) as error:
+            unread[Path(path)] = error
+        else:
+            readable.append(glob.escape(path))
+    told = {path: _why_unread(path, error, trust=options.trust) for path, error in unread.items()}
+    if not readable:
+        first = next(iter(unread))
+        raise CheckpointError(told[first]) from unread[first]
+    reasons = {path: f"{CheckpointError.__name__}: {reason}" for path, reason in told.items()}
+    return points_of(readable, trust=options.trust), reasons
 
 
-def _walk(options: argparse.Namespace, points: Sequence[SavedPoint]) -> tuple[dict[str, str], bool]:
+def _why_unread(path: Path, error: Exception, *, trust: bool) -> str:
+    """A reason, with the advice of pickle where that helps alone."""
+    cause = error if isinstance(error, OSError) else error.__cause__  # truncated files may be either
+    if cause is None or (isinstance(cause, pickle.UnpicklingError) and not trust):
+        return str(error)
+    told = f"{type(cause).__name__}: {cause}".partition("\n")[0].partition(". ")[0].rstrip(": ")
+    return (
+        f"--ckpt: expected a checkpoint of a Trainer, got {str(path)!r}, which cannot be read ({told}); "
+        "leave it out, or copy it again"
+    )
+
+
+def _walk(options: argparse.Namespace, points: Sequence[SavedPoint]) -> tuple[dict[Path, str], bool]:
     """Measure; what failed and why, and whether it was stopped."""
     from lightning_subspace import CheckError, LossError, PeerError
     from lightning_subspace._lightning import MisconfigurationException
@@ -141,7 +181,7 @@ def _walk(options: argparse.Namespace, points: Sequence[SavedPoint]) -> tuple[di
         )
     except (MisconfigurationException, CheckError, LossError, PeerError) as error:
         raise ValueError(str(error)) from error
-    return {point.path.name: reason for point, reason in done.failures.items()}, done.is_stopped
+    return {point.path: reason for point, reason in done.failures.items()}, done.is_stopped
 
 
 def _tell(options: argparse.Namespace) -> None:
@@ -154,4 +194,17 @@ def _tell(options: argparse.Namespace) -> None:
 
 def _count(text: str) -> int | str:
     """A number of examples, or "all"."""
-    return text if text == "all" else int(text)
+    return _number_or(text, ("all",), "a number of examples")
+
+
+def _verify(text: str) -> int | str:
+    """When missed copies are excluded; a number: every so many times."""
+    return _number_or(text, ("always", "never"), "a number of checkpoints")
+
+
+def _number_or(text: str, words: Sequence[str], expected: str) -> int | str:
+    try:
+        return text if text in words else int(text)
+    except ValueError:
+        named = " or ".join(map(repr, words))
+        raise argparse.ArgumentTypeError(f"expected {expected}, or {named}, got {text!r}") from None

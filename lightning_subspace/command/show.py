@@ -14,9 +14,9 @@ from lightning_subspace.command.table import as_csv, in_terminal
 
 NAME, SUMMARY = "show", "show what runs have measured: a table, CSV, JSON, the page of the tab, a figure"
 DESCRIPTION = """\
-Show what SubspaceMonitor, or `lightning-subspace measure`, has measured. A PATH is a folder of TensorBoard's
-logs, with runs at any depth; a checkpoint of a Trainer with a monitor; or the subspace_probes.json that other
-loggers keep. Without an option for a file the table is printed."""
+Show what SubspaceMonitor, or `lightning-subspace measure`, has measured. A PATH is a folder of logs, with
+runs at any depth, of TensorBoard or of a logger that keeps a subspace_probes.json, as CSVLogger does; such a file;
+or a checkpoint of a Trainer with a monitor. Without an option for a file the table is printed."""
 EXAMPLES = """\
 examples:
   lightning-subspace show lightning_logs

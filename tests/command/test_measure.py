@@ -210,6 +210,55 @@ def test_files_that_are_none_are_told(measure, trained, tmp_path, capsys):
     assert "if you trust it, --trust reads it by pickle" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("length", [0, 100, -30, -1])
+def test_a_damaged_checkpoint_costs_itself_alone(measure, trained, tmp_path, capsys, length):
+    [good] = trained.glob(f"*step={STEPS[0]}.ckpt")
+    [other] = trained.glob(f"*step={STEPS[1]}.ckpt")
+    broken = tmp_path / "broken[1].ckpt"
+    broken.write_bytes(other.read_bytes()[:length])
+    assert measure("--ckpt", str(good), str(tmp_path / "broken*.ckpt")) == 3
+    assert [r.step for r in read_history(tmp_path / "out" / "history.ckpt")] == STEPS[:1]
+    told = capsys.readouterr().err
+    expected = (
+        f"{broken.name}: CheckpointError: --ckpt: expected a checkpoint of a Trainer, got {str(broken)!r}, which "
+    )
+    [line] = [line for line in told.splitlines() if line.startswith(expected)]
+    assert line.endswith("); leave it out, or copy it again")
+    assert "--trust" not in told
+    assert measure("--ckpt", str(tmp_path / "broken*.ckpt")) == 1
+    assert capsys.readouterr().err.startswith(expected.partition("CheckpointError: ")[2])
+
+
+def test_a_checkpoint_of_objects_costs_itself_alone_and_may_be_trusted(measure, trained, tmp_path, capsys):
+    files = [next(trained.glob(f"*step={step}.ckpt")) for step in STEPS[:2]]
+    saved = torch.load(files[1], weights_only=True)
+    torch.save({**saved, "extra": nn.Linear(1, 1)}, tmp_path / "objects.ckpt")
+    both = ["--ckpt", str(tmp_path / "objects.ckpt"), str(files[0])]
+    assert measure(*both) == 3
+    assert "if you trust it, --trust reads it by pickle" in capsys.readouterr().err
+    assert measure(*both, "--trust") == 0
+    assert [r.step for r in read_history(tmp_path / "out" / "history.ckpt")] == STEPS[:2]
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--sample", "argument --sample: expected a number of examples, or 'all', got '9x'"),
+        ("--verify", "argument --verify: expected a number of checkpoints, or 'always' or 'never', got '9x'"),
+    ],
+)
+def test_a_word_for_a_number_is_told_without_a_name_of_ours(measure, capsys, option, told):
+    with pytest.raises(SystemExit):
+        measure(option, "9x")
+    assert capsys.readouterr().err.endswith(f"{told}\n")
+
+
+def test_verification_may_be_asked_for_by_a_number(measure, tmp_path):
+    assert measure("--verify", "2") == 0
+    verified = [record.metrics["solver/verified"] for record in read_history(tmp_path / "out" / "history.ckpt")]
+    assert verified == [1.0, 0.0, 1.0]
+
+
 def test_more_is_measured_where_it_is_asked_for(measure, tmp_path):
     first = f"*step={STEPS[0]}.ckpt"
     more = ["--measurements", "Trace", "--params", "layers.2.*", "--sample", "32", "--gradient-sample", "40"]

@@ -7,12 +7,16 @@ import subprocess
 import sys
 
 import pytest
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lightning_subspace import __version__, view
+from lightning_subspace import SubspaceMonitor, __version__, view
 from lightning_subspace.command.main import main
 from lightning_subspace.command.runs import read_runs
 from lightning_subspace.command.table import in_terminal
-from tests.tensorboard_tab.runs import write
+from lightning_subspace.tensorboard_tab.schema import tag_of, to_json
+from tests.left_out import leave_figures_out
+from tests.tensorboard_tab.fits import fit
+from tests.tensorboard_tab.runs import FAILED, probes, write
 
 STEPS = range(0, 1100, 100)
 
@@ -63,6 +67,80 @@ def test_a_file_that_is_no_checkpoint_is_told_without_advice_to_trust_it(tmp_pat
     said = capsys.readouterr().err
     assert said.startswith("path: expected a checkpoint that torch.load reads with weights_only=True, got ")
     assert "False" not in said
+    assert said.endswith(
+        "); name a folder of logs, a checkpoint of a Trainer with SubspaceMonitor, or a file "
+        "*_probes.json of a logger.\n"
+    )
+
+
+def keep(folder, steps=STEPS, name="subspace", scale=1.0):
+    """What a logger of another kind has kept in its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = ",".join(to_json(probe) for probe in probes(steps, scale))
+    (folder / f"{name}_probes.json").write_text(f'{{"{name}":{{"{tag_of(name)}":[{entries}]}}}}')
+
+
+def test_files_of_loggers_are_found_in_their_folders_and_named_by_these(tmp_path, capsys):
+    keep(tmp_path / "mon" / "version_0")
+    keep(tmp_path / "mon" / "version_0", name="head")
+    keep(tmp_path / "mon" / "version_1", STEPS[:3], scale=2.0)
+    found = read_runs(tmp_path)
+    tags = {run: {tag: len(of) for tag, of in tags.items()} for run, tags in found.items()}
+    assert tags == {
+        "mon/version_0": {"head/probes": 11, "subspace/probes": 11},
+        "mon/version_1": {"subspace/probes": 3},
+    }
+    assert read_runs(tmp_path / "mon" / "version_0")["."] == found["mon/version_0"]
+    for kind in ("csv", "json", "html", "png"):
+        target = tmp_path / f"all_probes.{kind}"  # `--json` so writes a file that is not read with the others
+        assert main(["show", str(tmp_path), f"--{kind}", str(target)]) == 0
+        assert capsys.readouterr().out.startswith("25 probes of 2 runs in ")
+    assert main(["show", str(tmp_path)]) == 0
+    heads = [line for line in capsys.readouterr().out.splitlines() if " probes, " in line]
+    assert [head.partition(":")[0] for head in heads] == [
+        "mon/version_0, head", "mon/version_0, subspace", "mon/version_1, subspace",
+    ]  # fmt: skip
+
+
+def test_a_run_that_is_in_event_files_is_not_shown_again(logs):
+    alone = read_runs(logs)
+    keep(logs / "a")
+    keep(logs / "csv" / "version_0")  # of a second logger of the same run, in a folder of its own
+    assert read_runs(logs) == alone
+    keep(logs / "a", name="head")
+    keep(logs / "csv" / "version_1", scale=2.0)
+    keep(logs / "csv" / "version_2", [FAILED])
+    found = read_runs(logs)
+    assert [(run, list(tags)) for run, tags in found.items()] == [
+        ("a", ["subspace/probes", "head/probes"]), ("b", ["subspace/probes"]),
+        ("csv/version_1", ["subspace/probes"]), ("csv/version_2", ["subspace/probes"]),
+    ]  # fmt: skip
+    assert found["a"]["subspace/probes"] == alone["a"]["subspace/probes"]
+
+
+@pytest.mark.parametrize("kinds", [[CSVLogger], [CSVLogger, TensorBoardLogger]])
+def test_a_run_of_a_trainer_is_shown_once_whatever_its_loggers(tmp_path, monkeypatch, capsys, kinds):
+    leave_figures_out(monkeypatch)
+    loggers = [kind(str(tmp_path), kind.__name__) for kind in kinds]
+    fit(tmp_path, SubspaceMonitor(k=2, every_n_steps=2, max_overhead=None), steps=2, loggers=loggers)
+    capsys.readouterr()
+    assert main(["show", str(tmp_path)]) == 0
+    [head] = [line for line in capsys.readouterr().out.splitlines() if " probes, " in line]
+    assert head.startswith(f"{kinds[-1].__name__}/version_0, subspace: 2 probes")
+
+
+def test_a_file_of_a_folder_that_is_anothers_is_passed_over_and_a_damaged_one_is_told(logs, capsys):
+    alone = read_runs(logs)
+    for name, content in {"gpu": b'{"gpu": 1}', "empty": b"", "bytes": b"\xff\xfe"}.items():
+        (logs / f"{name}_probes.json").write_bytes(content)
+    assert read_runs(logs) == alone
+    keep(logs / "c")
+    file = logs / "c" / "subspace_probes.json"
+    file.write_text(file.read_text()[:-20])
+    assert main(["show", str(logs)]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"path: expected the file that a logger has kept of a run, got {str(file)!r}")
+    assert told.endswith("; leave it out.\n")
 
 
 @pytest.mark.parametrize("kind", ["csv", "json"])
@@ -83,7 +161,11 @@ def test_the_first_name_of_the_page_is_the_same_page(logs, tmp_path):
     ("options", "told"),
     [
         (["nowhere"], "path: expected a folder of logs or a checkpoint, got 'nowhere', which does not exist."),
-        (["empty"], "path: expected logs or a checkpoint of a run with SubspaceMonitor, got none in empty; train"),
+        (
+            ["empty"],
+            "path: expected logs or a checkpoint of a run with SubspaceMonitor, got none in empty; train with a "
+            "TensorBoardLogger or one that keeps files, such as CSVLogger, or name another path.",
+        ),
         (["logs", "--html", "-"], "--html: expected a file to write, got '-'; name one."),
         (["logs/a.json", "--csv", "logs/a.json"], "--csv: expected a file to write, got 'logs/a.json', which is to be"),
         (["logs", "--last", "0"], "--last: expected a positive number of probes, got 0."),

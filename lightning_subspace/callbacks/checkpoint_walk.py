@@ -124,7 +124,16 @@ class CheckpointWalk(Callback):
         """Take up earlier results. A collective.
 
         The first rank reads them: by then another may have written more.
+
+        Raises:
+            ValueError: where the processes have other checkpoints.
         """
+        steps = ranks.all_gather_object([point.step for point in self._points])
+        if any(other != steps[0] for other in steps):
+            raise ValueError(
+                f"--ckpt: expected checkpoints that each process can read, got those of the steps {steps}, by process; "
+                "put them where all of them read."
+            )
         found = None
         if ranks.index == 0 and not self._anew:
             found = read_results(self._file, self._name)

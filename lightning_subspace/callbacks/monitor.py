@@ -281,6 +281,7 @@ class SubspaceMonitor(Measured):
             self._runner.remember_end(pl_module)
         self._trained.drop()
         self._recorder.finish(trainer)
+        self._recorder.tell_what_is_missing(trainer)
         self._runner.end(trainer)
         self._schedule.end()
         if (schedule := self._schedule).misses_what_was_asked:

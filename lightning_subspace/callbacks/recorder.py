@@ -146,7 +146,18 @@ class Recorder:
         self.failed.tell(self._runner.notices)
         if len(self._untrusted.reasons) > 1:  # of a single one the warning has told all
             self._untrusted.tell(self._runner.notices)
-        self._tell_what_is_missing(trainer)
+
+    def tell_what_is_missing(self, trainer: Trainer) -> None:
+        """Tell of what was asked for later than training went."""
+        run, end = self._runner.run, f"by step {trainer.global_step}, where training ended"
+        if run is None or self.failed.reasons:
+            return
+        reference_step = self._runner.settings.reference_step
+        if not run.history:
+            asked = described(self._runner.schedule.every_n_steps)
+            self._runner.notices.info_once(f"no probe was taken {end}; every_n_steps={asked}.")
+        elif self._runner.settings.k and reference_step is not None and run.overlaps.reference_step is None:
+            self._runner.notices.info_once(f"no reference was taken {end}; reference_step={reference_step}.")
 
     def begin(self, *, goes_on: bool) -> None:
         """Another fit begins: forget the open record, tell of settings.
@@ -178,18 +189,6 @@ class Recorder:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds eigenvectors and the parameters of a module."""
         return {**vars(self), "open": None}
-
-    def _tell_what_is_missing(self, trainer: Trainer) -> None:
-        """Tell of what was asked for later than training went."""
-        run, end = self._runner.run, f"by step {trainer.global_step}, where training ended"
-        if run is None or self.failed.reasons:
-            return
-        reference_step = self._runner.settings.reference_step
-        if not run.history:
-            asked = described(self._runner.schedule.every_n_steps)
-            self._runner.notices.info_once(f"no probe was taken {end}; every_n_steps={asked}.")
-        elif self._runner.settings.k and reference_step is not None and run.overlaps.reference_step is None:
-            self._runner.notices.info_once(f"no reference was taken {end}; reference_step={reference_step}.")
 
     def _measure(
         self, run: ProbeRun, trainer: Trainer, module: nn.Module, sample: Sample, step: int, line: ProgressLine

@@ -7,6 +7,7 @@ hold, as `last.ckpt` does, is one point.
 from __future__ import annotations
 
 import glob
+import pickle
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,8 +34,10 @@ class SavedPoint:
     step: int
 
 
-def points_of(patterns: Sequence[str], *, trust: bool = False) -> list[SavedPoint]:
-    """The points of files, by step, each step once.
+def points_of(patterns: Sequence[str], *, trust: bool = False) -> tuple[list[SavedPoint], dict[Path, str]]:
+    """The points of files, by step; and why others cannot be read.
+
+    A step that several files hold is one point, of the first.
 
     Args:
         patterns: paths, or shell-style patterns of them.
@@ -42,8 +45,7 @@ def points_of(patterns: Sequence[str], *, trust: bool = False) -> list[SavedPoin
 
     Raises:
         ValueError: for a pattern without a file.
-        CheckpointError: for a file that is none of Lightning's checkpoints.
-        OSError: for a file that cannot be read.
+        CheckpointError: where none can be read.
     """
     files: dict[Path, None] = {}
     for pattern in patterns:
@@ -52,18 +54,25 @@ def points_of(patterns: Sequence[str], *, trust: bool = False) -> list[SavedPoin
             raise ValueError(f"--ckpt: expected checkpoints, got none that fit {pattern!r}; quote a pattern.")
         files.update(dict.fromkeys(map(Path, found)))
     points: dict[int, SavedPoint] = {}
+    unread: dict[Path, str] = {}
     for file in files:
-        step = int(read(file, trust=trust)[STEP])
-        points.setdefault(step, SavedPoint(file, step))
-    return [points[step] for step in sorted(points)]
+        try:
+            step = int(read(file, trust=trust)[STEP])
+        except CheckpointError as error:
+            unread[file] = str(error)
+        else:
+            points.setdefault(step, SavedPoint(file, step))
+    if not points:
+        raise CheckpointError(next(iter(unread.values())))
+    told = {file: f"{CheckpointError.__name__}: {reason}" for file, reason in unread.items()}
+    return [points[step] for step in sorted(points)], told
 
 
 def read(path: Path, *, trust: bool = False) -> Mapping[str, Any]:
     """A checkpoint, whose tensors stay on the disk until used.
 
     Raises:
-        CheckpointError: for a file that is none of Lightning's checkpoints.
-        OSError: for a file that cannot be read.
+        CheckpointError: for a file that is none of Lightning's checkpoints, or cannot be read.
     """
     if path.is_dir():
         raise CheckpointError(
@@ -72,13 +81,16 @@ def read(path: Path, *, trust: bool = False) -> Mapping[str, Any]:
         )
     try:
         saved = torch.load(path, map_location="cpu", weights_only=not trust, mmap=zipfile.is_zipfile(path))
-    except OSError:
-        raise
     except Exception as error:  # torch has many, some of them without a word
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0].partition(". ")[0].rstrip(": ")
+        if isinstance(error, pickle.UnpicklingError) and not trust:
+            raise CheckpointError(
+                f"--ckpt: expected a checkpoint of tensors and plain values, got {str(path)!r} ({reason}); if you "
+                "trust it, --trust reads it by pickle, which runs what is in it"
+            ) from error
         raise CheckpointError(
-            f"--ckpt: expected a checkpoint of tensors and plain values, got {str(path)!r} ({reason}); if you trust "
-            "it, --trust reads it by pickle, which runs what is in it"
+            f"--ckpt: expected a checkpoint of a Trainer, got {str(path)!r}, which cannot be read ({reason}); leave it "
+            "out, or copy it again"
         ) from error
     if not isinstance(saved, Mapping) or not {STATE, STEP} <= saved.keys():
         raise CheckpointError(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import os
-import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,11 +86,12 @@ def run(options: argparse.Namespace) -> int:
         ValueError: for a wrong option, or a project that cannot be measured.
         OSError: where a file cannot be read or written.
     """
+    from lightning_subspace.callbacks.saved_points import points_of
     from lightning_subspace.command.project import require_package
 
     require_package()
     is_first = int(os.environ.get("RANK", "0")) == 0
-    points, unread = _points(options)
+    points, unread = points_of(options.ckpt, trust=options.trust)
     failures, is_stopped = _walk(options, points)
     failures |= unread
     if is_first:
@@ -104,48 +103,6 @@ def run(options: argparse.Namespace) -> int:
     if not failures:
         return 0
     return SOME_FAILED if len(failures) < len(points) + len(unread) else 1
-
-
-def _points(options: argparse.Namespace) -> tuple[list[SavedPoint], dict[Path, str]]:
-    """The points of the checkpoints; those that cannot be read, and why.
-
-    Raises:
-        CheckpointError: where there is none that can be read.
-    """
-    from lightning_subspace.callbacks.saved_points import points_of, read
-    from lightning_subspace.probe.entries import CheckpointError
-
-    try:
-        return points_of(options.ckpt, trust=options.trust), {}
-    except (CheckpointError, OSError):
-        pass  # one of them costs itself alone: each is read by itself
-    readable: list[str] = []
-    unread: dict[Path, Exception] = {}
-    for path in dict.fromkeys(path for pattern in options.ckpt for path in sorted(glob.glob(pattern, recursive=True))):
-        try:
-            read(Path(path), trust=options.trust)
-        except (CheckpointError, OSError) as error:
-            unread[Path(path)] = error
-        else:
-            readable.append(glob.escape(path))
-    told = {path: _why_unread(path, error, trust=options.trust) for path, error in unread.items()}
-    if not readable:
-        first = next(iter(unread))
-        raise CheckpointError(told[first]) from unread[first]
-    reasons = {path: f"{CheckpointError.__name__}: {reason}" for path, reason in told.items()}
-    return points_of(readable, trust=options.trust), reasons
-
-
-def _why_unread(path: Path, error: Exception, *, trust: bool) -> str:
-    """A reason, with the advice of pickle where that helps alone."""
-    cause = error if isinstance(error, OSError) else error.__cause__  # truncated files may be either
-    if cause is None or (isinstance(cause, pickle.UnpicklingError) and not trust):
-        return str(error)
-    told = f"{type(cause).__name__}: {cause}".partition("\n")[0].partition(". ")[0].rstrip(": ")
-    return (
-        f"--ckpt: expected a checkpoint of a Trainer, got {str(path)!r}, which cannot be read ({told}); "
-        "leave it out, or copy it again"
-    )
 
 
 def _walk(options: argparse.Namespace, points: Sequence[SavedPoint]) -> tuple[dict[Path, str], bool]:

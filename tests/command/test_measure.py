@@ -4,18 +4,23 @@ import multiprocessing
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from lightning_subspace import measure_subspace, read_history
 from lightning_subspace.callbacks import checkpoint_walk
-from lightning_subspace.callbacks.saved_points import points_of
+from lightning_subspace.callbacks.checkpoint_walk import CheckpointWalk
+from lightning_subspace.callbacks.saved_points import SavedPoint, points_of
 from lightning_subspace.command.picture import draw, overlaps_of, record_of
 from lightning_subspace.command.runs import read_runs
+from lightning_subspace.parallel.ranks import Ranks
 from lightning_subspace.probe.history import read_states
+from lightning_subspace.probe.settings import ProbeSettings
 from tests.command.small_project import BATCH, CLASSES, EPOCHS, EXAMPLES, LR, Data, Net
 from tests.processes import run
 from tests.thorough import how_many
@@ -272,7 +277,7 @@ def test_more_is_measured_where_it_is_asked_for(measure, tmp_path):
 def test_the_last_of_several_files_of_a_step_is_not_measured_again(trained, tmp_path):
     [file] = trained.glob(f"*step={STEPS[1]}.ckpt")
     shutil.copy(file, tmp_path / "last.ckpt")
-    points = points_of([str(file), str(trained / "*.ckpt"), str(tmp_path / "last.ckpt")])
+    points, _ = points_of([str(file), str(trained / "*.ckpt"), str(tmp_path / "last.ckpt")])
     assert [point.step for point in points] == STEPS
     assert points[1].path == file
 
@@ -331,3 +336,14 @@ def test_counters_of_training_are_those_of_the_checkpoint(straight, measure, tra
     [found], [_, expected, _] = (read_history(folder / "history.ckpt") for folder in (tmp_path / "out", straight[0]))
     factor = 1.0 + STEPS[1] + 100.0 * 1  # of the second epoch
     assert found.metrics["sample_loss"] == pytest.approx(factor * expected.metrics["sample_loss"], rel=CLOSE)
+
+
+def other_points_by_rank():
+    walk = CheckpointWalk([SavedPoint(Path("a"), 1 + dist.get_rank())], ProbeSettings(), Path("results"), {})
+    with pytest.raises(ValueError, match=r"--ckpt: expected checkpoints that each .* the steps \[\[1\], \[2\]\]"):
+        walk._go_on(Ranks(dist.group.WORLD))
+    return True
+
+
+def test_processes_that_can_read_other_checkpoints_stop_together():
+    assert run(other_points_by_rank, 2) == [True, True]

@@ -75,6 +75,7 @@ class Probe:
         arrival: the loss where the optimizer step has led, in `after_step` alone.
         tally: lengths of the micro-batch gradients, where a measurement `tallies`. Valid while the probe lasts.
         shared: what measurements of this probe leave to each other.
+        remarks: what `measure` leaves for the user to know, by cause; of each cause one is told a run.
     """
 
     step: int
@@ -98,6 +99,7 @@ class Probe:
     arrival: Arrival | None = None
     tally: GradientTally | None = None
     shared: dict[Any, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
+    remarks: dict[str, str] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     @property
     def space(self) -> ParameterSpace:

@@ -36,8 +36,9 @@ class Reliability(Measurement):
     Both are scaled down by the share of the training set that was not sampled (finite population correction).
     `tests/measurements/test_reliability.py` measures how often the band covers the truth. Costs two eigensolves on half
     of the sample and a pass over the gradient sample. Left out when a sample is the whole training set, or a single
-    micro-batch, or where the space of a half is not trusted. Of a loss that is random beside its examples no sample is
-    the whole; its repeated draws count as micro-batches, and have no random numbers in common.
+    micro-batch, or where the space of a half is not trusted, which is told once a run. Of a loss that is random beside
+    its examples no sample is the whole; its repeated draws count as micro-batches, and have no random numbers in
+    common.
 
     Args:
         every: taken at each probe whose number is a multiple of this.
@@ -65,7 +66,10 @@ class Reliability(Measurement):
         count = len(probe.operator.batches)
         even, odd = (probe.operator.part(range(start, count, 2)) for start in (0, 1))
         halves = [probe.solve(half) for half in (even, odd)]
-        if not all(half.trusted for half in halves):
+        if (poor := next((half for half in halves if not half.trusted), None)) is not None:
+            left_out = f"at step {probe.step}, the gradient fraction gets no error bar"
+            why = poor.refusal(f"{left_out}, as a half of the sample has no trusted space")
+            probe.remarks["half"] = f"{why} A larger sample may help, too."
             return {}
         measured = probe.top.fraction(probe.gradient)
         spread = max(abs(measured - half.fraction(probe.gradient)) for half in halves)

@@ -154,9 +154,9 @@ class Examples:
             self.remarks["graphs"] = self.footprint.notice
         return result
 
-    def remark_on(self, *texts: str) -> None:
+    def remark_on(self, /, *texts: str, **by_cause: str) -> None:
         """Add sentences that a user should know; "" is none."""
-        self.remarks.update({text: text for text in texts if text})
+        self.remarks.update({text: text for text in texts if text}, **by_cause)
 
     def counted(self, record: Record) -> Record:
         """The record with the number of micro-batches without a loss, if any."""

@@ -161,11 +161,11 @@ def measure_subspace(
         require_products(choice.has_products, found.has_products, choice.on_check_fail, notice)
         return joining.begin(found, module, left, partition), notice
 
-    def taken(left: Sample) -> Record:
+    def taken(left: Sample) -> tuple[Record, dict[str, str]]:
         prepare(chosen, 0, partition)
         require_room(solver, choice, module, partition)
         with choice.loss(module, space, ranks) as loss:
-            _, record = take_probe(
+            probe, record = take_probe(
                 loss,
                 left,
                 solver,
@@ -177,17 +177,18 @@ def measure_subspace(
                 previous=start,
                 marks=dict(choice.marks),
             )
-        return screening.counted(record)
+        return screening.counted(record), probe.remarks
 
     choice, notice = screening.run(checked, sample, lambda: choice.loss(module, space, ranks), ranks)
     with ranks.agree():
         if notice is not None:
             warn(notice, stacklevel=3)
-    record = joining.run(ranks, screening.run, taken, sample, lambda: choice.loss(module, space, ranks), ranks)
+    record, remarks = joining.run(ranks, screening.run, taken, sample, lambda: choice.loss(module, space, ranks), ranks)
     with ranks.agree():
         if screening.notice is not None:
             warn(screening.notice, stacklevel=3)
-        for text in filter(None, (settings.without_effect, screening.footprint.notice, joining.remark, choice.remark)):
+        texts = settings.without_effect, screening.footprint.notice, joining.remark, choice.remark
+        for text in filter(None, (*texts, *(remarks.values() if ranks.index == 0 else ()))):
             LOG.info(text)
     return record
 

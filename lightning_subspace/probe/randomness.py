@@ -76,7 +76,7 @@ def remark(sample: Sample, *, has_products: bool = True, has_bar: bool = True) -
     Args:
         sample: all draws.
         has_products: whether the first part is the Hessian's; without products it gives the loss behind a step.
-        has_bar: whether the gradient fraction gets an error bar.
+        has_bar: whether an error bar of the gradient fraction is asked for.
     """
     every = (*sample.hessian, *sample.extra)
     batches, first = (len({batch.index for batch in part}) for part in (every, sample.hessian))
@@ -84,7 +84,7 @@ def remark(sample: Sample, *, has_products: bool = True, has_bar: bool = True) -
         "the loss is random beside its examples: another seed gives another gradient of the same micro-batch (dropout, "
         f"noise, points drawn in the step). Measured: {len(every)} draws of {_shown(batches)} for the gradient, "
         f"{len(sample.hessian)} of {_shown(first)} for the {'Hessian' if has_products else 'loss after a step'}"
-        f"{'; the error bar covers the draws, too' if has_bar else ''}."
+        f"{'; the error bar, where there is one, covers the draws, too' if has_bar else ''}."
     )
 
 

@@ -250,6 +250,7 @@ def test_all_of_a_random_loss_has_an_error_bar_and_one_remark():
         "Measured: 256 draws of 4 micro-batches for the gradient, 32 of 4 micro-batches for the Hessian; the error"
         in text
     )
+    assert text.endswith("the error bar, where there is one, covers the draws, too.")  # a half may have no space
 
 
 @pytest.mark.parametrize(

@@ -71,8 +71,9 @@ WRONG = {
     "name": [("an ASCII word of letters, digits, '_', '-' and '.'", ["", "a b", "a/b", "größe", 3, None])],
     "seed": [("an integer from 0 to 2**63 - 1", [-1, 0.5, None, True, 2**63])],
 }
-# What is added behind the value.
+# What is added behind the value, by the argument or by what was expected.
 WAY_OUT = {
+    "at least as many products as k=10 eigenpairs": "; raise it, or lower k",
     "tol": "; it is relative to the largest eigenvalue",
     "verify": "; 10 verifies every tenth probe, and those after one that found copies",
 }
@@ -87,7 +88,8 @@ def test_the_table_has_every_argument():
 def test_a_wrong_argument_is_named_with_what_was_expected_and_what_came(name, expected, value):
     with pytest.raises(MisconfigurationException) as caught:
         SubspaceMonitor(**{name: value})
-    assert str(caught.value) == f"SubspaceMonitor: {name}: expected {expected}, got {value!r}{WAY_OUT.get(name, '')}."
+    way_out = WAY_OUT.get(expected, WAY_OUT.get(name, ""))
+    assert str(caught.value) == f"SubspaceMonitor: {name}: expected {expected}, got {value!r}{way_out}."
 
 
 RIGHT = {

@@ -6,6 +6,7 @@ of its sample is compared with those that training returns before and after it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from lightning_subspace.probe.run import ProbeRun
 from lightning_subspace.probe.verification import unverified
 from lightning_subspace.report import ProgressLine, Publisher
 from lightning_subspace.state.signals import waiting_signals
+from lightning_subspace.subspace.record import Record
 
 
 class Recorder:
@@ -49,7 +51,6 @@ class Recorder:
         self.open: OpenRecord | None = None
         self.losses = LossComparison(runner)
         self.failed = FailedProbes()
-        self._untrusted = FailedProbes("probes have no trusted eigenspace")
         self.keeper = Keeper(runner.settings, runner.notices)
         self._has_closed = False  # a record of this fit; one without has no figures to draw
         self._tab = TabLog(runner, publisher)
@@ -83,8 +84,6 @@ class Recorder:
         if subspace is not None and not subspace.trusted:
             cause = f"{subspace.outcome.name}, {subspace.gap_given_up}"
             self._runner.notices.warn_once(cause, f"at step {step}, {subspace.verdict}")
-        if subspace is not None:
-            self._untrusted.see(step, None if subspace.trusted else subspace.verdict)
         if subspace is not None and (told := unverified(subspace, self._runner.settings.verify)) is not None:
             self._runner.notices.info_once(f"at step {step}, {told}", "unverified")
         if subspace is not None and subspace.poor_values is not None:
@@ -144,8 +143,9 @@ class Recorder:
         if run is not None and (self._has_closed or self.failed.reasons):
             self._publisher.keep(trainer, run.history, run.overlaps, self.failed.reasons)
         self.failed.tell(self._runner.notices)
-        if len(self._untrusted.reasons) > 1:  # of a single one the warning has told all
-            self._untrusted.tell(self._runner.notices)
+        untrusted = _untrusted([] if run is None else run.history)
+        if len(untrusted.reasons) > 1:  # of a single one the warning has told all
+            untrusted.tell(self._runner.notices)
 
     def tell_what_is_missing(self, trainer: Trainer) -> None:
         """Tell of what was asked for later than training went."""
@@ -170,7 +170,6 @@ class Recorder:
             self._runner.notices.info_once(text)
         self.losses.begin()
         self.failed.begin(goes_on=goes_on)
-        self._untrusted.begin(goes_on=goes_on)
         self._tab.begin()
         self.keeper.begin(goes_on=goes_on)
 
@@ -182,9 +181,6 @@ class Recorder:
         """Go on from the checkpoint of a run. A collective."""
         self.keeper.resume(state.measurements, self._runner.ranks)
         self.failed.resume(state.failed, run.num_probes)
-        spaces = {record.step: record.subspace for record in state.records if record.subspace is not None}
-        left_out = {step: subspace.verdict for step, subspace in spaces.items() if not subspace.trusted}
-        self._untrusted.resume(left_out, len(spaces) - len(left_out))
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds eigenvectors and the parameters of a module."""
@@ -207,3 +203,12 @@ class Recorder:
             line.update(f"{self._name}: {count} Hessian products, residual {residual:.0e}")
 
         return run.measure(module, sample, step, optimizer=optimizer, on_matvec=on_matvec)
+
+
+def _untrusted(history: Iterable[Record]) -> FailedProbes:
+    """Those of the probes whose eigenspace is not trusted."""
+    found = FailedProbes("probes have no trusted eigenspace")
+    for record in history:
+        if (subspace := record.subspace) is not None:
+            found.see(record.step, None if subspace.trusted else subspace.verdict)
+    return found

@@ -85,9 +85,12 @@ def _kept_in(folder: Path, written: Runs) -> Runs:
         OSError: where a file cannot be read.
         ValueError: for a file of a monitor that is damaged.
     """
+    files = sorted(folder.rglob(f"*{KEPT}"))
+    if not files:
+        return {}
     known = {of for tags in written.values() for tag, probes in tags.items() for of in _marks(tag, probes)}
     runs: Runs = {}
-    for file in sorted(folder.rglob(f"*{KEPT}")):
+    for file in files:
         name = file.name.removesuffix(KEPT)
         with file.open("rb") as stream:
             head = f'{{"{name}":{{"{tag_of(name)}":'.encode()

@@ -7,7 +7,7 @@ given batches, and of the current one, were chosen by their user. Of the draws t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TypeVar
 
@@ -154,9 +154,9 @@ class Examples:
             self.remarks["graphs"] = self.footprint.notice
         return result
 
-    def remark_on(self, /, *texts: str, **by_cause: str) -> None:
+    def remark_on(self, *texts: str, by_cause: Mapping[str, str]) -> None:
         """Add sentences that a user should know; "" is none."""
-        self.remarks.update({text: text for text in texts if text}, **by_cause)
+        self.remarks.update({**{text: text for text in texts if text}, **by_cause})
 
     def counted(self, record: Record) -> Record:
         """The record with the number of micro-batches without a loss, if any."""

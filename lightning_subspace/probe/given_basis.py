@@ -142,6 +142,7 @@ class GivenBasis:
         def taken(left: Sample) -> GivenSpace:
             with cheap.loss(module, partition.space, ranks) as loss:
                 operator = cheap.operator(loss, left, partition)
+                self.require_fewer(left, partition.n)  # which training may have made fewer
                 rows = torch.stack([gradient for _, gradient in operator.batch_gradients()])
                 weights = torch.tensor([batch.weight for batch in left.hessian], dtype=torch.float64)
                 mean = (weights / weights.sum()).to(rows) @ rows

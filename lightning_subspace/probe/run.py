@@ -157,7 +157,7 @@ class ProbeRun:
         # What changes from here on cannot fail on one rank and not on another.
         self.num_probes, self._resumed = self.num_probes + 1, self._resumed.after(record)
         before, self._choice = self._choice, self._choice.after_solve(record.subspace)
-        self.examples.remark_on(before.remark, self._choice.remark, **probe.remarks)
+        self.examples.remark_on(before.remark, self._choice.remark, by_cause=probe.remarks)
         if kept is not None:
             self._remember(record, *kept)
         return OpenRecord(ended(probe), record, theta, before)

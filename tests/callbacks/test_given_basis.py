@@ -421,6 +421,20 @@ def test_as_many_batches_as_parameters_are_refused():
         train(project(basis=[RETAINED[0]] * N, on_failure="warn"))
 
 
+def test_so_they_are_where_training_has_frozen_parameters():
+    batches = [RETAINED[0]] * (N - 1)
+
+    class Freezing(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            pl_module.net[0].requires_grad_(False)
+
+    words = (
+        r"basis= could not be computed at step 1; .* ValueError: basis: expected fewer batches than the \d+ parameters"
+    )
+    with pytest.warns(UserWarning, match="has changed by step 1"), pytest.warns(UserWarning, match=words):
+        train(Freezing(), project(basis=batches, on_failure="warn"), steps=2)
+
+
 class TwoOptimizers(Net):
     def __init__(self):
         super().__init__()

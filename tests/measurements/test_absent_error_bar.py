@@ -1,6 +1,7 @@
 """Where half of the sample has no trusted space there is no error bar, and one line tells why."""
 
 import logging
+from logging.handlers import BufferingHandler
 
 import lightning.pytorch as pl
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_subspace import SubspaceMonitor, measure_subspace
+from lightning_subspace import Measurement, Needs, SubspaceMonitor, measure_subspace
 from tests.left_out import leave_figures_out, leave_self_check_out
 from tests.processes import run
 
@@ -66,8 +67,9 @@ def told(caplog, what="error bar"):
     return [message for message in caplog.messages if what in message]
 
 
-def fit(first):
-    monitor = SubspaceMonitor(k=1, sample=sample(first), every_n_steps=1, max_overhead=None, max_matvecs=15)
+def fit(first, **options):
+    settings = {"k": 1, "every_n_steps": 1, "max_overhead": None, "max_matvecs": 15, **options}
+    monitor = SubspaceMonitor(sample=sample(first), **settings)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     trainer = pl.Trainer(max_steps=7, logger=False, accelerator="cpu", callbacks=[monitor], **quiet)
     trainer.fit(Quadratic(), DataLoader(crowded().repeat(8, 1)))
@@ -95,6 +97,20 @@ def test_a_probe_with_an_error_bar_says_nothing(caplog):
     assert told(caplog) == []
 
 
+class Remarking(Measurement):
+    needs = Needs.NOTHING
+
+    def measure(self, probe):
+        probe.remarks[3] = f"a word of mine at step {probe.step}"  # whatever the cause is
+        return {}
+
+
+def test_a_remark_of_a_measurement_of_the_users_is_told_once(caplog):
+    with caplog.at_level(logging.INFO):
+        fit(peaked(), measurements=[Remarking()])
+    assert told(caplog, "of mine") == ["SubspaceMonitor: a word of mine at step 0"]
+
+
 def measured(first):
     return measure_subspace(Quadratic(), sample(first), k=1, max_matvecs=15)
 
@@ -108,24 +124,13 @@ def test_a_single_probe_tells_too(caplog):
     assert text.startswith(BAR)
 
 
-class Lines(logging.Handler):
-    """What is logged, in a process of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.texts = []
-
-    def emit(self, record):
-        self.texts.append(record.getMessage())
-
-
 def test_of_several_ranks_the_first_one_tells():
     def lines():
-        handler, log = Lines(), logging.getLogger("lightning_subspace")
+        handler, log = BufferingHandler(1_000), logging.getLogger("lightning_subspace")
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         measure_subspace(Quadratic(), sample(crowded()), k=1, max_matvecs=15, group=torch.distributed.group.WORLD)
-        return [text for text in handler.texts if "error bar" in text]
+        return [text for text in (line.getMessage() for line in handler.buffer) if "error bar" in text]
 
     first, second = run(lines, 2)
     assert (len(first), second) == (1, [])
